@@ -66,8 +66,8 @@ func (m *commandChange) whole() bool {
 	return m.What == "extra" || m.What == "type" || m.What == "missing"
 }
 
-// comesAndGoes reports whether running programs make and remove such a thing: a socket, a pipe, a pid or lock
-// file.
+// comesAndGoes reports whether the change is of a kind that running programs make and remove: a socket, a pipe, a pid
+// or lock file.
 func (m *commandChange) comesAndGoes() bool {
 	if m.Type == typeOther {
 		return true
@@ -192,7 +192,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []commandChang
 		if whole.covers(p) {
 			continue
 		}
-		m := look(root, p)
+		m := changeAt(root, p)
 		if m.What = what; m.whole() {
 			whole.add(p)
 		}
@@ -207,8 +207,8 @@ func describe(root *os.Root, differences []Difference, keep bool) []commandChang
 	return found
 }
 
-// look returns what lies at a path; its Type is empty if nothing does.
-func look(root *os.Root, p string) commandChange {
+// changeAt describes what exists at a path; its Type is empty if nothing does.
+func changeAt(root *os.Root, p string) commandChange {
 	m := commandChange{Path: p}
 	info, err := root.Lstat(p)
 	if err != nil {
@@ -285,15 +285,15 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
-// inherited reports whether a mode differs from the thing's only by a directory's set-group-id bit, which the
-// directory above may have given it.
+// inherited reports whether the only difference between a mode and the recorded one is a directory's set-group-id bit,
+// which a new directory inherits from its parent.
 func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
 // differs returns how a thing differs from how the commands left it; empty: it doesn't.
 func (m *commandChange) differs(root *os.Root) string {
-	now := look(root, m.Path)
+	now := changeAt(root, m.Path)
 	switch {
 	case m.Type == "" && now.Type == "":
 		return ""

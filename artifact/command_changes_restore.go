@@ -67,7 +67,7 @@ func restoreLate(dir, old string, made []commandChange) error {
 	defer r.close()
 	r.late = true
 	for i := range made {
-		if m := &made[i]; m.Type == typeDir && m.whole() && look(r.live, m.Path).Type == typeDir {
+		if m := &made[i]; m.Type == typeDir && m.whole() && changeAt(r.live, m.Path).Type == typeDir {
 			if err := r.carry(m.Path); err != nil {
 				return err
 			}
@@ -112,7 +112,7 @@ func (r *restorer) restore(m *commandChange) error {
 	switch {
 	case m.Type == "":
 		return r.remove(m.Path)
-	case m.comesAndGoes() && (r.live == nil || look(r.live, m.Path).Type != m.Type):
+	case m.comesAndGoes() && (r.live == nil || changeAt(r.live, m.Path).Type != m.Type):
 		return nil
 	case m.Type == typeFile && !m.whole() && m.Sum == nil:
 		return r.attributes(m)
@@ -141,7 +141,7 @@ func (r *restorer) restore(m *commandChange) error {
 
 // asLeft reports whether the live tree still has a thing as the commands left it, by type and content.
 func (r *restorer) asLeft(m *commandChange) bool {
-	if look(r.live, m.Path).Type != m.Type {
+	if changeAt(r.live, m.Path).Type != m.Type {
 		return false
 	}
 	if m.Sum == nil {
@@ -176,7 +176,7 @@ func (r *restorer) remove(p string) error {
 
 // attributes sets a path's mode, and its owner if that was recorded, to what the commands left.
 func (r *restorer) attributes(m *commandChange) error {
-	if look(r.tree, m.Path).Type != m.Type {
+	if changeAt(r.tree, m.Path).Type != m.Type {
 		return nil
 	}
 	if err := r.chown(m.Path, m.UID, m.GID); err != nil || m.Type == typeLink {
@@ -186,7 +186,7 @@ func (r *restorer) attributes(m *commandChange) error {
 }
 
 func (r *restorer) link(m *commandChange) error {
-	if now := look(r.tree, m.Path); now.Type == typeLink && now.Target == m.Target {
+	if now := changeAt(r.tree, m.Path); now.Type == typeLink && now.Target == m.Target {
 		return nil
 	}
 	if err := r.clear(m.Path); err != nil {
@@ -200,7 +200,7 @@ func (r *restorer) link(m *commandChange) error {
 
 // chown does nothing if the owner is right already, so that only a real change needs root's rights.
 func (r *restorer) chown(p string, uid, gid int) error {
-	if now := look(r.tree, p); now.UID == uid && now.GID == gid {
+	if now := changeAt(r.tree, p); now.UID == uid && now.GID == gid {
 		return nil
 	}
 	return r.tree.Lchown(p, uid, gid)
@@ -215,7 +215,7 @@ func (r *restorer) carry(p string) error {
 	if err != nil {
 		return err
 	}
-	there := r.late && look(r.tree, p).Type != ""
+	there := r.late && changeAt(r.tree, p).Type != ""
 	if !info.IsDir() {
 		if there {
 			return nil
@@ -242,7 +242,7 @@ func (r *restorer) carry(p string) error {
 	if there {
 		return nil
 	}
-	was := look(r.live, p)
+	was := changeAt(r.live, p)
 	if err := r.chown(p, was.UID, was.GID); err != nil {
 		return err
 	}
@@ -288,7 +288,7 @@ func keepOwners(dir, live string) error {
 		if err != nil {
 			return err
 		}
-		now, was := look(tree, p), look(old, p)
+		now, was := changeAt(tree, p), changeAt(old, p)
 		if was.Type != now.Type || was.UID == now.UID && was.GID == now.GID {
 			return nil
 		}

@@ -44,8 +44,7 @@ func compareDest(ctx context.Context, place *Place, rel *Release, tree string, l
 	return append(differences, owners...), err
 }
 
-// Occupied reports whether something lies at dest: a file, or a directory that is not empty. It follows a link at
-// dest.
+// Occupied reports whether a file, or a directory that is not empty, exists at dest. It follows a link at dest.
 func Occupied(dest string) (bool, error) {
 	info, err := os.Stat(dest)
 	switch {

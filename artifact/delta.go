@@ -91,7 +91,7 @@ func (d *delta) number(max uint64) (uint64, error) {
 		return 0, fmt.Errorf("%w: %w", ErrDelta, noEOF(err))
 	}
 	if n > max {
-		return 0, fmt.Errorf("%w: a number is over its bound of %d", ErrDelta, max)
+		return 0, fmt.Errorf("%w: a number is larger than allowed: at most %d", ErrDelta, max)
 	}
 	return n, nil
 }
@@ -191,7 +191,7 @@ func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 			return nil, ops.err
 		}
 		if add+more == 0 {
-			return nil, errors.New("an op makes nothing")
+			return nil, errors.New("an op of 0 bytes")
 		}
 		begin := len(out)
 		var err error
@@ -205,7 +205,7 @@ func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 					return nil, runs.err
 				}
 				if same+other == 0 {
-					return nil, errors.New("a run of nothing")
+					return nil, errors.New("a run of 0 bytes")
 				}
 			}
 			skip := min(same, uint64(len(added)))

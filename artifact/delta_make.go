@@ -17,9 +17,9 @@ import (
 	"kedge/deployments"
 )
 
-// patchMost bounds the sizes of the old and the new file of a patch, as both are in memory. Larger files come from
+// maxPatched bounds the sizes of the old and the new file of a patch, as both are in memory. Larger files come from
 // the archive.
-const patchMost = 1 << 30
+const maxPatched = 1 << 30
 
 // makeDelta writes a delta from one release to another, both unpacked. It is an error if a tree doesn't match its
 // index.
@@ -115,7 +115,7 @@ func (m *deltaMaker) choose() []deltaJob {
 	var jobs []deltaJob
 	for i := range m.new.entries {
 		e := &m.new.entries[i]
-		if e.kind != kindFile || e.size == 0 || e.size > patchMost || have[e.sum] {
+		if e.kind != kindFile || e.size == 0 || e.size > maxPatched || have[e.sum] {
 			continue
 		}
 		job := deltaJob{i, m.old.find(e.path)}
@@ -127,7 +127,7 @@ func (m *deltaMaker) choose() []deltaJob {
 				job.from = m.nearest(like[k], e.size)
 			}
 		}
-		if job.from >= 0 && m.old.entries[job.from].size > patchMost {
+		if job.from >= 0 && m.old.entries[job.from].size > maxPatched {
 			continue
 		}
 		jobs = append(jobs, job)

@@ -432,7 +432,7 @@ func (x *extractor) localName(name string) (string, error) {
 	}
 	for dir := path.Dir(clean); dir != "."; dir = path.Dir(dir) {
 		if x.links[dir] {
-			return "", fmt.Errorf("it lies behind the symbolic link %q of the same archive", clip(dir))
+			return "", fmt.Errorf("its path leads through the symbolic link %q of the same archive", clip(dir))
 		}
 	}
 	return clean, nil
@@ -533,8 +533,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	return x.finish(name, a)
 }
 
-// parents makes the directories above an entry that have no entry of their own, and counts them: one name may
-// imply many.
+// parents makes the directories above an entry that have no entry of their own. It counts them towards the bound of
+// entries, as one long name may need many.
 func (x *extractor) parents(dir string) error {
 	if _, there := x.dirs[dir]; there || dir == "." {
 		return nil

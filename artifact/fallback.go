@@ -2,8 +2,7 @@ package artifact
 
 import "sync"
 
-// fallBack logs, once per fetch and message, why more is fetched than should be needed. Not safe for concurrent
-// use.
+// fallBack logs why the fetch needs more bytes than it should, once per fetch and message. Not safe for concurrent use.
 func (f *fetch) fallBack(why string, args ...any) {
 	if f.log == nil || f.said[why] {
 		return

@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	spanMost    = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
+	maxSpan     = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
 	spanGap     = 128 << 10 // so many unwanted bytes are cheaper to read than a second request
 	connections = 8
 	tries       = 4 // for a span, if no try gains a frame
@@ -405,7 +405,7 @@ func (x *index) spansOf(wanted []bool) []span {
 		if n := len(spans); n > 0 {
 			last := &spans[n-1]
 			end := x.frames[last.to-1]
-			if f.offset-(end.offset+end.size) <= spanGap && f.offset+f.size-x.frames[last.from].offset <= spanMost {
+			if f.offset-(end.offset+end.size) <= spanGap && f.offset+f.size-x.frames[last.from].offset <= maxSpan {
 				last.to = i + 1
 				continue
 			}

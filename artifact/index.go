@@ -238,7 +238,7 @@ func decodeIndex(data []byte) (*index, error) {
 	}
 	rest, ok := bytes.CutPrefix(data, []byte(indexMagic))
 	if !ok {
-		return nil, fmt.Errorf("%w: it does not begin as one", ErrIndex)
+		return nil, fmt.Errorf("%w: it does not begin with the magic number of an index", ErrIndex)
 	}
 	r := &cursor{rest: rest}
 	flags := r.number(1)
@@ -441,8 +441,9 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// checkTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. Other links
-// that it passes don't matter: its ".." come first, where they climb real directories, and are no more than those.
+// checkTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. It need not
+// resolve other links on the target's way: the target's ".." come first, and there can be no more of them than real
+// directories above the link.
 func checkTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err
@@ -484,7 +485,7 @@ type cursor struct {
 	err  error
 }
 
-var errShort = errors.New("it ends in the middle")
+var errShort = errors.New("it is cut short")
 
 // number reads a varint of at most max.
 func (r *cursor) number(max uint64) uint64 {
@@ -496,7 +497,7 @@ func (r *cursor) number(max uint64) uint64 {
 		r.err = errShort
 		return 0
 	case size < 0 || n > max:
-		r.err = fmt.Errorf("a number is over its bound of %d", max)
+		r.err = fmt.Errorf("a number is larger than allowed: at most %d", max)
 		return 0
 	case size > 1 && r.rest[size-1] == 0:
 		r.err = errors.New("a number is longer than it need be")

@@ -20,11 +20,12 @@ type compression struct {
 	name string
 	// upTo is the highest of zstd's levels that maps to it.
 	upTo int
-	// rich is the level for most frames, and poor the level for frames that hardly compress.
-	rich, poor zstd.EncoderLevel
+	// usual is the level for most frames, incompressible the level for frames that hardly compress.
+	usual, incompressible zstd.EncoderLevel
 }
 
-// compressions were measured on 561 MB in 44,567 files; one stream of zstd -3 makes 159.4 MB of these.
+// compressions are the levels that Publish offers, the default first. They were chosen by measuring 561 MB in 44,567
+// files, of which one stream of zstd -3 makes 159.4 MB.
 var compressions = []compression{
 	{"default", 9, zstd.SpeedBetterCompression, zstd.SpeedDefault},
 	{"fastest", 2, zstd.SpeedFastest, zstd.SpeedFastest},
@@ -59,7 +60,7 @@ func ParseCompression(s string) (Compression, error) {
 func (c Compression) String() string { return compressions[c].name }
 
 // compressor compresses frames. Its output depends only on its input. Not safe for concurrent use.
-type compressor struct{ rich, poor *zstd.Encoder }
+type compressor struct{ usual, incompressible *zstd.Encoder }
 
 func newCompressor(c Compression) (*compressor, error) {
 	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
@@ -70,28 +71,28 @@ func newCompressor(c Compression) (*compressor, error) {
 			zstd.WithWindowSize(packWindow),
 		)
 	}
-	rich, err := encoder(compressions[c].rich)
+	usual, err := encoder(compressions[c].usual)
 	if err != nil {
 		return nil, err
 	}
-	poor, err := encoder(compressions[c].poor)
+	incompressible, err := encoder(compressions[c].incompressible)
 	if err != nil {
 		return nil, err
 	}
-	return &compressor{rich, poor}, nil
+	return &compressor{usual, incompressible}, nil
 }
 
 func (c *compressor) close() {
-	c.rich.Close()
-	c.poor.Close()
+	c.usual.Close()
+	c.incompressible.Close()
 }
 
 // compress appends to out the frame that decodes to raw.
 func (c *compressor) compress(raw, out []byte) []byte {
 	if evenlySpread(raw) {
-		return c.poor.EncodeAll(raw, out)
+		return c.incompressible.EncodeAll(raw, out)
 	}
-	return c.rich.EncodeAll(raw, out)
+	return c.usual.EncodeAll(raw, out)
 }
 
 // evenlySpread reports whether all byte values are about as frequent, as in images and compressed data. It

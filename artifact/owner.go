@@ -56,7 +56,7 @@ func idOf(name string, lookup func() (string, error)) (int, error) {
 	id, err := strconv.ParseUint(name, 10, 32)
 	if err == nil && id == math.MaxUint32 {
 		// the kernel takes it for "no change", and larger numbers modulo 2^32
-		err = errors.New("it stands for no change")
+		err = errors.New("chown(2) takes this number for \"no change\"")
 	}
 	return int(id), err
 }

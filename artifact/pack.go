@@ -23,8 +23,8 @@ import (
 const (
 	largeFile  = 1 << 20   // files from this size on have frames of their own
 	largeFrame = 2 << 20   // bytes of content in a large file's frame
-	groupLeast = 768 << 10 // least bytes in a frame of small files
-	groupMost  = 2 << 20   // most bytes in a frame of small files
+	minGroup   = 768 << 10 // least bytes in a frame of small files
+	maxGroup   = 2 << 20   // most bytes in a frame of small files
 	packWindow = 2 << 20   // the encoder's window: a whole frame
 )
 
@@ -124,7 +124,7 @@ func (x *index) sections(yield func(section) bool) {
 		if e.size < largeFile {
 			content += e.size
 		}
-		if (size >= groupLeast && borders(e.path) || size+content > groupMost) && !flush() {
+		if (size >= minGroup && borders(e.path) || size+content > maxGroup) && !flush() {
 			return
 		}
 		group.parts = append(group.parts, part{entry: i, header: true})

@@ -249,7 +249,7 @@ func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) 
 	}
 	if err != nil {
 		unix.Close(w.fd)
-		return nil, fmt.Errorf("on the way to %s: %w", shown, err)
+		return nil, fmt.Errorf("opening %s: %w", shown, err)
 	}
 	return &Place{dir: os.NewFile(uintptr(w.fd), shown), real: w.real, shown: shown, fixed: w.fixed, trust: p.trust}, nil
 }

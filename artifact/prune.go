@@ -12,8 +12,8 @@ import (
 	"kedge/deployments"
 )
 
-// Prune removes old releases, except the keep newest, the current one and those in protect. It also removes
-// half-staged trees. If dest can't be read it removes nothing.
+// Prune removes old releases, except the keep newest, the current one and those in protect. It also removes trees that
+// were staged in part. If dest can't be read it removes nothing.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }

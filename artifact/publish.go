@@ -82,9 +82,10 @@ const (
 // MaxSignature bounds a manifest's signature, in bytes.
 const MaxSignature = 16 << 10
 
-// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same
-// tree and options give the same bytes. It overwrites nothing with other bytes. If it is interrupted, it can be
-// run again: the manifest keeps the time of the first run, so the signature comes last.
+// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and
+// options give the same bytes. An object that exists with other bytes is an error. After an interruption Publish can be
+// run again: it takes the time of the release from the manifest of the first run. Therefore the signature, which covers
+// that time, is uploaded last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {

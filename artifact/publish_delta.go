@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// listMost bounds the objects that publish lists to find earlier releases: some thousands of releases, in
+	// maxListed bounds the objects that publish lists to find earlier releases: some thousands of releases, in
 	// twenty requests to S3.
-	listMost = 20_000
+	maxListed = 20_000
 	// readMore is how many manifests publish reads beyond the number that it needs, in case some can't be used.
 	readMore = 5
 )
@@ -94,7 +94,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 // listManifests returns the manifests of this name's versions, last written first. S3 gives whole seconds: within
 // one second the later version comes first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
-	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
+	objects, more, err := p.objects.List(p.ctx, p.beside, maxListed)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +105,7 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 			"below",
 			p.beside,
 			"objects",
-			listMost,
+			maxListed,
 		)
 	}
 	objects = slices.DeleteFunc(objects, func(o object.Listed) bool {

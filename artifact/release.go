@@ -441,7 +441,7 @@ func (r *Releases) switchTo(rel *Release) error {
 		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
 			err = fmt.Errorf(
-				"what is there can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
+				"dest can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
 				err,
 			)
 		}

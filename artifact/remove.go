@@ -59,7 +59,7 @@ type remover struct {
 	errs  []error // the first few
 }
 
-func (r *remover) failed(path string, err error) {
+func (r *remover) addError(path string, err error) {
 	if len(r.errs) < 3 {
 		r.errs = append(r.errs, failed("remove", path, err))
 	}
@@ -75,16 +75,16 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	case err == nil || errors.Is(err, unix.ENOENT):
 		return
 	case errors.Is(err, unix.EBUSY):
-		r.failed(path, errMounted)
+		r.addError(path, errMounted)
 		return
 	// some file systems return EPERM for a directory
 	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM):
-		r.failed(path, err)
+		r.addError(path, err)
 		return
 	}
 	fd, err := openBelow(dir, name)
 	if err != nil {
-		r.failed(path, err)
+		r.addError(path, err)
 		return
 	}
 	d := os.NewFile(uintptr(fd), path)
@@ -93,7 +93,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 		r.moved++
 		err := unix.Renameat(dir, name, r.top, fmt.Sprintf(".kedge-deep-%d", r.moved))
 		if err != nil {
-			r.failed(path, err)
+			r.addError(path, err)
 		}
 		return
 	}
@@ -109,7 +109,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 		if errors.Is(err, unix.EBUSY) {
 			err = errMounted
 		}
-		r.failed(path, err)
+		r.addError(path, err)
 	}
 }
 
@@ -117,12 +117,12 @@ func (r *remover) remove(dir int, name, path string, level int) {
 func (r *remover) empty(d *os.File, path string, level int) {
 	for {
 		if _, err := d.Seek(0, io.SeekStart); err != nil {
-			r.failed(path, err)
+			r.addError(path, err)
 			return
 		}
 		names, err := d.Readdirnames(1024)
 		if err != nil && !errors.Is(err, io.EOF) {
-			r.failed(path, err)
+			r.addError(path, err)
 		}
 		before := len(r.errs)
 		for _, name := range names {

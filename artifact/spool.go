@@ -21,8 +21,8 @@ import (
 const (
 	// archiveSuffix, and what tells one archive from another, follow the name of the directory that it is unpacked into.
 	archiveSuffix = ".archive-"
-	// spoolLeast is the size, in bytes, below which an archive is streamed again rather than spooled.
-	spoolLeast = 16 << 20
+	// minSpooled is the size, in bytes, below which an archive is streamed again rather than spooled.
+	minSpooled = 16 << 20
 )
 
 // spool is the file, beside the directory that an archive is unpacked into, which lets the fetch of an archive without
@@ -36,11 +36,12 @@ type spool struct {
 	found bool
 }
 
-// openSpool returns the spool for an object that is unpacked into dir, and removes those of other objects. There is
-// none for an object that is small, whose server ignores Range, or that nothing tells from the next of its name.
+// openSpool returns the spool for an object that is unpacked into dir, and removes the spools of other objects. Small
+// objects get none, nor do objects whose server ignores Range or sends no ETag: without an ETag a changed object could
+// not be told from the one that an earlier try began to fetch.
 func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 	s := spool{size: o.Size}
-	if o.Size >= spoolLeast && o.ETag != "" && o.Ranges {
+	if o.Size >= minSpooled && o.ETag != "" && o.Ranges {
 		id := sha256.Sum256(fmt.Appendf(nil, "%s %s %d", checksum, o.ETag, o.Size))
 		s.path = dir + archiveSuffix + hex.EncodeToString(id[:6])
 	}

@@ -116,7 +116,7 @@ func spoolsIn(t *testing.T, dir string) (found []string) {
 // ended, if it is the same object still; nothing of it is used before all of it has the right checksum.
 func TestALargePlainArchiveGoesOn(t *testing.T) {
 	t.Parallel()
-	content := random(7, spoolLeast+8<<20)
+	content := random(7, minSpooled+8<<20)
 	data := tarWith(t, content)
 	size := int64(len(data))
 	const step = 8 << 20
@@ -200,7 +200,7 @@ func TestALargePlainArchiveGoesOn(t *testing.T) {
 // What was fetched of an archive goes once the release is refused, or another one is fetched.
 func TestASpoolGoes(t *testing.T) {
 	t.Parallel()
-	data := tarWith(t, random(8, spoolLeast))
+	data := tarWith(t, random(8, minSpooled))
 	for name, c := range map[string]struct {
 		wrong   bool // the checksum
 		another bool // comes after the cut
@@ -245,7 +245,7 @@ func TestASpoolGoes(t *testing.T) {
 func TestASpoolNeedsRoom(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
-	content := random(9, spoolLeast)
+	content := random(9, minSpooled)
 	for name, c := range map[string]struct {
 		disk    string
 		archive []byte

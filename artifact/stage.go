@@ -135,7 +135,7 @@ func (r *Releases) renew(
 		return nil, err
 	}
 	if replaced && heals {
-		if err := restoreLate(dir, r.healed(staging), made); err != nil {
+		if err := restoreLate(dir, r.displaced(staging), made); err != nil {
 			r.log.Warn("could not carry over what was written while the release was healed", "dir", dir, "error", err)
 		}
 	}
@@ -230,10 +230,10 @@ func (r *Releases) prepare(staging string) error {
 	return durable.SyncDir(r.parent())
 }
 
-// replace moves the staged tree to its name, and reports whether a directory had that name: one to heal, or one
-// without a record, which is not to be trusted and must be gone when the record is written. It uses an exchange,
-// as dest may lead there. The old directory stays as long as the release or until the next exchange, for processes
-// that work in it.
+// replace exchanges the staged tree for the directory that already has its name, and reports whether there was one.
+// That is a release to heal, or a directory without a record: it can't be trusted, and must be gone before the record
+// is written. The exchange is one system call, as dest may lead to the directory. Processes may still work in the old
+// directory, which is kept until the release is removed or healed again.
 func (r *Releases) replace(staging, dir string) (bool, error) {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -250,7 +250,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 		return false, fmt.Errorf("%s is there already, and can't be exchanged (%w): move it away, and try again", dir, err)
 	}
 	r.at("replaced")
-	old := r.healed(staging)
+	old := r.displaced(staging)
 	if err := removeTree(old); err != nil {
 		return false, err
 	}
@@ -260,8 +260,8 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	return true, errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// healed returns where replace leaves the tree that it exchanged for the staged one.
-func (r *Releases) healed(staging string) string {
+// displaced returns the path at which replace keeps the directory that it exchanged for the tree staged at staging.
+func (r *Releases) displaced(staging string) string {
 	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 }
 

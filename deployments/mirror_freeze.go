@@ -28,8 +28,8 @@ const (
 	maxWindowText = 200
 )
 
-// FreezeWindows returns the windows of kedge.yaml for mirror/state, and how many more there are than it tells. A window
-// that is told is told with all of its units.
+// FreezeWindows returns those windows of kedge.yaml that fit into mirror/state, and how many it leaves out. A window is
+// kept with all of its units, or left out.
 func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 	size := 0
 	for i, f := range all {

@@ -15,8 +15,9 @@ type Report struct {
 	// before it had converged keeps the first time, unless the machine was booted in between.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
-	// Joined tells since when the store has held the report without a gap (see kv.Presence): it is larger after each
-	// restart, and after each time that the node was cut off. 0: the first report, which has no number yet.
+	// Joined is a number that grows each time that the store takes the node's report anew: at each start of the agent, and
+	// each time that the report was lost because the node was cut off (see kv.Presence). 0: the first report, which has no
+	// number yet.
 	Joined uint64 `json:"joined,omitempty,string"`
 	// Ready is the answer of /ready: every unit of every role is converged and healthy.
 	Ready bool `json:"ready"`

@@ -107,8 +107,8 @@ const (
 	maxProblems = 100
 )
 
-// shape estimates, from above, how deep data is nested (by flow brackets, indentation and dashes), how many keys
-// and items it has, and how many documents.
+// shape returns upper bounds of how deep data is nested (judged by flow brackets, indentation and dashes), of how many
+// keys and items it has, and of how many documents.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {

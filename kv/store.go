@@ -195,8 +195,9 @@ func (o Op) Cost() int {
 
 // Lease is held by one process at a time.
 type Lease interface {
-	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. It also ends by the clock, at the
-	// latest when a renewal is a ttl overdue, so that a process that was suspended stops before it acts.
+	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. It doesn't depend on the store's answers:
+	// a timer ends it at the latest one ttl after a renewal was due, so that a process that was suspended stops before it
+	// acts.
 	Context() context.Context
 	// Release frees the lease for the next holder, at once.
 	Release(ctx context.Context) error
@@ -209,10 +210,10 @@ type LeaseHolder struct {
 
 // Presence writes entries that show whether their writer lives: their Session is set as long as it does.
 type Presence interface {
-	// Join is Put, and returns since when the store holds the entry, as a number that grows each time. Numbers of all
-	// entries of a store compare: a list that shows the one that joined later shows the other, too. lost is closed
-	// once entries that the presence holds were lost or replaced, as of a node that was cut off, or after the restore
-	// of a snapshot: then the number is void, and each entry has to join anew.
+	// Join is Put, and returns a number that grows with each Join to any entry of the store: a list that shows the entry
+	// with the higher number shows the other, too. lost is closed once entries that the presence holds were lost or
+	// replaced, as when the node was cut off or a snapshot was restored. The numbers are void then, and each entry has to
+	// join again.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
 	// Leave makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
 	// back soon.

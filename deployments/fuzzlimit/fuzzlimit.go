@@ -13,9 +13,9 @@ import (
 const (
 	// Time is how much of the processors one input may take.
 	Time = 10 * time.Second
-	// Waiting is how long one input may take by the clock: it is long, as on a busy machine a parser stands still for
-	// most of it. While go test -fuzz runs, its engine ends a worker after ten seconds by the clock, and says that it
-	// hung or terminated with exit status 2: on such a machine that is no finding.
+	// Waiting is how long one input may take in wall-clock time. It is generous, as a parser may rarely get a processor on
+	// a busy machine. (go test -fuzz itself ends a worker that takes ten seconds of wall-clock time, with "hung or
+	// terminated" and exit status 2: on a busy machine that is no bug of the parser.)
 	Waiting = 5 * time.Minute
 	// Memory is how much may be allocated for one input, in bytes, freed meanwhile or not.
 	Memory = 256 << 20

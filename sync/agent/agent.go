@@ -145,9 +145,10 @@ type Agent struct {
 	floors                   *deploy.Floors
 	drained                  *drain.Tracker
 	drift                    *destwatch.Watcher
-	// fetching and ahead have room for one token each: units fetch one after another, which bounds memory and load,
-	// and what is wanted now doesn't wait for what is fetched ahead. A slow fetch returns its token: see holdTurn.
-	fetching, ahead chan struct{}
+	// fetchSlot and prefetchSlot have room for one token each. Units fetch one after another, which bounds memory and
+	// load, but a release that is wanted now doesn't wait for one that is fetched in advance. A slow fetch returns its
+	// token: see holdTurn.
+	fetchSlot, prefetchSlot chan struct{}
 
 	changed   wait.Signal   // wakes the loop
 	reportDue wait.Signal   // wakes report
@@ -203,19 +204,19 @@ func New(c Config) (_ *Agent, err error) {
 		c.uptime = sinceBoot
 	}
 	a := &Agent{
-		c:         c,
-		started:   time.Now().Truncate(time.Millisecond),
-		booted:    c.uptime() < bootWithin,
-		making:    map[*cache.Source]bool{},
-		units:     map[deployments.UnitID]*unit{},
-		onDisk:    map[deployments.UnitID]bool{},
-		fetching:  make(chan struct{}, 1),
-		ahead:     make(chan struct{}, 1),
-		changed:   wait.NewSignal(),
-		reportDue: wait.NewSignal(),
-		pulse:     make(chan struct{}),
-		idle:      make(chan struct{}),
-		converged: make(chan struct{}),
+		c:            c,
+		started:      time.Now().Truncate(time.Millisecond),
+		booted:       c.uptime() < bootWithin,
+		making:       map[*cache.Source]bool{},
+		units:        map[deployments.UnitID]*unit{},
+		onDisk:       map[deployments.UnitID]bool{},
+		fetchSlot:    make(chan struct{}, 1),
+		prefetchSlot: make(chan struct{}, 1),
+		changed:      wait.NewSignal(),
+		reportDue:    wait.NewSignal(),
+		pulse:        make(chan struct{}),
+		idle:         make(chan struct{}),
+		converged:    make(chan struct{}),
 	}
 	if a.dir, err = statedir.Open(c.StateDir, c.Log); err != nil {
 		return nil, err
@@ -326,10 +327,11 @@ type naming struct {
 	saved string
 }
 
-// findName finds the node's name if none was given: the name that the store's agent on this machine has for it, as
-// other tools do, and so that the node's death is seen at once. It returns once the name is known. Before that
-// nothing is reported and no view of the store is taken, as pins and turns depend on the name. That costs nothing:
-// a store that doesn't tell the name has no records to give either. It calls unknown after each try that failed.
+// findName finds the node's name if none was configured: the name that the store's agent on this machine has for it.
+// Other tools use that name, too, and the store notices the node's death by it. findName returns once the name is
+// known. Until then the agent reports nothing and reads no records, as pins and the order of a rollout depend on the
+// name. Nothing is lost by that: a store that can't give the name can't give records either. findName calls unknown
+// after each try that failed.
 func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 	namer, ok := a.c.Store.(kv.Namer)
 	if a.naming == nil || !ok {

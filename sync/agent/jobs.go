@@ -68,9 +68,9 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	}
 }
 
-// announce waits until the store holds a report that the unit is in mid-switch, if a rollout's budget counts the
-// unit: if a node died in its first steps, the mirror would otherwise not know that it is out of service, and would
-// give its turn away. While the store is away the switch doesn't begin, and the unit stays in service.
+// announce waits, before a unit is taken out of service, until the store holds a report that says so, if a rollout's
+// budget counts the unit. Otherwise the mirror would not know of it if the node died in its first steps, and would
+// admit another node in its place. While the store is away the switch doesn't begin, and the unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
@@ -225,8 +225,8 @@ func verifyDelay(every time.Duration) time.Duration { return wait.Jitter(every, 
 
 // A node that observes compares again after observeAgain, and then less and less often, while dest differs.
 const (
-	observeAgain     = time.Second
-	observeAgainMost = 5 * time.Minute
+	observeAgain    = time.Second
+	maxObserveAgain = 5 * time.Minute
 )
 
 // observeOnly chooses the next job of a unit that is only observed.
@@ -244,11 +244,11 @@ func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 // compare does jobObserve.
 func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) error {
 	select {
-	case a.fetching <- struct{}{}:
+	case a.fetchSlot <- struct{}{}:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { <-a.fetching }()
+	defer func() { <-a.fetchSlot }()
 	found, err := u.deploy.Observe(ctx, p, verifyRate)
 	if err != nil {
 		return err

@@ -251,8 +251,9 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report can wait whose only news is that units begin to fetch what they will switch
-// to, or have it; 0: it has other news, or none of this.
+// startsWithin returns how long a report may be delayed, because it only says that units begin to fetch a release: most
+// begin to switch soon after, and one report can say both. It returns 0 if the report says anything else, or nothing
+// new.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0

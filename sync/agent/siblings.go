@@ -107,9 +107,9 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 	return nil
 }
 
-// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around it. A unit that moves
-// holds both dests until it has moved. A unit that nothing names, or that Git no longer names, holds none once it
-// has finished what it began, so that it can continue under another name.
+// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around that dest. A unit that moves
+// to another dest holds both until it has moved. A unit that no record or pin names, or that Git no longer names, gives
+// up its dest once its unfinished deployment is over: the same tree may continue under another unit's name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

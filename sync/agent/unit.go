@@ -288,7 +288,8 @@ func (u *unit) standing() standing {
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.lastErr)
 	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
-		err := fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])
+		facts := s.Health.Facts
+		err := fmt.Errorf("the release that it went back to is unhealthy: %s: %s", facts["check"], facts["error"])
 		if f, _ := u.failure(target); u.failedHere(target) {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
@@ -378,8 +379,8 @@ func (u *unit) observing() standing {
 	return s
 }
 
-// toLook reports whether the unit waits for a look at dest, as what serves there must not be replaced on all nodes
-// at once.
+// toLook reports whether the unit first has to look at what is at dest. If another tool's release serves there, it must
+// not be replaced on all nodes at once.
 func (u *unit) toLook() bool {
 	p := u.goal.stage
 	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil

@@ -32,7 +32,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 		errors:   recent,
 		wake:     wait.NewSignal(),
 		observes: deployments.MatchesUnit(a.c.Observe, id),
-		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},
+		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, maxObserveAgain)},
 	}
 	u.stamp(time.Now())
 	a.units[id] = u
@@ -387,7 +387,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobDeploy:
 		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.leaves}
 		began := time.Now()
-		err := a.fetch(ctx, u, j.release, a.fetching)
+		err := a.fetch(ctx, u, j.release, a.fetchSlot)
 		a.traceStep(u, "fetch", began, err)
 		if err != nil {
 			return u.deploy.StageFailed(ctx, q, err)
@@ -414,7 +414,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobForgetBefore:
 		return u.deploy.ForgetBefore()
 	case jobStage:
-		return a.fetch(ctx, u, j.release, a.ahead)
+		return a.fetch(ctx, u, j.release, a.prefetchSlot)
 	case jobProve:
 		return u.deploy.Prove(ctx)
 	case jobSettle:
@@ -431,8 +431,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// settleAgain is how long after a release with a time ahead of the clock was settled on it is settled on again, as
-// the clock may have been behind.
+// settleAgain is the pause before a node settles once more on a release whose time is ahead of the node's clock: the
+// clock may have been behind, and may be right by then.
 const settleAgain = 10 * time.Minute
 
 // traced returns the context of a job's span and the root span of its trace; zero if the job isn't traced. a.mu is

@@ -93,8 +93,8 @@ type deployment struct {
 	Unserved *unserved `json:"unserved,omitempty"`
 }
 
-// save makes a change durable in the journal, and only then visible. If it can't be written, the unit stays as it
-// was.
+// save applies a change to the journal: first to the file, and only then in memory. If the file can't be written, the
+// unit's state doesn't change.
 func (u *Unit) save(change func(*journal)) error {
 	next := u.j
 	next.Quarantined, next.Attempts = slices.Clone(u.j.Quarantined), slices.Clone(u.j.Attempts)

@@ -78,7 +78,7 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		return u.stayOutOfService(ctx, d, err)
 	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
 		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
-		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
+		return fmt.Errorf("deploying %s was stopped in %s, and will be finished later: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
 		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
 		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
@@ -110,9 +110,10 @@ type unserved struct {
 	Since time.Time `json:"since"`
 }
 
-// stayOutOfService records that the release that the deployment goes back to isn't healthy. Its post commands and
-// checks are tried again, and the unit stays out of service until they pass. The first time, the failed release's
-// failure commands run, so that people learn of it.
+// stayOutOfService handles a rollback that can't be completed, because the release that the unit went back to is
+// unhealthy for the given cause. The unit stays out of service; the release's post commands and checks are tried again
+// until they pass. The first time, stayOutOfService also runs the failure commands of the release that failed, so that
+// people learn of it.
 func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)

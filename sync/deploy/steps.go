@@ -58,8 +58,9 @@ func (s step) next() step {
 	return ""
 }
 
-// next returns the step after d's; "" after the last. When what was there before the first release is put back, it
-// has no commands and checks: the failure commands start it, before it is in service.
+// next returns the step after d's; "" after the last. If the deployment puts back what was at dest before the first
+// release, there is no manifest with commands and checks for it: the failure commands of the release that is left start
+// it, before the unit is in service.
 func (d *deployment) next() step {
 	switch {
 	case d.Step == stepBack && d.Restored:

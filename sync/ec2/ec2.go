@@ -205,7 +205,7 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 		case noAction(err):
 			if time.Since(began) > h.actionWait {
 				h.Log.Info(
-					"AutoScaling waits for no word of this instance",
+					"AutoScaling does not wait for this instance: no lifecycle action to complete",
 					"hook",
 					h.Name,
 					"group",

@@ -259,7 +259,7 @@ func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 	case err != nil:
 		a.bad(e.Key, fmt.Errorf("%w: write one of them, or delete the key", err))
 	case u == nil || u.Record == nil:
-		a.bad(e.Key, fmt.Errorf("an order to %s what has no good record: delete the key", order.Verb))
+		a.bad(e.Key, fmt.Errorf("an order to %s a unit without a valid record: delete the key", order.Verb))
 	default:
 		u.Order = string(order.Verb)
 	}

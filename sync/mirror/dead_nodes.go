@@ -86,7 +86,7 @@ func forgettable(
 			if next.IsZero() || due.Before(next) {
 				next = due
 			}
-		case len(ops) == forgetMost:
+		case len(ops) == maxForgotten:
 			next = now
 		default:
 			ops = append(ops, kv.DeleteIf(e.Key, e.Version))
@@ -100,8 +100,8 @@ func forgettable(
 	return ops, next
 }
 
-// forgetMost is how many entries one transaction can remove.
-var forgetMost = kv.MaxOps / kv.DeleteIf("", 0).Cost()
+// maxForgotten is how many entries one transaction can remove.
+var maxForgotten = kv.MaxOps / kv.DeleteIf("", 0).Cost()
 
 // underWay returns the roles that have a rollout under way.
 func underWay(cells map[deployments.UnitID]cell) map[deployments.RoleID]bool {

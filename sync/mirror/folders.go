@@ -65,7 +65,7 @@ func missingFolders(
 			}
 		}
 	}
-	lacks(topFolders, func(kind string) bool { return seen[kind].none })
+	lacks(topFolders, func(kind string) bool { return seen[kind].kindMissing })
 	for _, r := range roles {
 		var keys []string
 		for _, kind := range roleFolders {
@@ -75,7 +75,7 @@ func missingFolders(
 			kind, _, _ := strings.Cut(key, "/")
 			folders := seen[kind+"/"]
 			_, shown := slices.BinarySearch(folders.keys, key)
-			return made[key].IsZero() || folders.none || folders.keys != nil && !shown
+			return made[key].IsZero() || folders.kindMissing || folders.keys != nil && !shown
 		})
 	}
 	return missing, late

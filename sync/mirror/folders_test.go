@@ -37,7 +37,7 @@ func TestMissingFolders(t *testing.T) {
 		{"a store that can't lose them", map[string]observedFolders{kv.PinsPrefix: {}}, all(now.Add(-time.Hour)), 0},
 		{"a role's is lost", map[string]observedFolders{kv.PinsPrefix: {keys: []string{}}}, all(now.Add(-time.Hour)), 5},
 		{"it has yet to show", map[string]observedFolders{kv.PinsPrefix: {keys: []string{}}}, all(now), 0},
-		{"a kind is lost", map[string]observedFolders{kv.DesiredPrefix: {none: true}}, all(now.Add(-time.Hour)), 11},
+		{"a kind is lost", map[string]observedFolders{kv.DesiredPrefix: {kindMissing: true}}, all(now.Add(-time.Hour)), 11},
 	} {
 		if got, _ := missingFolders(web, c.seen, c.made, now); len(got) != c.want {
 			t.Errorf("%s: %v, want %d keys", c.name, got, c.want)

@@ -30,8 +30,9 @@ const (
 	auditRetry = 10 * time.Second
 )
 
-// archive reads the history of the units of each role that needs it, and records in it which pins begin and end.
-type archive struct {
+// historyKeeper reads the history of units that the mirror needs, one role at a time, and records in it which pins
+// begin and end.
+type historyKeeper struct {
 	store  kv.Store
 	commit func(context.Context, ...kv.Op) error // under the lease
 	log    *slog.Logger
@@ -46,15 +47,15 @@ type archive struct {
 	read map[deployments.RoleID]bool
 }
 
-func newArchive(store kv.Store, commit func(context.Context, ...kv.Op) error, log *slog.Logger) *archive {
-	return &archive{store: store, commit: commit, log: log, bound: rate.Sometimes{First: 1, Interval: time.Minute},
+func newHistoryKeeper(store kv.Store, commit func(context.Context, ...kv.Op) error, log *slog.Logger) *historyKeeper {
+	return &historyKeeper{store: store, commit: commit, log: log, bound: rate.Sometimes{First: 1, Interval: time.Minute},
 		newest: map[deployments.UnitID]deployments.History{},
 		stable: map[deployments.UnitID][]deployments.Digest{}, pins: map[deployments.UnitID][]deployments.PastPin{},
 		read: map[deployments.RoleID]bool{}}
 }
 
 // forget drops what is known of a unit, so that its role's history is read again when it is needed.
-func (a *archive) forget(id deployments.UnitID) {
+func (a *historyKeeper) forget(id deployments.UnitID) {
 	delete(a.newest, id)
 	delete(a.stable, id)
 	delete(a.pins, id)
@@ -62,7 +63,7 @@ func (a *archive) forget(id deployments.UnitID) {
 }
 
 // add takes the entry of a unit's next generation, or a new version of the newest entry.
-func (a *archive) add(id deployments.UnitID, e deployments.History) {
+func (a *historyKeeper) add(id deployments.UnitID, e deployments.History) {
 	if newest := a.newest[id].Generation; e.Generation >= newest && e.Generation < policy.AbsurdGeneration {
 		pins := e.Pins
 		if e.Generation > newest {
@@ -86,7 +87,7 @@ func (a *archive) add(id deployments.UnitID, e deployments.History) {
 }
 
 // wrote takes the entry that a change has put, if the history of its role was read.
-func (a *archive) wrote(w change) {
+func (a *historyKeeper) wrote(w change) {
 	if w.history != nil && a.read[w.unit.RoleID()] {
 		a.add(w.unit, *w.history)
 	}
@@ -102,7 +103,7 @@ func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) 
 }
 
 // readNeeded reads the history of the roles that need it, each once.
-func (a *archive) readNeeded(ctx context.Context, commit *git.Commit, seen observed,
+func (a *historyKeeper) readNeeded(ctx context.Context, commit *git.Commit, seen observed,
 	records map[deployments.UnitID]writtenRecord, now time.Time) error {
 	for _, u := range commit.Tree.Units {
 		role := u.ID.RoleID()
@@ -121,7 +122,7 @@ func (a *archive) readNeeded(ctx context.Context, commit *git.Commit, seen obser
 }
 
 // readRole reads the history of all units of a role.
-func (a *archive) readRole(ctx context.Context, role deployments.RoleID) error {
+func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) error {
 	entries, err := a.store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
 	if err != nil {
 		return fmt.Errorf("history of %s: %w", role, err)
@@ -143,7 +144,7 @@ func (a *archive) readRole(ctx context.Context, role deployments.RoleID) error {
 // audit records in the newest entries of the history which pins began and ended. again is after how long to call it
 // again though nothing changed; 0: never. Errors of the history don't hold up rollouts: only a lost lease is
 // returned.
-func (a *archive) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+func (a *historyKeeper) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if !seen.pins.synced || seen.pins.err != nil {
 		return 0, nil
 	}
@@ -164,7 +165,7 @@ func (a *archive) audit(ctx context.Context, seen observed, now time.Time) (agai
 	return auditRetry, nil
 }
 
-func (a *archive) auditPins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	cells := seen.desired.cells
 	unread := 0
 	for id := range cells {

@@ -37,7 +37,7 @@ type leader struct {
 	// Only loop uses the fields below.
 	acceptor  *acceptor
 	written   *writer
-	history   *archive
+	history   *historyKeeper
 	folders   *folderKeeper
 	dead      *deadNodes
 	ranks     map[deployments.UnitID]*policy.Ranks
@@ -61,7 +61,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		lostSince:     map[deployments.UnitID]time.Time{},
 		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
 	}
-	l.history = newArchive(m.c.Store, l.commit, m.c.Log)
+	l.history = newHistoryKeeper(m.c.Store, l.commit, m.c.Log)
 	l.written = &writer{
 		written: written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
 		name:    m.c.Name, commit: l.commit, history: l.history, metrics: m.metrics, trace: m.c.Trace,

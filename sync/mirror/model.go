@@ -61,8 +61,7 @@ type observedFleet struct {
 	since   time.Time // when err last became nil or non-nil
 	entries []kv.Entry
 	roles   map[deployments.RoleID][]reported
-	// left has the times at which entries of a role vanished that have not come back; began is when the first view
-	// came.
+	// left has, by role, when each entry vanished that has not come back; began is when the first view came.
 	left  map[deployments.RoleID][]time.Time
 	began time.Time
 }
@@ -70,12 +69,12 @@ type observedFleet struct {
 // leftFor is how long the mirror remembers that a node's entry vanished: longer than any decision needs.
 const leftFor = 10 * time.Minute
 
-// maxLeft bounds the entries that the mirror remembers so, of all roles: a thief's token can write and remove any
-// number. Those that vanished first are forgotten.
+// maxLeft bounds the vanished entries that the mirror remembers, of all roles: a stolen token can write and remove any
+// number. The earliest are forgotten first.
 const maxLeft = 10_000
 
-// leftSince returns when the entries of a role's nodes vanished that are not back, and since when this has been
-// watched. Zero: unknown.
+// leftSince returns when the entries of a role vanished that have not come back, and since when the mirror has watched
+// for that. Zero: unknown.
 func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
 	return f.left[role], f.began
 }
@@ -96,8 +95,8 @@ type observedState struct {
 
 // observedFolders has the folder keys that the watch of one kind shows.
 type observedFolders struct {
-	none bool     // even the kind's own key is missing
-	keys []string // sorted; nil: the store needs no folder keys
+	kindMissing bool     // even the kind's own key is missing
+	keys        []string // sorted; nil: the store needs no folder keys
 }
 
 // cell is the entry at a unit's key in desired/; zero: there is none.

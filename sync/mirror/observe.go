@@ -50,8 +50,8 @@ type outage struct {
 	entered time.Time
 }
 
-// next returns the outages by a node's next report. In between a unit may have tried another release and failed
-// again, as a watch shows only the newest report: that is another outage.
+// next returns the outages after a node's next report. A watch shows only the newest report, so a unit may meanwhile
+// have tried another release and failed again: that begins a new outage.
 func (o outages) next(units map[string]deployments.UnitReport, now time.Time) outages {
 	var all outages
 	for name, u := range units {

@@ -62,14 +62,14 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns since when the fleet has been up to date. As for all that the mirror saw, a clock that was wrong then
-// and was corrected doesn't matter.
+// seen returns since when the view of the fleet has been up to date. The time is correct by the present clock, even if
+// the clock was wrong when the view came.
 func (in inputs) seen() time.Time {
 	return in.passed(in.fleetSince)
 }
 
-// passed returns when something happened that was seen at the given time: now minus the time that has passed since.
-// Zero stays zero.
+// passed converts the time of an earlier observation to the present clock, which may have been corrected since: it
+// returns now minus the time that has passed. Zero stays zero.
 func (in inputs) passed(at time.Time) time.Time {
 	if at.IsZero() {
 		return at
@@ -77,8 +77,8 @@ func (in inputs) passed(at time.Time) time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 }
 
-// listed returns when entries of a unit's nodes vanished, and since when this has been watched, on the clock of
-// seen.
+// listed returns when the entries of a unit's nodes vanished, and since when the mirror has watched for that, both by
+// the present clock (see passed).
 func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}

@@ -23,7 +23,7 @@ type writer struct {
 	written
 	name    string                                // Config.Name
 	commit  func(context.Context, ...kv.Op) error // under the lease
-	history *archive
+	history *historyKeeper
 	metrics *metrics
 	trace   *trace.Sender
 	log     *slog.Logger
@@ -43,8 +43,8 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	}
 }
 
-// adopt treats records that another mirror wrote as this mirror's own: a change by hand is undone, and they go into
-// the snapshot.
+// adopt makes this mirror responsible for records that another mirror wrote: from now on it undoes changes to them that
+// are made by hand, and includes them in the snapshot.
 func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
 	for _, id := range units {
 		c := cells[id]

@@ -75,9 +75,9 @@ func (d *Data) show() {
 	d.Facts = facts
 }
 
-// told is the last state of a unit that a receiver was notified of: the generation, and the rollout's state and
+// notified is the last state of a unit that a receiver was notified of: the generation, and the rollout's state and
 // its time.
-type told struct {
+type notified struct {
 	Generation int64  `json:"generation"`
 	Standing   string `json:"standing,omitempty"`
 	Unhealthy  bool   `json:"unhealthy,omitempty"`
@@ -115,9 +115,9 @@ func standing(r deployments.Record) string {
 
 // after returns the events that lead a receiver from the state was to u, in order, and the state that it then
 // knows.
-func after(was told, u unitNow) (events []Event, now told) {
+func after(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
-	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
+	now = notified{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
 		HealthChanges: was.HealthChanges}
 	event := func(kind Kind, mark string, at time.Time, text string) {
 		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}

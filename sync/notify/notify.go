@@ -193,7 +193,7 @@ func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
 
 // cursor is the state that one receiver was notified of.
 type cursor struct {
-	Units map[string]told `json:"units"`
+	Units map[string]notified `json:"units"`
 	// Refused is the last refused commit that it was notified of.
 	Refused string `json:"refused,omitempty"`
 
@@ -296,9 +296,9 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 // takeForTold begins a cursor at the current state: a new receiver isn't notified of the past.
 func (n *Notifier) takeForTold(c *cursor) {
 	units, refused := n.now()
-	c.Units, c.Refused = map[string]told{}, refused.Refused
+	c.Units, c.Refused = map[string]notified{}, refused.Refused
 	for _, u := range units {
-		_, now := after(told{Generation: u.record.Generation}, u)
+		_, now := after(notified{Generation: u.record.Generation}, u)
 		if s, ok := statusOf(u); ok {
 			now.Status = hashOf(s)
 		}
@@ -468,7 +468,7 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 		}
 		c.statusAt[name] = time.Now()
 		status.link = ""
-		c.Units[name] = told{Generation: u.record.Generation, Status: hashOf(status)}
+		c.Units[name] = notified{Generation: u.record.Generation, Status: hashOf(status)}
 		n.save(ctx, s.Name, c)
 	}
 	if state.Refused != "" && state.Refused != c.Refused {

@@ -361,8 +361,8 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := New(Config{}, w.store, nil, slog.New(slog.DiscardHandler))
 		r := &Receiver{Name: "ops", Events: []Kind{KindRefused}}
-		c := &cursor{Units: map[string]told{}, healthAt: map[string]time.Time{}}
-		at := func(sick ...string) told {
+		c := &cursor{Units: map[string]notified{}, healthAt: map[string]time.Time{}}
+		at := func(sick ...string) notified {
 			n.units[app] = unitNow{id: app, record: record(1, nil), unhealthy: sick, known: true}
 			c.again = time.Time{}
 			if err := n.sendNew(t.Context(), r, c); err != nil {
@@ -408,7 +408,7 @@ func TestHostileTexts(t *testing.T) {
 	r.Target, r.Stable = signed, signed
 	h := entry(r)
 	h.Author, h.Subject, h.Note = evil, evil, evil
-	events, _ := after(told{}, unitNow{id: app, record: r, history: []deployments.History{*h}})
+	events, _ := after(notified{}, unitNow{id: app, record: r, history: []deployments.History{*h}})
 	if len(events) != 2 {
 		t.Fatalf("%d events", len(events))
 	}

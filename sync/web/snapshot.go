@@ -295,7 +295,8 @@ type problem struct {
 	Next string
 }
 
-// rolloutReason returns why a unit's rollout stands where it does, without the phase, which stands before it.
+// rolloutReason returns why a unit's rollout is in its phase. It leaves out the phase's name, which pages show before
+// it.
 func (u *unit) rolloutReason() string {
 	why := fleet.Clean(u.RolloutReason(), maxText)
 	if u.progress == nil {

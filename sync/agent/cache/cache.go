@@ -112,8 +112,8 @@ func (c *Cache) NeedsSnapshot() bool {
 	})
 }
 
-// Review takes the held records that have stood for long enough. It returns when the next one may be taken; zero:
-// never.
+// Review accepts the records that were held back and have been in the store for long enough. It returns when the next
+// one may be accepted; zero: never.
 func (c *Cache) Review(now time.Time) (next time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {

@@ -23,7 +23,7 @@ import (
 const (
 	manifestsAtOnce = 8
 	manifestTime    = time.Minute // to read one manifest
-	unreadMost      = 10          // failures after which the remaining manifests aren't read
+	maxUnread       = 10          // failures after which the remaining manifests aren't read
 )
 
 // Releases configures how the releases that a commit names are checked.
@@ -103,7 +103,7 @@ func (r Releases) Inspect(
 	enough := func() bool {
 		mu.Lock()
 		defer mu.Unlock()
-		return len(unread) >= unreadMost
+		return len(unread) >= maxUnread
 	}
 	var g errgroup.Group
 	g.SetLimit(manifestsAtOnce)
