@@ -16,12 +16,19 @@ const MaxValue = 4 << 10
 // hiddenText replaces a secret.
 const hiddenText = "…"
 
-// Clean returns s as one value of a log line, after URLs, Printable and Clip.
+// Clean returns s as one value of a log line, after URLs and Printable, of some MaxValue bytes. It says how many bytes
+// were left out.
 func Clean(s string) string {
+	more := 0
 	if len(s) > 2*MaxValue {
-		s = s[:2*MaxValue] + fmt.Sprintf("… [%d more bytes]", len(s)-2*MaxValue) // bounds the work below
+		s, more = s[:2*MaxValue], len(s)-2*MaxValue // bounds the work below
 	}
-	return Clip(Printable(URLs(s)), MaxValue)
+	s = Printable(URLs(s))
+	kept := Prefix(s, MaxValue)
+	if more += len(s) - len(kept); more == 0 {
+		return s
+	}
+	return kept + fmt.Sprintf("… [%d more bytes]", more)
 }
 
 // Clip returns the first most bytes of s, and says how many bytes were left out.

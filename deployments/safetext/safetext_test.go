@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -119,6 +121,31 @@ func TestHandler(t *testing.T) {
 				t.Errorf("%q is not in the line", want)
 			}
 		}
+	}
+}
+
+// A value is cut, says how much was, and costs no more to be cut if it is large.
+func TestCleanIsBounded(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{MaxValue, MaxValue + 1, 2 * MaxValue, 2*MaxValue + 1, 1 << 20} {
+		want := strings.Repeat("x", MaxValue)
+		if n > MaxValue {
+			want += fmt.Sprintf("… [%d more bytes]", n-MaxValue)
+		}
+		if got := Clean(strings.Repeat("x", n)); got != want {
+			t.Errorf("%d bytes become %d: …%s", n, len(got), got[len(got)-30:])
+		}
+	}
+	if got := Clean(strings.Repeat("x", MaxValue-1) + "äö"); got != strings.Repeat("x", MaxValue-1)+"… [4 more bytes]" {
+		t.Errorf("a character is cut: …%q", got[len(got)-30:])
+	}
+	large := strings.Repeat("\u202e https://u:s3cret@h/ ", 2<<20)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	Clean(large)
+	runtime.ReadMemStats(&after)
+	if took := after.TotalAlloc - before.TotalAlloc; took > uint64(len(large)) {
+		t.Errorf("%d MiB take %d MiB", len(large)>>20, took>>20)
 	}
 }
 

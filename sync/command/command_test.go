@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 func run(t *testing.T, c deployments.Command, env Env, stdin []byte) (Result, error) {
@@ -116,11 +117,23 @@ func TestSecretsStayWithTheAgent(t *testing.T) {
 		"AWS_REGION=eu", "CONSUL_HTTP_ADDR=127.0.0.1:8500", "LANG=C", "NO_PROXY=10.0.0.0/8",
 		"https_proxy=http://proxy:3128", "ftp_proxy=proxy:3128", "RAILS_ENV=production",
 	}
-	ours := []string{
-		"AWS_SECRET_ACCESS_KEY=s", "AWS_PROFILE=admin", "AWS_CONFIG_FILE=/s", "CONSUL_CACERT=/s", "GOOGLE_OAUTH_ACCESS_TOKEN=s",
-		"GOOGLE_APPLICATION_CREDENTIALS=/s", "VAULT_ADDR=https://v", "HTTPS_PROXY=http://user:s@proxy:3128", "http_proxy=http://user:s@proxy",
-		"ALL_PROXY=user:s@proxy:3128",
-		"DATABASE_PASSWORD=s", "GITHUB_TOKEN=s", "SIGNING_KEY=s", "SSH_AUTH_SOCK=/s", "AZURE_CLIENT_ID=s", "MIRROR_URL=https://h/x?token=s",
+	ours := []string{ // each beginning occurs in a name that has no other reason to be kept back
+		"AWS_SECRET_ACCESS_KEY=s", "AWS_PROFILE=admin", "AWS_CONFIG_FILE=/s", "CONSUL_CACERT=/s",
+		"GOOGLE_OAUTH_ACCESS_TOKEN=s", "GOOGLE_APPLICATION_CREDENTIALS=/s", "GOOGLE_CLOUD_QUOTA_PROJECT=p",
+		"GCLOUD_PROJECT=p", "CLOUDSDK_CONFIG=/s", "GCE_METADATA_HOST=h", "AZURE_CLIENT_ID=s", "ARM_CLIENT_ID=s",
+		"VAULT_ADDR=https://v", "NOMAD_ADDR=https://n", "DOCKER_HOST=unix:///s", "KUBECONFIG=/s", "GIT_ASKPASS=/s",
+		"SSH_AUTH_SOCK=/s", "SSH_AGENT_PID=7", "GPG_AGENT_INFO=/s", "NETRC=/s", "NPM_CONFIG_USERCONFIG=/s",
+		"DBUS_SESSION_BUS_ADDRESS=unix:path=/s", "XDG_RUNTIME_DIR=/run/user/0",
+		"HTTPS_PROXY=http://user:s@proxy:3128", "http_proxy=http://user:s@proxy", "ALL_PROXY=user:s@proxy:3128",
+		"DATABASE_PASSWORD=s", "GITHUB_TOKEN=s", "SIGNING_KEY=s", "MIRROR_URL=https://h/x?token=s",
+	}
+	for _, prefix := range ownUsers {
+		if !slices.ContainsFunc(ours, func(kv string) bool {
+			name, value, _ := strings.Cut(kv, "=")
+			return strings.HasPrefix(name, prefix) && !deployments.SecretName(name) && safetext.URLs(value) == value
+		}) {
+			t.Errorf("no variable is kept back for its beginning %s alone", prefix)
+		}
 	}
 	other := environ(slices.Concat(agent, theirs, ours), []string{"HOME=/home/deploy"}, Env{Vars: map[string]string{"OWN_TOKEN": "x"}})
 	for _, kv := range append(theirs, "OWN_TOKEN=x", "HOME=/home/deploy") {

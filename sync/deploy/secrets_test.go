@@ -270,6 +270,17 @@ func TestSignedURLsShowNowhere(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	// Nor does what a command prints, in its error.
+	text := fmt.Sprintf("dest: %s\ncommands: {pre: [\"echo get 'https://u:s3cret@h/x%s' >&2; exit 7\"]}\n", w.dest(), query)
+	file := w.path("objects", "shows.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	shows := deployments.Pointer{URL: server.URL + "/shows.yaml" + query, Digest: digestOfFile(t, file)}
+	if err := u.Deploy(t.Context(), Request{Release: shows}); err == nil || strings.Contains(err.Error(), "s3cret") ||
+		!strings.Contains(err.Error(), "X-Amz-Signature=…") {
+		t.Errorf("a command that shows a URL: %v", err)
+	}
 	broken.Store(true)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()

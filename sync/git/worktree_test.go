@@ -58,6 +58,34 @@ func TestHostileWorkTrees(t *testing.T) {
 	}
 }
 
+// What became a pipe or a device after it was looked at is neither waited for nor read.
+func TestWorkTreeFilesThatChange(t *testing.T) {
+	t.Parallel()
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := unix.Mkfifo(filepath.Join(root.Name(), "pipe"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/dev/zero", filepath.Join(root.Name(), "device")); err != nil {
+		t.Fatal(err)
+	}
+	for name, says := range map[string]string{"pipe": "not a regular file", "device": "escapes", ".": "not a regular file"} {
+		done := make(chan error, 1)
+		go func() { _, err := (&workTree{root: root, below: "."}).ReadFile(name); done <- err }()
+		select {
+		case err := <-done:
+			if err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%s: it is still read", name)
+		}
+	}
+}
+
 // Links of a directory in a repository may lead to the rest of it, as the mirror follows them, even if only a part
 // of the work tree is checked.
 func TestWorkTreeLinksWithinTheRepository(t *testing.T) {
