@@ -271,7 +271,8 @@ func TestSignedURLsShowNowhere(t *testing.T) {
 		}
 	}
 	// Nor does what a command prints, in its error.
-	text := fmt.Sprintf("dest: %s\ncommands: {pre: [\"echo get 'https://u:s3cret@h/x%s' >&2; exit 7\"]}\n", w.dest(), query)
+	text := fmt.Sprintf("dest: %s\ncommands: {pre: [\"echo get 'https://u:s3cret@h/x%s' >&2; exit 7\"]}\n",
+		w.dest(), query)
 	file := w.path("objects", "shows.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)

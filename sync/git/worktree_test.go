@@ -72,7 +72,8 @@ func TestWorkTreeFilesThatChange(t *testing.T) {
 	if err := os.Symlink("/dev/zero", filepath.Join(root.Name(), "device")); err != nil {
 		t.Fatal(err)
 	}
-	for name, says := range map[string]string{"pipe": "not a regular file", "device": "escapes", ".": "not a regular file"} {
+	const odd = "not a regular file"
+	for name, says := range map[string]string{"pipe": odd, "device": "escapes", ".": odd} {
 		done := make(chan error, 1)
 		go func() { _, err := (&workTree{root: root, below: "."}).ReadFile(name); done <- err }()
 		select {
