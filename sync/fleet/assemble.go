@@ -1,7 +1,6 @@
 package fleet
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -24,21 +23,12 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 // assembler computes one Fleet after the other. It parses only those reports and pins that changed.
 type assembler struct {
 	reports   reports.Reader
-	pins      map[string]parsedPin
+	pins      kv.Parsed[deployments.Pin]
 	maxListed int // nodes that the units of a role list together; 0: reports.MaxRole
-}
-
-// parsedPin is a pin with the stored value that it was parsed from.
-type parsedPin struct {
-	value []byte
-	pin   deployments.Pin
-	err   error
 }
 
 func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
-		knownPins: m.pins,
-		parsed:    make(map[string]parsedPin, len(m.pins)),
 		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
 		units:     map[deployments.UnitID]*Unit{},
 		roles:     map[deployments.RoleID][]reporter{},
@@ -79,8 +69,8 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		}
 	}
 	a.overflow()
+	m.pins, a.parsePin = m.pins.Next(len(a.pins), deployments.ParsePin)
 	a.takePins()
-	m.pins = a.parsed
 	for id, e := range a.orders {
 		a.give(id, e)
 	}
@@ -107,9 +97,8 @@ type assembly struct {
 	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
 	// hidden counts the live nodes of each role that aren't listed.
-	hidden map[deployments.RoleID]int
-	// knownPins are the parsed pins of the Fleet before, and parsed those of this one, by key.
-	knownPins, parsed map[string]parsedPin
+	hidden   map[deployments.RoleID]int
+	parsePin func(kv.Entry) (deployments.Pin, error)
 }
 
 // keyed is an entry with its parsed key.
@@ -225,13 +214,7 @@ func (a *assembly) desired(e kv.Entry, key kv.Key) {
 
 func (a *assembly) pin(e kv.Entry, key kv.Key) {
 	u, node := a.unit(key.UnitID()), key.Node
-	p, known := a.knownPins[e.Key]
-	if !known || !bytes.Equal(p.value, e.Value) {
-		p.value = e.Value
-		p.pin, p.err = deployments.ParsePin(e.Value)
-	}
-	a.parsed[e.Key] = p
-	pin, err := p.pin, p.err
+	pin, err := a.parsePin(e)
 	switch {
 	case err != nil && node != "":
 		a.bad(e.Key, err)

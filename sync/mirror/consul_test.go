@@ -305,7 +305,8 @@ func TestFloodOfPins(t *testing.T) {
 	}
 	view := func() int {
 		count := 0
-		parse := o.pinned.next(kv.View{Entries: entries}, func(value []byte) (deployments.Pin, error) {
+		var parse func(kv.Entry) (deployments.Pin, error)
+		o.pinned, parse = o.pinned.Next(len(entries), func(value []byte) (deployments.Pin, error) {
 			count++
 			return deployments.ParsePin(value)
 		})

@@ -3,7 +3,6 @@ package mirror
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -138,16 +137,11 @@ func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
 	if err := e.Encode(h); err != nil {
 		panic(err) // plain data
 	}
-	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), bytes.TrimSpace(value.Bytes()))}
+	ops := []kv.Op{kv.Put(kv.HistoryKey(id, h.Generation), bytes.TrimSpace(value.Bytes()))}
 	if old := h.Generation - deployments.HistoryKept; old > 0 {
-		ops = append(ops, kv.Delete(historyKey(id, old)))
+		ops = append(ops, kv.Delete(kv.HistoryKey(id, old)))
 	}
 	return ops
-}
-
-// historyKey returns an entry's key. Keys sort by generation.
-func historyKey(id deployments.UnitID, generation int64) string {
-	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
 }
 
 func latest(a, b time.Time) time.Time {

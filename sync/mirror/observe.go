@@ -1,7 +1,6 @@
 package mirror
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,9 +28,9 @@ type observer struct {
 	now observed
 
 	// Each watch calls its method one call at a time: only that method uses these fields.
-	cells    map[string]cell // by key in desired/
-	pinned   parsed[deployments.Pin]
-	ordered  parsed[deployments.Order]
+	recorded kv.Parsed[deployments.Record]
+	pinned   kv.Parsed[deployments.Pin]
+	ordered  kv.Parsed[deployments.Order]
 	reports  reports.Reader
 	listed   map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
 	outages  map[string]outages   // by key in status/
@@ -78,38 +77,11 @@ func (o outage) goesOn(u deployments.UnitReport) bool {
 	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
-// parsed holds a watch's values by key, with what they were parsed to.
-type parsed[T any] map[string]parsedValue[T]
-
-type parsedValue[T any] struct {
-	value  []byte
-	result T
-	err    error
-}
-
-// next returns a parser for the entries of the watch's next view. It parses only values that changed: an operator's
-// token can write keys by the ten thousand, and each change of one brings them all. Keys that the parser isn't
-// called for are dropped.
-func (p *parsed[T]) next(v kv.View, parse func([]byte) (T, error)) func(kv.Entry) (T, error) {
-	was := *p
-	*p = make(parsed[T], len(v.Entries))
-	return func(e kv.Entry) (T, error) {
-		now, known := was[e.Key]
-		if !known || !bytes.Equal(now.value, e.Value) {
-			now.value = e.Value
-			now.result, now.err = parse(e.Value)
-		}
-		(*p)[e.Key] = now
-		return now.result, now.err
-	}
-}
-
 func newObserver(log *slog.Logger, hooked func()) *observer {
 	return &observer{
 		changed:  wait.NewSignal(),
 		hooked:   hooked,
 		log:      log,
-		cells:    map[string]cell{},
 		listed:   map[string]time.Time{},
 		left:     map[string]time.Time{},
 		complain: rate.Sometimes{First: 1, Interval: time.Minute},
@@ -132,31 +104,28 @@ func (o *observer) update(f func(*observed)) {
 
 // records takes a view of desired/.
 func (o *observer) records(v kv.View) {
-	cells := make(map[string]cell, len(v.Entries))
-	byUnit := make(map[deployments.UnitID]cell, len(v.Entries))
+	var parse func(kv.Entry) (deployments.Record, error)
+	o.recorded, parse = o.recorded.Next(len(v.Entries), deployments.ParseRecord)
+	cells := make(map[deployments.UnitID]cell, len(v.Entries))
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
 			continue // not the key of a record
 		}
-		c, known := o.cells[e.Key]
-		if !known || !bytes.Equal(c.value, e.Value) {
-			c = cell{present: true, value: e.Value}
-			c.record, c.err = deployments.ParseRecord(e.Value)
-		}
-		c.version = e.Version
-		cells[e.Key], byUnit[key.UnitID()] = c, c
+		record, err := parse(e)
+		cells[key.UnitID()] = cell{present: true, version: e.Version, value: e.Value, record: record, err: err}
 	}
-	o.cells = cells
 	o.update(func(now *observed) {
-		now.desired = observedRecords{v.Synced, byUnit}
+		now.desired = observedRecords{v.Synced, cells}
 		now.sawFolders(kv.DesiredPrefix, v)
 	})
 }
 
 // orders takes a view of control/.
 func (o *observer) orders(v kv.View) {
-	good, bad := parseOrders(v, o.ordered.next(v, deployments.ParseOrder))
+	var parse func(kv.Entry) (deployments.Order, error)
+	o.ordered, parse = o.ordered.Next(len(v.Entries), deployments.ParseOrder)
+	good, bad := parseOrders(v, parse)
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
@@ -276,7 +245,8 @@ func (o *observer) state(v kv.View) {
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	shown := map[deployments.UnitID][]deployments.PastPin{}
-	parse := o.pinned.next(v, deployments.ParsePin)
+	var parse func(kv.Entry) (deployments.Pin, error)
+	o.pinned, parse = o.pinned.Next(len(v.Entries), deployments.ParsePin)
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {

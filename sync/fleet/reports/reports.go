@@ -3,7 +3,6 @@
 package reports
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -31,14 +30,15 @@ type Report struct {
 }
 
 // Reader parses one view of status/ after the other. It parses only reports that changed. The zero value is ready.
-type Reader struct{ known map[string]parsed }
+type Reader struct {
+	known kv.Parsed[sized]
+	full  bool // a role of the last view passed MaxRole
+}
 
-// parsed is a report with the stored value that it was parsed from.
-type parsed struct {
-	value  []byte
+// sized is a report with its size, as sizeOf returns it.
+type sized struct {
 	report deployments.Report
-	err    error
-	size   int // as sizeOf returns it
+	size   int
 }
 
 // Read returns the reports among a view's entries, in their order. Beyond MaxRole it reads those of live nodes before
@@ -54,33 +54,44 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 	for i := range all {
 		order[i] = &all[i]
 	}
+
+	// Which are read first matters only if there are too many. As long as there are, views are sorted at once: another
+	// order would parse reports that the view before left out.
+	was := r.known
+	if !r.full && r.read(order, was) {
+		return all
+	}
 	slices.SortStableFunc(order, func(a, b *Report) int {
 		return cmp.Or(gone(a)-gone(b), cmp.Compare(len(a.Entry.Value), len(b.Entry.Value)))
 	})
+	r.full = !r.read(order, was)
+	return all
+}
 
-	was := r.known
-	r.known = make(map[string]parsed, len(all))
+// read parses reports in the given order, of which it knows some from the view before. It returns false if a role
+// passes MaxRole: no more of that role's are read.
+func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
+	known, parse := was.Next(len(order), parse)
 	sizes, full := map[deployments.RoleID]int{}, map[deployments.RoleID]error{}
 	for _, n := range order {
+		n.Report = deployments.Report{}
 		role := n.Key.Role
 		if n.Err = full[role]; n.Err != nil {
 			continue
 		}
-		p, known := was[n.Entry.Key]
-		if !known || !bytes.Equal(p.value, n.Entry.Value) {
-			p = parse(n.Entry.Value)
-		}
+		p, err := parse(n.Entry)
 		if sizes[role]+p.size > MaxRole {
+			delete(known, n.Entry.Key)
 			full[role] = fmt.Errorf("the reports of %s/%s have more than %d units, paths and facts together: %w",
 				role.Stage, role.Role, MaxRole, ErrTooMuch)
 			n.Err = full[role]
 			continue
 		}
 		sizes[role] += p.size
-		r.known[n.Entry.Key] = p
-		n.Report, n.Err = p.report, p.err
+		n.Report, n.Err = p.report, err
 	}
-	return all
+	r.known = known
+	return len(full) == 0
 }
 
 func gone(r *Report) int {
@@ -90,9 +101,9 @@ func gone(r *Report) int {
 	return 0
 }
 
-func parse(value []byte) parsed {
+func parse(value []byte) (sized, error) {
 	report, err := deployments.ParseReport(value)
-	return parsed{value, report, err, sizeOf(report)}
+	return sized{report, sizeOf(report)}, err
 }
 
 // sizeOf counts what a report lists: each takes more memory than it has bytes.

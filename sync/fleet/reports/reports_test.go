@@ -90,8 +90,8 @@ func TestSizeOfReports(t *testing.T) {
 		`{"facts":{"a":"","b":""}}`:                                           2,
 		`{"units":{"a":{"quarantined":["` + strings.Repeat("a", 64) + `"]}}}`: 2,
 	} {
-		if p := parse([]byte(value)); p.err != nil || p.size != want {
-			t.Errorf("%s counts as %d, want %d: %v", value, p.size, want, p.err)
+		if p, err := parse([]byte(value)); err != nil || p.size != want {
+			t.Errorf("%s counts as %d, want %d: %v", value, p.size, want, err)
 		}
 	}
 }
