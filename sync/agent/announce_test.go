@@ -136,6 +136,11 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	if n := len(u.Errors); n == 0 || !strings.HasPrefix(u.Errors[n-1].Text, "the deployment failed: post: ") {
 		t.Errorf("the log's errors aren't told: %+v", u.Errors)
 	}
+	a.stop()
+	a = w.start()
+	if again := a.awaitState(app, deployments.StateUnhealthy); u.Since.IsZero() || !again.Since.Equal(u.Since) {
+		t.Errorf("it is unhealthy since %s, and since %s after a restart of the agent", u.Since, again.Since)
+	}
 	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 3,
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: time.Now(), Failed: two.Digest}})
 	u = a.awaitUnit(app, "to be told to go back", func(u deployments.UnitReport) bool { return u.Generation == 3 })

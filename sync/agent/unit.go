@@ -521,9 +521,14 @@ func (u *unit) toRetry(p deployments.Pointer) bool {
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }
 
-// stamp sets the time of the state if the state changed.
+// stamp sets the time of the state if the state changed. A way back that is unhealthy has been so since its checks
+// first failed, even before the agent restarted: otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) {
-	if state := u.standing().state; state != u.reported.state {
+	state, s := u.standing().state, u.state()
+	switch {
+	case state == deployments.StateUnhealthy && s.Unfinished && s.Health.Unhealthy:
+		u.reported = reported{state, s.Health.Since}
+	case state != u.reported.state:
 		u.reported = reported{state, now}
 	}
 }
