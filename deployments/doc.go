@@ -360,7 +360,9 @@
 //	facts         what the reason is about
 //	pinned        true: a pin decided, not the record
 //	error         the newest trouble, one line of at most 300 bytes
-//	errors        up to three of the newest error lines of the unit's log, newest first: at, text
+//	errors        up to three of the newest error lines of the unit's log, newest first: at, text. Only those since
+//	              the agent started: the node's own log has the older ones, and a line costs no write to its disk
+//	              this way, which may be what fails
 //	since         when the state was entered, by the node's clock
 //	drift         up to five paths of the live tree that differ from the release
 //	serves        true where something that kedge did not deploy lies at dest, and no release of the unit runs
