@@ -239,7 +239,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		until := v.awayUntil
 		switch here := v.live + v.pinned + v.gone - v.away; {
 		case 2*here < max(known, st.r.Nodes):
-			until = st.p.HealthySince.Add(max(in.deadline(), mostAway))
+			until = st.p.HealthySince.Add(max(in.deadline(), maxAway))
 		case known < st.r.Nodes:
 			until = later(until, st.p.HealthySince.Add(min(in.deadline(), shortList)))
 		}
@@ -262,5 +262,5 @@ func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// mostAway is how long a rollout waits before it ends without most of its nodes.
-const mostAway = time.Hour
+// maxAway is how long a rollout waits before it ends without most of its nodes.
+const maxAway = time.Hour

@@ -30,7 +30,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 	}
 	watchdog, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		log.Warn("systemd's watchdog can't be fed", "error", err)
+		log.Warn("could not send a keep-alive to systemd's watchdog", "error", err)
 	}
 	const often = 10 * time.Second
 	interval := min(cmp.Or(watchdog/3, often), often)
@@ -57,7 +57,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 			continue
 		case <-converged:
 		case <-late:
-			log.Warn("not converged in time: tells systemd ready all the same", "after", timeout)
+			log.Warn("not converged in time: reporting ready to systemd anyway", "after", timeout)
 		}
 		converged, late, starting = nil, nil, false
 		tell(log, daemon.SdNotifyReady)
@@ -66,7 +66,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 
 func tell(log *slog.Logger, lines ...string) {
 	if _, err := daemon.SdNotify(false, strings.Join(lines, "\n")); err != nil {
-		log.Warn("systemd can't be told how the agent is", "error", err)
+		log.Warn("could not send the agent's status to systemd", "error", err)
 	}
 }
 
