@@ -30,6 +30,9 @@ func TestMissingCredentialsAreNamed(t *testing.T) {
 	if err = s3Error(err); err == nil || !strings.HasPrefix(err.Error(), "no AWS credentials (AWS_ACCESS_KEY_ID ") || !strings.HasSuffix(err.Error(), ": no role") {
 		t.Errorf("%v; want it to say what is missing", err)
 	}
+	if !errors.Is(err, ErrCredentials) {
+		t.Errorf("%v is not ErrCredentials, so no caller can say what to do", err)
+	}
 	if trouble := new(transientError); !errors.As(err, &trouble) {
 		t.Errorf("%v is for good; an instance's role takes a moment at boot", err)
 	}

@@ -27,6 +27,9 @@ var (
 	// ErrUnavailable means that the storage, or the network to it, fails: the same call may succeed later, and the
 	// release is not to blame.
 	ErrUnavailable = errors.New("the storage is unavailable")
+	// ErrCredentials means that no AWS credentials were found, so that nothing was asked. It is ErrUnavailable, too:
+	// an instance's role takes a moment at boot.
+	ErrCredentials = errors.New("no AWS credentials")
 	ErrNotFound    = errors.New("no such object")
 	ErrDenied      = errors.New("access to the object is denied")
 	// ErrExists means that the object exists with other bytes: a release is immutable.

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -19,6 +20,9 @@ import (
 // maxMessage bounds, in bytes, how much of S3's own message an error quotes.
 const maxMessage = 500
 
+// expectedRegion is how a server that was asked as of a wrong region tells the right one.
+var expectedRegion = regexp.MustCompile(`expecting ["']([a-z0-9-]{1,64})["']`)
+
 // s3Error classifies an error, and removes what the SDK adds: request IDs, host names, and parts of the request.
 func s3Error(err error) error {
 	if err == nil {
@@ -28,7 +32,7 @@ func s3Error(err error) error {
 	if _, why, is := strings.Cut(err.Error(), "get credentials: "); is {
 		why = strings.TrimPrefix(why, "failed to refresh cached credentials, ")
 		return &transientError{
-			err: fmt.Errorf("no AWS credentials (%s): %s", credentialSources(os.Getenv), safetext.Clip(why, maxMessage)),
+			err: fmt.Errorf("%w (%s): %s", ErrCredentials, credentialSources(os.Getenv), safetext.Clip(why, maxMessage)),
 		}
 	}
 	code, message, region, after := 0, "", "", time.Duration(0)
@@ -45,6 +49,12 @@ func s3Error(err error) error {
 	}
 	var api smithy.APIError
 	asAPI := errors.As(err, &api)
+	if asAPI && region == "" {
+		// Servers other than AWS's, and some answers of AWS itself, name it in the message alone.
+		if m := expectedRegion.FindStringSubmatch(api.ErrorMessage()); m != nil {
+			region = m[1]
+		}
+	}
 	if region != "" &&
 		(code == http.StatusMovedPermanently || asAPI && api.ErrorCode() == "AuthorizationHeaderMalformed") {
 		return fmt.Errorf("the bucket is in region %s: set AWS_REGION, or the profile's region, to that", region)

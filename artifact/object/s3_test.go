@@ -49,6 +49,20 @@ func TestABucketInAnotherRegion(t *testing.T) {
 	}
 }
 
+// Servers other than AWS's have no header for it: they say it in their message.
+func TestARegionThatOnlyTheMessageNames(t *testing.T) {
+	t.Parallel()
+	client := s3Stub(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, "<Error><Code>AuthorizationHeaderMalformed</Code><Message>The authorization header is malformed; "+
+			"the region &#34;us-east-1&#34; is wrong; expecting &#34;eu-central-1&#34;</Message></Error>")
+	})
+	_, err := client.ReadAll(t.Context(), "s3://bucket/x", 100)
+	if err == nil || !strings.Contains(err.Error(), "in region eu-central-1: set AWS_REGION") {
+		t.Errorf("%v; want it to name the region and the variable", err)
+	}
+}
+
 // Of two who write an object at once, S3 may tell one of a conflict before the other is done: that is no more than
 // a reason to look again.
 func TestAConflictWithAnotherWriter(t *testing.T) {

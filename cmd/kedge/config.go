@@ -86,11 +86,19 @@ func (c *agentConfig) check() error {
 		errs = append(errs, fmt.Errorf("max_bandwidth: %w", err))
 	}
 	for _, address := range []struct{ name, value string }{{"listen", c.Listen}, {"listen_status", c.ListenStatus}} {
-		if _, _, err := net.SplitHostPort(address.value); err != nil && address.value != "" {
-			errs = append(errs, fmt.Errorf("%s is %q: want an address, as in 127.0.0.1:7070", address.name, address.value))
+		if err := checkAddress(address.value); err != nil {
+			errs = append(errs, fmt.Errorf("%s is %w", address.name, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// checkAddress returns an error unless a text is an address to listen at, or empty.
+func checkAddress(address string) error {
+	if _, _, err := net.SplitHostPort(address); err != nil && address != "" {
+		return fmt.Errorf("%q: want an address, as in 127.0.0.1:7070", address)
+	}
+	return nil
 }
 
 // agentDefaults returns the settings that hold if neither file, environment nor flags set them. A zero has a

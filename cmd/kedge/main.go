@@ -179,8 +179,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 				}
 			}
 			c, _, err := root.Find(args)
-			if err == nil && c == root {
-				err = root.Args(root, args)
+			if err == nil && c == root && len(args) > 0 {
+				err = noPage(root, args[0])
 			}
 			if err != nil {
 				return err

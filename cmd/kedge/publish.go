@@ -124,8 +124,11 @@ as it is: another level takes another version.`,
 			)
 			progress.clear()
 			if errors.Is(err, object.ErrUnavailable) {
-				hint := "run it again when the storage answers: it takes up what is there already"
-				err = hintError{err, hint + endpointHint(opt.To)}
+				hint := "run it again when the storage answers: it takes up what is there already" + endpointHint(opt.To)
+				if errors.Is(err, object.ErrCredentials) {
+					hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
+				}
+				err = hintError{err, hint}
 			}
 			if err != nil {
 				return err

@@ -3,8 +3,11 @@ package main
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/spf13/cobra"
 
 	"kedge/deployments"
 )
@@ -17,6 +20,24 @@ func helpTopics() string {
 		fmt.Fprintf(&b, "  %-16s %s\n", t.Name, t.Title)
 	}
 	return b.String()
+}
+
+// noPage says that neither a command nor a page has that name.
+func noPage(root *cobra.Command, name string) error {
+	near := root.SuggestionsFor(name)
+	if topic := deployments.Nearest(name, func(yield func(string) bool) {
+		for _, t := range deployments.Topics() {
+			if !yield(t.Name) {
+				return
+			}
+		}
+	}); topic != "" && !slices.Contains(near, topic) {
+		near = append(near, topic)
+	}
+	if len(near) > 0 {
+		return usagef("no command or topic %q: did you mean %s?", name, strings.Join(near, " or "))
+	}
+	return hintError{usagef("no command or topic %q", name), "kedge help lists them"}
 }
 
 var pageLink = regexp.MustCompile(`\[([^\]]+)\]\(([^)]+)\)`)

@@ -24,6 +24,9 @@ to show it to more than this machine, put a proxy that does in front of it, and 
 			if err != nil {
 				return err
 			}
+			if err := checkAddress(c.Listen); err != nil {
+				return usagef("--listen %w", err)
+			}
 			store, err := a.open(log)
 			if err != nil {
 				return err

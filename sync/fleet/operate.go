@@ -274,12 +274,15 @@ func noUnit(f *Fleet, name string) error {
 		return fmt.Errorf("no unit %s: did you mean %s?", name, near)
 	}
 	if len(known) == 0 && !f.MirrorHasRun() {
-		return fmt.Errorf("no unit %s: the store has none yet, and no mirror has taken a commit yet", name)
+		return fmt.Errorf("no unit %s: the store has none yet, and no mirror has taken a commit yet%s", name, f.refusal())
 	}
 	if len(known) == 0 {
-		return fmt.Errorf("no unit %s: the store has none yet", name)
+		return fmt.Errorf("no unit %s: the store has none yet%s", name, f.refusal())
 	}
-	return fmt.Errorf("no unit %s: there are %s", name, some(known))
+	if len(known) == 1 {
+		return fmt.Errorf("no unit %s: there is only %s%s", name, known[0], f.refusal())
+	}
+	return fmt.Errorf("no unit %s: there are %s%s", name, some(known), f.refusal())
 }
 
 // some formats the first few of many names.

@@ -170,7 +170,16 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 	if err := NoUnit(t.Context(), s, app); !strings.HasSuffix(err.Error(), "the store has none yet") {
 		t.Error(err)
 	}
-	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put("desired/prod/web/base", release("base", "1").String()),
+	store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: first, Refused: second, Error: "a typo"}))
+	if err := NoUnit(t.Context(), s, app); !strings.HasSuffix(err.Error(), "; the mirror refused 222222222222: a typo") {
+		t.Error(err)
+	}
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()))
+	if err := NoUnit(t.Context(), s, id("prod/db/main")); !strings.Contains(err.Error(), "there is only prod/web/app") {
+		t.Error(err)
+	}
+	store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: first}))
+	store(t, s, put("desired/prod/web/base", release("base", "1").String()),
 		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
 		put(kv.PinKey(app), "{release: hold, by: bob}"), put(kv.NodePinKey(app, "web-1"), release("app", "2").String()),
 		put("pins/prod/web/old", expired("hold")), put("pins/prod/web/old/web-1", expired("hold")))

@@ -198,9 +198,9 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		}
 		switch {
 		case w.commit == "" && !f.MirrorHasRun():
-			return "the store knows no such unit, and no mirror has taken a commit yet", nil
+			return "the store knows no such unit, and no mirror has taken a commit yet" + f.refusal(), nil
 		case w.commit == "":
-			return "the store knows no such unit", nil // it may still come
+			return "the store knows no such unit" + f.refusal(), nil // it may still come
 		case w.filter == Filter{}:
 			return "", nil // the commit is taken, and a repo without units has no nodes to wait for
 		}
@@ -236,6 +236,14 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		all = append(all, "the mirror says: "+message.OneLine(m.Error)) // which may be why
 	}
 	return strings.Join(all, "; "), nil
+}
+
+// refusal returns what to add to "no such unit" if the newest commit was refused: the unit may be in it.
+func (f *Fleet) refusal() string {
+	if f.Mirror == nil || f.Mirror.Refused == "" {
+		return ""
+	}
+	return fmt.Sprintf("; the mirror refused %s: %s", short(f.Mirror.Refused), message.OneLine(f.Mirror.Error))
 }
 
 // checkHead returns what is missing until the mirror has taken the commit.

@@ -346,6 +346,14 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 		"the unit": {
 			[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first})}, "", "the store knows no such unit",
 		},
+		"what was refused": {
+			[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Refused: second, Error: "app.yaml:1:1: a typo\nmore"})},
+			"", "no mirror has taken a commit yet; the mirror refused 222222222222: app.yaml:1:1: a typo",
+		},
+		"what was refused beside an older head": {
+			[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first, Refused: second, Error: "a typo"})},
+			"", "no such unit; the mirror refused 222222222222: a typo",
+		},
 		"all of it": {nil, "", "no such unit, and no mirror has taken a commit yet"},
 		"the head": {
 			[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "Git is away"})},
