@@ -186,8 +186,9 @@ func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deplo
 
 // RebuiltNote returns the history's note on a rebuilt record.
 func RebuiltNote(nodes []Node) string {
-	return fmt.Sprintf(
-		"the store had lost the record, or held an older one: rebuilt from what %d nodes report",
-		len(nodes),
-	)
+	report := fmt.Sprintf("%d nodes report", len(nodes))
+	if len(nodes) == 1 {
+		report = "1 node reports"
+	}
+	return "the store had lost the record, or held an older one: rebuilt from what " + report
 }
