@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"strings"
@@ -81,6 +82,46 @@ func TestHealthGoesOnWhileLive(t *testing.T) {
 	}
 	a.awaitState(app, deployments.StateConverged)
 	a.awaitReady()
+}
+
+// A restart of the agent makes no unhealthy release healthy until its checks have failed often enough again, and no
+// healthy one unhealthy.
+func TestHealthAcrossRestarts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	sick := w.path("sick")
+	one := w.publish("app", "1", checked(sick, ""), func(m *deployments.Manifest) { m.Health.Every = 300 * time.Millisecond })
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(withMetrics)
+	a.awaitRunning(app, one)
+	write(t, sick, "")
+	was := a.awaitState(app, deployments.StateUnhealthy)
+	for range 2 {
+		a.stop()
+		a = w.start(withMetrics)
+		await(t, "the restarted agent to say how it is", func() (bool, string) {
+			u := a.unit(app)
+			code, body := a.get("/ready")
+			if u.State == deployments.StateConverged || code == http.StatusOK {
+				t.Fatalf("it is %s and /ready says %d %s", u.State, code, body)
+			}
+			return u.State == deployments.StateUnhealthy && u.Since.Equal(was.Since) && u.Error == was.Error,
+				fmt.Sprintf("%+v, before: %+v", u, was)
+		})
+	}
+	if err := os.Remove(sick); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitRunning(app, one)
+	a.stop()
+	a = w.start(withMetrics)
+	await(t, "the restarted agent to say that it is healthy", func() (bool, string) {
+		u := a.unit(app)
+		if u.State == deployments.StateUnhealthy {
+			t.Fatalf("it is unhealthy after a restart: %+v", u)
+		}
+		return u.State == deployments.StateConverged, fmt.Sprintf("%+v", u)
+	})
 }
 
 // A check that only gates the switch takes nothing out of service later.

@@ -297,6 +297,7 @@ type healthWatch struct {
 	u *unit
 
 	of   deployments.Pointer // the release that is watched, or has no checks; zero: none yet
+	kept deploy.Health       // what keep has tried to write
 	end  context.CancelFunc  // nil: no monitor runs
 	done chan struct{}
 }
@@ -316,7 +317,7 @@ func (w *healthWatch) start(ctx context.Context) {
 	w.of = s.Running
 	w.a.mu.Lock()
 	if w.u.watched != s.Running {
-		w.u.watched, w.u.health = s.Running, deploy.Health{}
+		w.u.watched, w.u.health = s.Running, s.Health
 	}
 	if monitor == nil {
 		w.u.health = deploy.Health{}
@@ -332,6 +333,21 @@ func (w *healthWatch) start(ctx context.Context) {
 		defer close(w.done)
 		monitor.Run(ctx, health, func(h deploy.Health) { w.a.noteHealth(w.u, h) })
 	}()
+}
+
+// keep writes down what the checks found, as a restarted agent must not take an unhealthy release for a healthy one
+// until its own checks have failed often enough. What can't be written is not tried again before it changes.
+func (w *healthWatch) keep() {
+	w.a.mu.Lock()
+	h, known := w.u.health, w.u.watched == w.u.deploy.State().Running
+	w.a.mu.Unlock()
+	if !known || h.Unhealthy == w.kept.Unhealthy && h.Since.Equal(w.kept.Since) {
+		return
+	}
+	w.kept = h
+	if err := w.u.deploy.KeepHealth(h); err != nil {
+		w.u.log.Warn("could not write down the health of the running release: a restart of the agent forgets it", "error", err)
+	}
 }
 
 // stop ends the checks, before a deployment changes the running release.
@@ -357,4 +373,5 @@ func (a *Agent) noteHealth(u *unit, h deploy.Health) {
 	u.health = h
 	u.stamp(time.Now())
 	a.changed.Set()
+	u.wake.Set() // see healthWatch.keep
 }

@@ -521,13 +521,15 @@ func (u *unit) toRetry(p deployments.Pointer) bool {
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }
 
-// stamp sets the time of the state if the state changed. A way back that is unhealthy has been so since its checks
-// first failed, even before the agent restarted: otherwise each restart would begin another deadline.
+// stamp sets the time of the state if the state changed. A unit that is unhealthy has been so since its checks first
+// failed, even before the agent restarted: otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) {
 	state, s := u.standing().state, u.state()
 	switch {
 	case state == deployments.StateUnhealthy && s.Unfinished && s.Health.Unhealthy:
 		u.reported = reported{state, s.Health.Since}
+	case state == deployments.StateUnhealthy && u.unhealthy():
+		u.reported = reported{state, u.health.Since}
 	case state != u.reported.state:
 		u.reported = reported{state, now}
 	}

@@ -74,6 +74,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	defer watch.stop()
 	for ctx.Err() == nil {
 		watch.start(ctx)
+		watch.keep()
 		j, jobCtx, again := a.begin(ctx, u, time.Now())
 		if j.kind == jobNone {
 			var timer <-chan time.Time
@@ -116,6 +117,9 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 		if err == nil {
 			s := d.State()
 			u.recover = s.Unfinished || s.Drained
+			if s.Proven && !s.Unfinished {
+				u.watched, u.health = s.Running, s.Health
+			}
 		}
 		for _, other := range a.units {
 			other.wake.Set() // see Agent.opening

@@ -172,7 +172,7 @@ type State struct {
 	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
 	RollingBack bool
 	// Health is unhealthy while the release that a deployment went back to isn't healthy: Recover tries it again.
-	// For a release in normal operation see Monitor.
+	// Without a deployment under way it is what KeepHealth was told last of the running release.
 	Health Health
 	// Leavable is set if Leave can put back what was at dest before the first release, and Leaving while it does
 	// so. Restored is the release that was left or failed, while dest holds again what was there before it.
@@ -240,13 +240,9 @@ func (u *Unit) State() State {
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
 			s.Ends = d.From
 		}
-		if b := d.Unserved; b != nil {
-			s.Health = Health{Unhealthy: true, Reason: deployments.ReasonUnhealthy, Since: b.Since}
-			s.Health.Facts = deployments.Facts{"step": string(b.Step), "error": b.Error}
-			if b.Check != "" {
-				s.Health.Facts["check"] = b.Check
-			}
-		}
+		s.Health = d.Unserved.health()
+	} else {
+		s.Health = u.j.Unhealthy.health()
 	}
 	for _, f := range u.j.Quarantined {
 		s.Quarantined = append(s.Quarantined, f.Digest)

@@ -37,9 +37,11 @@ type journal struct {
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
 	// Proven is the ID of the boot in which Running passed them last.
-	Proven   string              `json:"proven,omitempty"`
-	LastGood deployments.Pointer `json:"last_good,omitzero"`
-	Staged   deployments.Pointer `json:"staged,omitzero"`
+	Proven string `json:"proven,omitempty"`
+	// Unhealthy is set as long as the checks of Running fail in normal operation.
+	Unhealthy *unserved           `json:"unhealthy,omitempty"`
+	LastGood  deployments.Pointer `json:"last_good,omitzero"`
+	Staged    deployments.Pointer `json:"staged,omitzero"`
 	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. Floors has it as
 	// well.
 	Newest time.Time `json:"newest,omitzero"`

@@ -106,6 +106,19 @@ func (u *Unit) Monitor() (*Monitor, error) {
 	return m, nil
 }
 
+// KeepHealth writes down whether the running release is healthy, as a Monitor found it, so that State tells it after a
+// restart, too. It does nothing if that is written already, or if a deployment is under way.
+func (u *Unit) KeepHealth(h Health) error {
+	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.Unhealthy != nil) {
+		return nil
+	}
+	var now *unserved
+	if h.Unhealthy {
+		now = &unserved{Step: stepHealth, Check: h.Facts["check"], Error: h.Facts["error"], Since: h.Since}
+	}
+	return u.save(func(j *journal) { j.Unhealthy = now })
+}
+
 // Run tries all checks in parallel, a round every health.every, until ctx ends. It calls changed when the release
 // becomes unhealthy, when another check fails than before, and when it is healthy again. h is the health with
 // which an earlier Run ended. The first round is at a random time, so that a fleet's checks are spread.

@@ -102,12 +102,24 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 	}
 }
 
-// unserved says why the release that a deployment went back to isn't healthy.
+// unserved says why a release isn't healthy: the one that a deployment went back to, or the running one.
 type unserved struct {
 	Step  step      `json:"step"`
 	Check string    `json:"check,omitempty"` // the check that failed
 	Error string    `json:"error"`
 	Since time.Time `json:"since"`
+}
+
+// health returns what b says as a Health; nil: healthy.
+func (b *unserved) health() Health {
+	if b == nil {
+		return Health{}
+	}
+	facts := deployments.Facts{"step": string(b.Step), "error": b.Error}
+	if b.Check != "" {
+		facts["check"] = b.Check
+	}
+	return Health{Unhealthy: true, Reason: deployments.ReasonUnhealthy, Facts: facts, Since: b.Since}
 }
 
 // stayOutOfService handles a rollback that can't be completed, because the release that the unit went back to is

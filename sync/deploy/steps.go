@@ -249,6 +249,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) {
 		j.Running, j.Version, j.Confirmed, j.Restored = r.Pointer, r.Manifest.Version, false, deployments.Digest{}
+		j.Unhealthy = nil
 		if j.Before != nil && !j.Before.restorableUnder(r) {
 			j.Before = nil
 		}
@@ -258,7 +259,7 @@ func running(r *artifact.Release) func(*journal) {
 // confirmed marks the running release as the one to go back to. Earlier failures stay in quarantine, as the same
 // commit may ask for them again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
-	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
+	j.Confirmed, j.Unhealthy, j.LastGood, j.Proven = true, nil, j.Running, u.boot
 }
 
 // served is confirmed for the end of the way back.
