@@ -328,5 +328,5 @@ func TestConsulCheck(t *testing.T) {
 	must(agent.UpdateTTL("web", "", api.HealthWarning))
 	want("is warning")
 	t.Setenv("CONSUL_HTTP_TOKEN", "")
-	want("needs service read")
+	want("needs service:read")
 }
