@@ -359,7 +359,8 @@ func hostile(t testing.TB) map[string]struct {
 	add("absolute link", "leads out", special(tar.TypeSymlink, "link", "/etc/passwd"))
 	add("link up by a detour", "leads out", dir, special(tar.TypeSymlink, "link", "dir/../../x"))
 	add("a line's end in a name", "control", file("a\nb", "x"))
-	add("through a link", "through the symbolic link", dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
+	add("through a link", "through the symbolic link",
+		dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
 	add(
 		"directory over a link",
 		"in the place",

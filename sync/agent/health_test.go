@@ -90,7 +90,9 @@ func TestHealthAcrossRestarts(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	sick := w.path("sick")
-	one := w.publish("app", "1", checked(sick, ""), func(m *deployments.Manifest) { m.Health.Every = 300 * time.Millisecond })
+	one := w.publish("app", "1", checked(sick, ""), func(m *deployments.Manifest) {
+		m.Health.Every = 300 * time.Millisecond
+	})
 	w.desire(app, deployments.Record{Target: one, Generation: 1})
 	a := w.start(withMetrics)
 	a.awaitRunning(app, one)

@@ -346,7 +346,8 @@ func (w *healthWatch) keep() {
 	}
 	w.kept = h
 	if err := w.u.deploy.KeepHealth(h); err != nil {
-		w.u.log.Warn("could not write down the health of the running release: a restart of the agent forgets it", "error", err)
+		w.u.log.Warn("could not write down that the running release is or was unhealthy, which a restart forgets now",
+			"error", err)
 	}
 }
 
