@@ -1,6 +1,24 @@
 // Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when
 // rollouts may not start (Frozen), and whose signatures count (Signers).
 //
+// # Phases
+//
+// A record without a rollout is for every node. In one with a rollout, advance (rollout.go) runs the step of its phase,
+// each time that the mirror calls Next:
+//
+//	phase             ends when                                    next
+//	frozen            the freeze window ends, or promote           canary, or rolling if no gates are to be passed
+//	canary            the canaries have converged and baked        pending-approval, or rolling
+//	pending-approval  promote                                      rolling; canary, if one becomes unhealthy
+//	rolling           every known node has converged               no rollout: the target is stable
+//	paused            resume                                       frozen, canary or rolling
+//	rolling-back      every node is back on stable                 rolled-back
+//	rolled-back       retry                                        frozen, canary or rolling
+//
+// From canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back; with
+// on_failure: pause, or under a unit pin, to paused. Abort leads to rolling-back, pause to paused. Another target, from
+// Git or a pin, begins a rollout of its own in any phase.
+//
 // # Threat model
 //
 // Who holds what, and what its theft gives:
