@@ -71,6 +71,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		return
 	}
 	watch := &healthWatch{a: a, u: u}
+	defer watch.keep() // of what was found last, after
 	defer watch.stop()
 	for ctx.Err() == nil {
 		watch.start(ctx)
