@@ -1,0 +1,6 @@
+//go:build !race
+
+package kvtest
+
+// RaceDetector is set in tests that run with it.
+const RaceDetector = false
