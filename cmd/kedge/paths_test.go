@@ -225,7 +225,7 @@ func TestConsulEmptiedInEachPhase(t *testing.T) {
 	s.stable(one)
 
 	two := s.version("2", ":")
-	s.deploy(two, "canary: 1, bake: 2s, "+budget)
+	s.deploy(two, "canary: 1, bake: 10s, "+budget) // as long as it takes to empty Consul on a busy machine
 	canary := s.begun("2")
 	s.live("app", "2", canary)
 	empty()
