@@ -41,7 +41,7 @@ func TestEndlessAnswers(t *testing.T) {
 	web := func() error { _, err := s.List(t.Context(), "pins/prod/web/"); return err }
 	get := func() error { _, err := s.Get(t.Context(), "pins/prod/web/app"); return err }
 	spaces := strings.Repeat(" ", 64<<10)
-	pair := `{"Key":"kedge/pins/prod/web/` + strings.Repeat("k", 16<<10) + `","ModifyIndex":7,"Value":null},`
+	pair := `{"Key":"kedge/pins/prod/web/` + strings.Repeat("k", 100) + `","ModifyIndex":7,"Value":null},`
 	folder := strings.Replace(pair, `",`, `/",`, 1)
 	for name, c := range map[string]struct {
 		begin, rest string
@@ -49,8 +49,8 @@ func TestEndlessAnswers(t *testing.T) {
 		want        error
 		most        int64 // bytes that are sent
 	}{
-		"a list of keys":       {"[" + pair, strings.Repeat(pair, 4), web, kv.ErrTooLarge, kv.MaxRoleList},
-		"a list of folders":    {"[" + folder, strings.Repeat(folder, 4), web, kv.ErrTooLarge, kv.MaxRoleList},
+		"a list of short keys": {"[" + pair, strings.Repeat(pair, 400), web, kv.ErrTooLarge, kv.MaxRoleList},
+		"a list of folders":    {"[" + folder, strings.Repeat(folder, 400), web, kv.ErrTooLarge, kv.MaxRoleList},
 		"a list of one key":    {`[{"Key":"`, strings.Repeat("k", 64<<10), web, kv.ErrUnavailable, 17 << 20},
 		"a list of spaces":     {"[", spaces, web, kv.ErrUnavailable, 17 << 20},
 		"spaces before a list": {"", spaces, web, kv.ErrUnavailable, 17 << 20},
