@@ -353,7 +353,7 @@ func (w *healthWatch) keep() {
 
 // stop ends the checks, before a deployment changes the running release.
 func (w *healthWatch) stop() {
-	w.of = deployments.Pointer{}
+	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may end what was written
 	if w.end != nil {
 		w.end()
 		<-w.done
