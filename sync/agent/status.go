@@ -82,7 +82,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 
 // report returns the unit's part of the node's report.
 func (u *unit) report() deployments.UnitReport {
-	s, now := u.state(), u.standing()
+	s, now := u.state(), u.stamp(time.Now()) // what the journal says may have changed since the last stamp
 	if unhealthy := u.healthError(); unhealthy != nil && now.reason == "" {
 		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, unhealthy // for example, a held unit
 	}

@@ -217,6 +217,7 @@ type standing struct {
 	reason deployments.Reason
 	facts  deployments.Facts
 	err    error
+	since  time.Time // zero: since the state was first seen
 }
 
 // String returns the standing in words.
@@ -293,7 +294,7 @@ func (u *unit) standing() standing {
 		if f, _ := u.failure(target); u.failedHere(target) {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
-		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts, err}
+		return standing{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
 	case s.Unfinished && u.failedHere(target):
 		return u.failed(deployments.StateSwitching, target)
 	case s.Unfinished:
@@ -323,11 +324,13 @@ func (u *unit) standing() standing {
 	case u.done == target:
 		return u.converged()
 	case u.blocked.why != "":
-		facts := deployments.Facts{"unit": u.blocked.unit, "error": u.blocked.why}
+		blocked := at(deployments.StateWaiting, u.lastErr)
 		if u.cycle != "" {
-			return standing{deployments.StateInvalid, deployments.ReasonDependency, facts, errors.New(u.blocked.why)}
+			blocked = at(deployments.StateInvalid, errors.New(u.blocked.why))
 		}
-		return standing{deployments.StateWaiting, deployments.ReasonDependency, facts, u.lastErr}
+		blocked.reason = deployments.ReasonDependency
+		blocked.facts = deployments.Facts{"unit": u.blocked.unit, "error": u.blocked.why}
+		return blocked
 	case u.lastErr != nil:
 		return at(deployments.StateRetrying, u.lastErr)
 	default:
@@ -339,7 +342,7 @@ func (u *unit) standing() standing {
 func (u *unit) converged() standing {
 	switch {
 	case u.unhealthy():
-		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError()}
+		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError(), u.health.Since}
 	case u.lastErr != nil: // an error with what is fetched ahead
 		return at(deployments.StateConverged, u.lastErr)
 	case u.foreign != "":
@@ -511,7 +514,7 @@ func (u *unit) failedHere(p deployments.Pointer) bool { return u.quarantined(p) 
 func (u *unit) failed(state deployments.State, target deployments.Pointer) standing {
 	f, _ := u.failure(target)
 	err := f.Err(target)
-	return standing{state, err.Reason, err.Facts, err}
+	return standing{state: state, reason: err.Reason, facts: err.Facts, err: err}
 }
 
 // toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
@@ -521,18 +524,17 @@ func (u *unit) toRetry(p deployments.Pointer) bool {
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }
 
-// stamp sets the time of the state if the state changed. A unit that is unhealthy has been so since its checks first
-// failed, even before the agent restarted: otherwise each restart would begin another deadline.
-func (u *unit) stamp(now time.Time) {
-	state, s := u.standing().state, u.state()
+// stamp sets the time of the state if the state changed, and returns the standing. A unit that is unhealthy has been so
+// since its checks first failed, even before the agent restarted: otherwise each restart would begin another deadline.
+func (u *unit) stamp(now time.Time) standing {
+	s := u.standing()
 	switch {
-	case state == deployments.StateUnhealthy && s.Unfinished && s.Health.Unhealthy:
-		u.reported = reported{state, s.Health.Since}
-	case state == deployments.StateUnhealthy && u.unhealthy():
-		u.reported = reported{state, u.health.Since}
-	case state != u.reported.state:
-		u.reported = reported{state, now}
+	case !s.since.IsZero():
+		u.reported = reported{s.state, s.since}
+	case s.state != u.reported.state:
+		u.reported = reported{s.state, now}
 	}
+	return s
 }
 
 // oneLine returns an error's text on one line of at most 300 bytes, for a report.
