@@ -126,6 +126,41 @@ func TestHealthAcrossRestarts(t *testing.T) {
 	})
 }
 
+// A deployment that goes back to an unhealthy release ends what the journal says of its checks. If they go on failing,
+// a restart knows of it.
+func TestHealthAfterADeploymentTakenBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	sick := w.path("sick")
+	one := w.publish("app", "1", checked(sick, ""), func(m *deployments.Manifest) {
+		m.Health.Every = 300 * time.Millisecond
+	})
+	two := w.publish("app", "2", func(m *deployments.Manifest) {
+		m.Commands.Pre = []deployments.Command{{Run: "rm " + sick + "; exit 1"}}
+		m.Commands.Failure = []deployments.Command{{Run: "touch " + sick}}
+	})
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(withMetrics)
+	a.awaitRunning(app, one)
+	write(t, sick, "")
+	a.awaitState(app, deployments.StateUnhealthy)
+	w.desire(app, deployments.Record{Target: two, Generation: 2})
+	a.awaitState(app, deployments.StateQuarantined)
+	steadily(t, "after the deployment", func() (bool, string) {
+		code, body := a.get("/ready")
+		return code != http.StatusOK, body
+	})
+	a.stop()
+	a = w.start(withMetrics)
+	await(t, "the restarted agent to say how it is", func() (bool, string) {
+		code, body := a.get("/ready")
+		if code == http.StatusOK {
+			t.Fatalf("/ready says %d %s", code, body)
+		}
+		return a.unit(app).State == deployments.StateQuarantined, body
+	})
+}
+
 // A check that only gates the switch takes nothing out of service later.
 func TestCheckDuringDeployEndsWithIt(t *testing.T) {
 	t.Parallel()
