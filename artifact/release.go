@@ -1,7 +1,6 @@
 package artifact
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,7 +17,6 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
-	"kedge/deployments/durable"
 )
 
 var (
@@ -116,59 +114,6 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
 	return &bounded
-}
-
-// ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
-// ErrDigest.
-func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
-	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
-	if err != nil && !errors.Is(err, ErrDigest) {
-		return nil, fmt.Errorf("fetch the manifest: %w", err)
-	}
-	if err != nil {
-		if raw, err := olderVersion(ctx, objects, p); err == nil {
-			return raw, nil
-		}
-		// The actual digest is not shown: whoever can pin could probe files that only the agent can read.
-		return nil, fmt.Errorf(
-			"the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, or a bucket that keeps versions",
-			deployments.ShownURL(p.URL),
-			ErrDigest,
-		)
-	}
-	return raw, nil
-}
-
-// hasDigest returns a check that bytes have a digest.
-func hasDigest(want deployments.Digest) func([]byte) error {
-	return func(data []byte) error {
-		if digestOf(data) != want {
-			return ErrDigest
-		}
-		return nil
-	}
-}
-
-// maxVersions bounds how many older versions of a manifest are read.
-const maxVersions = 20
-
-// olderVersion finds the manifest that p points to among older versions of its object, for keys that each release
-// overwrites.
-func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
-	urls, err := objects.Versions(ctx, p.URL, maxVersions)
-	if err != nil {
-		return nil, err
-	}
-	for _, url := range urls {
-		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
-		if err != nil {
-			return nil, err
-		}
-		if digestOf(raw) == p.Digest {
-			return raw, nil
-		}
-	}
-	return nil, ErrDigest
 }
 
 // enter opens the directories of dest for one call, and returns Releases whose paths lead there, whatever is
@@ -394,153 +339,6 @@ func (r *Releases) current() (*Release, *record, error) {
 	return r.load(filepath.Base(target))
 }
 
-// Switch makes dest lead to rel by one rename, and syncs the directory. If dest is a directory from before kedge,
-// both are exchanged in one system call (renameat2 RENAME_EXCHANGE), and the old tree is kept in DEST.releases/.
-func (r *Releases) Switch(rel *Release) error {
-	if err := r.switchTo(rel); err != nil {
-		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
-	}
-	return nil
-}
-
-func (r *Releases) switchTo(rel *Release) error {
-	r, leave, err := r.enter(false)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	name := filepath.Base(rel.Dir)
-	if info, err := os.Lstat(r.dirOf(rel)); err != nil || !info.IsDir() || filepath.Dir(rel.Dir) != r.shownTop() {
-		return ErrNoRelease
-	}
-	target := filepath.Join(filepath.Base(r.shownTop()), name)
-	now := time.Now()
-	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
-		// Only Prune uses this time: the release may be pruned a little early.
-		r.log.Warn("could not record when the release was switched to", "dir", rel.Dir, "error", err)
-	}
-	if there, err := os.Readlink(r.link()); err == nil && there == target {
-		if err := r.adopt(); err != nil {
-			r.log.Warn("could not name what was at dest before kedge", "dest", r.dest, "error", err)
-		}
-		return durable.SyncDir(r.parent())
-	}
-	if err := r.adopt(); err != nil {
-		return err
-	}
-	link := filepath.Join(r.private(), linkName)
-	r.at("link")
-	if err := os.Symlink(target, link); err != nil {
-		return err
-	}
-	info, err := os.Lstat(r.link())
-	r.at("switch")
-	switch {
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
-	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.link())):
-		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
-			err = fmt.Errorf(
-				"dest can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
-				err,
-			)
-		}
-	case err == nil && info.Mode()&fs.ModeSymlink == 0:
-		err = errors.New("it is a file: move it away first")
-	default:
-		err = os.Rename(link, r.link())
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(link))
-	}
-	r.at("switched")
-	if err := durable.SyncDir(r.parent()); err != nil {
-		return err
-	}
-	return r.adopt()
-}
-
-// leadsHere reports whether a path is a link to one of the releases, like dest under kedge.
-func (r *Releases) leadsHere(path string) bool {
-	target, err := os.Readlink(path)
-	if err != nil {
-		return false
-	}
-	if !filepath.IsAbs(target) {
-		target = filepath.Join(filepath.Dir(r.dest), target)
-	}
-	return filepath.Dir(target) == r.shownTop()
-}
-
-// adopt gives a permanent name to the tree or link that was at dest before kedge, which an exchange has left under
-// the link's temporary name. If that is a link of kedge's that was never used, adopt removes it.
-func (r *Releases) adopt() error {
-	link := filepath.Join(r.private(), linkName)
-	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	if r.leadsHere(link) {
-		return os.Remove(link)
-	}
-	kept := filepath.Join(r.top(), adoptedPrefix+time.Now().UTC().Format("20060102T150405.000000"))
-	if err := os.Rename(link, kept); err != nil {
-		return err
-	}
-	r.log.Info(
-		"kept what was at dest before kedge",
-		"dest",
-		r.dest,
-		"dir",
-		filepath.Join(r.shownTop(), filepath.Base(kept)),
-	)
-	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
-}
-
-// restore puts back what was at dest before kedge, by one exchange, and reports whether dest holds that now.
-func (r *Releases) restore() (bool, error) {
-	r, leave, err := r.enter(false)
-	if errors.Is(err, ErrNoRelease) {
-		return exists(r.dest), nil // nothing was moved away
-	}
-	if err != nil {
-		return false, err
-	}
-	defer leave()
-	if err := r.adopt(); err != nil { // a kill may have come before it
-		return false, err
-	}
-	kept, err := filepath.Glob(globLiteral.Replace(filepath.Join(r.top(), adoptedPrefix)) + "*")
-	if err != nil {
-		return false, err
-	}
-	slices.Sort(kept)
-	if !r.leadsHere(r.link()) {
-		// It was put back already if a kill came before the end.
-		for _, k := range kept {
-			if r.leadsHere(k) {
-				err = errors.Join(err, os.Remove(k))
-			}
-		}
-		return exists(r.link()), err
-	}
-	if len(kept) == 0 {
-		return false, nil
-	}
-	last := kept[len(kept)-1]
-	r.at("restore")
-	if err := unix.Renameat2(unix.AT_FDCWD, last, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE); err != nil {
-		return false, fmt.Errorf("putting back what was at %s before kedge: %w", r.dest, err)
-	}
-	r.at("restored")
-	r.log.Info("put back what was at dest before kedge", "dest", r.dest)
-	return true, errors.Join(durable.SyncDir(r.parent()), os.Remove(last), durable.SyncDir(r.top()))
-}
-
-// globLiteral escapes a path to a pattern that matches it alone.
-var globLiteral = strings.NewReplacer("*", "\\*", "?", "\\?", "[", "\\[", "\\", "\\\\")
-
 func (r *Releases) readIndex(name string, rec *record) ([]byte, error) {
 	data, err := os.ReadFile(filepath.Join(r.private(), name+indexSuffix))
 	if err != nil {
@@ -557,3 +355,6 @@ func (r *Releases) at(name string) {
 		r.step(name)
 	}
 }
+
+// globLiteral escapes a path to a pattern that matches it alone.
+var globLiteral = strings.NewReplacer("*", "\\*", "?", "\\?", "[", "\\[", "\\", "\\\\")

@@ -20,7 +20,6 @@ import (
 	"golang.org/x/time/rate"
 
 	"kedge/deployments"
-	"kedge/deployments/wait"
 )
 
 var (
@@ -124,20 +123,8 @@ type store interface {
 // errOccupied means that a put found an existing object.
 var errOccupied = errors.New("an object is there already")
 
-// transientError is an error that a later try may not meet. After is the pause that the server asked for.
-type transientError struct {
-	err   error
-	after time.Duration
-}
-
-func (e *transientError) Error() string { return e.err.Error() }
-func (e *transientError) Unwrap() error { return e.err }
-
 const (
 	idleConnections = 32
-	maxTries        = 7
-	firstPause      = 100 * time.Millisecond
-	maxPause        = 5 * time.Second
 	// stallTimeout is the default of Config.StallTimeout. Without it a dead connection goes unnoticed for hours.
 	stallTimeout = 10 * time.Second
 	dialTimeout  = 10 * time.Second
@@ -229,44 +216,6 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", deployments.ShownURL(text))
 }
 
-// retry is the signature of Client.retry, for stores that call it.
-type retry func(ctx context.Context, what string, try func() error) error
-
-// retry calls try until it succeeds, fails permanently, or has failed too often.
-func (c *Client) retry(ctx context.Context, what string, try func() error) error {
-	pause := wait.NewBackoff(firstPause, maxPause)
-	for n := 1; ; n++ {
-		err := try()
-		var transient *transientError
-		if err == nil || !errors.As(err, &transient) || n == c.tries || ctx.Err() != nil {
-			return withoutTransient(err)
-		}
-		c.log.Debug("tries again", "what", what, "error", err)
-		if err := wait.For(ctx, max(pause.Next(), transient.after)); err != nil {
-			return err
-		}
-	}
-}
-
-// withoutTransient returns the error to report when no more tries are made: a transient one becomes
-// ErrUnavailable.
-func withoutTransient(err error) error {
-	var transient *transientError
-	if !errors.As(err, &transient) {
-		return err
-	}
-	if err == error(transient) {
-		err = transient.err
-	}
-	return unavailableError{err}
-}
-
-// unavailableError is ErrUnavailable with the error of the last try.
-type unavailableError struct{ error }
-
-func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }
-func (e unavailableError) Unwrap() error        { return e.error }
-
 // Stat returns an object's description.
 func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	s, u, err := c.store(ctx, url)
@@ -325,202 +274,6 @@ func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadClose
 // bytes before. A broken connection is resumed.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
-}
-
-func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
-	if offset < 0 || n < 0 || offset+n > o.Size {
-		return nil, fmt.Errorf("%s: bytes %d to %d of an object of %d", deployments.ShownURL(o.URL), offset, offset+n, o.Size)
-	}
-	s, u, err := c.store(ctx, o.URL)
-	if err != nil {
-		return nil, err
-	}
-	r := &resuming{
-		client: c,
-		ctx:    ctx,
-		store:  s,
-		url:    u,
-		object: o,
-		offset: offset,
-		left:   n,
-		pause:  wait.NewBackoff(firstPause, maxPause),
-	}
-	if n == 0 {
-		return r, nil
-	}
-	if err := r.open(); err != nil {
-		return nil, fmt.Errorf("%s: %w", deployments.ShownURL(o.URL), err)
-	}
-	return r, nil
-}
-
-// resuming is a stream that makes a new request where the last one broke. Its retries start anew with every
-// progress.
-type resuming struct {
-	client *Client
-	ctx    context.Context
-	store  store
-	url    *url.URL
-	object Object
-	offset int64
-	left   int64
-	body   *metered
-	// limited is how long the bandwidth limit has delayed it.
-	limited time.Duration
-	tries   int
-	since   int // bytes since tries began
-	pause   *wait.Backoff
-	pace    pace
-}
-
-// pace measures how fast a stream's bytes arrive, over all its connections.
-type pace struct {
-	bytes int64
-	took  time.Duration // without what the bandwidth limit took
-}
-
-// slow counts a read, and reports whether the last minStalls stallTimeouts brought too little.
-func (c *Client) slow(p *pace, n int, took time.Duration) bool {
-	p.bytes += int64(n)
-	if p.took += took; p.took < minStalls*c.stall {
-		return false
-	}
-	slow := float64(p.bytes) < float64(c.least)*p.took.Seconds()
-	*p = pace{}
-	return slow
-}
-
-func (r *resuming) open() error {
-	return r.client.retry(r.ctx, "read "+deployments.ShownURL(r.object.URL), func() error {
-		body, before, err := r.store.read(r.ctx, r.url, r.object, r.offset, r.left)
-		if err != nil {
-			return err
-		}
-		metered := r.client.meter(r.ctx, body)
-		if _, err := io.CopyN(io.Discard, metered, before); err != nil {
-			body.Close()
-			return &transientError{err: err}
-		}
-		r.body = metered
-		return nil
-	})
-}
-
-func (r *resuming) Read(p []byte) (int, error) {
-	if r.left == 0 {
-		return 0, io.EOF
-	}
-	began, limited := time.Now(), r.limited
-	n, err := r.read(p)
-	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
-		err = unavailableError{
-			fmt.Errorf("%s: the answer comes slower than %d bytes a second", deployments.ShownURL(r.object.URL), r.client.least),
-		}
-	}
-	return n, err
-}
-
-// read is Read without the check of the rate.
-func (r *resuming) read(p []byte) (int, error) {
-	for {
-		if r.body == nil {
-			if err := r.open(); err != nil {
-				return 0, fmt.Errorf("%s: %w", deployments.ShownURL(r.object.URL), err)
-			}
-		}
-		before := r.body.limited
-		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
-		r.limited += r.body.limited - before
-		r.offset += int64(n)
-		r.left -= int64(n)
-		if r.since += n; r.since >= stallLeast {
-			r.tries, r.since = 0, 0
-			r.pause.Reset()
-		}
-		if r.left == 0 || err == nil {
-			return n, nil
-		}
-		r.body.Close()
-		r.body = nil
-		if err := r.ctx.Err(); err != nil {
-			return n, err
-		}
-		if r.tries++; r.tries == r.client.tries {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return n, unavailableError{
-				fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err),
-			}
-		}
-		r.client.log.Debug("a read was cut off", "url", deployments.ShownURL(r.object.URL), "at", r.offset, "error", err)
-		if err := r.pause.Wait(r.ctx); err != nil {
-			return n, err
-		}
-		if n > 0 {
-			return n, nil
-		}
-	}
-}
-
-func (r *resuming) Close() error {
-	if r.body == nil {
-		return nil
-	}
-	return r.body.Close()
-}
-
-// limitChunk is how many bytes are read between two checks of the bandwidth limit.
-const limitChunk = 256 << 10
-
-// meter counts what is read, enforces the bandwidth limit, and ends a read that stalls.
-func (c *Client) meter(ctx context.Context, r io.ReadCloser) *metered {
-	return &metered{client: c, ctx: ctx, r: r}
-}
-
-type metered struct {
-	client *Client
-	ctx    context.Context
-	r      io.ReadCloser
-	stall  *time.Timer
-	left   time.Duration // that it may take to read what lacks of stallLeast bytes
-	since  int           // how many there are of these
-
-	limited time.Duration // how long the bandwidth limit has held it up
-}
-
-func (m *metered) Close() error { return m.r.Close() }
-
-func (m *metered) Read(p []byte) (int, error) {
-	if m.client.limit != nil && len(p) > limitChunk {
-		p = p[:limitChunk]
-	}
-	start := time.Now()
-	if m.stall == nil {
-		m.left = m.client.stall
-		m.stall = time.AfterFunc(m.left, func() { m.r.Close() })
-	} else {
-		m.stall.Reset(m.left)
-	}
-	n, err := m.r.Read(p)
-	if !m.stall.Stop() && err != nil {
-		err = fmt.Errorf("the server stalled for %v", m.client.stall)
-	}
-	if m.since += n; m.since >= stallLeast {
-		m.since, m.left = 0, m.client.stall
-	} else {
-		m.left = max(0, m.left-time.Since(start))
-	}
-	m.client.bytes.Add(int64(n))
-	if m.client.limit != nil && n > 0 {
-		began := time.Now()
-		err := m.client.limit.WaitN(m.ctx, n)
-		m.limited += time.Since(began)
-		if err != nil {
-			return n, err
-		}
-	}
-	return n, err
 }
 
 // body is the content of a put.

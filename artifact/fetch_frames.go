@@ -1,0 +1,250 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/deployments/wait"
+)
+
+// span is a range of frames that one request fetches. Unwanted frames in it are skipped.
+type span struct{ from, to int }
+
+// spansOf joins wanted frames into spans.
+func (x *index) spansOf(wanted []bool) []span {
+	var spans []span
+	for i, want := range wanted {
+		if !want {
+			continue
+		}
+		f := &x.frames[i]
+		if n := len(spans); n > 0 {
+			last := &spans[n-1]
+			end := x.frames[last.to-1]
+			if f.offset-(end.offset+end.size) <= spanGap && f.offset+f.size-x.frames[last.from].offset <= maxSpan {
+				last.to = i + 1
+				continue
+			}
+		}
+		spans = append(spans, span{i, i + 1})
+	}
+	return spans
+}
+
+// fetched is a frame whose hash was verified.
+type fetched struct {
+	frame int
+	data  []byte
+}
+
+// fetchFrames fetches frames, and writes the files that are still missing from them.
+func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
+	spans := f.index.spansOf(wanted)
+	if len(spans) == 0 {
+		return nil
+	}
+	for _, s := range spans {
+		last := f.index.frames[s.to-1]
+		f.meter.expect(last.offset + last.size - f.index.frames[s.from].offset)
+	}
+	archive, err := f.openArchive(ctx)
+	if err != nil {
+		return err
+	}
+	readers := connections
+	if o := archive.current(); !o.Ranges { // one stream that skips what isn't wanted
+		f.fallBack("the server ignores Range", "url", deployments.ShownURL(o.URL))
+		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
+		readers = 1
+	}
+	readers = min(readers, len(spans))
+	cores := runtime.GOMAXPROCS(0)
+
+	group, ctx := errgroup.WithContext(ctx)
+	todo := make(chan span)
+	frames := make(chan fetched)
+	var encoded, decoded int64
+	for i, want := range wanted {
+		if want {
+			encoded, decoded = max(encoded, f.index.frames[i].size), max(decoded, f.index.frames[i].length)
+		}
+	}
+	buffers := make(chan []byte, readers+cores) // all buffers that will ever exist
+	for range cap(buffers) {
+		buffers <- nil // allocated when needed
+	}
+	group.Go(func() error {
+		defer close(todo)
+		for _, s := range spans {
+			select {
+			case todo <- s:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	var reading sync.WaitGroup
+	reading.Add(readers)
+	for range readers {
+		group.Go(func() error {
+			defer reading.Done()
+			for s := range todo {
+				if err := f.readSpan(ctx, archive, s, wanted, buffers, frames); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		reading.Wait()
+		close(frames)
+		return nil
+	})
+	for range cores {
+		group.Go(func() error {
+			w := f.tree.worker()
+			defer w.close()
+			decoder, err := newDecoder()
+			if err != nil {
+				return err
+			}
+			defer decoder.Close()
+			raw := make([]byte, 0, decoded)
+			for job := range frames {
+				fr := &f.index.frames[job.frame]
+				raw, err = decoder.DecodeAll(job.data, raw[:0])
+				if err != nil || int64(len(raw)) != fr.length {
+					return fmt.Errorf(
+						"%w: frame %d of the archive does not decode to %d bytes: %v",
+						ErrIndex,
+						job.frame,
+						fr.length,
+						err,
+					)
+				}
+				buffers <- job.data
+				if err := w.writeFrame(ctx, job.frame, raw); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// newDecoder returns a decoder for frames whose hash was verified.
+func newDecoder() (*zstd.Decoder, error) {
+	return zstd.NewReader(
+		nil,
+		zstd.WithDecoderConcurrency(1),
+		zstd.WithDecoderMaxMemory(maxFrame),
+		zstd.IgnoreChecksum(true),
+	)
+}
+
+// readSpan reads a span's wanted frames and passes them on. If the connection breaks, or a frame is wrong, it
+// makes another request from there.
+func (f *fetch) readSpan(
+	ctx context.Context,
+	archive *archive,
+	s span,
+	wanted []bool,
+	buffers chan []byte,
+	out chan<- fetched,
+) error {
+	pause := wait.NewBackoff(100*time.Millisecond, time.Minute)
+	for next, failed := s.from, 0; next < s.to; {
+		o := archive.current()
+		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		if reached > next {
+			failed = 0
+			pause.Reset()
+		}
+		next, failed = reached, failed+1
+		if o.Mirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
+			errors.Is(err, object.ErrChanged) {
+			if archive.nextSource(ctx, o, err) != nil {
+				return err
+			}
+			failed = 0
+			continue
+		}
+		if err := pause.Wait(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tryReadSpan makes one request, and returns the first frame that it could not pass on.
+func (f *fetch) tryReadSpan(
+	ctx context.Context,
+	o place,
+	s span,
+	wanted []bool,
+	buffers chan []byte,
+	out chan<- fetched,
+) (int, error) {
+	first, last := f.index.frames[s.from], f.index.frames[s.to-1]
+	length := o.Size - first.offset
+	if o.Ranges {
+		length = last.offset + last.size - first.offset
+	}
+	body, err := o.source.ReadRange(ctx, o.Object, first.offset, length)
+	if err != nil {
+		return s.from, err
+	}
+	defer body.Close()
+	for i := s.from; i < s.to; i++ {
+		fr := &f.index.frames[i]
+		if !wanted[i] {
+			if _, err := io.CopyN(io.Discard, body, fr.size); err != nil {
+				return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
+			}
+			f.meter.add(fr.size)
+			continue
+		}
+		var buffer []byte
+		select {
+		case buffer = <-buffers:
+		case <-ctx.Done():
+			return i, ctx.Err()
+		}
+		buffer = slices.Grow(buffer[:0], int(fr.size))[:fr.size]
+		_, err := io.ReadFull(body, buffer)
+		if err == nil && digestOf(buffer) != fr.sum {
+			err = fmt.Errorf("%w: frame %d is not the one that the index names", ErrDigest, i)
+		}
+		if err != nil {
+			buffers <- buffer
+			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
+		}
+		f.meter.add(fr.size)
+		select {
+		case out <- fetched{i, buffer}:
+		case <-ctx.Done():
+			return i, ctx.Err()
+		}
+	}
+	return s.to, nil
+}

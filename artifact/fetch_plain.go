@@ -1,0 +1,201 @@
+package artifact
+
+import (
+	"bufio"
+	"context"
+	"crypto/md5"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"net/url"
+	"os"
+	"path"
+	"strings"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// extractFrom is extract from the first source that has the archive. Mirrors are used only if the manifest has a
+// collision-resistant hash of the archive. After an error in the archive itself, or on this machine, no other
+// source is tried.
+func extractFrom(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	owners func(uid, gid int) error,
+) error {
+	var own error
+	try := func(s object.Source) error {
+		if err := emptyDir(dir); err != nil { // a tree can't be gone on with
+			own = err
+			return nil
+		}
+		err := extract(ctx, s, m, dir, opt, owners)
+		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // the tree alone may have room
+			if own = errors.Join(dropSpools(dir, ""), emptyDir(dir)); own != nil {
+				return nil
+			}
+			streams := opt
+			streams.resumes = false
+			err = extract(ctx, s, m, dir, streams, owners)
+		}
+		for _, fault := range []error{
+			ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
+		} {
+			if errors.Is(err, fault) {
+				return err
+			}
+		}
+		own = err
+		return nil
+	}
+	var err error
+	if len(m.Checksum) < len(emptyDigest.String()) {
+		err = try(object.Source{Client: objects, URL: m.Src})
+	} else {
+		err = objects.EachSource(ctx, m.Src, try)
+	}
+	if err = errors.Join(err, own); opt.resumes && (err == nil || !resumable(ctx, err)) {
+		err = errors.Join(err, dropSpools(dir, ""))
+	}
+	return err
+}
+
+// extract streams an archive without an index into the empty directory dir: it fetches, hashes, decodes and writes
+// at once, without a copy of the archive, unless an earlier try was cut off: see spool. The tree must only be used if
+// extract returns nil, as the checksum is known only at the end.
+func extract(
+	ctx context.Context,
+	from object.Source,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	owners func(uid, gid int) error,
+) error {
+	src := deployments.ShownURL(from.URL)
+	o, err := from.Stat(ctx, from.URL)
+	if err != nil {
+		return fmt.Errorf("extract: %w", err)
+	}
+	if m.Size > 0 && o.Size != m.Size {
+		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, ErrDigest)
+	}
+	meter := newMeter("fetch", o.Size, opt.Progress)
+	stream, err := openPlain(ctx, from, o, m, dir, opt, meter)
+	if err != nil {
+		return fmt.Errorf("extract %s: %w", src, err)
+	}
+	defer stream.Close()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	sum := newHash(m.Checksum)
+	x := &extractor{
+		ctx:      ctx,
+		root:     root,
+		symlinks: m.Symlinks,
+		manifest: m,
+		links:    map[string]bool{},
+		dirs:     map[string]*attributes{},
+		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+		// Without a named owner, tar does the same for root, and stretcher's users rely on it.
+		owners:  os.Geteuid() == 0 && m.Owner == "",
+		allowed: owners,
+		uids:    map[string]int{},
+		gids:    map[string]int{},
+	}
+	raw := bufio.NewReaderSize(io.TeeReader(stream, sum), 256<<10)
+	if err := x.archive(raw, nameIn(m.Src)); err != nil {
+		// A wrong checksum explains any other error, and is what the user has to know.
+		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
+			return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
+		}
+		return fmt.Errorf("extract %s: %w", src, err)
+	}
+	if _, err := io.Copy(io.Discard, raw); err != nil {
+		return fmt.Errorf("extract %s: %w", src, err)
+	}
+	if !matches(sum, m.Checksum) {
+		return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
+	}
+	meter.done()
+	return nil
+}
+
+// openPlain opens an archive without an index: its stream, or its spool, if an earlier try was cut off and the disk has
+// room for both.
+func openPlain(
+	ctx context.Context,
+	from object.Source,
+	o object.Object,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	meter *meter,
+) (io.ReadCloser, error) {
+	var s spool
+	if opt.resumes {
+		var err error
+		if s, err = openSpool(dir, o, m.Checksum); err != nil {
+			return nil, err
+		}
+		if s.found && s.fits(dir) {
+			return s.fetch(ctx, from, o, m.Checksum, meter)
+		}
+		if err := s.mark(); err != nil {
+			return nil, err
+		}
+	}
+	if err := checkFree(dir, "the archive alone", o.Size); err != nil {
+		return nil, err
+	}
+	stream, err := from.Read(ctx, o, 0)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.TeeReader(stream, meter), stream}, nil
+}
+
+// nameIn returns the last part of a URL's path.
+func nameIn(src string) string {
+	u, err := url.Parse(src)
+	if err != nil {
+		return ""
+	}
+	return path.Base(u.Path)
+}
+
+// newHash returns md5, sha1, sha256 or sha512, chosen by the checksum's length, which the manifest's parser has
+// checked.
+func newHash(checksum string) hash.Hash {
+	switch len(checksum) {
+	case 2 * md5.Size:
+		return md5.New()
+	case 2 * sha1.Size:
+		return sha1.New()
+	case 2 * sha512.Size:
+		return sha512.New()
+	}
+	return sha256.New()
+}
+
+func matches(sum hash.Hash, checksum string) bool {
+	return hex.EncodeToString(sum.Sum(nil)) == strings.ToLower(checksum)
+}
+
+func wrongChecksum(sum hash.Hash, checksum string) error {
+	return fmt.Errorf("%w: the manifest says %s, its bytes have %x", ErrDigest, checksum, sum.Sum(nil))
+}

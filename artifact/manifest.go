@@ -1,0 +1,64 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
+// ErrDigest.
+func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
+	if err != nil && !errors.Is(err, ErrDigest) {
+		return nil, fmt.Errorf("fetch the manifest: %w", err)
+	}
+	if err != nil {
+		if raw, err := olderVersion(ctx, objects, p); err == nil {
+			return raw, nil
+		}
+		// The actual digest is not shown: whoever can pin could probe files that only the agent can read.
+		return nil, fmt.Errorf(
+			"the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, "+
+				"or a bucket that keeps versions",
+			deployments.ShownURL(p.URL),
+			ErrDigest,
+		)
+	}
+	return raw, nil
+}
+
+// hasDigest returns a check that bytes have a digest.
+func hasDigest(want deployments.Digest) func([]byte) error {
+	return func(data []byte) error {
+		if digestOf(data) != want {
+			return ErrDigest
+		}
+		return nil
+	}
+}
+
+// maxVersions bounds how many older versions of a manifest are read.
+const maxVersions = 20
+
+// olderVersion finds the manifest that p points to among older versions of its object, for keys that each release
+// overwrites.
+func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+	urls, err := objects.Versions(ctx, p.URL, maxVersions)
+	if err != nil {
+		return nil, err
+	}
+	for _, url := range urls {
+		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
+		if err != nil {
+			return nil, err
+		}
+		if digestOf(raw) == p.Digest {
+			return raw, nil
+		}
+	}
+	return nil, ErrDigest
+}

@@ -1,0 +1,145 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"syscall"
+
+	"kedge/deployments"
+)
+
+// moveSwitcher implements StrategyMv: the tree is renamed to dest, which must not exist.
+type moveSwitcher struct{ treeSwitcher }
+
+func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
+	parent, err := m.place(r)
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := removeAside(parent, r); err != nil {
+		return err
+	}
+	return m.put(ctx, parent, r)
+}
+
+// put moves r's tree to dest.
+func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error {
+	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
+	if err := m.clear(parent, r); err != nil {
+		return fmt.Errorf("removing the link at dest: %w", err)
+	}
+	staged := exists(tree) || exists(beside)
+	if exists(dest) && !staged {
+		return nil // an earlier call was cut off after the rename
+	}
+	if exists(dest) {
+		return fmt.Errorf(
+			"%w: %s exists, and sync_strategy mv needs a pre command that moves it away",
+			ErrUntouched,
+			r.Manifest.Dest,
+		)
+	}
+	if !exists(beside) {
+		err := moveDurably(tree, dest)
+		if !errors.Is(err, syscall.EXDEV) {
+			return err
+		}
+		if err := m.copyBeside(ctx, parent, r); err != nil {
+			return fmt.Errorf("copying the tree beside dest: %w", err)
+		}
+	}
+	if err := removeTree(tree); err != nil {
+		return fmt.Errorf("removing the tree that was copied beside dest: %w", err)
+	}
+	return moveDurably(beside, dest)
+}
+
+// copyBeside copies r's tree beside dest. Until it is complete, it lies in a private directory, which others may
+// move but not enter.
+func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
+	part := besideName(r) + ".part"
+	private, err := parent.makePrivate(part)
+	if err != nil {
+		return err
+	}
+	defer private.Close()
+	if err := m.tool(ctx, "cp", "-a", m.tree(r), private.PathForTool("tree")); err != nil {
+		return errors.Join(err, removeTree(parent.Path(part)))
+	}
+	if err := syncFS(private.Path("tree")); err != nil {
+		return err
+	}
+	if err := moveDurably(private.Path("tree"), parent.Path(besideName(r))); err != nil {
+		return err
+	}
+	return removeTree(parent.Path(part))
+}
+
+func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty bool) error {
+	parent, err := m.place(r)
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
+	staged := exists(m.tree(r)) || exists(parent.Path(besideName(r)))
+	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != r.Manifest.Dest
+	unmoved := elsewhere ||
+		failed.Manifest.Strategy == deployments.StrategyMv &&
+			(exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
+	if unmoved && !dirty && exists(dest) && !exists(aside) {
+		return nil // the failed release was never moved to dest
+	}
+	if exists(aside) && exists(dest) && !staged {
+		return m.discard(aside) // an earlier call was cut off after the last rename
+	}
+	if !staged {
+		if err := m.Stage(ctx, r, StageOptions{}); err != nil {
+			return fmt.Errorf("unpacking again the release to go back to: %w", err)
+		}
+	}
+	if exists(dest) && !exists(aside) {
+		if err := moveDurably(dest, aside); err != nil {
+			return err
+		}
+	}
+	if err := m.put(ctx, parent, r); err != nil {
+		return err
+	}
+	return m.discard(aside)
+}
+
+func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+
+// Verify returns nothing: the tree was moved, and the running release may write into it.
+func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {
+	return nil, nil
+}
+
+// Heal unpacks a missing tree again, as it was published.
+func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
+	if exists(r.Manifest.Dest) {
+		return nil, nil
+	}
+	if err := m.Stage(ctx, r, StageOptions{}); err != nil {
+		return nil, fmt.Errorf("unpacking again the release that is gone: %w", err)
+	}
+	return nil, m.Switch(ctx, r)
+}
+
+// asideName returns the name, beside dest, to which strategy mv moves a failed release until the one before it is
+// back.
+func asideName(rel *Release) string {
+	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
+}
+
+// removeAside removes what an interrupted restore left: the next one would take it for a step of its own.
+func removeAside(parent *Place, rel *Release) error {
+	if err := removeTree(parent.Path(asideName(rel))); err != nil {
+		return fmt.Errorf("removing a release that failed before: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,334 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments/durable"
+)
+
+// rsyncSwitcher implements StrategyRsync: rsync writes into dest itself.
+type rsyncSwitcher struct{ treeSwitcher }
+
+func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
+	parent, err := s.place(r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf(
+			"dest's directory %s does not exist: make it before, or in a pre command",
+			filepath.Dir(r.Manifest.Dest),
+		)
+	}
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := removeAside(parent, r); err != nil {
+		return err
+	}
+	if err := s.replaceLink(ctx, parent, r); err != nil {
+		return fmt.Errorf("replacing the link at dest: %w", err)
+	}
+	if s.c.Changes != "" {
+		if err := s.changeFiles(r).forget(); err != nil { // rsync removes what they made
+			return err
+		}
+	}
+	dest, err := s.dest(parent, r, true)
+	if err != nil {
+		return err
+	}
+	defer dest.Close()
+	return s.copy(ctx, r, dest)
+}
+
+// copy has rsync make dest equal to r's tree. Excluded files stay as they are.
+func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclude ...string) error {
+	args, err := s.args(r, dest)
+	if err != nil {
+		return err
+	}
+	verbose := s.c.RsyncVerbose
+	if verbose == nil {
+		verbose = []string{"-v"}
+	}
+	args = append(slices.Concat(exclude, args, verbose), s.tree(r)+"/", dest.PathForTool("")+"/")
+	if err := s.tool(ctx, "rsync", args...); err != nil {
+		return err
+	}
+	return syncFS(dest.Path(""))
+}
+
+// replaceLink replaces a link that the release strategy left at dest by a whole tree, in one exchange, as
+// something is served from there.
+func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Release) error {
+	if !s.linked(parent, r) {
+		return nil
+	}
+	part := besideName(r) + ".part"
+	private, err := parent.makePrivate(part)
+	if err != nil {
+		return err
+	}
+	defer private.Close()
+	tree, err := private.open("tree", true)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	args, err := s.args(r, tree)
+	if err != nil {
+		return err
+	}
+	if err := s.tool(ctx, "rsync", append(args, s.tree(r)+"/", tree.PathForTool("")+"/")...); err != nil {
+		return errors.Join(err, removeTree(parent.Path(part)))
+	}
+	if err := syncFS(tree.Path("")); err != nil {
+		return err
+	}
+	dest := parent.Path(filepath.Base(r.Manifest.Dest))
+	if err := unix.Renameat2(unix.AT_FDCWD, private.Path("tree"), unix.AT_FDCWD, dest, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	return errors.Join(durable.SyncDir(parent.Path("")), removeTree(parent.Path(part)))
+}
+
+// dest opens dest itself. A link to a directory is followed if only trusted users can have made it.
+func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, error) {
+	dest, err := parent.walk(filepath.Base(r.Manifest.Dest), nil, create)
+	if err != nil || len(s.c.Within) == 0 {
+		return dest, err
+	}
+	bounds, err := realDirs(s.c.Within)
+	if err == nil && !isWithin(dest.real, bounds) {
+		err = fmt.Errorf(
+			"dest %s leads to %s, outside of %s: %w",
+			r.Manifest.Dest,
+			dest.real,
+			strings.Join(s.c.Within, ", "),
+			ErrUnsafe,
+		)
+	}
+	if err != nil {
+		dest.Close()
+		return nil, err
+	}
+	return dest, nil
+}
+
+func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
+	// By content, as archives with normalised times, like kedge publish's, look unchanged by size and time.
+	args := []string{"-a", "--delete", "--checksum"}
+	if from := r.Manifest.ExcludeFrom; from != "" {
+		// rsync's exit status would be that of a failing disk, which is tried again for ever.
+		if !exists(filepath.Join(s.tree(r), from)) {
+			return nil, fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
+		}
+		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
+	}
+	for _, e := range r.Manifest.Excludes {
+		args = append(args, "--exclude", e)
+	}
+	mounts, err := mountsBelow(dest.Path(""))
+	if err != nil {
+		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
+	}
+	for _, m := range mounts {
+		if m != "." {
+			args = append(args, "--filter", "P /"+rsyncLiteral.Replace(m)+"/***") // what lies there is not deleted
+		}
+	}
+	return args, nil
+}
+
+// rsyncLiteral escapes a path to an rsync pattern that matches it alone. A backslash is special only beside a
+// wildcard.
+var rsyncLiteral = strings.NewReplacer("*", "[*]", "?", "[?]", "[", "[[]")
+
+func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
+	if exists(s.tree(r)) {
+		if ds, err := s.Verify(ctx, r, 0); err == nil && len(ds) == 0 {
+			return nil // dest may be read-only by now
+		}
+	}
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
+		return fmt.Errorf("unpacking again the release to go back to: %w", err)
+	}
+	return s.Switch(ctx, r)
+}
+
+func (s rsyncSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+
+// Verify asks rsync what it would change. rsync can't bound its reading speed, so limit is ignored.
+func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
+	if !exists(s.tree(r)) {
+		return nil, nil
+	}
+	dest, err := s.open(r, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer dest.Close()
+	found, err := s.differences(ctx, r, dest, false)
+	if err != nil {
+		return nil, err
+	}
+	return s.changeFiles(r).overlaid(dest.Path(""), found)
+}
+
+// open opens dest itself. It must exist, unless create is set.
+func (s rsyncSwitcher) open(r *Release, create bool) (*Place, error) {
+	parent, err := s.place(r)
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	return s.dest(parent, r, create)
+}
+
+func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
+	name := filepath.Join(s.c.Changes, r.Pointer.Digest.String())
+	return changeFiles{name + changesSuffix, name + beforeSuffix}
+}
+
+// Record lists what the release's commands changed in dest: rsync compares it with the tree that it copied there, by
+// size and time.
+func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
+	if s.c.Changes == "" || !exists(s.tree(r)) {
+		return nil
+	}
+	dest, err := s.open(r, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dest.Close()
+	found, err := s.differences(ctx, r, dest, true)
+	if err != nil {
+		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
+	}
+	if err := os.MkdirAll(s.c.Changes, 0o700); err != nil {
+		return err
+	}
+	left, err := s.changeFiles(r).recordAfter(dest.Path(""), found)
+	if left > 0 && s.c.Log != nil {
+		s.c.Log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
+			"remembered", maxChanges, "left_out", left)
+	}
+	return err
+}
+
+// differences asks rsync what it would change. quick makes it compare by size and time.
+func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place, quick bool) ([]Difference, error) {
+	args, err := s.args(r, dest)
+	if err != nil {
+		return nil, err
+	}
+	if quick {
+		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
+	}
+	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", dest.PathForTool("")+"/")
+	output, err := s.c.Tool(ctx, true, "rsync", args...)
+	if err != nil {
+		return nil, err
+	}
+	return itemized(string(output)), nil
+}
+
+// Heal leaves alone what r's commands made, and restores what it can of that.
+func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
+	made := readChanges(s.changeFiles(r).made)
+	if len(made) == 0 {
+		return nil, s.SwitchBack(ctx, r, nil, false)
+	}
+	if exists(s.tree(r)) {
+		left, err := s.Verify(ctx, r, 0)
+		if gone := unrestorable(
+			made,
+			left,
+		); err == nil &&
+			!slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
+			return left, nil
+		}
+	}
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
+		return nil, fmt.Errorf("unpacking again the release to heal: %w", err)
+	}
+	dest, err := s.open(r, true)
+	if err != nil {
+		return nil, err
+	}
+	defer dest.Close()
+	exclude, err := s.excludeChanges(r, dest, made)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.copy(ctx, r, dest, "--exclude-from", exclude); err != nil {
+		return nil, errors.Join(err, os.Remove(exclude))
+	}
+	if err := os.Remove(exclude); err != nil {
+		return nil, err
+	}
+	if err := restoreChanges(dest.Path(""), dest.Path(""), made); err != nil {
+		return nil, err
+	}
+	if err := syncFS(dest.Path("")); err != nil {
+		return nil, err
+	}
+	return s.Verify(ctx, r, 0)
+}
+
+// excludeChanges writes rsync patterns for what commands made to a file.
+func (s rsyncSwitcher) excludeChanges(r *Release, dest *Place, made []commandChange) (file string, err error) {
+	live, err := openRestorer(dest.Path(""), dest.Path(""))
+	if err != nil {
+		return "", err
+	}
+	defer live.close()
+	var patterns strings.Builder
+	for i := range made {
+		m := &made[i]
+		if !m.whole() && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
+			continue // rsync corrects it first
+		}
+		patterns.WriteString("/" + rsyncLiteral.Replace(m.Path) + "\n")
+	}
+	file = filepath.Join(s.c.Changes, r.Pointer.Digest.String()+".exclude")
+	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
+}
+
+// itemized parses rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
+func itemized(out string) []Difference {
+	var ds []Difference
+	for line := range strings.Lines(out) {
+		flags, path, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		path = strings.TrimSuffix(strings.TrimLeft(path, " "), "/")
+		switch {
+		case !ok || path == "":
+		case flags == "*deleting":
+			ds = append(ds, Difference{Path: path, What: "extra"})
+		case len(flags) < 8:
+		case strings.Trim(flags[2:], "+") == "":
+			ds = append(ds, Difference{Path: path, What: "missing"})
+		case strings.ContainsAny(flags[2:4], "cs"):
+			ds = append(ds, Difference{Path: path, What: map[bool]string{true: "link", false: "content"}[flags[1] == 'L']})
+		case flags[5] == 'p':
+			ds = append(ds, Difference{Path: path, What: "mode"})
+		case flags[6] == 'o' || flags[7] == 'g':
+			ds = append(ds, Difference{Path: path, What: "owner"})
+		}
+	}
+	return ds
+}
