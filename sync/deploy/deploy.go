@@ -445,58 +445,6 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	return err == nil && u.switcher(r).Live(r)
 }
 
-// Verify compares the live tree with its release. limit bounds the bytes read in a second (0: unbounded). It does
-// nothing if nothing runs, or a deployment is under way.
-func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
-	defer func() { err = u.secrets.error(err) }()
-	r, err := u.settled()
-	if err != nil || r == nil {
-		return nil, err
-	}
-	ds, err := u.switcher(r).Verify(ctx, r, limit)
-	if err != nil {
-		return nil, fmt.Errorf("verifying %s: %w", r.Pointer, err)
-	}
-	return ds, nil
-}
-
-// Heal makes the live tree equal to its release, without running commands. left are the remaining differences:
-// those that only the release's commands can make again. It does nothing if nothing runs, or a deployment is under
-// way.
-func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
-	defer func() { err = u.secrets.error(err) }()
-	r, err := u.settled()
-	if err != nil || r == nil {
-		return nil, err
-	}
-	release, err := u.hold(ctx, r)
-	if err != nil {
-		return nil, err
-	}
-	defer release()
-	if left, err = u.switcher(r).Heal(ctx, r); err != nil {
-		return nil, fmt.Errorf("healing %s: %w", r.Pointer, err)
-	}
-	u.lock.done(r.Pointer)
-	return left, nil
-}
-
-// recordBefore records how a release's tree differs before its commands run, and recordAfter what they changed. An
-// error in them fails no deployment: what isn't recorded is reported as drift.
-func (u *Unit) recordBefore(ctx context.Context, r *artifact.Release) error {
-	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
-		return nil
-	}
-	return u.note(ctx, "could not record the tree before its commands", u.switcher(r).RecordBefore(ctx, r))
-}
-
-func (u *Unit) recordAfter(ctx context.Context, r *artifact.Release) error {
-	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
-		return nil
-	}
-	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).RecordAfter(ctx, r))
-}
-
 // settled returns the running release; nil while a deployment is under way.
 func (u *Unit) settled() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
