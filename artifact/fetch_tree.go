@@ -41,7 +41,7 @@ type builder struct {
 	made []chan struct{}
 
 	// back is told how much was written.
-	back *writeback
+	back *backgroundSync
 
 	mu   sync.Mutex
 	open map[int]*largeOpen
@@ -68,7 +68,7 @@ func newBuilder(dir string, x *index) (*builder, error) {
 	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.entries)),
 		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{},
 		stats: make([]fileStat, len(x.entries)),
-		back:  newWriteback(int(top.Fd()))}
+		back:  newBackgroundSync(int(top.Fd()))}
 	for i := range x.entries {
 		if x.entries[i].kind == kindFile && x.entries[i].size > 0 {
 			b.files = append(b.files, i)

@@ -54,7 +54,7 @@ func (l linkSwitcher) Keep(context.Context, *Release) error { return nil }
 
 func (l linkSwitcher) Restore(context.Context, *Release) (bool, error) { return l.releases.restore() }
 
-func (l linkSwitcher) Live(rel *Release) bool {
+func (l linkSwitcher) IsLive(rel *Release) bool {
 	dir := l.Dir(rel)
 	if dir == "" {
 		return false

@@ -112,7 +112,7 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	return m.discard(aside)
 }
 
-func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+func (m moveSwitcher) IsLive(r *Release) bool { return exists(r.Manifest.Dest) }
 
 // Verify returns nothing: the tree was moved, and the running release may write into it.
 func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {

@@ -164,7 +164,7 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 	return s.Switch(ctx, r)
 }
 
-func (s rsyncSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+func (s rsyncSwitcher) IsLive(r *Release) bool { return exists(r.Manifest.Dest) }
 
 // Verify asks rsync what it would change. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {

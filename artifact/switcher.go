@@ -33,8 +33,8 @@ type Switcher interface {
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
-	// Live reports whether dest holds rel, as far as a few system calls can tell.
-	Live(rel *Release) bool
+	// IsLive reports whether dest holds rel, as far as a few system calls can tell.
+	IsLive(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
 	Dir(rel *Release) string
 	// Compare returns how the tree at dest, whoever put it there, differs from rel, which is staged. limit is
@@ -102,7 +102,7 @@ func (commandsOnly) Switch(context.Context, *Release) error                     
 func (commandsOnly) SwitchBack(_ context.Context, _, _ *Release, _ bool) error     { return nil }
 func (commandsOnly) Keep(context.Context, *Release) error                          { return nil }
 func (commandsOnly) Restore(context.Context, *Release) (bool, error)               { return false, nil }
-func (commandsOnly) Live(*Release) bool                                            { return true }
+func (commandsOnly) IsLive(*Release) bool                                          { return true }
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
 func (commandsOnly) RecordBefore(context.Context, *Release) error                  { return nil }

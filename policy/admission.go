@@ -7,7 +7,7 @@ import (
 )
 
 // admission decides between a record's target, its stable release, and what the node runs now.
-func (d *Decision) admission(f Facts, r deployments.Record) {
+func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	p, facts := r.Rollout, origin(r)
 	run := func(action Action, from Source, target deployments.Pointer) {
 		d.Action, d.Source, d.Target = action, from, target
@@ -133,7 +133,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 // servesNothing reports whether nothing serves on the node that a release could replace. On a machine that has just
 // started, what lies at dest doesn't serve yet, unless the unit's first release is still under way. Until somebody
 // has looked at dest, something may serve.
-func (f *Facts) servesNothing(r *deployments.Record) bool {
+func (f *ResolveInputs) servesNothing(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)
 }

@@ -32,10 +32,10 @@ type Base struct {
 // changing. Nodes that don't report when they joined can't be held back.
 func joinedNone() uint64 { return 1 }
 
-// Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored
-// is the valid record in the store, or nil. A generation must never go down: nodes would take the record for an
-// old one.
-func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
+// WithGeneration returns next, the record that follows the base, with a generation that nodes take for a newer one.
+// stored is the valid record in the store, or nil. A generation must never go down: nodes would take the record for
+// an old one.
+func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
 	if more := next.Generation - b.Record.Generation; more > 0 {
 		next.Generation = b.Floor + more
 	}
@@ -184,8 +184,8 @@ func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deplo
 	return r
 }
 
-// RebuiltNote returns the history's note on a rebuilt record.
-func RebuiltNote(nodes []Node) string {
+// RebuildNote returns the History.Note of a generation that begins with a rebuilt record.
+func RebuildNote(nodes []Node) string {
 	report := fmt.Sprintf("%d nodes report", len(nodes))
 	if len(nodes) == 1 {
 		report = "1 node reports"

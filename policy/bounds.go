@@ -37,9 +37,9 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 	return b
 }
 
-// OnManifests reports whether the bounds need a release's manifest to be checked. To check sources, its pointer is
+// NeedManifest reports whether a check of the bounds needs a release's manifest. To check sources, its pointer is
 // enough.
-func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
+func (b Bounds) NeedManifest() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
 // CheckSource returns an error if nothing may be fetched from a URL.
 func (b Bounds) CheckSource(source string) error {

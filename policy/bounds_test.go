@@ -10,7 +10,7 @@ import (
 )
 
 // What a release does that bounds forbid, each field of a manifest that could do it in turn.
-func TestBoundsOnManifests(t *testing.T) {
+func TestBoundsNeedManifest(t *testing.T) {
 	t.Parallel()
 	p := release("a")
 	run := func(c ...deployments.Command) []deployments.Command { return c }
@@ -100,11 +100,12 @@ commands: {"*": false, dev: true}
 		if !slices.Equal(got.Sources, want.Sources) || !slices.Equal(got.Dests, want.Dests) || !slices.Equal(got.Users, want.Users) || got.NoCommands != want.NoCommands {
 			t.Errorf("%s: %+v, want %+v", stage, got, want)
 		}
-		if !got.OnManifests() {
+		if !got.NeedManifest() {
 			t.Errorf("%s: nothing of its manifests is bounded", stage)
 		}
 	}
-	if b := BoundsOf(deployments.Settings{Sources: map[string][]string{"*": {"s3://acme"}}, Commands: map[string]bool{"*": true}}, "prod"); b.OnManifests() || b.NoCommands {
+	if b := BoundsOf(deployments.Settings{Sources: map[string][]string{"*": {"s3://acme"}},
+		Commands: map[string]bool{"*": true}}, "prod"); b.NeedManifest() || b.NoCommands {
 		t.Errorf("%+v takes a look at manifests", b)
 	}
 }

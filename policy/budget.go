@@ -48,10 +48,10 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 				continue
 			}
 			counted := n.inflight && !(spent && n.overdue)
-			if counted && room < 0 || !counted && !n.needsNoRoom && room <= 0 {
+			if counted && room < 0 || !counted && !n.outsideBudget && room <= 0 {
 				return
 			}
-			if !counted && !n.needsNoRoom {
+			if !counted && !n.outsideBudget {
 				room--
 			}
 			admitted++

@@ -65,7 +65,7 @@
 //   - A Git push that the mirror takes names any release: of a stage that kedge.yaml bounds by dests, users or
 //     commands, only one whose manifest keeps to them, as far as the commit leaves them as they were; who reviews
 //     changes decides who may change kedge.yaml (TestReleasesBeyondTheirStagesBounds in sync/mirror,
-//     TestBoundsOnManifests). Pins don't come that way: only nodes bound those.
+//     TestBoundsNeedManifest). Pins don't come that way: only nodes bound those.
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
 //   - A signed manifest of an older release stays good, but a node with signers refuses what was made before the

@@ -16,9 +16,9 @@ type FreezeState struct {
 	Frozen bool
 	// By is the name of the window that decides, Reason that window's reason.
 	By, Reason string
-	// Until is when that may change; zero: not within a year. Ends is when the deciding window closes or,
-	// if allow windows freeze the unit as none is open, when the next one opens.
-	Until, Ends time.Time
+	// ChangesAt is when Frozen may change; zero: not within a year. WindowEnds is when the deciding window closes
+	// or, if allow windows freeze the unit as none is open, when the next one opens.
+	ChangesAt, WindowEnds time.Time
 	// Wait is set if rollouts under way have to wait as well.
 	Wait bool
 	// Never is set if allow windows freeze the unit and none will open.
@@ -28,8 +28,8 @@ type FreezeState struct {
 // Facts returns the facts of a reason about the window.
 func (v FreezeState) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
-	if !v.Ends.IsZero() {
-		f["until"] = v.Ends.UTC().Format(time.RFC3339)
+	if !v.WindowEnds.IsZero() {
+		f["until"] = v.WindowEnds.UTC().Format(time.RFC3339)
 	}
 	if v.Never {
 		f["opens"] = "never"
@@ -66,7 +66,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 		switch {
 		case w.Kind == deployments.FreezeDeny && !ends.IsZero():
 			if !v.Frozen {
-				v.Frozen, v.By, v.Reason, v.Ends = true, nameOf(w), w.Reason, ends
+				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w), w.Reason, ends
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:
@@ -76,11 +76,11 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 			by, reason = cmp.Or(by, nameOf(w)), cmp.Or(reason, w.Reason)
 			waits = waits || w.Running == "wait"
 		}
-		v.Until = earlier(v.Until, next)
+		v.ChangesAt = earlier(v.ChangesAt, next)
 	}
 	if allows > 0 && !allowed {
 		if !v.Frozen {
-			v.Frozen, v.By, v.Reason, v.Ends = true, by+", which is not open", reason, allowedFrom
+			v.Frozen, v.By, v.Reason, v.WindowEnds = true, by+", which is not open", reason, allowedFrom
 			v.Never = allowedFrom.IsZero()
 		}
 		v.Wait = v.Wait || waits // an allow window must not soften a deny window's wait
@@ -122,10 +122,10 @@ func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end ti
 		if v.Frozen {
 			return at, v
 		}
-		if v.Until.IsZero() || !v.Until.Before(end) {
+		if v.ChangesAt.IsZero() || !v.ChangesAt.Before(end) {
 			break
 		}
-		at = v.Until
+		at = v.ChangesAt
 	}
 	return time.Time{}, FreezeState{}
 }

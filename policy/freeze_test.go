@@ -76,8 +76,8 @@ func TestFrozen(t *testing.T) {
 			}
 			v := Frozen(c.windows, id, now)
 			until := ""
-			if !v.Until.IsZero() {
-				until = v.Until.UTC().Format(time.RFC3339)
+			if !v.ChangesAt.IsZero() {
+				until = v.ChangesAt.UTC().Format(time.RFC3339)
 			}
 			if v.Frozen != (c.by != "") || v.By != c.by || until != c.until {
 				t.Errorf("%+v until %s, want frozen by %q until %s", v, until, c.by, c.until)
@@ -151,7 +151,8 @@ func TestVerdictInWords(t *testing.T) {
 	for want, v := range map[string]FreezeState{
 		"frozen by 30 February, which is not open, and never opens": Frozen([]deployments.Freeze{
 			{Name: "30 February", Kind: deployments.FreezeAllow, Cron: "0 9 30 2 *", Duration: time.Hour}}, app, noon),
-		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Ends: noon, Reason: "nobody is there"},
+		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", WindowEnds: noon,
+			Reason: "nobody is there"},
 	} {
 		if got := frozenBy(v); got != want {
 			t.Errorf("%q, want %q", got, want)

@@ -108,7 +108,7 @@ func FuzzNext(f *testing.F) {
 					Order:  order,
 				},
 			)
-			next := Base{Record: r, Floor: r.Generation}.Number(move.Record, nil, nodes)
+			next := Base{Record: r, Floor: r.Generation}.WithGeneration(move.Record, nil, nodes)
 			written, err := json.Marshal(next)
 			if err != nil {
 				t.Fatal(err)
@@ -118,7 +118,7 @@ func FuzzNext(f *testing.F) {
 			}
 			for _, name := range []string{"a", "b"} {
 				decision := Resolve(
-					Facts{
+					ResolveInputs{
 						Unit:    id,
 						Node:    name,
 						Record:  Value[deployments.Record]{Present: true, Value: next},

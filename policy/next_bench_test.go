@@ -61,7 +61,7 @@ func BenchmarkNext(b *testing.B) {
 
 func BenchmarkResolve(b *testing.B) {
 	s := fleet(100)
-	f := Facts{Unit: app, Node: "ip-10-1-7-7", Now: noon, Record: good(s.Record), Running: release("v1")}
+	f := ResolveInputs{Unit: app, Node: "ip-10-1-7-7", Now: noon, Record: good(s.Record), Running: release("v1")}
 	b.ReportAllocs()
 	for b.Loop() {
 		Resolve(f)

@@ -73,7 +73,7 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	}
 	switch {
 	case frozen:
-		st = st.wake(in.Freeze.Until)
+		st = st.wake(in.Freeze.ChangesAt)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
 			// nodes that begin to change before it ends aren't late for the last step: see checkFleet
 			st.p.HealthySince = in.Now
@@ -149,7 +149,7 @@ const reportWithin = 30 * time.Second
 // frozen waits for a freeze window to end.
 func frozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
-		return st.frozen(in).wake(in.Freeze.Until), false
+		return st.frozen(in).wake(in.Freeze.ChangesAt), false
 	}
 	return start(in, st), true
 }

@@ -20,7 +20,8 @@ func converge(s *Situation, r deployments.Record) (changed int) {
 		if n.Gone {
 			continue
 		}
-		d := Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin, Joined: n.Joined, Running: n.Report.Running, AtDest: FoundNothing,
+		d := Resolve(ResolveInputs{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin,
+			Joined: n.Joined, Running: n.Report.Running, AtDest: FoundNothing,
 			Quarantined: n.Report.Quarantined})
 		if !d.Target.IsZero() && d.Target != n.Report.Running && !slices.Contains(n.Report.Quarantined, d.Target.Digest) {
 			changed++
@@ -160,7 +161,8 @@ func TestPinsAtOnce(t *testing.T) {
 		s := paced10()
 		p := deployments.Pin{Release: release("v1")}
 		set(&s, &p)
-		d := Resolve(Facts{Unit: app, Node: "n1", Now: noon, Record: good(s.Record), UnitPin: good(p), Joined: 1, Running: release("v2")})
+		d := Resolve(ResolveInputs{Unit: app, Node: "n1", Now: noon, Record: good(s.Record), UnitPin: good(p),
+			Joined: 1, Running: release("v2")})
 		if d.Source != FromUnitPin {
 			t.Errorf("%s: from %s", name, d.Source)
 		}
@@ -513,7 +515,8 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	s.Nodes[9].Report.State = deployments.StateWaiting
 	s.Record = Next(s).Record
 	decide := func(i int, found Found) Decision {
-		return Resolve(Facts{Unit: app, Node: s.Nodes[i].Name, Now: s.Now, Joined: s.Nodes[i].Joined, Record: good(s.Record),
+		return Resolve(ResolveInputs{Unit: app, Node: s.Nodes[i].Name, Now: s.Now, Joined: s.Nodes[i].Joined,
+			Record: good(s.Record),
 			AtDest: found})
 	}
 	for found, want := range map[Found]deployments.Pointer{FoundUnknown: {}, FoundOther: {}, FoundNothing: s.Unit.Release} {
@@ -616,7 +619,7 @@ func TestTheFirstReleaseStopsWhereItFails(t *testing.T) {
 	}
 	for i := range s.Nodes[1:] {
 		for _, found := range []Found{FoundOther, FoundNothing} {
-			d := Resolve(Facts{Unit: app, Node: s.Nodes[i+1].Name, Now: s.Now, Record: good(s.Record), AtDest: found})
+			d := Resolve(ResolveInputs{Unit: app, Node: s.Nodes[i+1].Name, Now: s.Now, Record: good(s.Record), AtDest: found})
 			if !d.Target.IsZero() || d.Action != ActKeep {
 				t.Errorf("%s, where %s is at dest, takes it: %s", s.Nodes[i+1].Name, found, d.Reason)
 			}
@@ -659,7 +662,7 @@ func TestTheFirstReleaseThatStopsLateIsLeft(t *testing.T) {
 	s.Nodes[1].Report.Leavable = false
 	s.Nodes[2].Gone, s.Nodes[2].GoneSince = true, s.Now
 	resolve := func(n *Node) Decision {
-		return Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Joined: n.Joined, Record: good(s.Record),
+		return Resolve(ResolveInputs{Unit: app, Node: n.Name, Now: s.Now, Joined: n.Joined, Record: good(s.Record),
 			Running: n.Report.Running, Leavable: n.Report.Leavable, AtDest: FoundOther})
 	}
 	most, turns := 0, 0

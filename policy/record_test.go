@@ -35,7 +35,8 @@ func TestNextWrites(t *testing.T) {
 		return rank
 	}
 	same := func(*Situation, *record) {}
-	frozen := FreezeState{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
+	frozen := FreezeState{Frozen: true, By: "xmas", ChangesAt: noon.Add(time.Hour),
+		WindowEnds: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
 		s.Nodes[i].Report = deployments.UnitReport{
 			State:       quarantined,

@@ -11,8 +11,8 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Facts are the inputs of Resolve for one unit on one node: plain data, read by the agent.
-type Facts struct {
+// ResolveInputs are what Resolve decides from, for one unit on one node: plain data, read by the agent.
+type ResolveInputs struct {
 	Unit deployments.UnitID
 	Node string
 	Now  time.Time
@@ -111,14 +111,14 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 }
 
 // Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's, else the record's
-// (its target if the node is admitted, or else stable). It has no side effects, and the same Facts give the same
+// (its target if the node is admitted, or else stable). It has no side effects, and the same inputs give the same
 // Decision.
 //
 // A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even if one of lower
 // precedence is valid: a typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever
 // a pin says: see ErrNoRecord. A quarantined digest is still the Target, and the Trace says so: the agent doesn't
 // run it, and reports that.
-func Resolve(f Facts) Decision {
+func Resolve(f ResolveInputs) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
 	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
 	if d.pin(f, FromUnitPin, f.UnitPin, f.Unit.String()) {
@@ -149,7 +149,7 @@ func (d *Decision) decide(s deployments.Step) {
 
 // pin evaluates one pin, and reports whether it decides. If a pin of higher precedence has decided, this one is
 // only added to the trace.
-func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key string) bool {
+func (d *Decision) pin(f ResolveInputs, from Source, v Value[deployments.Pin], key string) bool {
 	step := deployments.Step{What: string(from)}
 	above := d.decidedBy()
 	switch {
@@ -230,7 +230,7 @@ func (d *Decision) decidedBy() string {
 }
 
 // record evaluates the record. decided: a pin has decided, and the record is only added to the trace.
-func (d *Decision) record(f Facts, decided bool) {
+func (d *Decision) record(f ResolveInputs, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	add := d.decide
 	if decided {
@@ -298,7 +298,7 @@ func progressFacts(p *deployments.Progress) deployments.Facts {
 }
 
 // allow checks the result against the bounds, and adds a quarantine to the trace.
-func (d *Decision) allow(f Facts) {
+func (d *Decision) allow(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {
 			continue
@@ -327,7 +327,7 @@ func (d *Decision) allow(f Facts) {
 
 // quarantine adds to the trace which of the releases that the node should run, stage, or run without its pin
 // failed on it.
-func (d *Decision) quarantine(f Facts) {
+func (d *Decision) quarantine(f ResolveInputs) {
 	failed := func(p deployments.Pointer, named string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}
 		if named != "" {

@@ -48,7 +48,7 @@ func TestResolve(t *testing.T) {
 	replaced := []deployments.Superseded{{Digest: v3.Digest, Cutoff: 7}}
 	for _, c := range []struct {
 		name          string
-		f             Facts
+		f             ResolveInputs
 		action        Action
 		target, stage deployments.Pointer
 		source        Source
@@ -56,66 +56,123 @@ func TestResolve(t *testing.T) {
 		invalid       string
 		recheck       time.Time
 	}{
-		{"nothing", Facts{}, ActKeep, none, none, FromNothing, "no record", "", time.Time{}},
-		{"a record", Facts{Record: good(git)}, ActRun, v2, none, FromTarget, "Git commit 1a2b3c4", "", time.Time{}},
-		{"a bare pointer", Facts{Record: good(record{Target: v1})}, ActRun, v1, none, FromTarget, "written by hand", "", time.Time{}},
-		{"a bad record", Facts{Record: bad[record]()}, ActKeep, none, none, FromNothing, "doesn't parse", "record: a typo", time.Time{}},
-		{"a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3, By: "alice", Reason: "incident 812", Until: noon.Add(2 * time.Hour)})},
+		{"nothing", ResolveInputs{}, ActKeep, none, none, FromNothing, "no record", "", time.Time{}},
+		{"a record", ResolveInputs{Record: good(git)}, ActRun, v2, none, FromTarget, "Git commit 1a2b3c4", "", time.Time{}},
+		{"a bare pointer", ResolveInputs{Record: good(record{Target: v1})},
+			ActRun, v1, none, FromTarget, "written by hand", "", time.Time{}},
+		{"a bad record", ResolveInputs{Record: bad[record]()},
+			ActKeep, none, none, FromNothing, "doesn't parse", "record: a typo", time.Time{}},
+		{"a unit pin",
+			ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3, By: "alice", Reason: "incident 812",
+				Until: noon.Add(2 * time.Hour)})},
 			ActRun, v3, none, FromUnitPin, "unit pin by alice until 2026-11-24 14:00Z (incident 812)", "", noon.Add(2 * time.Hour)},
-		{"a pin until another day", Facts{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon.Add(24 * time.Hour)})}, ActRun, v3, none, FromUnitPin, "until 2026-11-25 12:00Z", "", noon.Add(24 * time.Hour)},
-		{"a pin that ended", Facts{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
-		{"a node pin above a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "", time.Time{}},
-		{"a node pin that ended above a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1, Until: noon.Add(-1)})}, ActRun, v3, none, FromUnitPin, "unit pin", "", time.Time{}},
-		{"a unit pin without a record", Facts{Running: v1, UnitPin: good(pin{Release: v3})}, ActKeep, none, none, FromUnitPin, "without a record", "has no record", time.Time{}},
-		{"a node pin without a record", Facts{NodePin: good(pin{Release: v3})}, ActKeep, none, none, FromNodePin, "without a record", "has no record", time.Time{}},
-		{"a hold without a record", Facts{UnitPin: good(pin{Hold: true})}, ActKeep, none, none, FromUnitPin, "without a record", "has no record", time.Time{}},
-		{"a hold", Facts{Record: good(git), NodePin: good(pin{Hold: true, By: "bob"})}, ActHold, none, none, FromNodePin, "node pin by bob", "", time.Time{}},
-		{"a bad node pin above what is good", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: bad[pin]()}, ActKeep, none, none, FromNodePin, "doesn't parse", "node pin: a typo", time.Time{}},
-		{"a bad unit pin above a good record", Facts{Record: good(git), UnitPin: bad[pin]()}, ActKeep, none, none, FromUnitPin, "doesn't parse", "unit pin: a typo", time.Time{}},
-		{"a good node pin above what is bad", Facts{Record: bad[record](), UnitPin: bad[pin](), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "unit pin: a typo", time.Time{}},
-		{"admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
-		{"not admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank - 1})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"not admitted, and nothing stable", Facts{Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseFrozen}})}, ActStage, none, v2, FromTarget, "waits", "", time.Time{}},
-		{"admitted, on what the record doesn't name", Facts{Running: v3, Record: in(rolling)},
+		{"a pin until another day",
+			ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon.Add(24 * time.Hour)})},
+			ActRun, v3, none, FromUnitPin, "until 2026-11-25 12:00Z", "", noon.Add(24 * time.Hour)},
+		{"a pin that ended", ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon})},
+			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"a node pin above a unit pin",
+			ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1})},
+			ActRun, v1, none, FromNodePin, "node pin", "", time.Time{}},
+		{"a node pin that ended above a unit pin",
+			ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3}),
+				NodePin: good(pin{Release: v1, Until: noon.Add(-1)})},
+			ActRun, v3, none, FromUnitPin, "unit pin", "", time.Time{}},
+		{"a unit pin without a record", ResolveInputs{Running: v1, UnitPin: good(pin{Release: v3})},
+			ActKeep, none, none, FromUnitPin, "without a record", "has no record", time.Time{}},
+		{"a node pin without a record", ResolveInputs{NodePin: good(pin{Release: v3})},
+			ActKeep, none, none, FromNodePin, "without a record", "has no record", time.Time{}},
+		{"a hold without a record", ResolveInputs{UnitPin: good(pin{Hold: true})},
+			ActKeep, none, none, FromUnitPin, "without a record", "has no record", time.Time{}},
+		{"a hold", ResolveInputs{Record: good(git), NodePin: good(pin{Hold: true, By: "bob"})},
+			ActHold, none, none, FromNodePin, "node pin by bob", "", time.Time{}},
+		{"a bad node pin above what is good",
+			ResolveInputs{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: bad[pin]()},
+			ActKeep, none, none, FromNodePin, "doesn't parse", "node pin: a typo", time.Time{}},
+		{"a bad unit pin above a good record", ResolveInputs{Record: good(git), UnitPin: bad[pin]()},
+			ActKeep, none, none, FromUnitPin, "doesn't parse", "unit pin: a typo", time.Time{}},
+		{"a good node pin above what is bad",
+			ResolveInputs{Record: bad[record](), UnitPin: bad[pin](), NodePin: good(pin{Release: v1})},
+			ActRun, v1, none, FromNodePin, "node pin", "unit pin: a typo", time.Time{}},
+		{"admitted", ResolveInputs{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank})},
+			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"not admitted", ResolveInputs{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank - 1})},
+			ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"not admitted, and nothing stable",
+			ResolveInputs{Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseFrozen}})},
+			ActStage, none, v2, FromTarget, "waits", "", time.Time{}},
+		{"admitted, on what the record doesn't name", ResolveInputs{Running: v3, Record: in(rolling)},
 			ActStage, v1, v2, FromStable, "the stable release first", "", time.Time{}},
-		{"admitted, where something else serves", Facts{AtDest: FoundOther, Record: in(rolling)},
+		{"admitted, where something else serves", ResolveInputs{AtDest: FoundOther, Record: in(rolling)},
 			ActStage, v1, v2, FromStable, "the stable release first", "", time.Time{}},
 		{"admitted, on what the record doesn't name, and stable failed there",
-			Facts{Running: v3, Quarantined: failed, Record: in(rolling)}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
-		{"admitted, on a target that was replaced", Facts{Running: v3,
+			ResolveInputs{Running: v3, Quarantined: failed, Record: in(rolling)}, ActRun, v2, none, FromTarget, "Git",
+			"", time.Time{}},
+		{"admitted, on a target that was replaced", ResolveInputs{Running: v3,
 			Record: in(progress{Phase: deployments.PhaseRolling, Cutoff: rank, Superseded: replaced})},
 			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
-		{"admitted, on what the record doesn't name, and nothing is stable", Facts{Running: v3,
+		{"admitted, on what the record doesn't name, and nothing is stable", ResolveInputs{Running: v3,
 			Record: good(record{Target: v2, Generation: 1, Rollout: &rolling})},
 			ActRun, v2, none, FromTarget, "", "", time.Time{}},
-		{"not admitted, on the target", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v2, none, FromTarget, "runs already", "", time.Time{}},
-		{"not admitted, on a target that was replaced", Facts{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Superseded: replaced})}, ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
-		{"rolled back, its turn to come", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})}, ActRun, v2, none, FromRunning, "turn", "", time.Time{}},
-		{"rolled back, its turn", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank - 1})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"rolled back before it began", Facts{Running: v1, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"halted", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"not admitted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, none, v2, FromStable, "failed on this node", "", time.Time{}},
-		{"not admitted, and stable, which runs, had failed here", Facts{Running: v1, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"not admitted, and stable failed here, where nothing runs", Facts{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
-		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRollingBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"admitted, and orphaned since", Facts{Running: v1, Record: orphaned(rolling)},
-			ActRun, v1, none, FromRunning, "no longer in Git", "", time.Time{}},
-		{"on its way, and orphaned since", Facts{Running: v2, Record: orphaned(rolling)},
-			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
-		{"orphaned, where nothing runs", Facts{Record: orphaned(progress{Phase: deployments.PhaseRolling})},
+		{"not admitted, on the target", ResolveInputs{Running: v2, Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActRun, v2, none, FromTarget, "runs already", "", time.Time{}},
+		{"not admitted, on a target that was replaced",
+			ResolveInputs{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Superseded: replaced})},
+			ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
+		{"rolled back, its turn to come",
+			ResolveInputs{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})},
+			ActRun, v2, none, FromRunning, "turn", "", time.Time{}},
+		{"rolled back, its turn",
+			ResolveInputs{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank - 1})},
+			ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"rolled back before it began",
+			ResolveInputs{Running: v1, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})},
+			ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"halted", ResolveInputs{Running: v2, Record: in(progress{Phase: deployments.PhaseRolledBack})},
+			ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"not admitted, and stable failed here",
+			ResolveInputs{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActStage, none, v2, FromStable, "failed on this node", "", time.Time{}},
+		{"not admitted, and stable, which runs, had failed here",
+			ResolveInputs{Running: v1, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})},
 			ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: firstBack}, ActRun, v2, none,
+		{"not admitted, and stable failed here, where nothing runs",
+			ResolveInputs{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"halted, and stable failed here",
+			ResolveInputs{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolledBack})},
+			ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
+		{"rolled back, its turn, and stable failed here",
+			ResolveInputs{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRollingBack})},
+			ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"admitted, and orphaned since", ResolveInputs{Running: v1, Record: orphaned(rolling)},
+			ActRun, v1, none, FromRunning, "no longer in Git", "", time.Time{}},
+		{"on its way, and orphaned since", ResolveInputs{Running: v2, Record: orphaned(rolling)},
+			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"orphaned, where nothing runs", ResolveInputs{Record: orphaned(progress{Phase: deployments.PhaseRolling})},
+			ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"rolled back, with nothing to go back to", ResolveInputs{Running: v2, Record: firstBack}, ActRun, v2, none,
 			FromRunning, "none to go back to", "", time.Time{}},
-		{"rolled back, with what was there before kedge", Facts{Running: v2, Leavable: true, Record: firstBack},
+		{"rolled back, with what was there before kedge", ResolveInputs{Running: v2, Leavable: true, Record: firstBack},
 			ActLeave, none, none, FromStable, "goes back to what was there before kedge", "", time.Time{}},
-		{"rolled back, and back at what was there before", Facts{AtDest: FoundOther, Record: firstBack},
+		{"rolled back, and back at what was there before", ResolveInputs{AtDest: FoundOther, Record: firstBack},
 			ActKeep, none, none, FromStable, "keeps what was there before kedge", "", time.Time{}},
-		{"stable from the right place, the target from elsewhere", Facts{Running: v1, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v1, none, FromStable, "until this node is admitted", "is not from", time.Time{}},
-		{"stable failed here, the target from elsewhere", Facts{Running: v3, Quarantined: failed, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "failed on this node", "is not from", time.Time{}},
-		{"stable from elsewhere, the target from the right place", Facts{Running: v3, Bounds: Bounds{Sources: []string{v2.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "may not be used", "is not from", time.Time{}},
-		{"from elsewhere", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/other"}}}, ActKeep, none, none, FromTarget, "may not be used", "is not from s3://acme/other", time.Time{}},
-		{"from the right place", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/web/"}}}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"stable from the right place, the target from elsewhere",
+			ResolveInputs{Running: v1, Bounds: Bounds{Sources: []string{v1.URL}},
+				Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActRun, v1, none, FromStable, "until this node is admitted", "is not from", time.Time{}},
+		{"stable failed here, the target from elsewhere",
+			ResolveInputs{Running: v3, Quarantined: failed, Bounds: Bounds{Sources: []string{v1.URL}},
+				Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActKeep, none, none, FromStable, "failed on this node", "is not from", time.Time{}},
+		{"stable from elsewhere, the target from the right place",
+			ResolveInputs{Running: v3, Bounds: Bounds{Sources: []string{v2.URL}},
+				Record: in(progress{Phase: deployments.PhaseRolling})},
+			ActKeep, none, none, FromStable, "may not be used", "is not from", time.Time{}},
+		{"from elsewhere", ResolveInputs{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/other"}}},
+			ActKeep, none, none, FromTarget, "may not be used", "is not from s3://acme/other", time.Time{}},
+		{"from the right place", ResolveInputs{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/web/"}}},
+			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.f.Unit, c.f.Node, c.f.Now = app, "n1", noon
@@ -146,7 +203,8 @@ func TestResolve(t *testing.T) {
 func TestQuarantineIsShown(t *testing.T) {
 	t.Parallel()
 	v1 := release("v1")
-	d := Resolve(Facts{Unit: app, Node: "n1", Now: noon, Record: good(deployments.Record{Target: v1}), Quarantined: []deployments.Digest{v1.Digest}})
+	d := Resolve(ResolveInputs{Unit: app, Node: "n1", Now: noon, Record: good(deployments.Record{Target: v1}),
+		Quarantined: []deployments.Digest{v1.Digest}})
 	last := d.Trace[len(d.Trace)-1]
 	if d.Target != v1 || last.What != "quarantine" || last.Reason != deployments.ReasonQuarantined {
 		t.Errorf("target %v, last step %+v", d.Target, last)
@@ -161,13 +219,19 @@ func TestQuarantineInTheWay(t *testing.T) {
 	rolling := good(deployments.Record{Target: v2, Stable: v1, Rollout: &deployments.Progress{Phase: deployments.PhaseRolling}})
 	for _, c := range []struct {
 		name string
-		f    Facts
+		f    ResolveInputs
 		want bool
 	}{
-		{"the target failed here", Facts{Record: good(deployments.Record{Target: v2}), Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
-		{"it runs all the same", Facts{Record: good(deployments.Record{Target: v2}), Running: v2, Quarantined: []deployments.Digest{v2.Digest}}, false},
-		{"what is to come failed here", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
-		{"something else did", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{release("v0").Digest}}, false},
+		{"the target failed here",
+			ResolveInputs{Record: good(deployments.Record{Target: v2}), Running: v1,
+				Quarantined: []deployments.Digest{v2.Digest}}, true},
+		{"it runs all the same",
+			ResolveInputs{Record: good(deployments.Record{Target: v2}), Running: v2,
+				Quarantined: []deployments.Digest{v2.Digest}}, false},
+		{"what is to come failed here",
+			ResolveInputs{Record: rolling, Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
+		{"something else did",
+			ResolveInputs{Record: rolling, Running: v1, Quarantined: []deployments.Digest{release("v0").Digest}}, false},
 	} {
 		c.f.Unit, c.f.Node, c.f.Now = app, "n1", noon
 		trace := Resolve(c.f).Trace
@@ -179,7 +243,7 @@ func TestQuarantineInTheWay(t *testing.T) {
 
 func TestDecisionAsJSON(t *testing.T) {
 	t.Parallel()
-	data, err := json.Marshal(Resolve(Facts{Unit: app, Node: "n1", Now: noon, NodePin: bad[deployments.Pin]()}))
+	data, err := json.Marshal(Resolve(ResolveInputs{Unit: app, Node: "n1", Now: noon, NodePin: bad[deployments.Pin]()}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -74,7 +74,7 @@ func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool)
 	room, spent := room(in, v)
 	stay := uint64(0) // the highest rank that stays for now
 	for _, n := range slices.Backward(v.nodes) {
-		if n.rank > st.p.Cutoff || n.needsNoRoom {
+		if n.rank > st.p.Cutoff || n.outsideBudget {
 			continue
 		}
 		counted := n.inflight && !(spent && n.overdue)

@@ -125,7 +125,7 @@ func (w *world) resolve(n *member, i int) Decision {
 	if i >= 0 {
 		record = good(w.records[i])
 	}
-	n.asked, n.decision = q, Resolve(Facts{
+	n.asked, n.decision = q, Resolve(ResolveInputs{
 		Unit: app, Node: n.name, Now: w.now,
 		Record: record, NodePin: n.pin, UnitPin: w.unitPin,
 		Joined: n.joined, Running: n.running, Quarantined: keys(n.failed), AtDest: n.atDest(),

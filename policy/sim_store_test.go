@@ -230,7 +230,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	if stored.Generation > 0 {
 		at = &stored
 	}
-	m.Record = base.Number(m.Record, at, w.seenBy)
+	m.Record = base.WithGeneration(m.Record, at, w.seenBy)
 	if w.refused && !reflect.DeepEqual(m.Record, stored) { // the folder key that it compares is gone: it makes it again
 		w.refused, w.waits = false, true
 		w.count("writes refused")

@@ -55,15 +55,15 @@ func (s *SourceStatus) UnmarshalJSON(data []byte) error {
 
 // DecisionStatus is a Decision as JSON.
 type DecisionStatus struct {
-	Action  Action                   `json:"action"`
-	Target  deployments.Pointer      `json:"target,omitzero"`
-	Stage   deployments.Pointer      `json:"stage,omitzero"`
-	Source  Source                   `json:"source"`
-	Reason  deployments.Reason       `json:"reason,omitempty"`
-	Facts   deployments.Facts        `json:"facts,omitempty"`
-	Why     string                   `json:"why"` // Reason and Facts in words
-	Invalid string                   `json:"invalid,omitempty"`
-	Recheck time.Time                `json:"recheck,omitzero"`
-	Waits   string                   `json:"waits,omitempty"` // the unit that it waits for
-	Trace   []deployments.StepStatus `json:"trace,omitempty"`
+	Action   Action                   `json:"action"`
+	Target   deployments.Pointer      `json:"target,omitzero"`
+	Stage    deployments.Pointer      `json:"stage,omitzero"`
+	Source   Source                   `json:"source"`
+	Reason   deployments.Reason       `json:"reason,omitempty"`
+	Facts    deployments.Facts        `json:"facts,omitempty"`
+	Why      string                   `json:"why"` // Reason and Facts in words
+	Invalid  string                   `json:"invalid,omitempty"`
+	Recheck  time.Time                `json:"recheck,omitzero"`
+	WaitsFor string                   `json:"waits,omitempty"` // the unit that has to converge before, and why
+	Trace    []deployments.StepStatus `json:"trace,omitempty"`
 }

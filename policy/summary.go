@@ -55,8 +55,9 @@ type place struct {
 	replaced bool // it runs a target that was superseded
 	inflight bool
 	overdue  bool // it is in flight, and its deadline has passed
-	// admitting it, or letting it go back, takes no room: it is there already, or the release failed on it
-	needsNoRoom bool
+	// outsideBudget is set if the node may be admitted, or go back, whatever the budget: it is there already, or the
+	// release failed on it.
+	outsideBudget bool
 }
 
 const defaultDeadline = 10 * time.Minute
@@ -176,16 +177,16 @@ func summarize(in *inputs, st state) summary {
 			x.inflight = true
 		case back:
 			on := goesBack(&r, u)
-			x.needsNoRoom = !on || final && u.Want.Digest == r.Stable.Digest
+			x.outsideBudget = !on || final && u.Want.Digest == r.Stable.Digest
 			x.inflight = !final && (busy(u) || x.applies && (on && !x.admitted || runsUnnamed(&r, u)))
 			if !x.applies && !x.inflight && !final && (on && !x.admitted || runsUnnamed(&r, u)) {
-				x.needsNoRoom = true // it goes in its own turn
-				waits := x           // copied only here, as it costs an allocation
+				x.outsideBudget = true // it goes in its own turn
+				waits := x             // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
 		// otherwise the node may not run it
 		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()):
-			x.needsNoRoom = true
+			x.outsideBudget = true
 			if x.admitted {
 				cause := deployments.ReasonQuarantined
 				if u.State == deployments.StateInvalid {
@@ -195,15 +196,15 @@ func summarize(in *inputs, st state) summary {
 			}
 		// it is out of service until its deadline, and isn't waited for
 		case u.State == deployments.StateUnhealthy && onTarget:
-			x.needsNoRoom, x.inflight, sick = true, true, true
+			x.outsideBudget, x.inflight, sick = true, true, true
 			v.countFailed(n, deployments.ReasonUnhealthy, u.Error)
 		case x.admitted && failedThere(&r, u):
-			x.needsNoRoom, x.inflight, sick = true, true, true
+			x.outsideBudget, x.inflight, sick = true, true, true
 			v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
 		case broken:
-			x.needsNoRoom = true
+			x.outsideBudget = true
 		default:
-			x.needsNoRoom = there
+			x.outsideBudget = there
 			x.inflight = !there && !final && (busy(u) || x.applies && (x.admitted || runsUnnamed(&r, u)))
 			if !x.applies && !x.inflight && !final && !there && (x.admitted || runsUnnamed(&r, u)) {
 				waits := x // copied only here, as it costs an allocation

@@ -199,7 +199,7 @@ func (s *Store) read(
 	err := s.do(ctx, "list "+prefix, timeout, func(q *api.QueryOptions) error {
 		opts.Token = q.Token
 		l = listing{folders: []string{}}
-		room := backend.NewRoom(prefix)
+		limit := backend.NewListLimit(prefix)
 		pairs := &pairReader{take: func(p *api.KVPair) error {
 			e := s.entry(p)
 			switch {
@@ -212,7 +212,7 @@ func (s *Store) read(
 			default:
 				l.entries = append(l.entries, e)
 			}
-			return room.Take(e)
+			return limit.Add(e)
 		}}
 		_, meta, err := s.client.KV().List(s.prefix+prefix, opts.WithContext(pairs.in(q.Context())))
 		if err == nil {

@@ -157,7 +157,7 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 	err := d.reading(ctx, func() error {
 		s = scanned{}
 		seen := map[string]bool{}
-		room := backend.NewRoom(prefix)
+		limit := backend.NewListLimit(prefix)
 		var walk func(dir, key string) error
 		walk = func(dir, key string) error {
 			if visit != nil {
@@ -197,7 +197,7 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 					s.unsteady = true
 				}
 				e := kv.Entry{Key: key + name, Value: v.value, Version: v.version}
-				if err := room.Take(e); err != nil {
+				if err := limit.Add(e); err != nil {
 					return err
 				}
 				s.entries = append(s.entries, e)

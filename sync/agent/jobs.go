@@ -146,10 +146,10 @@ func (u *unit) destChanged() bool {
 	found, changed := u.mark.Changed()
 	switch {
 	case found != "" && found != u.foreign:
-		u.log.Warn("something else has deployed to dest", "dest", u.dest, "found", found, "expected", u.mark.Live,
+		u.log.Warn("something else has deployed to dest", "dest", u.dest, "found", found, "expected", u.mark.LeadsTo,
 			"healing", u.goal.heal)
 	case changed && found == "" && len(u.drift) == 0:
-		u.log.Warn("dest is gone", "dest", u.dest, "expected", u.mark.Live, "healing", u.goal.heal)
+		u.log.Warn("dest is gone", "dest", u.dest, "expected", u.mark.LeadsTo, "healing", u.goal.heal)
 	}
 	u.foreign = found
 	return changed

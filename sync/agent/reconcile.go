@@ -143,7 +143,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 		state := u.state()
 		was := u.decision
 		u.decided = true
-		u.decision = policy.Resolve(policy.Facts{
+		u.decision = policy.Resolve(policy.ResolveInputs{
 			Unit: id, Node: a.c.Node, Now: now,
 			Joined: a.joined[r.Name], Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
@@ -264,7 +264,7 @@ func (u *unit) conflicts() bool {
 		return g.leave || g.run != u.busy.release && (!g.run.IsZero() || !begun)
 	case jobRecover:
 		s := u.state()
-		return g.leave && !s.Leaving || !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
+		return g.leave && !s.Leaving || !g.run.IsZero() && g.run != s.Staged && g.run != s.RecoversTo
 	case jobLeave: // it ends soon once it has begun
 		return !g.leave && !u.state().Leaving
 	case jobStage:

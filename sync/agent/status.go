@@ -42,7 +42,7 @@ func (a *Agent) Status() policy.NodeStatus {
 		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
 			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
 			Why: message.Decision(d.Reason, d.Facts), Invalid: text(d.Invalid),
-			Recheck: d.Recheck, Waits: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
+			Recheck: d.Recheck, WaitsFor: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
 		}
 	}
 	return s

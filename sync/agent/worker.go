@@ -297,7 +297,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
 	// An interrupted deployment is finished first, as storage may be away; but not if the release before it is
 	// wanted, which is on disk.
-	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
+	back := deploys && run == s.LastGood && s.Unfinished && run != s.RecoversTo
 	switch {
 	case g.leave && s.Leavable && !s.Leaving:
 		return job{kind: jobLeave}, again

@@ -181,8 +181,9 @@ type State struct {
 	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison; nil: it
 	// didn't, or another release runs by now.
 	Compared *deployments.Compared
-	// Ends is the release that Recover ends on if that doesn't fail; zero: none, or no deployment is unfinished.
-	Ends deployments.Pointer
+	// RecoversTo is the release that runs after Recover if that doesn't fail; zero: none, or no deployment is
+	// unfinished.
+	RecoversTo deployments.Pointer
 }
 
 // Empty reports whether no release of the unit runs, is good, is under way or has failed on this node.
@@ -237,8 +238,8 @@ func (u *Unit) State() State {
 	}
 	if d := u.j.Deployment; d != nil {
 		s.Leaving, s.RollingBack = d.Leaves, d.Fault != nil || d.Unserved != nil
-		if s.Ends = d.target(); d.Step.beforeSwitch() {
-			s.Ends = d.From
+		if s.RecoversTo = d.target(); d.Step.beforeSwitch() {
+			s.RecoversTo = d.From
 		}
 		s.Health = d.Unserved.health()
 	} else {
@@ -442,7 +443,7 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 		return false
 	}
 	r, err := u.remembered(u.j.Running)
-	return err == nil && u.switcher(r).Live(r)
+	return err == nil && u.switcher(r).IsLive(r)
 }
 
 // settled returns the running release; nil while a deployment is under way.

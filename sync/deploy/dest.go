@@ -40,10 +40,10 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 // Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
 	Dest string // empty: nothing runs, or it has no tree
-	// Live is the directory that dest should lead to: the release's own or, if the strategy has none, where dest
+	// LeadsTo is the directory that dest should lead to: the release's own or, if the strategy has none, where dest
 	// led when the mark was taken. Empty: it may lead anywhere, as a deployment is half done.
-	Live string
-	// inode is Live's inode if the strategy writes into it; 0: it isn't compared.
+	LeadsTo string
+	// inode is LeadsTo's inode if the strategy writes into it; 0: it isn't compared.
 	inode   uint64
 	running deployments.Digest
 }
@@ -61,26 +61,26 @@ func (u *Unit) Mark() Mark {
 	if r.Manifest.Strategy == deployments.StrategyRelease {
 		// It isn't read from dest, which somebody may have changed meanwhile.
 		if dir := u.switcher(r).Dir(r); dir != "" {
-			m.Live, _ = filepath.EvalSymlinks(dir)
+			m.LeadsTo, _ = filepath.EvalSymlinks(dir)
 		}
 		return m
 	}
-	m.Live, _ = filepath.EvalSymlinks(m.Dest)
-	m.inode = inodeOf(m.Live)
+	m.LeadsTo, _ = filepath.EvalSymlinks(m.Dest)
+	m.inode = inodeOf(m.LeadsTo)
 	return m
 }
 
 // Changed reports whether dest is no longer as the deployment left it. found describes what something else
 // deployed there; empty: nothing is there, or that is unknown.
 func (m Mark) Changed() (found string, changed bool) {
-	if m.Live == "" {
+	if m.LeadsTo == "" {
 		return "", false
 	}
 	live, err := filepath.EvalSymlinks(m.Dest)
 	switch last := lastDeployed(m.Dest); {
 	case err != nil:
 		return "", true
-	case live != m.Live:
+	case live != m.LeadsTo:
 		return "it leads to " + live, true
 	case m.inode != 0 && inodeOf(live) != m.inode:
 		return "it is another directory", true

@@ -35,7 +35,7 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 		}
 	}
 	live := func() error {
-		if !u.switcher(r).Live(r) {
+		if !u.switcher(r).IsLive(r) {
 			return fmt.Errorf("%s no longer resolves to release %s", r.Manifest.Dest, r.Pointer.Digest.Short())
 		}
 		return nil

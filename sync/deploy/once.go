@@ -84,7 +84,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		return err
 	}
 	defer release()
-	if l := u.lock; l != nil && l.waited && l.last == r.Pointer.Digest.String() && u.switcher(r).Live(r) {
+	if l := u.lock; l != nil && l.waited && l.last == r.Pointer.Digest.String() && u.switcher(r).IsLive(r) {
 		u.log.Info("another deployment has made the release live meanwhile", "release", r.Pointer.String())
 		return nil
 	}

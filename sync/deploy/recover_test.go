@@ -127,7 +127,7 @@ func TestWayBackIsTriedUntilItHolds(t *testing.T) {
 			}
 			for range 2 { // the agent's restart in between changes nothing
 				s := u.State()
-				if s.Running != one || s.Confirmed || s.Proven || !s.Drained || !s.Unfinished || s.Ends != one ||
+				if s.Running != one || s.Confirmed || s.Proven || !s.Drained || !s.Unfinished || s.RecoversTo != one ||
 					!s.Health.Unhealthy || s.Health.Reason != deployments.ReasonUnhealthy || s.Health.Facts["error"] == "" {
 					t.Errorf("state: %+v", s)
 				}

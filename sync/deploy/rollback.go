@@ -160,7 +160,7 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			told.Told = true
 			d.Fault = &told
 		}
-		if u.switcher(old).Live(old) {
+		if u.switcher(old).IsLive(old) {
 			d.enter(stepBackPost)
 		} else {
 			d.enter(stepBack)

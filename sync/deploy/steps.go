@@ -228,7 +228,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case old == nil:
 		return nil, nil // there is no good release to go back to: the node stays out of service
 	case d.Step == stepBack:
-		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).Live(old) {
+		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).IsLive(old) {
 			return nil, u.recordBefore(ctx, old)
 		}
 		if err := u.switcher(old).SwitchBack(ctx, old, r, d.Over); err != nil {

@@ -404,8 +404,8 @@ func converged(d policy.Decision, r deployments.UnitReport) bool {
 
 // facts returns the inputs of a decision about a unit on a node, as far as the store shows them. The node's own
 // configuration is unknown here.
-func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
-	facts := policy.Facts{
+func (f *Fleet) facts(u *Unit, n Node) policy.ResolveInputs {
+	facts := policy.ResolveInputs{
 		Unit:        u.ID,
 		Node:        n.Name,
 		Now:         f.At,

@@ -93,7 +93,7 @@ func TestMoreNodesThanAreListed(t *testing.T) {
 	listed := 0
 	for _, u := range f.Units {
 		listed += len(u.Nodes)
-		if u.Live != nodes+1 || unfinished(&u, time.Unix(1e9, 0)) == "" {
+		if u.Live != nodes+1 || lacking(&u, time.Unix(1e9, 0)) == "" {
 			t.Fatalf("%s has %d live nodes, want %d", u.ID, u.Live, nodes+1)
 		}
 	}
@@ -107,7 +107,7 @@ func TestMoreNodesThanAreListed(t *testing.T) {
 		t.Errorf("it is said: %q", said)
 	}
 	u := &Unit{Live: 2, Converged: 1, Nodes: []Node{{Name: "web-1", Converged: true}}}
-	if said := unfinished(u, time.Now()); !strings.Contains(said, "aren't listed") {
+	if said := lacking(u, time.Now()); !strings.Contains(said, "aren't listed") {
 		t.Errorf("a unit whose listed nodes have converged is finished: %q", said)
 	}
 }

@@ -200,7 +200,8 @@ func TestExplainLocal(t *testing.T) {
 				Reason: deployments.ReasonDependency, Facts: deployments.Facts{"unit": "base", "error": "waits for base"}, Generation: 2, Since: noon.Add(-time.Minute)}}},
 			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
 		},
-		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",
+		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2,
+			Source: policy.FromTarget, Why: "Git commit 4f2c91a", WaitsFor: "waits for base",
 			Trace: []Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
 	}
 	for _, name := range []string{"app", "web/app"} {

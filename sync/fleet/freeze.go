@@ -41,7 +41,7 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if v.Never {
 		return says + ", and no window opens: " + message.OneLine(v.By)
 	}
-	return join(says+" until "+timeAhead(v.Ends, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
+	return join(says+" until "+timeAhead(v.WindowEnds, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
 }
 
 // statusAhead is how soon a freeze must begin to be announced above the table of all units.

@@ -224,7 +224,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	var all []string
 	byMirror := false
 	for _, u := range units {
-		if s := unfinished(&u, f.At); s != "" {
+		if s := lacking(&u, f.At); s != "" {
 			all = append(all, s)
 			byMirror = byMirror || rollout(&u, f.At) != nil || pending(&u, f.At) != ""
 		}
@@ -375,8 +375,8 @@ func pending(u *Unit, now time.Time) string {
 	return ""
 }
 
-// unfinished returns what a unit still lacks; empty: nothing.
-func unfinished(u *Unit, now time.Time) string {
+// lacking returns what keeps a unit from being converged; empty: nothing.
+func lacking(u *Unit, now time.Time) string {
 	if u.Error != "" {
 		return fmt.Sprintf("%s: %s", u.ID, message.OneLine(u.Error))
 	}

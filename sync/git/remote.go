@@ -82,7 +82,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	}
 	r.dir = c.CacheDir
 	r.cache = r.kept()
-	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} {
+	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinishedPacks)} {
 		// A mirror that was killed during a fetch left these files.
 		left, _ := filepath.Glob(filepath.Join(c.CacheDir, cut))
 		for _, name := range left {
@@ -111,9 +111,9 @@ func (r *remoteRepo) kept() string {
 
 // Names in the cache's directory: the cache, and the fetch that is to replace it.
 const (
-	cacheName   = "repo.git"
-	fetchPrefix = "fetch-"
-	unfinished  = "objects/pack/tmp_*" // go-git's unfinished files, below a repository
+	cacheName       = "repo.git"
+	fetchPrefix     = "fetch-"
+	unfinishedPacks = "objects/pack/tmp_*" // go-git's unfinished files, below a repository
 
 	// A temporary directory is made by each mirror that has no CacheDir, and contains a lock.
 	temporaryPrefix = "kedge-mirror-"

@@ -175,7 +175,7 @@ func (o *observer) fleet(v kv.View) {
 		roles[r.Key.Role] = append(roles[r.Key.Role], reported{r.Key.Node, gone, goneSince, unhealthy, r.Report})
 	}
 	o.outages = out
-	left := o.follow(listed, at)
+	left := o.trackLeft(listed, at)
 	if bad > 0 {
 		o.complain.Do(func() {
 			o.log.Warn("a node's report can't be used", "key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
@@ -191,8 +191,8 @@ func (o *observer) fleet(v kv.View) {
 	})
 }
 
-// follow notes which keys of status/ vanished, and returns when by role.
-func (o *observer) follow(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
+// trackLeft notes which keys of status/ have vanished, and returns the times at which they did, by role.
+func (o *observer) trackLeft(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
 	for name := range o.listed {
 		if _, there := listed[name]; !there {
 			o.left[name] = at
@@ -210,7 +210,7 @@ func (o *observer) follow(listed map[string]time.Time, at time.Time) map[deploym
 	}
 	if len(o.left) > maxLeft {
 		o.forgetOldest()
-		return o.follow(listed, at)
+		return o.trackLeft(listed, at)
 	}
 	return left
 }

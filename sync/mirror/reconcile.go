@@ -244,7 +244,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 				return change{}, doWait, until
 			}
 			base = policy.Base{Record: record, Floor: record.Generation, Rebuilt: true}
-			w.kind, w.note = "rebuild", policy.RebuiltNote(nodes)
+			w.kind, w.note = "rebuild", policy.RebuildNote(nodes)
 		}
 	}
 	w.before = base.Record
@@ -273,7 +273,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	if c.present && c.err == nil {
 		stored = &c.record
 	}
-	w.after = base.Number(w.after, stored, nodes)
+	w.after = base.WithGeneration(w.after, stored, nodes)
 	if ordered {
 		w.order = o
 		w.ops = append(w.ops, kv.DeleteIf(kv.ControlKey(u.ID), o.version))

@@ -52,7 +52,7 @@ func (h *herd) turn(fails deployments.Digest) (moved []string) {
 	r := h.m.record(h.id.String(), func(deployments.Record) bool { return true })
 	for name, presence := range h.nodes {
 		d := policy.Resolve(
-			policy.Facts{
+			policy.ResolveInputs{
 				Unit:    h.id,
 				Node:    name,
 				Record:  policy.Value[deployments.Record]{Present: true, Value: r},

@@ -423,12 +423,12 @@ func rollout(p *progress) templ.Component {
 				return templ_7745c5c3_Err
 			}
 		}
-		if !p.Until.IsZero() {
+		if !p.ExpectedEnd.IsZero() {
 			templ_7745c5c3_Err = templruntime.WriteString(templ_7745c5c3_Buffer, 34, "<span class=\"left\">")
 			if templ_7745c5c3_Err != nil {
 				return templ_7745c5c3_Err
 			}
-			templ_7745c5c3_Err = until(p.Until).Render(ctx, templ_7745c5c3_Buffer)
+			templ_7745c5c3_Err = until(p.ExpectedEnd).Render(ctx, templ_7745c5c3_Buffer)
 			if templ_7745c5c3_Err != nil {
 				return templ_7745c5c3_Err
 			}

@@ -12,19 +12,19 @@ import (
 
 // nodePage is the page of one unit on one node.
 type nodePage struct {
-	ID      deployments.UnitID
-	Node    string
-	Verdict string
-	Tone    string
-	State   string
-	Gone    bool
-	Since   time.Time
-	Units   []nodeUnit
-	More    int
-	Notes   []fleet.Note
-	Steps   []traceStep
-	Report  []fleet.Note
-	Health  healthView
+	ID        deployments.UnitID
+	Node      string
+	Verdict   string
+	Tone      string
+	State     string
+	Gone      bool
+	Since     time.Time
+	Units     []nodeUnit
+	MoreUnits int
+	Notes     []fleet.Note
+	Steps     []traceStep
+	Report    []fleet.Note
+	Health    healthView
 	// Commands are commands that would change something for this node alone.
 	Commands []command
 }
@@ -89,7 +89,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 		v.Health = healthView{true, fleet.Clean(r.Facts["check"], maxText), fleet.Clean(cmp.Or(r.Facts["error"],
 			r.Error), maxText), r.Since}
 	}
-	v.Units, v.More = s.unitsOn(name, u.ID)
+	v.Units, v.MoreUnits = s.unitsOn(name, u.ID)
 	id := u.ID.String()
 	_, pinned := u.Pins[name]
 	if pinned {

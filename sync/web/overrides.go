@@ -11,10 +11,10 @@ import (
 
 // overrides is the page of what overrides Git: pins, orders and freezes, with their authors.
 type overrides struct {
-	Pins   []pinRow
-	More   int
-	Orders []orderRow
-	Frozen []frozenRow
+	Pins     []pinRow
+	MorePins int
+	Orders   []orderRow
+	Frozen   []frozenRow
 	// Windows are the freeze windows of kedge.yaml. MoreWindows is how many are not listed.
 	Windows     []windowRow
 	MoreWindows int
@@ -33,8 +33,8 @@ type pinRow struct {
 	Expired bool
 	AtOnce  bool
 	// Nodes is how many live nodes it is for.
-	Nodes int
-	End   string
+	Nodes        int
+	UnpinCommand string
 }
 
 // orderRow is an order that the mirror has yet to take.
@@ -47,10 +47,10 @@ type orderRow struct {
 type frozenRow struct {
 	ID             deployments.UnitID
 	Window, Reason string
-	Until          time.Time
+	ThawsAt        time.Time
 	// Never is set if no window will open that allows it.
-	Never bool
-	Go    string
+	Never          bool
+	PromoteCommand string
 }
 
 // maxOverrides bounds each list.
@@ -73,7 +73,7 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 			f := u.Record.Rollout.Facts
 			v.Frozen = append(v.Frozen, frozenRow{
 				ID: u.ID, Window: fleet.Clean(f["window"], 80), Reason: fleet.Clean(f["reason"], maxText),
-				Until: u.progress.Until, Never: f["opens"] == "never", Go: "kedge promote " + u.ID.String(),
+				ThawsAt: u.progress.ExpectedEnd, Never: f["opens"] == "never", PromoteCommand: "kedge promote " + u.ID.String(),
 			})
 		}
 	}
@@ -85,8 +85,8 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 		return t
 	}
 	slices.SortStableFunc(v.Pins, func(a, b pinRow) int { return never(a.Until).Compare(never(b.Until)) })
-	v.More = max(0, len(v.Pins)-maxOverrides)
-	v.Pins = v.Pins[:len(v.Pins)-v.More]
+	v.MorePins = max(0, len(v.Pins)-maxOverrides)
+	v.Pins = v.Pins[:len(v.Pins)-v.MorePins]
 	return v
 }
 
@@ -94,13 +94,14 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	r := pinRow{
 		ID: u.ID, Node: fleet.Clean(node, 63), Release: "hold", By: fleet.Clean(p.By, 40),
 		Reason: fleet.Clean(p.Reason, maxText),
-		Until:  p.Until, Expired: p.Expired(s.At), AtOnce: p.AtOnce, Nodes: u.Live, End: "kedge unpin " + u.ID.String(),
+		Until:  p.Until, Expired: p.Expired(s.At), AtOnce: p.AtOnce, Nodes: u.Live,
+		UnpinCommand: "kedge unpin " + u.ID.String(),
 	}
 	if !p.Hold {
 		r.Release = u.name(p.Release)
 	}
 	if node != "" {
-		r.Nodes, r.End = 1, r.End+" --node "+r.Node
+		r.Nodes, r.UnpinCommand = 1, r.UnpinCommand+" --node "+r.Node
 	}
 	return r
 }

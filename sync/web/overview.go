@@ -23,11 +23,11 @@ type overview struct {
 	Roles    []string
 	Totals   totals
 	Problems []problem
-	// More is how many problems are not in Problems.
-	More  int
-	Nodes []foundNode
-	Rows  []unitRow
-	Pager pager
+	// MoreProblems is how many problems are not in Problems.
+	MoreProblems int
+	Nodes        []foundNode
+	Rows         []unitRow
+	Pager        pager
 }
 
 // totals are counts over the whole fleet.
@@ -109,7 +109,7 @@ func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview
 			some = append(some, u)
 		}
 	}
-	v.Problems, v.More = problems(some)
+	v.Problems, v.MoreProblems = problems(some)
 	v.Nodes = found(some, f.Query)
 	rows, pager := paged(some, f, path)
 	v.Pager = pager
@@ -241,9 +241,9 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	if !u.target.IsZero() {
 		r.Target = u.name(u.target)
 	}
-	if u.progress != nil && u.progress.Until.IsZero() && u.progress.Phase == deployments.PhaseRolling {
+	if u.progress != nil && u.progress.ExpectedEnd.IsZero() && u.progress.Phase == deployments.PhaseRolling {
 		moving := *u.progress
-		moving.Until = ends(s.trend.of(u.ID), u.target.Digest, moving.Of).Truncate(5 * time.Second)
+		moving.ExpectedEnd = ends(s.trend.of(u.ID), u.target.Digest, moving.Of).Truncate(5 * time.Second)
 		r.Progress = &moving
 	}
 	if u.pinned {

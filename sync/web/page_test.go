@@ -164,7 +164,7 @@ func TestFreezeWindows(t *testing.T) {
 	}
 	day := func(d, h, m int) time.Time { return time.Date(2026, 11, d, h, m, 0, 0, time.UTC) }
 	for i, want := range []windowRow{
-		{Name: "audit", Waits: true, Units: "prod/db/*", Open: true, To: day(26, 0, 0), Zone: "UTC",
+		{Name: "audit", HoldsRunning: true, Units: "prod/db/*", Open: true, To: day(26, 0, 0), Zone: "UTC",
 			Later:  "Mon 00:00–Thu 00:00",
 			Path:   "M0 0h216v1H0ZM792 0h216v1H792Z",
 			Reason: "the auditors look at what runs, and it must be what they looked at last week"},

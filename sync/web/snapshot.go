@@ -215,7 +215,7 @@ type progress struct {
 	Admitted, Converged, Failed, Of int
 	Since                           time.Time
 	// Until is when the phase is expected to end, by the mirror or by the trend. Zero: unknown.
-	Until time.Time
+	ExpectedEnd time.Time
 }
 
 // back reports whether nodes go back to the stable release.
@@ -276,12 +276,12 @@ func progressOf(u *unit, now time.Time) *progress {
 		}
 	}
 	if until, err := time.Parse("2006-01-02 15:04:05Z", r.Facts["until"]); err == nil {
-		p.Until = until
+		p.ExpectedEnd = until
 	} else if until, err := time.Parse(time.RFC3339, r.Facts["until"]); err == nil {
-		p.Until = until
+		p.ExpectedEnd = until
 	}
-	if !p.Until.After(now) {
-		p.Until = time.Time{}
+	if !p.ExpectedEnd.After(now) {
+		p.ExpectedEnd = time.Time{}
 	}
 	return p
 }

@@ -37,10 +37,10 @@ type unitPage struct {
 type step struct {
 	Name string
 	// State is done, now, failed or todo.
-	State string
-	Note  string
-	Since time.Time
-	Until time.Time
+	State       string
+	Note        string
+	Since       time.Time
+	ExpectedEnd time.Time
 }
 
 // releaseLine is a release that a unit goes to, or may go back to.
@@ -59,7 +59,7 @@ type nodeRow struct {
 	Tone, State string
 	Runs, Class string
 	Since       time.Time
-	Beside      string
+	Problem     string
 	Pinned      bool
 }
 
@@ -151,7 +151,7 @@ func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
 	}
 	return nodeRow{
 		Key: "n:" + n.Name, Name: n.Name, ID: u.ID, Tone: healthOf(n).String(), State: fleet.Clean(cells[1].Text, 24),
-		Runs: runs, Class: u.class(n), Since: n.Report.Since, Beside: fleet.Clean(u.Names(beside), maxText), Pinned: pinned,
+		Runs: runs, Class: u.class(n), Since: n.Report.Since, Problem: fleet.Clean(u.Names(beside), maxText), Pinned: pinned,
 	}
 }
 
@@ -205,7 +205,7 @@ func stepsOf(u *unit, p *progress) []step {
 	admitted := fmt.Sprintf("%d of %d admitted", p.Admitted, p.Of)
 	passed := func(name string) step { return step{Name: name, State: "done"} }
 	now := func(name, note string) step {
-		return step{Name: name, State: "now", Note: note, Since: p.Since, Until: p.Until}
+		return step{Name: name, State: "now", Note: note, Since: p.Since, ExpectedEnd: p.ExpectedEnd}
 	}
 	todo := func(name string) step { return step{Name: name, State: "todo"} }
 	failed := step{Name: "Rollout", State: "failed", Note: reason}

@@ -691,7 +691,7 @@ func stepsView(v unitPage) templ.Component {
 					if templ_7745c5c3_Err != nil {
 						return templ_7745c5c3_Err
 					}
-					if !s.Until.IsZero() {
+					if !s.ExpectedEnd.IsZero() {
 						var templ_7745c5c3_Var30 string
 						templ_7745c5c3_Var30, templ_7745c5c3_Err = templ.JoinStringErrs(", ")
 						if templ_7745c5c3_Err != nil {
@@ -701,7 +701,7 @@ func stepsView(v unitPage) templ.Component {
 						if templ_7745c5c3_Err != nil {
 							return templ_7745c5c3_Err
 						}
-						templ_7745c5c3_Err = until(s.Until).Render(ctx, templ_7745c5c3_Buffer)
+						templ_7745c5c3_Err = until(s.ExpectedEnd).Render(ctx, templ_7745c5c3_Buffer)
 						if templ_7745c5c3_Err != nil {
 							return templ_7745c5c3_Err
 						}

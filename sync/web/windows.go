@@ -15,11 +15,11 @@ import (
 // windowRow is one freeze window of kedge.yaml, with its openings in the next week.
 type windowRow struct {
 	Name, Reason string
-	// Allow is set if rollouts may start only within the window, not only outside of it.
+	// Allow is set if rollouts may start only while the window is open. Otherwise they may start only while it isn't.
 	Allow bool
-	// Waits is set if rollouts under way have to wait as well.
-	Waits bool
-	Units string
+	// HoldsRunning is set if rollouts under way have to wait as well.
+	HoldsRunning bool
+	Units        string
 	// Open is set while the window is open. From and To are the current opening, or the next one; zero: none in
 	// the next week.
 	Open     bool
@@ -67,7 +67,7 @@ func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 func windowOf(w deployments.Freeze, now time.Time) windowRow {
 	r := windowRow{
 		Name: fleet.Clean(cmp.Or(w.Name, w.Cron), 80), Reason: fleet.Clean(w.Reason, maxText),
-		Allow: w.Kind == deployments.FreezeAllow, Waits: w.Running == "wait", Units: "all", Zone: w.Zone.String(),
+		Allow: w.Kind == deployments.FreezeAllow, HoldsRunning: w.Running == "wait", Units: "all", Zone: w.Zone.String(),
 	}
 	if len(w.Units) > 0 {
 		r.Units = fleet.Clean(strings.Join(w.Units[:min(len(w.Units), 12)], ", "), maxText)

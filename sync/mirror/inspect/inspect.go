@@ -79,7 +79,7 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(
 		slices.Clone(units),
-		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() },
+		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() },
 	)
 }
 
@@ -167,7 +167,7 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 		return "", false
 	})
 	switch {
-	case variable != "" && bounds.OnManifests():
+	case variable != "" && bounds.NeedManifest():
 		return fmt.Errorf(
 			"its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
 				"or bound the stage in its agents' configuration instead",

@@ -24,17 +24,17 @@ func (e *TooMuchError) Is(target error) bool {
 	return target == kv.ErrUnavailable || target == kv.ErrTooLarge
 }
 
-// Room is what is left of kv.MostListed while a prefix is listed. Make it with NewRoom.
-type Room struct {
+// ListLimit holds the entries of a list to kv.MostListed bytes. Make it with NewListLimit.
+type ListLimit struct {
 	prefix string
 	left   int
 }
 
-// NewRoom returns the room for the entries below a prefix.
-func NewRoom(prefix string) *Room { return &Room{prefix, kv.MostListed(prefix)} }
+// NewListLimit returns the limit for the entries below a prefix.
+func NewListLimit(prefix string) *ListLimit { return &ListLimit{prefix, kv.MostListed(prefix)} }
 
-// Take takes the room of an entry. It returns a TooMuchError if there is none left.
-func (r *Room) Take(e kv.Entry) error {
+// Add counts an entry. It returns a TooMuchError once the entries exceed the limit.
+func (r *ListLimit) Add(e kv.Entry) error {
 	if r.left -= e.Size(); r.left < 0 {
 		return &TooMuchError{r.prefix, e.Key}
 	}

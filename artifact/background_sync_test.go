@@ -15,7 +15,7 @@ func TestWriteback(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var synced atomic.Int32
-		w := newWriteback(-1)
+		w := newBackgroundSync(-1)
 		w.sync = func() error { time.Sleep(time.Second); synced.Add(1); return nil }
 		busy := func() bool {
 			synctest.Wait()
@@ -23,12 +23,12 @@ func TestWriteback(t *testing.T) {
 			defer w.mu.Unlock()
 			return w.busy
 		}
-		w.wrote(writebackStep - 1)
+		w.wrote(backgroundSyncStep - 1)
 		if busy() {
 			t.Error("it syncs before there is enough to write")
 		}
 		w.wrote(1)
-		w.wrote(2 * writebackStep)
+		w.wrote(2 * backgroundSyncStep)
 		if !busy() || synced.Load() != 0 {
 			t.Error("it does not sync, or those who write wait for it")
 		}
@@ -41,7 +41,7 @@ func TestWriteback(t *testing.T) {
 			t.Errorf("it synced %d times, %v", synced.Load(), err)
 		}
 		w.sync = func() error { return unix.EIO }
-		w.wrote(writebackStep)
+		w.wrote(backgroundSyncStep)
 		if err := w.wait(); !errors.Is(err, unix.EIO) {
 			t.Errorf("a disk that fails: %v", err)
 		}
