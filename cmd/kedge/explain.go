@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -48,9 +49,10 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 				if err != nil {
 					return err
 				}
-				return a.printJSON(explanation)
+				return cmp.Or(a.printJSON(explanation), f.Unread())
 			}
-			return fleet.WriteExplain(a.stdout, f, id, node, d, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
+			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
+			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.Unread())
 		},
 	}
 	c.Flags().
@@ -85,7 +87,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 			return f, id, node, d, err
 		}
 		if id, err = fleet.Named(f, node, unit); err != nil {
-			return f, id, node, d, err
+			return f, id, node, d, notFound(f, err)
 		}
 	default:
 		if id, err = deployments.ParseUnitID(args[0]); err != nil {
@@ -97,13 +99,21 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		if len(args) == 2 {
 			node = args[1]
 		} else if node, err = fleet.WorstNode(f, id); err != nil {
-			return f, id, node, d, err
+			return f, id, node, d, notFound(f, err)
 		} else if !a.json {
 			a.tell("%s on %s, one of %s; another: kedge explain %s NODE", id, node, count(len(f.Units[0].Nodes), "node"), id)
 		}
 	}
 	d, err = fleet.Explain(f, id, node)
-	return f, id, node, d, err
+	return f, id, node, d, notFound(f, err)
+}
+
+// notFound adds to the error that something isn't in f that a part of f wasn't read.
+func notFound(f *fleet.Fleet, err error) error {
+	if unread := f.Unread(); err != nil && unread != nil {
+		return fmt.Errorf("%w; but %w", err, unread)
+	}
+	return err
 }
 
 // readToExplain reads a part of the fleet. If the store is away, the error says how to ask the node itself about unit.
@@ -118,6 +128,8 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit strin
 	case errors.Is(err, kv.ErrUnavailable):
 		local := "on the node, as root, its agent says what it goes by: kedge explain " + unit
 		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + local}
+	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.Unread() != nil:
+		return nil, f.Unread()
 	case err == nil && len(f.Units) == 0 && filter.Unit != "":
 		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
 	}

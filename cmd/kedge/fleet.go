@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -59,7 +60,8 @@ func (a *app) statusCommand() *cobra.Command {
 		Use:   "status [STAGE[/ROLE[/UNIT]]]",
 		Short: "What every unit should run, and which nodes do",
 		Long: `Shows each unit's target, its pin, how many nodes are converged, and which are not and why. A node that is gone (its Consul
-session has ended) is counted on its own. Exit code 0, whatever it shows: see kedge wait for a check.`,
+session has ended) is counted on its own. Exit code 0, whatever it shows: see kedge wait for a check.
+Exit code 1 if more is stored below a prefix than is read: it shows the rest, and names the prefix.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			filter, err := filterOf(args)
@@ -88,9 +90,9 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 					return err
 				}
 				if a.json {
-					return a.printJSON(shown(f))
+					return cmp.Or(a.printJSON(shown(f)), f.Unread())
 				}
-				if err := write(a.stdout, f); err != nil {
+				if err := cmp.Or(write(a.stdout, f), f.Unread()); err != nil {
 					return err
 				}
 				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
@@ -156,7 +158,7 @@ mirror saw it. A pin that came and went between two looks of the mirror, or whil
 			}
 			if len(entries) == 0 {
 				f, err := fleet.Read(cmd.Context(), store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-				if err == nil && len(f.Units) == 0 {
+				if err == nil && len(f.Units) == 0 && f.Unread() == nil {
 					return fleet.NoUnit(cmd.Context(), store, id)
 				}
 			}

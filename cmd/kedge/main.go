@@ -91,6 +91,9 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // add.
 func (a *app) storeHint(err error) string {
 	switch {
+	case errors.Is(err, fleet.ErrUnread):
+		return "remove the keys that don't belong there; until then a part alone may be read whole, as by " +
+			"kedge status STAGE/ROLE"
 	case !a.onConsul():
 		return ""
 	case errors.Is(err, kv.ErrTooLarge):

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+
 	"github.com/spf13/cobra"
 
 	"kedge/deployments"
@@ -24,12 +26,13 @@ kedge explain NAME/UNIT says.`,
 			}
 			of, err := fleet.UnitsOf(f, args[0])
 			if err != nil {
-				return err
+				return notFound(f, err)
 			}
 			if a.json {
-				return a.printJSON(of)
+				return cmp.Or(a.printJSON(of), f.Unread())
 			}
-			return fleet.WriteNode(a.stdout, f, of, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
+			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
+			return cmp.Or(fleet.WriteNode(a.stdout, f, of, opt), f.Unread())
 		},
 	}
 	a.jsonFlag(c, "the node")

@@ -32,7 +32,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	}
 	resolved := policy.Resolve(f.facts(u, *n))
 	d := Decision{Decision: resolved, Why: message.Decision(resolved.Reason, resolved.Facts)}
-	if s, bad := storeStep(f); bad {
+	if s, bad := storeStep(f, id); bad {
 		d.Trace = append(d.Trace, s)
 	}
 	d.Trace = append(d.Trace, gitStep(f))
@@ -128,15 +128,15 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 }
 
 // storeStep returns which parts of the store could not be read, so that everything else may be wrong.
-func storeStep(f *Fleet) (Step, bool) {
+func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
-		return Step{
-			What:   "store",
-			Says:   text,
-			Blocks: true,
-			Hint:   "see to the store, then look again; nodes go on with what they know",
-		}, true
+		hint := "see to the store, then look again; nodes go on with what they know"
+		if len(f.unread) > 0 {
+			hint = "remove what doesn't belong there, then look again; on the node, kedge explain " + id.Unit +
+				" says what it goes by"
+		}
+		return Step{What: "store", Says: text, Blocks: true, Hint: hint}, true
 	}
 	var says []string
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {

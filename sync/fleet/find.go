@@ -26,7 +26,11 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	if err != nil {
 		return nil, err
 	}
-	if len(f.Units) == 0 {
+	switch err := f.Unread(); {
+	case len(f.Units) > 0:
+	case err != nil:
+		return nil, err
+	default:
 		return nil, NoUnit(ctx, store, id)
 	}
 	history, err := History(ctx, store, id)

@@ -32,6 +32,20 @@ type Fleet struct {
 	Unassigned []Unassigned `json:"unassigned"`
 	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
+	// unread are the prefixes that hold more than is read, sorted: the rest of the fleet is what could be read.
+	unread []string
+}
+
+// ErrUnread is the error of a fleet that was read in part.
+var ErrUnread = errors.New("more is stored than is read")
+
+// Unread returns an ErrUnread that names the prefixes of which more is stored than is read, so that what they hold is
+// missing in f or out of date; nil: there are none. Errors says more about each.
+func (f *Fleet) Unread() error {
+	if len(f.unread) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w below %s", ErrUnread, strings.Join(f.unread, ", "))
 }
 
 // Unit is one unit on all its nodes.
@@ -146,7 +160,8 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // Read reads the fleet once, from the leader.
 //
 // If a part can't be read, or its folder is missing, as before any mirror has run, Errors says so. It is an error
-// if no part can be read.
+// if no part can be read. Of a part that holds more than is read, the roles that have a record are read one by one;
+// see Unread.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
@@ -163,6 +178,16 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 		switch {
 		case errors.Is(err, kv.ErrDenied):
 			trouble[kind] = err
+		case errors.Is(err, kv.ErrTooLarge):
+			trouble[prefix] = err
+			if prefix != kind || kind == kv.MirrorPrefix {
+				break
+			}
+			var failed map[string]error
+			if some, failed, err = byRole(ctx, store, kind, entries); err != nil {
+				return nil, fmt.Errorf("read the fleet: %w", err)
+			}
+			maps.Copy(trouble, failed)
 		case err != nil:
 			return nil, fmt.Errorf("read the fleet: %w", err)
 		}
@@ -176,6 +201,45 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	}
 	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
 	return filter.narrow(withErrors(Assemble(entries, time.Now()), trouble)), nil
+}
+
+// byRole reads, of a kind of which too much is stored to be read at once, what belongs to the roles that have a
+// record among entries, up to kv.MaxList together. failed are the roles that can't be read, by prefix.
+func byRole(ctx context.Context, store kv.Store, kind string, entries []kv.Entry) (
+	read []kv.Entry, failed map[string]error, err error,
+) {
+	roles := map[deployments.RoleID]bool{}
+	for _, e := range entries {
+		if key, err := kv.ParseKey(e.Key); err == nil && key.Kind == kv.DesiredPrefix {
+			roles[key.UnitID().RoleID()] = true
+		}
+	}
+	failed = map[string]error{}
+	size := 0
+	for role := range roles {
+		prefix := kv.RolePrefix(kind, role.Stage, role.Role)
+		some, err := store.List(ctx, prefix)
+		switch {
+		case errors.Is(err, kv.ErrDenied): // it has no folder, and holds nothing
+			continue
+		case errors.Is(err, kv.ErrTooLarge):
+			failed[prefix] = err
+			continue
+		case err != nil:
+			return nil, nil, err
+		}
+		before := size
+		for _, e := range some {
+			size += e.Size()
+		}
+		if size > kv.MaxList {
+			failed[prefix] = fmt.Errorf("%w: with other roles' keys there are more than %d MiB", kv.ErrTooLarge, kv.MaxList>>20)
+			size = before
+			continue
+		}
+		read = append(read, some...)
+	}
+	return read, failed, nil
 }
 
 func everyIs(errs map[string]error, target error) bool {
@@ -198,6 +262,11 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		}
 		text := err.Error()
 		switch {
+		case errors.Is(err, kv.ErrTooLarge):
+			f.unread = append(f.unread, prefix)
+			if _, after, is := strings.Cut(text, kv.ErrUnavailable.Error()+": "); is {
+				text = after
+			}
 		case errors.Is(err, kv.ErrEmpty):
 			text = "nothing to show: nothing was ever written"
 		case errors.Is(err, kv.ErrDenied):
@@ -205,6 +274,7 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		}
 		f.Errors[prefix] = text
 	}
+	slices.Sort(f.unread)
 	return f
 }
 

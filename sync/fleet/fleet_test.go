@@ -329,7 +329,7 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 	if text := f.Errors["pins/prod/web/*"]; !strings.Contains(text, fmt.Sprint(2*junk-maxTold)) {
 		t.Errorf("of the pins that pin nothing is said %q", text)
 	}
-	if step, blocks := storeStep(f); blocks {
+	if step, blocks := storeStep(f, app); blocks {
 		t.Errorf("junk is explained as a store that can't be read: %+v", step)
 	}
 	var out bytes.Buffer

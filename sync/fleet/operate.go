@@ -78,6 +78,15 @@ func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node stri
 	i := slices.IndexFunc(entries, func(e kv.Entry) bool { return e.Key == key })
 	switch {
 	case errors.Is(err, kv.ErrDenied): // or there is no folder: deleting will return the error
+	case errors.Is(err, kv.ErrTooLarge): // somebody's junk must not keep a pin in force
+		pin, err := store.Get(ctx, key)
+		switch {
+		case errors.Is(err, kv.ErrNotFound):
+			return false, nil
+		case err != nil:
+			return false, fmt.Errorf("unpin %s: %w", id, err)
+		}
+		op, i = kv.DeleteIf(key, pin.Version), 0
 	case err != nil:
 		return false, fmt.Errorf("unpin %s: %w", id, err)
 	case i < 0:
@@ -186,7 +195,10 @@ func Rollback(
 	if err != nil {
 		return deployments.Pin{}, err
 	}
+	unread := f.Unread() // which may hide the pin, or what failed on the nodes
 	switch {
+	case unread != nil:
+		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w: name a release with kedge pin", id, unread)
 	case len(f.Units) == 0:
 		return deployments.Pin{}, fmt.Errorf("rollback: %w", NoUnit(ctx, store, id))
 	case f.Units[0].Record == nil:
@@ -260,6 +272,9 @@ func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 }
 
 func noUnit(f *Fleet, name string) error {
+	if err := f.Unread(); err != nil {
+		return fmt.Errorf("no unit %s among those that can be read: %w", name, err)
+	}
 	var known []string
 	for _, u := range f.Units {
 		if strings.Count(name, "/") < 2 { // the name of a stage or role
@@ -298,7 +313,7 @@ func some(names []string) string {
 
 // Missing returns an error for what a filter names and the store doesn't know; nil: something matches.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
-	if len(f.Units) > 0 || filter == (Filter{}) {
+	if len(f.Units) > 0 || filter == (Filter{}) || len(f.unread) > 0 {
 		return nil
 	}
 	all, err := Read(ctx, store, Filter{})

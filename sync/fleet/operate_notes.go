@@ -19,7 +19,12 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	if err != nil {
 		return nil // writing the pin will return the error
 	}
-	if len(f.Units) == 0 {
+	switch unread := f.Unread(); {
+	case unread != nil && len(f.Units) == 0:
+		return []string{f.LastKnown()}
+	case unread != nil:
+		notes = append(notes, f.LastKnown())
+	case len(f.Units) == 0:
 		return []string{NoUnit(ctx, store, id).Error()}
 	}
 	u := &f.Units[0]
@@ -58,7 +63,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 // Follows returns what a unit, or one of its nodes, will run once its pin is removed; empty: unknown.
 func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-	if err != nil || len(f.Units) == 0 {
+	if err != nil || len(f.Units) == 0 || len(f.unread) > 0 {
 		return ""
 	}
 	u := &f.Units[0]

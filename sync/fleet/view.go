@@ -38,16 +38,18 @@ func unavailable(f *Fleet) (parts []string, why string) {
 // lastKnown says which parts of a fleet may be out of date; empty: none.
 func lastKnown(f *Fleet) (parts []string, text string) {
 	parts, why := unavailable(f)
-	if len(parts) == 0 {
-		return nil, ""
+	var texts []string
+	if len(parts) > 0 {
+		texts = append(texts, "the store can't be read now, so this is what was known last of "+
+			strings.Join(parts, ", ")+": "+why)
 	}
-	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(
-		parts,
-		", ",
-	) + ": " + why
+	for _, prefix := range f.unread {
+		texts = append(texts, prefix+" isn't read, so this may lack what is there: "+message.OneLine(f.Errors[prefix]))
+	}
+	return append(parts, f.unread...), strings.Join(texts, "; ")
 }
 
-// LastKnown says which parts of f may be out of date because the store can't be read now, and why; empty: none.
+// LastKnown says which parts of f may be out of date or lacking because they can't be read now, and why; empty: none.
 func (f *Fleet) LastKnown() string {
 	_, text := lastKnown(f)
 	return text

@@ -171,6 +171,9 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 		if err == nil {
 			w.outage.end()
 			// An unreadable part may hide a node that isn't converged, or a pin.
+			if len(f.unread) > 0 {
+				return f.LastKnown(), nil
+			}
 			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 				if why := f.Errors[kind]; why != "" {
 					return kind + ": " + why, nil
@@ -195,6 +198,9 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	if len(f.Units) == 0 {
 		if why := cmp.Or(f.Errors[kv.DesiredPrefix], f.Errors[kv.StatusPrefix]); why != "" {
 			return why, nil
+		}
+		if len(f.unread) > 0 {
+			return f.LastKnown(), nil
 		}
 		switch {
 		case w.commit == "" && !f.MirrorHasRun():

@@ -1,0 +1,137 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// overfill writes more below a role's pins than is read of them: values that no pin has.
+func overfill(t *testing.T, s kv.Store, id deployments.UnitID) {
+	t.Helper()
+	const size = 360 << 10
+	junk := bytes.Repeat([]byte("x"), size)
+	for i := range kv.MaxRoleList/size + 1 {
+		if err := s.Commit(t.Context(), nil, kv.Put(kv.NodePinKey(id, fmt.Sprintf("junk-%03d", i)), junk)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Whoever may write one role's pins must not take the view of the fleet from operators: what can be read is shown,
+// with the prefix that can't, and nothing is said to be absent or converged that may stand there.
+func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	db := deployments.UnitID{Stage: "prod", Role: "db", Unit: "main"}
+	store(t, s,
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 2}),
+		put(kv.DesiredKey(db), deployments.Record{Target: release("db", "1"), Generation: 2}),
+		put(kv.PinKey(app), release("app", "1").String()),
+		put(kv.PinKey(db), "hold"),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+	)
+	overfill(t, s, app)
+	web := Filter{Stage: "prod", Role: "web"}
+	const prefix = "pins/prod/web/"
+
+	f, err := Read(t.Context(), s, web)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := unitOf(t, f, app.String()); u.Record == nil || u.Live != 1 {
+		t.Errorf("what can be read is not there: %+v", u)
+	}
+	if err := f.Unread(); !errors.Is(err, ErrUnread) || !strings.Contains(err.Error(), prefix) {
+		t.Errorf("unread: %v", err)
+	}
+	if !strings.HasPrefix(f.Errors[prefix], "more than 32 MiB are stored below "+prefix) {
+		t.Errorf("errors: %q", f.Errors)
+	}
+	var table bytes.Buffer
+	if err := WriteTable(&table, f, TableOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(table.String(), prefix+" isn't read"); n != 1 {
+		t.Errorf("the table names it %d times:\n%s", n, table.String())
+	}
+	d, err := Explain(f, app, "web-1")
+	if err != nil || len(d.Trace) == 0 || !d.Trace[0].Blocks || !strings.Contains(d.Trace[0].Says, prefix) {
+		t.Errorf("explain: %+v, %v", d.Trace, err)
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if err := Wait(ctx, s, web, WaitOptions{}); !errors.Is(err, context.DeadlineExceeded) ||
+		!strings.Contains(err.Error(), prefix) {
+		t.Errorf("wait: %v", err)
+	}
+	if _, err := Rollback(t.Context(), s, app, RollbackOptions{}); !errors.Is(err, ErrUnread) {
+		t.Errorf("rollback: %v", err)
+	}
+	nothing := deployments.UnitID{Stage: "prod", Role: "web", Unit: "nothing"}
+	if _, err := Releases(t.Context(), s, nothing); !errors.Is(err, ErrUnread) {
+		t.Errorf("releases of a unit that may stand there: %v", err)
+	}
+	if was, err := Unpin(t.Context(), s, nothing, ""); was || err != nil {
+		t.Errorf("unpin of nothing: %t, %v", was, err)
+	}
+	if was, err := Unpin(t.Context(), s, app, ""); !was || err != nil {
+		t.Errorf("unpin: %t, %v", was, err)
+	}
+	if _, err := s.Get(t.Context(), kv.PinKey(app)); !errors.Is(err, kv.ErrNotFound) {
+		t.Errorf("the pin is still there: %v", err)
+	}
+}
+
+// full is a store in which some prefixes hold more than is read.
+type full struct {
+	kv.Store
+	prefixes []string
+}
+
+func (s full) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	for _, p := range s.prefixes {
+		if p == prefix {
+			return nil, fmt.Errorf("list %s: %w: %w: too much", prefix, kv.ErrUnavailable, kv.ErrTooLarge)
+		}
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+// A kind of keys that holds too much as a whole is read role by role.
+func TestRolesOfAKindThatHoldsTooMuch(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	db := deployments.UnitID{Stage: "prod", Role: "db", Unit: "main"}
+	store(t, s,
+		put(kv.DesiredKey(app), release("app", "1").String()),
+		put(kv.DesiredKey(db), release("db", "1").String()),
+		put(kv.PinKey(app), "hold"),
+		put(kv.PinKey(db), "hold"),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+	)
+	f, err := Read(t.Context(), full{s, []string{"pins/", "status/", "pins/prod/web/"}}, Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := unitOf(t, f, db.String()); u.Pin == nil {
+		t.Error("the pin of a role that can be read isn't there")
+	}
+	if u := unitOf(t, f, app.String()); u.Pin != nil || u.Live != 1 {
+		t.Errorf("%+v", u)
+	}
+	if got := strings.Join(f.unread, " "); got != "pins/ pins/prod/web/ status/" {
+		t.Errorf("unread: %s", got)
+	}
+	if _, err := Read(t.Context(), full{s, kinds}, Filter{}); !errors.Is(err, kv.ErrTooLarge) {
+		t.Errorf("a store of which nothing can be read: %v", err)
+	}
+}
