@@ -250,7 +250,7 @@ func decodeIndex(data []byte) (*index, error) {
 	}
 	x := &index{archive: flags == 1, entries: make([]entry, entries), frames: make([]frame, frames)}
 	if !x.archive && frames > 0 {
-		return nil, fmt.Errorf("%w: a list of hashes with frames", ErrIndex)
+		return nil, fmt.Errorf("%w: it lists frames, though it is of no archive", ErrIndex)
 	}
 	end, err := x.decodeEntries(r)
 	if err == nil {

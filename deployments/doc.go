@@ -233,7 +233,7 @@
 //	max_bandwidth      bounds all downloads, as in 20MB/s (none)
 //	start_delay        a random time up to this before a fetch, to spread the load of a large fleet (0s)
 //	verify_every       how often live trees are compared with their releases; 0s: never (24h)
-//	verify             always: files of the running release are hashed before the next one shares them, though nothing touched them (none)
+//	verify             always: hash each file of the running release before reuse, even if it hasn't changed (none)
 //	ready_timeout      how long systemd waits for the first convergence (15m)
 //
 // # Pin

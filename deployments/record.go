@@ -113,7 +113,7 @@ func (p *Progress) HeldUp() bool {
 type Superseded struct {
 	Digest Digest `json:"digest"`
 	Cutoff uint64 `json:"cutoff,string"`
-	// Generation is that of the last record that let nodes begin the target.
+	// Generation is the generation of the last record by which nodes could begin to deploy the replaced target.
 	Generation int64 `json:"generation,omitempty"`
 	// Back is set if its nodes had been told to go back to stable, and may be on their way.
 	Back bool `json:"back,omitempty"`

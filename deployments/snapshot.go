@@ -15,7 +15,7 @@ type Snapshot struct {
 	// URL is where the snapshot was written. The signature covers it: a snapshot copied to another place, such as
 	// another stage's, is refused.
 	URL string `json:"url"`
-	// At is when it was written, by the mirror's clock.
+	// At is when the snapshot was written, by the mirror's clock.
 	At time.Time `json:"at"`
 	// Records are the values below desired/, by key without the store's prefix.
 	Records map[string]string `json:"records"`

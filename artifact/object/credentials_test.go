@@ -57,7 +57,8 @@ func TestTroubleWithRightsIsTold(t *testing.T) {
 		{answer(403, "AccessDenied", "User: arn:aws:iam::1:role/web is not authorized to perform: s3:GetObject"), ErrDenied,
 			[]string{"GetObject", "role/web is not authorized", "access key AKIA", "from StaticCredentials", "s3:ListBucket"}},
 		{answer(403, "AccessDenied", "not authorized to perform: kms:Decrypt on this resource"), ErrDenied, []string{"kms:Decrypt", "the key's policy"}},
-		{answer(400, "KMS.DisabledException", "key is disabled"), ErrDenied, []string{"could not use the object's key", "key is disabled"}},
+		{answer(400, "KMS.DisabledException", "key is disabled"), ErrDenied,
+			[]string{"could not use the key that encrypts the object", "key is disabled"}},
 		{answer(403, "ExpiredToken", "The provided token has expired."), ErrDenied, []string{"ExpiredToken The provided token has expired"}},
 	} {
 		server := httptest.NewServer(c.answer)

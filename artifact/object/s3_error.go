@@ -91,7 +91,7 @@ func s3Error(err error) error {
 			return &transientError{err: fmt.Errorf("S3 answered %s", message), after: after}
 		}
 		if strings.HasPrefix(api.ErrorCode(), "KMS.") {
-			return fmt.Errorf("%w: %s could not use the object's key: %s", ErrDenied, call, message)
+			return fmt.Errorf("%w: %s could not use the key that encrypts the object: %s", ErrDenied, call, message)
 		}
 	}
 	if refused := (redirectError{}); errors.As(err, &refused) {

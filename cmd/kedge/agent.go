@@ -76,12 +76,13 @@ finishes or takes back what it had begun.`,
 	f.String(
 		"listen",
 		"",
-		"`address` of /ready, /converged and /live, as in :7070; if it is this machine's alone, of /status and /metrics too (default: none)",
+		"`address` that serves /ready, /converged and /live, as in :7070; a loopback one serves /status and /metrics, too "+
+			"(default: none)",
 	)
 	f.String(
 		"listen-status",
 		"",
-		"`address` of /status and /metrics for other machines, as in 10.0.0.7:7071 (default: none)",
+		"`address` that serves /status and /metrics to other machines, as in 10.0.0.7:7071 (default: none)",
 	)
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
 	f.Bool(
@@ -131,8 +132,9 @@ finishes or takes back what it had begun.`,
 		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)",
 	)
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
-	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
-	f.Duration("snapshot-max-age", def.SnapshotMaxAge, "take none that is older (the mirror writes it anew every hour)")
+	f.String("snapshot-signers", "", "allowed_signers `file`: who may sign the snapshot")
+	f.Duration("snapshot-max-age", def.SnapshotMaxAge,
+		"refuse a snapshot that is older (the mirror writes it anew every hour)")
 	f.Bool(
 		"ec2",
 		false,
@@ -143,7 +145,11 @@ finishes or takes back what it had begun.`,
 		"",
 		"complete this AutoScaling `hook`: CONTINUE once every unit runs what it should, ABANDON after --lifecycle-timeout",
 	)
-	f.Duration("lifecycle-timeout", def.LifecycleTimeout, "give an instance up that has not converged after this long")
+	f.Duration(
+		"lifecycle-timeout",
+		def.LifecycleTimeout,
+		"with --lifecycle-hook: how long a new instance may take to converge before the hook is told ABANDON",
+	)
 	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
@@ -151,7 +157,8 @@ finishes or takes back what it had begun.`,
 	f.String(
 		"verify",
 		"",
-		"always: hash files of the running release before they are shared with the next, though nothing touched them",
+		"always: hash each file of the running release before the next one reuses it (default: only files that changed on "+
+			"disk since they were last hashed, by inode, size and times)",
 	)
 	f.Duration("ready-timeout", def.ReadyTimeout, "tell systemd READY after this long, converged or not")
 	return c

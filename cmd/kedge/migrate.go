@@ -172,7 +172,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 				}
 			}
 			for _, url := range strange {
-				a.tell("passed over, as its name stands for no unit (see --match): %s", url)
+				a.tell("passed over, as its name matches no pattern of --match: %s", url)
 			}
 			switch {
 			case err != nil:
@@ -182,7 +182,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 			case len(refused) > 0:
 				return a.problems(refused, "in manifests that no node would take: see kedge check --manifest")
 			case len(done) == 0:
-				return fmt.Errorf("below %s is no manifest whose name stands for a unit: see --match", o.Prefix)
+				return fmt.Errorf("no manifest below %s has a name that matches a pattern of --match", o.Prefix)
 			}
 			return nil
 		},

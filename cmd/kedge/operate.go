@@ -25,7 +25,7 @@ func (a *app) operateCommands() []*cobra.Command {
 	for verb, what := range map[string][2]string{
 		"promote": {"Let a rollout go past its canary", "also where it waits for approval; or let it pass a freeze that it waits for"},
 		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
-		"resume":  {"Let a paused rollout go on", "the failures that there are now are borne"},
+		"resume":  {"Let a paused rollout go on", "it tolerates the failures that there are now"},
 		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
 		"retry":   {"Try again a release that failed", "a rollout that was rolled back begins anew, nodes that went back try it once more"},
 	} {

@@ -145,8 +145,9 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 		"timeout",
 		"bound of the time that fetching the archive takes, with its retries (default: none)",
 	)
-	f.IntVar(&fetch.Retry, "retry", 0, "try that often again to fetch the archive, after the tries that each request has")
-	f.Var((*seconds)(&fetch.RetryWait), "retry-wait", "wait that long before")
+	f.IntVar(&fetch.Retry, "retry", 0,
+		"how many more `times` to fetch the archive if it fails, beyond each request's own retries")
+	f.Var((*seconds)(&fetch.RetryWait), "retry-wait", "how long to wait before each --retry")
 	f.Var((*seconds)(&randomDelay), "random-delay", "wait a random time up to this first, to spread a fleet's load")
 	f.StringVar(&rsyncVerbose, "rsync-verbose", "-v", "how much sync_strategy: rsync says: -v, -vv, -vvv or nothing")
 	f.BoolVarP(&showVersion, "version", "v", false, "print the version, and end")

@@ -12,7 +12,8 @@ import (
 	"github.com/hashicorp/consul/api"
 )
 
-// maxAnswer bounds an answer of Consul that is no list of keys, in bytes. The largest are the sessions of a node.
+// maxAnswer bounds an answer of Consul in bytes, unless that is a list of keys. The largest that kedge asks for is the
+// list of a node's sessions.
 const maxAnswer = 16 << 20
 
 // answers bounds what is read of Consul's answers, as its client would read each to its end. A list of keys whose

@@ -96,7 +96,7 @@ var errStrayed = errors.New(
 	"heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
-// keep sends heartbeats until ctx ends. It registers the service again if the agent doesn't know it.
+// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {
@@ -120,7 +120,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 	}
 }
 
-// stop deregisters the service. If that fails, the agent removes it after a minute.
+// stop deregisters the service. If that fails, the Consul agent removes it after a minute.
 func (h *heartbeat) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()

@@ -82,11 +82,11 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 	switch op.Kind {
 	case kv.OpCreate:
 		if now != nil {
-			return nil, fmt.Errorf("%w: %s is there", kv.ErrConflict, op.Key)
+			return nil, fmt.Errorf("%w: %s exists already", kv.ErrConflict, op.Key)
 		}
 	case kv.OpReplace, kv.OpDeleteIf:
 		if now == nil {
-			return nil, fmt.Errorf("%w: %s is not there", kv.ErrConflict, op.Key)
+			return nil, fmt.Errorf("%w: %s does not exist", kv.ErrConflict, op.Key)
 		}
 		if now.version != op.Version {
 			return nil, fmt.Errorf("%w: %s has another version", kv.ErrConflict, op.Key)

@@ -27,7 +27,7 @@ func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// takeView takes a view of the store, and starts makeFolder if a folder key is missing.
+// takeView updates the cache from a view of the store, and starts makeFolder if a folder key is missing.
 func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	a.cache.See(s, v, time.Now())

@@ -21,8 +21,9 @@ import (
 // createdTolerance is how far ahead of the node's clock a signed release's Created may be.
 const createdTolerance = time.Hour
 
-// Floors are a node's version floors: the newest Created of releases that it settled on, by unit, by the release's
-// name and by its dest. They survive when a unit is renamed, removed or loses its journal. Only the agent writes
+// Floors are a node's version floors: the newest Created of the releases that it settled on, by unit, by the release's
+// name and by its dest. A node settles on a release once that has rolled out: from then on it takes none that was made
+// before. Floors survive when a unit is renamed, removed or loses its journal. Only the agent writes
 // their file. A nil *Floors stores none.
 type Floors struct {
 	path string
@@ -209,7 +210,7 @@ func (u *Unit) Settle() error {
 // ahead is a release that was settled on although its Created is ahead of the node's clock.
 type ahead struct {
 	Digest deployments.Digest `json:"digest"`
-	// Settled is the node's time at which it was settled on.
+	// Settled is when the node settled on the release, by the node's clock.
 	Settled time.Time `json:"settled"`
 }
 

@@ -57,7 +57,7 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 		}
 	}
 	return deployments.UnitID{}, fmt.Errorf(
-		"%s stands for no unit: none of %s matches it, with what is given of stage and role",
+		"%s gives no unit: it matches none of %s, or names another stage or role than those given",
 		path,
 		strings.Join(patterns, ", "),
 	)

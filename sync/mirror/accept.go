@@ -210,8 +210,8 @@ func refuse(c candidate) error {
 	}
 	if c.from != "" && !c.descends && c.otherRepo != "" {
 		return fmt.Errorf(
-			"commit %s does not descend from %s, which was mirrored last, from %s: if two mirrors of two repositories share "+
-				"the store's prefix, give each its own --prefix; if this repository replaced that one, start the mirror "+
+			"commit %s does not descend from %s, which was mirrored last, from %s. If two repositories are mirrored to the "+
+				"same prefix, give each mirror its own --prefix; if this repository replaced that one, start the mirror "+
 				"once with --accept %s",
 			short(c.to.Hash),
 			short(c.from),

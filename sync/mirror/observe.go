@@ -102,7 +102,7 @@ func (o *observer) update(f func(*observed)) {
 	o.changed.Set()
 }
 
-// records takes a view of desired/.
+// records stores a view of desired/, parsed.
 func (o *observer) records(v kv.View) {
 	var parse func(kv.Entry) (deployments.Record, error)
 	o.recorded, parse = o.recorded.Next(len(v.Entries), deployments.ParseRecord)
@@ -121,7 +121,7 @@ func (o *observer) records(v kv.View) {
 	})
 }
 
-// orders takes a view of control/.
+// orders stores a view of control/, parsed.
 func (o *observer) orders(v kv.View) {
 	var parse func(kv.Entry) (deployments.Order, error)
 	o.ordered, parse = o.ordered.Next(len(v.Entries), deployments.ParseOrder)
@@ -150,7 +150,7 @@ func parseOrders(
 	return good, bad
 }
 
-// fleet takes a view of status/. A node whose report can't be used counts as one that has not reported.
+// fleet stores a view of status/, parsed. A node whose report can't be used counts as one that has not reported.
 func (o *observer) fleet(v kv.View) {
 	at := time.Now()
 	roles := map[deployments.RoleID][]reported{}
@@ -223,7 +223,7 @@ func (o *observer) forgetOldest() {
 	}
 }
 
-// state takes a view of mirror/, to which another mirror may have written a webhook.
+// state stores a view of mirror/, to which another mirror may have written a webhook.
 func (o *observer) state(v kv.View) {
 	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {
@@ -241,7 +241,8 @@ func (o *observer) state(v kv.View) {
 	o.update(func(now *observed) { now.state = state; now.sawFolders(kv.MirrorPrefix, v) })
 }
 
-// pins takes a view of pins/. Pins of single nodes are applied by the agents: here they only go into the history.
+// pins stores a view of pins/, parsed. Pins of single nodes are applied by the agents: here they only go into the
+// history.
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	shown := map[deployments.UnitID][]deployments.PastPin{}

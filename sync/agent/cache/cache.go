@@ -76,7 +76,7 @@ func (c *Cache) Role(name string) *Role {
 	return nil
 }
 
-// See takes a view of the store.
+// See updates a source from a view of the store.
 func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	counts := c.counts(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
@@ -88,7 +88,7 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	}
 }
 
-// Offer takes a snapshot for the sources of which nothing is known.
+// Offer uses a snapshot's entries for each source of which nothing is known, from the store or from before.
 func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {

@@ -80,8 +80,8 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 // it: a running mirror restores its own within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept takes a view of the store, and reports whether the entries that decide have changed. From a view that
-// isn't synced it takes only records, and of these only new ones and those of a higher generation. If nothing is
+// accept updates the entries from a view of the store, and reports whether those that decide have changed. Of a view
+// that isn't synced it uses only records, and of these only new ones and those of a higher generation. If nothing is
 // known at all, they are enough to begin with: that a record is missing never decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
@@ -174,7 +174,7 @@ type heldRecord struct {
 	since      time.Time
 }
 
-// offer takes entries from the disk or a snapshot if nothing better is known, and reports whether it did.
+// offer uses entries from the disk or a snapshot if nothing better is known, and reports whether it did.
 func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	if s.from >= from {
 		return false

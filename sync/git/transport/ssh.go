@@ -139,7 +139,7 @@ func (s *sshSession) advertised() (*packp.AdvRefs, error) {
 	return refs, nil
 }
 
-// sshPack ends its session when it is closed.
+// sshPack reads the pack that a session receives. Close ends the session.
 type sshPack struct {
 	io.Reader
 	session *sshSession
