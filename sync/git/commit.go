@@ -196,7 +196,7 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 // Descends reports whether from is to, or an ancestor of to. It visits the newest commits first, so that the usual
 // answer needs few reads, however long the history is. Commits that differ only in their signatures count as one:
 // whoever may push can change a signature's text, and must not make the signer's own commit look like another
-// history.
+// history. If commits are missing, the error is ErrGap.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
@@ -216,8 +216,10 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 		switch {
 		case errors.Is(err, io.EOF):
 			return false, nil
+		case errors.Is(err, plumbing.ErrObjectNotFound):
+			return false, o.explain(fmt.Errorf("history of commit %s: %w: %w", to, ErrGap, err))
 		case err != nil:
-			return false, o.explain(fmt.Errorf("history of commit %s: %w", to, err))
+			return false, fmt.Errorf("history of commit %s: %w", to, err)
 		case ancestor.is(o, c):
 			return true, nil
 		case ctx.Err() != nil:

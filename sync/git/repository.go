@@ -32,6 +32,9 @@ import (
 // another.
 var ErrNoBranch = transport.ErrNoBranch
 
+// ErrGap means that commits are missing between a branch's head and the beginning of its history.
+var ErrGap = errors.New("the history has a gap")
+
 // maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push
 // must not be able to exhaust the mirror's memory.
 const maxFile = 1 << 20
@@ -92,6 +95,9 @@ func (o *Objects) Close() error {
 
 // lacking returns why the repository may lack objects on purpose; empty: it should have all.
 func (o *Objects) lacking() string {
+	if o.filtered { // a cache, for which the server decides what comes
+		return "the server's repository may be a shallow clone: git fetch --unshallow there brings the rest"
+	}
 	for _, dir := range o.dirs {
 		root := dir.Filesystem().Root()
 		if _, err := os.Stat(filepath.Join(root, "shallow")); err == nil {

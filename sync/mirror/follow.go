@@ -20,10 +20,21 @@ type follower struct {
 	log          *slog.Logger
 	pollNow      wait.Signal // makes run poll now
 
+	// gap counts the times that the repository was read anew as its history has a gap; only descends uses it.
+	gap      *wait.Backoff
+	readAnew time.Time // when that is due again
+
 	mu      sync.Mutex
 	now     gitState
 	changed chan struct{} // closed and replaced when now changes
 }
+
+// firstGap and longestGap are the average times between two readings of a repository whose history has a gap. Each
+// fetches the whole of it.
+const (
+	firstGap   = 2 * time.Second
+	longestGap = 10 * time.Minute
+)
 
 // run follows the branch until ctx ends.
 func (f *follower) run(ctx context.Context) {
@@ -108,14 +119,27 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 	return load(from)
 }
 
-// descends reports whether commit to descends from commit from.
+// descends reports whether commit to descends from commit from. If the repository lacks commits between them, it is
+// read anew now and then: somebody may have completed it there, which moves no branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {
 		return false, err
 	}
 	defer in.Close()
-	return in.Descends(ctx, from, to)
+	descends, err := in.Descends(ctx, from, to)
+	switch {
+	case !errors.Is(err, git.ErrGap):
+		f.gap.Reset()
+		f.readAnew = time.Time{}
+	case time.Now().After(f.readAnew):
+		if !f.readAnew.IsZero() {
+			f.source.Distrust()
+			f.pollNow.Set()
+		}
+		f.readAnew = time.Now().Add(f.gap.Next())
+	}
+	return descends, err
 }
 
 func (f *follower) logChange(before, after gitState) {

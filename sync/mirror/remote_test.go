@@ -127,6 +127,32 @@ func TestBrokenCacheIsMadeAnew(t *testing.T) {
 	m.runs("prod/web/app", "app/2")
 }
 
+// The error of a history that a server's shallow clone cuts off says what to do there. Then the commit is taken,
+// without another push.
+func TestShallowCloneBehindAServer(t *testing.T) {
+	t.Parallel()
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	m := start(t, Config{Store: dirStore(t), Repo: h.URL, Every: 100 * time.Millisecond, CacheDir: t.TempDir(),
+		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile)})
+	first := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m.at(first)
+	h.Away.Store(true)
+	h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	whole := filepath.Join(t.TempDir(), "whole.git")
+	if err := os.Rename(h.Bare, whole); err != nil {
+		t.Fatal(err)
+	}
+	h.Git("", "clone", "-q", "--bare", "--depth=1", "file://"+whole, h.Bare)
+	h.Away.Store(false)
+	m.status(func(s deployments.MirrorState) bool {
+		return strings.Contains(s.Error, "git fetch --unshallow there") && s.Head == first
+	})
+	h.Git(h.Bare, "fetch", "-q", "--unshallow")
+	m.at(head)
+	m.runs("prod/web/app", "app/3")
+}
+
 func TestCertificateIsChecked(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
