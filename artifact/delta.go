@@ -60,12 +60,8 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	if string(header[:len(deltaMagic)]) != deltaMagic || !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
 		return nil, nil, fmt.Errorf("%w: it starts from another release than the one here", ErrDelta)
 	}
-	d.zstd, err = zstd.NewReader(
-		r,
-		zstd.WithDecoderConcurrency(1),
-		zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxWindow(deltaWindow),
-	)
+	d.zstd, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(deltaWindow))
 	if err != nil {
 		return nil, nil, err
 	}

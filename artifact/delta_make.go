@@ -52,12 +52,8 @@ func makeDelta(
 	if _, err := w.Write(append(header, digestSlice(newIndex)...)); err != nil {
 		return err
 	}
-	m.out, err = zstd.NewWriter(
-		w,
-		zstd.WithEncoderConcurrency(1),
-		zstd.WithEncoderLevel(zstd.SpeedBestCompression),
-		zstd.WithWindowSize(deltaWindow),
-	)
+	m.out, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1),
+		zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(deltaWindow))
 	if err != nil {
 		return err
 	}

@@ -254,11 +254,8 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 // decode verifies an index against the manifest, and then decodes it.
 func (f *fetch) decode(data []byte) (*index, error) {
 	if digestOf(data) != f.manifest.Index.SHA256 {
-		return nil, fmt.Errorf(
-			"%w: the index %s is not the one that the manifest names",
-			ErrDigest,
-			deployments.ShownURL(f.manifest.Index.URL),
-		)
+		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest,
+			deployments.ShownURL(f.manifest.Index.URL))
 	}
 	x, err := decodeIndex(data)
 	if err != nil {

@@ -127,13 +127,8 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 				fr := &f.index.frames[job.frame]
 				raw, err = decoder.DecodeAll(job.data, raw[:0])
 				if err != nil || int64(len(raw)) != fr.length {
-					return fmt.Errorf(
-						"%w: frame %d of the archive does not decode to %d bytes: %v",
-						ErrIndex,
-						job.frame,
-						fr.length,
-						err,
-					)
+					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame,
+						fr.length, err)
 				}
 				buffers <- job.data
 				if err := w.writeFrame(ctx, job.frame, raw); err != nil {
@@ -148,12 +143,8 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 
 // newDecoder returns a decoder for frames whose hash was verified.
 func newDecoder() (*zstd.Decoder, error) {
-	return zstd.NewReader(
-		nil,
-		zstd.WithDecoderConcurrency(1),
-		zstd.WithDecoderMaxMemory(maxFrame),
-		zstd.IgnoreChecksum(true),
-	)
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxFrame),
+		zstd.IgnoreChecksum(true))
 }
 
 // readSpan reads a span's wanted frames and passes them on. If the connection breaks, or a frame is wrong, it

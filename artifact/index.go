@@ -406,11 +406,8 @@ func checkPath(p string) error {
 	}
 	for part := range strings.SplitSeq(p, "/") {
 		if !isName(part) {
-			return fmt.Errorf(
-				"the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes",
-				clip(p),
-				maxName,
-			)
+			return fmt.Errorf("the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes",
+				clip(p), maxName)
 		}
 	}
 	return nil

@@ -64,12 +64,8 @@ type compressor struct{ usual, incompressible *zstd.Encoder }
 
 func newCompressor(c Compression) (*compressor, error) {
 	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
-		return zstd.NewWriter(
-			nil,
-			zstd.WithEncoderConcurrency(1),
-			zstd.WithEncoderLevel(level),
-			zstd.WithWindowSize(packWindow),
-		)
+		return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level),
+			zstd.WithWindowSize(packWindow))
 	}
 	usual, err := encoder(compressions[c].usual)
 	if err != nil {

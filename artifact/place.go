@@ -74,13 +74,8 @@ func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	}
 	if real := filepath.Join(p.real, filepath.Base(dest)); len(bounds) > 0 && !isWithin(real, bounds) {
 		p.Close()
-		return nil, fmt.Errorf(
-			"dest %s leads to %s, outside of %s: %w",
-			dest,
-			real,
-			strings.Join(opt.Within, ", "),
-			ErrUnsafe,
-		)
+		return nil, fmt.Errorf("dest %s leads to %s, outside of %s: %w", dest, real, strings.Join(opt.Within, ", "),
+			ErrUnsafe)
 	}
 	return p, nil
 }
@@ -146,12 +141,8 @@ func (p *Place) private() error {
 		return nil
 	}
 	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", p.dir.Fd()), st.Mode&0o7755); err != nil {
-		return fmt.Errorf(
-			"users other than its owner can write into %s, and its mode can't be changed (%w): %w",
-			p.shown,
-			err,
-			ErrUnsafe,
-		)
+		return fmt.Errorf("users other than its owner can write into %s, and its mode can't be changed (%w): %w",
+			p.shown, err, ErrUnsafe)
 	}
 	return nil
 }

@@ -61,13 +61,8 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 		return nil, p.ctx.Err()
 	}
 	if err != nil {
-		p.log.Warn(
-			"can't look for earlier releases, which get no deltas: name them with --since",
-			"below",
-			p.beside,
-			"error",
-			err,
-		)
+		p.log.Warn("can't look for earlier releases, which get no deltas: name them with --since",
+			"below", p.beside, "error", err)
 		return nil, nil
 	}
 	seen := map[deployments.Digest]bool{index: true}
@@ -211,13 +206,8 @@ func (p *publisher) delta(
 		return from, nil, cost, err
 	}
 	defer func() { err = errors.Join(err, removeTree(tree)) }()
-	oldIndex, err := fetchPatched(
-		p.ctx,
-		p.objects,
-		e.manifest,
-		&base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)},
-		tree,
-	)
+	oldIndex, err := fetchPatched(p.ctx, p.objects, e.manifest,
+		&base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}, tree)
 	if err != nil {
 		return from, nil, cost, err
 	}

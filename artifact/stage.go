@@ -375,14 +375,8 @@ func checkFree(dir, what string, need int64) error {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; need > free {
-		return fmt.Errorf(
-			"%s has %s, %s has %s left: %w",
-			what,
-			sizeText(need),
-			dir,
-			sizeText(free),
-			syscall.ENOSPC,
-		)
+		return fmt.Errorf("%s has %s, %s has %s left: %w", what, sizeText(need), dir, sizeText(free),
+			syscall.ENOSPC)
 	}
 	return nil
 }

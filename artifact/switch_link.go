@@ -179,10 +179,8 @@ func (r *Releases) switchTo(rel *Release) error {
 	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.link())):
 		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
-			err = fmt.Errorf(
-				"dest can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
-				err,
-			)
+			err = fmt.Errorf("dest can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
+				err)
 		}
 	case err == nil && info.Mode()&fs.ModeSymlink == 0:
 		err = errors.New("it is a file: move it away first")
@@ -227,13 +225,8 @@ func (r *Releases) adopt() error {
 	if err := os.Rename(link, kept); err != nil {
 		return err
 	}
-	r.log.Info(
-		"kept what was at dest before kedge",
-		"dest",
-		r.dest,
-		"dir",
-		filepath.Join(r.shownTop(), filepath.Base(kept)),
-	)
+	r.log.Info("kept what was at dest before kedge", "dest", r.dest,
+		"dir", filepath.Join(r.shownTop(), filepath.Base(kept)))
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 

@@ -36,11 +36,8 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 		return nil // an earlier call was cut off after the rename
 	}
 	if exists(dest) {
-		return fmt.Errorf(
-			"%w: %s exists, and sync_strategy mv needs a pre command that moves it away",
-			ErrUntouched,
-			r.Manifest.Dest,
-		)
+		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away",
+			ErrUntouched, r.Manifest.Dest)
 	}
 	if !exists(beside) {
 		err := moveDurably(tree, dest)

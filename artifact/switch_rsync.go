@@ -21,10 +21,8 @@ type rsyncSwitcher struct{ treeSwitcher }
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	parent, err := s.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf(
-			"dest's directory %s does not exist: make it before, or in a pre command",
-			filepath.Dir(r.Manifest.Dest),
-		)
+		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command",
+			filepath.Dir(r.Manifest.Dest))
 	}
 	if err != nil {
 		return err
@@ -108,13 +106,8 @@ func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, err
 	}
 	bounds, err := realDirs(s.c.Within)
 	if err == nil && !isWithin(dest.real, bounds) {
-		err = fmt.Errorf(
-			"dest %s leads to %s, outside of %s: %w",
-			r.Manifest.Dest,
-			dest.real,
-			strings.Join(s.c.Within, ", "),
-			ErrUnsafe,
-		)
+		err = fmt.Errorf("dest %s leads to %s, outside of %s: %w", r.Manifest.Dest, dest.real,
+			strings.Join(s.c.Within, ", "), ErrUnsafe)
 	}
 	if err != nil {
 		dest.Close()
@@ -255,10 +248,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	}
 	if exists(s.tree(r)) {
 		left, err := s.Verify(ctx, r, 0)
-		if gone := unrestorable(
-			made,
-			left,
-		); err == nil &&
+		if gone := unrestorable(made, left); err == nil &&
 			!slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
 			return left, nil
 		}

@@ -207,11 +207,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 		v.known[i].sameContent(fileStat{inode: st.Ino, mtime: st.Mtim.Nano()}) {
 		return e.sum, nil
 	}
-	f, err := v.root.OpenFile(
-		e.path,
-		os.O_RDONLY|unix.O_NONBLOCK,
-		0,
-	) // opening a pipe would block for ever
+	f, err := v.root.OpenFile(e.path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {
 		return deployments.Digest{}, err
 	}
@@ -220,12 +216,8 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	if err := unix.Fstat(int(f.Fd()), &before); err != nil || before.Mode&unix.S_IFMT != unix.S_IFREG {
 		return deployments.Digest{}, err
 	}
-	sum, err := hashSlowly(
-		ctx,
-		io.LimitReader(f, e.size+1),
-		v.limit,
-		v.buffer,
-	) // otherwise it might grow as long as it is read
+	sum, err := hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit,
+		v.buffer) // otherwise it might grow as long as it is read
 	if err == nil && sum == e.sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
 		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
 		v.stats[i] = statOf(&after)

@@ -165,11 +165,9 @@ func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 		}
 	}
 	if open && own && r.timeout == 0 {
-		r.traps.at(
-			place,
+		r.traps.at(place,
 			"commands without a timeout of their own are ended after %s: commands.timeout sets it for all",
-			DefaultCommandTimeout,
-		)
+			DefaultCommandTimeout)
 	}
 }
 
@@ -222,10 +220,8 @@ func (r *manifestReader) read(root ast.Node) {
 	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
 		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
 	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
-		r.at(
-			place("shared"),
-			"shared needs sync_strategy release: the others change dest in place, and excludes keep a path there",
-		)
+		r.at(place("shared"),
+			"shared needs sync_strategy release: the others change dest in place, and excludes keep a path there")
 	case nested(m.Shared):
 		r.at(place("shared"), "one shared path lies within another, or is given twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
@@ -337,9 +333,7 @@ func (r *manifestReader) commands(n ast.Node) {
 	r.fields(n, "commands", map[string]func(ast.Node){
 		"env":     r.environment,
 		"timeout": into(&r.reader, &r.timeout, asPositive),
-		"pre": r.commandList(
-			&c.Pre,
-		),
+		"pre":     r.commandList(&c.Pre),
 		"post":    r.commandList(&c.Post),
 		"success": r.commandList(&c.Success),
 		"failure": r.commandList(&c.Failure),

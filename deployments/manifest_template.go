@@ -327,10 +327,8 @@ func (e *expander) text(name string, words []string) (string, error) {
 	case "must_env":
 		v, ok := e.env(words[0])
 		if !ok {
-			return "", fmt.Errorf(
-				"the environment variable %s is not set on this node, and the manifest needs it",
-				clip(words[0]),
-			)
+			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it",
+				clip(words[0]))
 		}
 		e.read(words[0], v)
 		return v, nil

@@ -131,9 +131,7 @@ func (p *Progress) UnmarshalJSON(data []byte) error {
 // lenientJSON parses one JSON value that a program wrote. Unknown fields are ignored.
 func lenientJSON(data []byte, to any) error {
 	err := json.Unmarshal(data, to)
-	if wrong := (*json.UnmarshalTypeError)(
-		nil,
-	); errors.As(err, &wrong) &&
+	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) &&
 		wrong.Field != "" { // err's text names Go types
 		return fmt.Errorf("field %q can't be a %s", wrong.Field, wrong.Value)
 	}

@@ -161,10 +161,7 @@ func FromSource(url string, sources []string) bool {
 // s3://acme/web/1, not s3://acme/webx/1. A URL that could be read as another path (.., an escaped dot or slash, an
 // empty segment, a query) lies under no prefix.
 func UnderPrefix(url, prefix string) bool {
-	if at, version, found := strings.Cut(
-		url,
-		"?",
-	); found && strings.HasPrefix(url, "s3://") &&
+	if at, version, found := strings.Cut(url, "?"); found && strings.HasPrefix(url, "s3://") &&
 		s3Version.MatchString(version) {
 		url = at
 	}

@@ -40,12 +40,8 @@ func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) (
 	}
 	data, err := json.Marshal(signedSnapshot{1, string(text), string(signature)})
 	if err == nil && len(data) > MaxSnapshot {
-		err = fmt.Errorf(
-			"a snapshot of %d records has %d bytes, at most %d are allowed",
-			len(s.Records),
-			len(data),
-			MaxSnapshot,
-		)
+		err = fmt.Errorf("a snapshot of %d records has %d bytes, at most %d are allowed", len(s.Records), len(data),
+			MaxSnapshot)
 	}
 	return data, err
 }

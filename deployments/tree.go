@@ -283,10 +283,8 @@ func (l *loader) readUnit(name string) error {
 		return nil
 	}
 	if other, ok := l.places[id]; ok {
-		l.problems = append(
-			l.problems,
-			Problem{File: name, Message: fmt.Sprintf("unit %s stands in %s as well: remove one of them", id, other)},
-		)
+		l.problems = append(l.problems,
+			Problem{File: name, Message: fmt.Sprintf("unit %s stands in %s as well: remove one of them", id, other)})
 		return nil
 	}
 	l.places[id] = name

@@ -24,11 +24,8 @@ var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]*$`)
 // that people edit.
 func CheckSegment(what, s string) error {
 	if len(s) > 63 || !segment.MatchString(s) {
-		return fmt.Errorf(
-			"%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit",
-			what,
-			clip(s),
-		)
+		return fmt.Errorf("%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+			what, clip(s))
 	}
 	switch ext := path.Ext(s); ext {
 	case ".swp", ".swx", ".tmp":

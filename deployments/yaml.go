@@ -169,15 +169,11 @@ func (v refuser) Visit(n ast.Node) ast.Visitor {
 func (r *reader) note(line, column int, format string, args ...any) {
 	switch n := len(r.problems); {
 	case n == maxProblems:
-		r.problems = append(
-			r.problems,
-			Problem{File: r.file, Message: fmt.Sprintf("more than %d mistakes; some of them:", n)},
-		)
+		r.problems = append(r.problems,
+			Problem{File: r.file, Message: fmt.Sprintf("more than %d mistakes; some of them:", n)})
 	case n < maxProblems:
-		r.problems = append(
-			r.problems,
-			Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)},
-		)
+		r.problems = append(r.problems,
+			Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)})
 	}
 }
 

@@ -137,11 +137,8 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 		}
 	}
 	slices.SortFunc(others, func(a, b deployments.Pointer) int {
-		return cmp.Or(
-			cmp.Compare(count[b], count[a]),
-			strings.Compare(a.URL, b.URL),
-			slices.Compare(a.Digest[:], b.Digest[:]),
-		)
+		return cmp.Or(cmp.Compare(count[b], count[a]), strings.Compare(a.URL, b.URL),
+			slices.Compare(a.Digest[:], b.Digest[:]))
 	})
 	// As long as nodes can go back to what served before the first release, that release is not stable yet.
 	first := slices.ContainsFunc(nodes, func(n Node) bool { return n.Report.Leavable })

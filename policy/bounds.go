@@ -60,11 +60,8 @@ func (b Bounds) CheckSource(source string) error {
 	if len(b.Sources) == 0 || named {
 		return nil
 	}
-	return fmt.Errorf(
-		"%s is not from %s, which is all that is allowed",
-		deployments.ShownURL(source),
-		strings.Join(b.Sources, ", "),
-	)
+	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(source),
+		strings.Join(b.Sources, ", "))
 }
 
 // isLocal reports whether a URL leads to this machine by what it says; that a name leads to it is seen when it is

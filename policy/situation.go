@@ -133,10 +133,8 @@ func (k *ranking) update(nodes []Node) {
 	for i := range byRank {
 		byRank[i] = int32(i)
 	}
-	slices.SortFunc(
-		byRank,
-		func(a, b int32) int { return cmp.Or(cmp.Compare(ranks[a], ranks[b]), cmp.Compare(names[a], names[b])) },
-	)
+	slices.SortFunc(byRank,
+		func(a, b int32) int { return cmp.Or(cmp.Compare(ranks[a], ranks[b]), cmp.Compare(names[a], names[b])) })
 	k.names, k.ranks, k.byRank = names, ranks, byRank
 }
 

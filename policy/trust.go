@@ -180,14 +180,8 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		}
 		switch {
 		case !one.signs(namespace):
-			refused = fmt.Errorf(
-				"%w: the key %s of %s may sign for %s, not for %s",
-				ErrUntrusted,
-				finger,
-				one.principals,
-				strings.Join(one.namespaces, ","),
-				namespace,
-			)
+			refused = fmt.Errorf("%w: the key %s of %s may sign for %s, not for %s", ErrUntrusted, finger,
+				one.principals, strings.Join(one.namespaces, ","), namespace)
 			continue
 		case !one.after.IsZero() && now.Before(one.after), !one.before.IsZero() && !now.Before(one.before):
 			refused = fmt.Errorf("%w: the key %s of %s is not valid at this time", ErrUntrusted, finger, one.principals)

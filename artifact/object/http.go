@@ -47,11 +47,8 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 				return Object{}, &transientError{err: err}
 			}
 			if r.ContentLength > maxUncounted {
-				return Object{}, fmt.Errorf(
-					"%w: the server doesn't say how large it is, and it has more than %d bytes",
-					ErrTooLarge,
-					int64(maxUncounted),
-				)
+				return Object{}, fmt.Errorf("%w: the server doesn't say how large it is, and it has more than %d bytes",
+					ErrTooLarge, int64(maxUncounted))
 			}
 		}
 		o, err := found(r)

@@ -325,19 +325,12 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 		return err
 	}
 	if len(data) > partSize {
-		return fmt.Errorf(
-			"%s: %d bytes, of which at most %d can be replaced in one step",
-			deployments.ShownURL(url),
-			len(data),
-			partSize,
-		)
+		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step",
+			deployments.ShownURL(url), len(data), partSize)
 	}
 	b := &body{ReaderAt: bytes.NewReader(data), size: int64(len(data)), progress: func(int64) {}, replace: true}
-	if err := c.retry(
-		ctx,
-		"replace "+deployments.ShownURL(url),
-		func() error { return s.put(ctx, u, b, contentType) },
-	); err != nil {
+	if err := c.retry(ctx, "replace "+deployments.ShownURL(url),
+		func() error { return s.put(ctx, u, b, contentType) }); err != nil {
 		return fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	return nil

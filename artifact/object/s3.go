@@ -136,12 +136,8 @@ func (s *s3Store) fail(ctx context.Context, err error) error {
 	if failed != nil {
 		return err
 	}
-	return fmt.Errorf(
-		"%w (with the access key %s, from %s)",
-		err,
-		who.AccessKeyID,
-		cmp.Or(who.Source, "the configuration"),
-	)
+	return fmt.Errorf("%w (with the access key %s, from %s)", err, who.AccessKeyID,
+		cmp.Or(who.Source, "the configuration"))
 }
 
 // ifNone returns the If-None-Match header of a put, which keeps it from overwriting; nil: the storage doesn't
@@ -162,10 +158,8 @@ func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 	)
 	var api smithy.APIError
 	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // it is empty
-		out, err := s.client.HeadObject(
-			ctx,
-			&s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)},
-		)
+		out, err := s.client.HeadObject(ctx,
+			&s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)})
 		if err != nil {
 			return Object{}, s.fail(ctx, err)
 		}
@@ -260,10 +254,8 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 	}
 	defer func() {
 		if err != nil {
-			s.client.AbortMultipartUpload(
-				context.WithoutCancel(ctx),
-				&s3.AbortMultipartUploadInput{Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId},
-			)
+			s.client.AbortMultipartUpload(context.WithoutCancel(ctx),
+				&s3.AbortMultipartUploadInput{Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId})
 		}
 	}()
 	parts := make([]types.CompletedPart, (b.size+size-1)/size)

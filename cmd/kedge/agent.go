@@ -59,12 +59,8 @@ finishes or takes back what it had begun.`,
 		},
 	}
 	f, def := c.Flags(), agentDefaults()
-	f.StringVar(
-		&file,
-		"config",
-		os.Getenv("KEDGE_CONFIG"),
-		"configuration `file` (default "+defaultAgentConfig+" where it exists)",
-	)
+	f.StringVar(&file, "config", os.Getenv("KEDGE_CONFIG"),
+		"configuration `file` (default "+defaultAgentConfig+" where it exists)")
 	f.String("stage", "", "this node's stage, as in prod")
 	f.String("roles", "", "this node's `roles`, separated by commas")
 	f.String(
@@ -79,11 +75,8 @@ finishes or takes back what it had begun.`,
 		"`address` that serves /ready, /converged and /live, as in :7070; a loopback one serves /status and /metrics, too "+
 			"(default: none)",
 	)
-	f.String(
-		"listen-status",
-		"",
-		"`address` that serves /status and /metrics to other machines, as in 10.0.0.7:7071 (default: none)",
-	)
+	f.String("listen-status", "",
+		"`address` that serves /status and /metrics to other machines, as in 10.0.0.7:7071 (default: none)")
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
 	f.Bool(
 		"local-sources",
@@ -104,16 +97,10 @@ finishes or takes back what it had begun.`,
 		"`references` of secrets that releases may have read here, or their beginnings, as in ssm:/prod/ (default: none)",
 	)
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
-	f.Bool(
-		"allow-older-pins",
-		false,
-		"with --signers, let pins go back to releases older than the one that this node has settled on",
-	)
-	f.Bool(
-		"allow-empty",
-		false,
-		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)",
-	)
+	f.Bool("allow-older-pins", false,
+		"with --signers, let pins go back to releases older than the one that this node has settled on")
+	f.Bool("allow-empty", false,
+		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
 	f.String(
 		"observe",
 		"",
@@ -126,30 +113,21 @@ finishes or takes back what it had begun.`,
 		false,
 		"take over what lies at dest before a unit's first release, if it is the release's already; as adopt: true in its file",
 	)
-	f.Bool(
-		"maintenance",
-		false,
-		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)",
-	)
+	f.Bool("maintenance", false,
+		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may sign the snapshot")
 	f.Duration("snapshot-max-age", def.SnapshotMaxAge,
 		"refuse a snapshot that is older (the mirror writes it anew every hour)")
-	f.Bool(
-		"ec2",
-		false,
-		"take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles",
-	)
+	f.Bool("ec2", false,
+		"take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles")
 	f.String(
 		"lifecycle-hook",
 		"",
 		"complete this AutoScaling `hook`: CONTINUE once every unit runs what it should, ABANDON after --lifecycle-timeout",
 	)
-	f.Duration(
-		"lifecycle-timeout",
-		def.LifecycleTimeout,
-		"with --lifecycle-hook: how long a new instance may take to converge before the hook is told ABANDON",
-	)
+	f.Duration("lifecycle-timeout", def.LifecycleTimeout,
+		"with --lifecycle-hook: how long a new instance may take to converge before the hook is told ABANDON")
 	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
@@ -313,13 +291,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if err != nil {
 		return usageError{err}
 	}
-	snapshot, err := snapshotReader(
-		conf.Snapshot,
-		conf.SnapshotSigners,
-		conf.SnapshotMaxAge,
-		object.New(object.Config{Log: log}),
-		log,
-	)
+	snapshot, err := snapshotReader(conf.Snapshot, conf.SnapshotSigners, conf.SnapshotMaxAge,
+		object.New(object.Config{Log: log}), log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -365,21 +338,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	}
 	// An idle agent needs little memory: what a deployment allocated is returned sooner than by Go's default.
 	debug.SetGCPercent(50)
-	log.Info(
-		"agent starts",
-		"version",
-		version(),
-		"node",
-		node.Node(),
-		"stage",
-		conf.Stage,
-		"roles",
-		strings.Join(conf.Roles, ","),
-		"store",
-		store.String(),
-		"listen",
-		node.Addr(),
-	)
+	log.Info("agent starts", "version", version(), "node", node.Node(), "stage", conf.Stage,
+		"roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
 	defer logStop(ctx, log, "agent stops")()
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
@@ -396,9 +356,7 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {
 		var err error
-		if hook.Instance, err = ec2.Describe(
-			ctx,
-		); err == nil ||
+		if hook.Instance, err = ec2.Describe(ctx); err == nil ||
 			hook.Instance.ID != "" && hook.Group != "" { // then tags are not needed
 			hook.Timeout = max(time.Second, conf.LifecycleTimeout-time.Since(began))
 			break

@@ -28,9 +28,7 @@ release, prints each step with its time, and leaves nothing behind.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config := demo.Config{Dir: dir, Out: a.stdout, In: a.stdin, Color: a.color()}
 			if a.terminal() > 0 {
-				config.Screen = func(
-					ctx context.Context, store kv.Store, draw func(io.Writer, *fleet.Fleet, int),
-				) error {
+				config.Screen = func(ctx context.Context, store kv.Store, draw func(io.Writer, *fleet.Fleet, int)) error {
 					return a.watchOnScreen(ctx, store, fleet.Filter{}, draw)
 				}
 			}

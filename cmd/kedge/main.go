@@ -104,9 +104,8 @@ func (a *app) storeHint(err error) string {
 			envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"),
 		)
 	case errors.Is(err, kv.ErrEmpty):
-		return fmt.Sprintf(
-			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix?", cmp.Or(a.prefix, kv.DefaultPrefix),
-		)
+		return fmt.Sprintf("has a mirror run yet (kedge mirror REPO), and is %s its --prefix?",
+			cmp.Or(a.prefix, kv.DefaultPrefix))
 	case errors.Is(err, kv.ErrNoFolder):
 		return fmt.Sprintf(
 			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
@@ -204,27 +203,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		"`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)",
 	)
 	f.Lookup("kv").DefValue = "" // the value of KEDGE_KV is not shown as the default
-	f.StringVar(
-		&a.prefix,
-		"prefix",
-		envOr("KEDGE_PREFIX", kv.DefaultPrefix),
-		"prefix of every key in Consul; also KEDGE_PREFIX",
-	)
+	f.StringVar(&a.prefix, "prefix", envOr("KEDGE_PREFIX", kv.DefaultPrefix),
+		"prefix of every key in Consul; also KEDGE_PREFIX")
 	f.StringVar(&a.logFormat, "log-format", envOr("KEDGE_LOG_FORMAT", "text"), "text or json; also KEDGE_LOG_FORMAT")
-	f.StringVar(
-		&a.logLevel,
-		"log-level",
-		envOr("KEDGE_LOG_LEVEL", "info"),
-		"debug, info, warn or error; also KEDGE_LOG_LEVEL",
-	)
+	f.StringVar(&a.logLevel, "log-level", envOr("KEDGE_LOG_LEVEL", "info"),
+		"debug, info, warn or error; also KEDGE_LOG_LEVEL")
 
-	root.AddGroup(
-		&cobra.Group{ID: "start", Title: "Start here"},
-		&cobra.Group{ID: "daemon", Title: "Daemons"},
+	root.AddGroup(&cobra.Group{ID: "start", Title: "Start here"}, &cobra.Group{ID: "daemon", Title: "Daemons"},
 		&cobra.Group{ID: "release", Title: "Releases and the deployments repo"},
-		&cobra.Group{ID: "fleet", Title: "Look at the fleet"},
-		&cobra.Group{ID: "operate", Title: "Operate it"},
-	)
+		&cobra.Group{ID: "fleet", Title: "Look at the fleet"}, &cobra.Group{ID: "operate", Title: "Operate it"})
 	for group, commands := range map[string][]*cobra.Command{
 		"start":  {a.demoCommand(), a.versionCommand()},
 		"daemon": {a.agentCommand(), a.mirrorCommand()},

@@ -60,10 +60,8 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 	case len(refused) > 0 && len(sources) == 1:
 		return a.problems(refused, "in "+sources[0].Name+": no node would take it")
 	case len(refused) > 0:
-		return a.problems(
-			refused,
-			fmt.Sprintf("in %s: no node would take those that have one", count(len(sources), "manifest")),
-		)
+		return a.problems(refused,
+			fmt.Sprintf("in %s: no node would take those that have one", count(len(sources), "manifest")))
 	case a.json:
 		return a.printJSON(notes)
 	case len(sources) == 1:
@@ -294,16 +292,7 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		return err
 	}
 	as := map[bool]string{true: "pin", false: "record"}[b.Pinned]
-	log.Info(
-		"the event is handed on",
-		"unit",
-		b.Unit.String(),
-		"release",
-		b.Pointer.String(),
-		"as",
-		as,
-		"changed",
-		b.Changed,
-	)
+	log.Info("the event is handed on", "unit", b.Unit.String(), "release", b.Pointer.String(), "as", as,
+		"changed", b.Changed)
 	return nil
 }

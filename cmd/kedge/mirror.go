@@ -102,31 +102,15 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		"full hash of a `commit` to take, once, whatever its history and the units that it removes: for a repo that was replaced",
 	)
 	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
-	f.DurationVar(
-		&c.LeaseTTL,
-		"lease-ttl",
-		15*time.Second,
-		"how long a lease outlives its renewals; at least 10s on Consul",
-	)
+	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second,
+		"how long a lease outlives its renewals; at least 10s on Consul")
 	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")
-	f.StringVar(
-		&c.KnownHosts,
-		"known-hosts",
-		os.Getenv("KEDGE_KNOWN_HOSTS"),
-		"known_hosts `file` for ssh (default ~/.ssh/known_hosts)",
-	)
-	f.StringVar(
-		&c.SignedBy,
-		"signed-by",
-		os.Getenv("KEDGE_SIGNED_BY"),
-		"allowed_signers `file`: with it, a commit without a signature by one of them is refused",
-	)
-	f.StringVar(
-		&c.SignedByPGP,
-		"signed-by-pgp",
-		os.Getenv("KEDGE_SIGNED_BY_PGP"),
-		"`file` of OpenPGP public keys (gpg --armor --export), whose signatures count as well",
-	)
+	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"),
+		"known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
+	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"),
+		"allowed_signers `file`: with it, a commit without a signature by one of them is refused")
+	f.StringVar(&c.SignedByPGP, "signed-by-pgp", os.Getenv("KEDGE_SIGNED_BY_PGP"),
+		"`file` of OpenPGP public keys (gpg --armor --export), whose signatures count as well")
 	f.StringVar(
 		&signers,
 		"signers",
@@ -139,19 +123,11 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		os.Getenv("CACHE_DIRECTORY"),
 		"`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)",
 	)
-	f.StringVar(
-		&snapshot,
-		"snapshot",
-		os.Getenv("KEDGE_SNAPSHOT"),
-		"`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away",
-	)
+	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"),
+		"`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
 	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")
-	f.StringVar(
-		&notifications,
-		"notify",
-		os.Getenv("KEDGE_NOTIFY"),
-		"`file` of who is told of what becomes of releases: kedge help notifications",
-	)
+	f.StringVar(&notifications, "notify", os.Getenv("KEDGE_NOTIFY"),
+		"`file` of who is told of what becomes of releases: kedge help notifications")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
 	return command
 }

@@ -72,11 +72,8 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	if err != nil {
 		return err
 	}
-	return a.done(
-		OrderOutcome{Unit: id, Order: string(order.Verb), Outcome: outcome},
-		fmt.Sprintf("%s: %s", id, outcome),
-		fleet.Pinned(ctx, store, id),
-	)
+	return a.done(OrderOutcome{Unit: id, Order: string(order.Verb), Outcome: outcome},
+		fmt.Sprintf("%s: %s", id, outcome), fleet.Pinned(ctx, store, id))
 }
 
 // OrderOutcome is the result of an order, of a pin or of its end, as JSON.
@@ -198,12 +195,8 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 	byFlag(f, &by)
 	f.BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	f.BoolVar(&force, "force", false, "also where the unit has no record")
-	f.StringVar(
-		&until,
-		"until",
-		"",
-		"when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z",
-	)
+	f.StringVar(&until, "until", "",
+		"when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
 	a.jsonFlag(c, "the pin")
 	return a.completeArgs(c, wantUnit, wantRelease)
 }
@@ -317,12 +310,9 @@ keep what they run, and kedge status says so. To go back on those, publish the o
 		if err != nil {
 			return err
 		}
-		return a.done(
-			OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
-			fmt.Sprintf("pinned %s to %s", id, pin.Release),
-			fleet.RunsAlready(ctx, store, id, pin.Release),
-			"once Git says what should run: kedge unpin "+id.String(),
-		)
+		return a.done(OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
+			fmt.Sprintf("pinned %s to %s", id, pin.Release), fleet.RunsAlready(ctx, store, id, pin.Release),
+			"once Git says what should run: kedge unpin "+id.String())
 	})
 	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")

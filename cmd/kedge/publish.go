@@ -82,11 +82,7 @@ as it is: another level takes another version.`,
 				m.Strategy = deployments.StrategyRelease
 			}
 			if err := deployments.CheckURL(strings.TrimSuffix(opt.To, "/") + "/x"); err != nil {
-				return usagef(
-					"--to %q: %w, as in s3://BUCKET/PREFIX or file:///DIR",
-					deployments.ShownURL(opt.To),
-					err,
-				)
+				return usagef("--to %q: %w, as in s3://BUCKET/PREFIX or file:///DIR", deployments.ShownURL(opt.To), err)
 			}
 			for _, s := range since {
 				p, err := deployments.ParsePointer(s)
@@ -117,11 +113,8 @@ as it is: another level takes another version.`,
 			start := time.Now()
 			progress := a.progressLine()
 			opt.Progress, opt.Log = progress.show, slog.New(progress.over(log.Handler()))
-			published, err := artifact.Publish(
-				ctx,
-				object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}),
-				opt,
-			)
+			published, err := artifact.Publish(ctx,
+				object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}), opt)
 			progress.clear()
 			if errors.Is(err, object.ErrUnavailable) {
 				hint := "run it again when the storage answers: it takes up what is there already" + endpointHint(opt.To)
@@ -151,18 +144,10 @@ as it is: another level takes another version.`,
 	f.StringVar(&version, "version", "", "the release's version")
 	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")
 	f.IntVar(&opt.Find, "deltas", 3, "`how many` of the releases that were published last get a delta; 0: none")
-	f.StringArrayVar(
-		&since,
-		"since",
-		nil,
-		"`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated",
-	)
-	f.StringVar(
-		&compression,
-		"compression",
-		artifact.CompressionDefault.String(),
-		"`level` of the archive: fastest, fast, default, best, or one of zstd's numbers, 1 to 22",
-	)
+	f.StringArrayVar(&since, "since", nil,
+		"`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated")
+	f.StringVar(&compression, "compression", artifact.CompressionDefault.String(),
+		"`level` of the archive: fastest, fast, default, best, or one of zstd's numbers, 1 to 22")
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
 	f.StringVar(
 		&created,
@@ -221,10 +206,8 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 		}
 		lines = append(lines, line)
 	}
-	return append(
-		lines,
-		fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)),
-	)
+	return append(lines,
+		fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)))
 }
 
 // createdAt parses the time at which a release was made, in whole seconds as in a manifest; empty: now.

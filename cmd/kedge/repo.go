@@ -110,10 +110,8 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && len(inspect.Bounded(tree.Settings, tree.Units)) > 0 {
-				fmt.Fprintln(
-					a.stderr,
-					"what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases",
-				)
+				fmt.Fprintln(a.stderr,
+					"what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases")
 			}
 			return nil
 		},
@@ -128,12 +126,8 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	f.BoolVar(&archives, "archives", false, "with --manifest: fetch and unpack the archives, too")
 	f.BoolVar(&fix, "fix", false, "with --manifest: write it as kedge would have it")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
-	f.StringVar(
-		&signers,
-		"signers",
-		"",
-		"allowed_signers `file`: read the releases, too, which must be signed by one of them",
-	)
+	f.StringVar(&signers, "signers", "",
+		"allowed_signers `file`: read the releases, too, which must be signed by one of them")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
 	pathFlag(f, &path)
 	a.jsonFlag(c, "the problems")
@@ -184,12 +178,8 @@ func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) 
 
 // pathFlag adds the flag for repos that hold more than deployments.
 func pathFlag(f *pflag.FlagSet, path *string) {
-	f.StringVar(
-		path,
-		"path",
-		os.Getenv("KEDGE_PATH"),
-		"`directory` of the repo that holds STAGE/ROLE/UNIT.yaml and kedge.yaml (default: all of it)",
-	)
+	f.StringVar(path, "path", os.Getenv("KEDGE_PATH"),
+		"`directory` of the repo that holds STAGE/ROLE/UNIT.yaml and kedge.yaml (default: all of it)")
 }
 
 func (a *app) diffCommand() *cobra.Command {

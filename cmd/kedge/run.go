@@ -127,12 +127,8 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(
-		&signers,
-		"signers",
-		os.Getenv("KEDGE_SIGNERS"),
-		"allowed_signers `file`: refuse a manifest without a signature by one of them",
-	)
+	f.StringVar(&signers, "signers", os.Getenv("KEDGE_SIGNERS"),
+		"allowed_signers `file`: refuse a manifest without a signature by one of them")
 	f.StringVar(&bandwidth, "max-bandwidth", os.Getenv("KEDGE_MAX_BANDWIDTH"),
 		"bound of the download, as in 20MB/s (default: none); stretcher's --max-band-width")
 	f.StringSliceVar(&bounds.Sources, "sources", nil,
@@ -140,11 +136,8 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
 	f.StringSliceVar(&allowedSecrets, "secrets", nil,
 		"`references` of secrets that it may have read, or their beginnings, as in ssm:/prod/ (default: none)")
-	f.Var(
-		(*seconds)(&fetch.Timeout),
-		"timeout",
-		"bound of the time that fetching the archive takes, with its retries (default: none)",
-	)
+	f.Var((*seconds)(&fetch.Timeout), "timeout",
+		"bound of the time that fetching the archive takes, with its retries (default: none)")
 	f.IntVar(&fetch.Retry, "retry", 0,
 		"how many more `times` to fetch the archive if it fails, beyond each request's own retries")
 	f.Var((*seconds)(&fetch.RetryWait), "retry-wait", "how long to wait before each --retry")

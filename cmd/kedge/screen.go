@@ -92,10 +92,7 @@ func cut(text string, width, most int) string {
 	for i, line := range lines {
 		length := utf8.RuneCountInString(style.ReplaceAllString(strings.TrimSuffix(line, "\n"), ""))
 		if rows += 1 + max(0, length-1)/max(1, width); most > 0 && rows > most {
-			return strings.Join(
-				lines[:i],
-				"",
-			) + fmt.Sprintf(
+			return strings.Join(lines[:i], "") + fmt.Sprintf(
 				"… %d more lines, for a higher window; kedge status STAGE/ROLE or --attention shows less\n",
 				len(lines)-i,
 			)

@@ -97,26 +97,15 @@ func snapshotReader(
 		case s.URL != url:
 			return nil, fmt.Errorf("%s: the snapshot was made for %s", url, s.URL)
 		case now.Sub(s.At) > maxAge:
-			return nil, fmt.Errorf(
-				"%s: the snapshot is of %s, %v old, and snapshot_max_age is %v",
-				url,
-				s.At.Format(time.RFC3339),
-				now.Sub(s.At).Round(time.Minute),
-				maxAge,
-			)
+			return nil, fmt.Errorf("%s: the snapshot is of %s, %v old, and snapshot_max_age is %v", url,
+				s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
 		case s.At.Sub(now) > snapshotAhead:
-			return nil, fmt.Errorf(
-				"%s: the snapshot is of %s, which has yet to come by this node's clock",
-				url,
-				s.At.Format(time.RFC3339),
-			)
+			return nil, fmt.Errorf("%s: the snapshot is of %s, which has yet to come by this node's clock", url,
+				s.At.Format(time.RFC3339))
 		}
 		var entries []kv.Entry
 		for key, record := range s.Records {
-			if strings.HasPrefix(
-				key,
-				kv.DesiredPrefix,
-			) { // it contains no pins and orders, which are for the present
+			if strings.HasPrefix(key, kv.DesiredPrefix) { // it contains no pins and orders, which are for the present
 				entries = append(entries, kv.Entry{Key: key, Value: []byte(record)})
 			}
 		}

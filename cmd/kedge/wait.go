@@ -75,12 +75,8 @@ than --patience, 3 when the time is over.`,
 			if postReceive {
 				done = "all nodes run what was pushed"
 			}
-			err = fleet.Wait(
-				ctx,
-				store,
-				filter,
-				fleet.WaitOptions{Commit: commit, Push: postReceive, Patience: patience, Progress: tell},
-			)
+			err = fleet.Wait(ctx, store, filter,
+				fleet.WaitOptions{Commit: commit, Push: postReceive, Patience: patience, Progress: tell})
 			if err == nil && tell != nil {
 				tell(done)
 			}
@@ -94,12 +90,8 @@ than --patience, 3 when the time is over.`,
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up after this long")
 	f.StringVar(&commit, "commit", "", "wait until the mirror has taken this commit, or one after it, as well")
 	f.BoolVar(&progress, "progress", true, "print what is missing, as it changes")
-	f.DurationVar(
-		&patience,
-		"patience",
-		30*time.Second,
-		"give up when the store is out of reach for this long; 0: only when --timeout is over",
-	)
+	f.DurationVar(&patience, "patience", 30*time.Second,
+		"give up when the store is out of reach for this long; 0: only when --timeout is over")
 	f.BoolVar(
 		&postReceive,
 		"post-receive",

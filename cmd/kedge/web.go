@@ -43,12 +43,8 @@ to show it to more than this machine, put a proxy that does in front of it, and 
 	}
 	f := command.Flags()
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:7080", "`address` to listen at")
-	f.StringArrayVar(
-		&c.Hosts,
-		"host",
-		nil,
-		"`name` that browsers reach it by, beside localhost and IP addresses; repeatable",
-	)
+	f.StringArrayVar(&c.Hosts, "host", nil,
+		"`name` that browsers reach it by, beside localhost and IP addresses; repeatable")
 	f.StringVar(&c.CommitURL, "commit-url", "",
 		"`address` of a commit, with {commit} for its hash: commits become links there")
 	return command

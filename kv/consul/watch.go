@@ -127,12 +127,8 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 			return err
 		}
 		if !trusted(l.meta) {
-			return fmt.Errorf(
-				"list %s: the server knows no leader, last contact %v ago: %w",
-				prefix,
-				l.meta.LastContact,
-				kv.ErrUnavailable,
-			)
+			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix,
+				l.meta.LastContact, kv.ErrUnavailable)
 		}
 		took := time.Since(asked)
 		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||

@@ -77,14 +77,8 @@ func testGetList(t *testing.T, b Backend) {
 	s := b.Open(t)
 	ctx := t.Context()
 	mustFolders(t, s, "pins/prod/web/", "pins/prod/db/")
-	mustCommit(
-		t,
-		s,
-		nil,
-		kv.Put("pins/prod/web/app", []byte("1")),
-		kv.Put("pins/prod/db/pg", []byte("2")),
-		kv.Put("pins/prod/web/a-first", nil),
-	)
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("1")), kv.Put("pins/prod/db/pg", []byte("2")),
+		kv.Put("pins/prod/web/a-first", nil))
 	e, err := s.Get(ctx, "pins/prod/web/app")
 	if err != nil || e.Key != "pins/prod/web/app" || string(e.Value) != "1" || e.Version == 0 || e.Session != "" {
 		t.Fatalf("get: %+v, %v", e, err)
@@ -157,14 +151,8 @@ func testNested(t *testing.T, b Backend) {
 	}
 	// The same if the layout doesn't say which keys have keys below them.
 	mustCommit(t, s, nil, kv.Put("other/a/b/c", []byte("1")), kv.Put("other/a/b/d", []byte("2")))
-	mustCommit(
-		t,
-		s,
-		nil,
-		kv.Put("other/a", []byte("3")),
-		kv.Put("other/a/b", []byte("4")),
-		kv.Put("other/a/b/e", []byte("5")),
-	)
+	mustCommit(t, s, nil, kv.Put("other/a", []byte("3")), kv.Put("other/a/b", []byte("4")),
+		kv.Put("other/a/b/e", []byte("5")))
 	if got := list(t, s, "other/"); got != "other/a=3 other/a/b=4 other/a/b/c=1 other/a/b/d=2 other/a/b/e=5" {
 		t.Fatalf("list: %s", got)
 	}
@@ -211,29 +199,16 @@ func testAtomic(t *testing.T, b Backend) {
 	mustCommit(t, s, nil, kv.Put("d/a", []byte("1")), kv.Put("d/gone", []byte("1")))
 	v := version(t, s, "d/a")
 	mustCommit(t, s, nil, kv.Put("d/a", []byte("2")))
-	err := s.Commit(
-		t.Context(),
-		nil,
-		kv.Put("d/new", nil),
-		kv.Delete("d/gone"),
-		kv.Replace("d/a", []byte("3"), v),
-		kv.Create("e/x", nil),
-	)
+	err := s.Commit(t.Context(), nil, kv.Put("d/new", nil), kv.Delete("d/gone"),
+		kv.Replace("d/a", []byte("3"), v), kv.Create("e/x", nil))
 	if !errors.Is(err, kv.ErrConflict) {
 		t.Fatalf("commit: %v", err)
 	}
 	if got := list(t, s, "d/"); got != "d/a=2 d/gone=1" {
 		t.Fatalf("a refused commit left %s", got)
 	}
-	mustCommit(
-		t,
-		s,
-		nil,
-		kv.Put("d/new", []byte("n")),
-		kv.Delete("d/gone"),
-		kv.Replace("d/a", []byte("3"), version(t, s, "d/a")),
-		kv.Create("e/x", nil),
-	)
+	mustCommit(t, s, nil, kv.Put("d/new", []byte("n")), kv.Delete("d/gone"),
+		kv.Replace("d/a", []byte("3"), version(t, s, "d/a")), kv.Create("e/x", nil))
 	if got := list(t, s, "d/") + " " + list(t, s, "e/"); got != "d/a=3 d/new=n e/x=" {
 		t.Fatalf("a commit left %s", got)
 	}
@@ -263,14 +238,8 @@ func testLimits(t *testing.T, b Backend) {
 	if e, err := s.Get(t.Context(), "d/large"); err != nil || !bytes.Equal(e.Value, large) {
 		t.Fatalf("of %d bytes there are %d, %v", len(large), len(e.Value), err)
 	}
-	if err := s.Commit(
-		t.Context(),
-		nil,
-		kv.Put("d/larger", bytes.Repeat([]byte("x"), 400<<10)),
-	); !errors.Is(
-		err,
-		kv.ErrTooLarge,
-	) {
+	if err := s.Commit(t.Context(), nil, kv.Put("d/larger", bytes.Repeat([]byte("x"), 400<<10))); !errors.Is(err,
+		kv.ErrTooLarge) {
 		t.Fatalf("commit of 400 KiB: %v", err)
 	}
 	if err := s.Commit(t.Context(), nil, kv.Put("d/k1", nil), kv.Delete("d/k1")); err == nil {
@@ -370,10 +339,7 @@ func testModel(t *testing.T, b Backend) {
 		}
 		for _, e := range entries {
 			model[e.Key] = value{string(e.Value), e.Version}
-			if got, err := s.Get(
-				t.Context(),
-				e.Key,
-			); err != nil || got.Version != e.Version ||
+			if got, err := s.Get(t.Context(), e.Key); err != nil || got.Version != e.Version ||
 				!bytes.Equal(got.Value, e.Value) {
 				t.Fatalf("step %d: list says %+v and get %+v, %v", step, e, got, err)
 			}
@@ -432,13 +398,8 @@ func testNoHalf(t *testing.T, b Backend) {
 	w, r := b.Open(t), b.Open(t)
 	mustFolders(t, w, "d/")
 	write := func(i int) error {
-		return w.Commit(
-			t.Context(),
-			nil,
-			kv.Put("d/a", fmt.Append(nil, i)),
-			kv.Put("d/b", fmt.Append(nil, i)),
-			kv.Put("d/c", fmt.Append(nil, i)),
-		)
+		return w.Commit(t.Context(), nil, kv.Put("d/a", fmt.Append(nil, i)), kv.Put("d/b", fmt.Append(nil, i)),
+			kv.Put("d/c", fmt.Append(nil, i)))
 	}
 	if err := write(0); err != nil {
 		t.Fatal(err)

@@ -241,17 +241,11 @@ func testPresenceTakeover(t *testing.T, b Backend) {
 	}
 	views := Watch(t, s, "status/prod/web/")
 	old := put("before") // its process hangs, and never closes
-	views.Await(
-		t,
-		"the earlier process",
-		func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=before" },
-	)
+	views.Await(t, "the earlier process",
+		func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=before" })
 	now := put("after")
-	v := views.Await(
-		t,
-		"the later process",
-		func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=after" },
-	)
+	v := views.Await(t, "the later process",
+		func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=after" })
 	if v.Entries[0].Session == "" {
 		t.Fatal("the entry that was taken over has no session")
 	}

@@ -101,11 +101,8 @@ func testWatchLateFolder(t *testing.T, b Backend) {
 	views.Await(t, "a first view", func(kv.View) bool { return true })
 	mustFolders(t, s, "late/prod/")
 	mustCommit(t, s, nil, kv.Put("late/prod/k", []byte("1")))
-	views.Await(
-		t,
-		"the key",
-		func(v kv.View) bool { return v.Synced && v.Err == nil && keysOf(v.Entries) == "late/prod/k=1" },
-	)
+	views.Await(t, "the key",
+		func(v kv.View) bool { return v.Synced && v.Err == nil && keysOf(v.Entries) == "late/prod/k=1" })
 }
 
 func testSameValue(t *testing.T, b Backend) {

@@ -171,17 +171,8 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 		paths = append([]string{u.dest}, paths[:min(len(paths), maxDrift-1)]...)
 	}
 	if len(ds) > 0 && !slices.Equal(paths, u.drift) {
-		u.log.Warn(
-			"the live release differs from its index",
-			"paths",
-			len(ds),
-			"first",
-			ds[0].Path,
-			"what",
-			ds[0].What,
-			"healing",
-			u.goal.heal,
-		)
+		u.log.Warn("the live release differs from its index", "paths", len(ds), "first", ds[0].Path,
+			"what", ds[0].What, "healing", u.goal.heal)
 	}
 	u.drift = paths
 	return nil

@@ -90,12 +90,9 @@ var (
 		[]string{"role", "unit", "state"}, nil)
 	infoGauge = prometheus.NewDesc("kedge_agent_unit_info", "1, with the release that a unit runs.",
 		[]string{"role", "unit", "version", "digest"}, nil)
-	driftGauge = prometheus.NewDesc(
-		"kedge_agent_unit_drift_files",
+	driftGauge = prometheus.NewDesc("kedge_agent_unit_drift_files",
 		"Files of the live tree that differ from the release, as far as a report names them (at most 5).",
-		[]string{"role", "unit"},
-		nil,
-	)
+		[]string{"role", "unit"}, nil)
 	storeGauge = prometheus.NewDesc("kedge_agent_store_up", "1 while the view of a prefix is up to date.",
 		[]string{"prefix"}, nil)
 	fetchedGauge = prometheus.NewDesc("kedge_agent_fetched_bytes_total", "Bytes read from storage.", nil, nil)

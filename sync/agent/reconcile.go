@@ -312,13 +312,8 @@ func (a *Agent) noteConvergence() {
 		a.ready = true
 	}
 	if idle && closeOnce(a.idle) {
-		a.c.Log.Info(
-			"every unit has converged, or can't go on by itself",
-			"after",
-			time.Since(a.started).Round(time.Millisecond),
-			"units",
-			len(a.units),
-		)
+		a.c.Log.Info("every unit has converged, or can't go on by itself",
+			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 		a.warnOfUnobserved()
 		if err := a.dir.Started(); err != nil {
 			a.c.Log.Debug("could not remove the note of this start", "error", err)

@@ -130,12 +130,8 @@ func (a *Agent) checkDest(u *unit, dest string) error {
 			if taken != "" && (within(dest, taken) || within(taken, dest)) {
 				return &destInUseError{
 					dest,
-					fmt.Sprintf(
-						"dest %s is in the way of %s, which has %s: give each unit a directory of its own",
-						dest,
-						other.id,
-						taken,
-					),
+					fmt.Sprintf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest,
+						other.id, taken),
 				}
 			}
 		}

@@ -254,11 +254,8 @@ func (a *Agent) unknown() map[string]string {
 		if !r.Known() {
 			why[r.Name] = oneLine(r.Unknown())
 		} else if r.LeftOut > 0 {
-			why[r.Name] = fmt.Sprintf(
-				"%d units are left out, as a node takes %d of one role",
-				r.LeftOut,
-				deployments.MaxRoleUnits,
-			)
+			why[r.Name] = fmt.Sprintf("%d units are left out, as a node takes %d of one role", r.LeftOut,
+				deployments.MaxRoleUnits)
 		}
 	}
 	return why

@@ -230,15 +230,8 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		u.log.Info("the job succeeds again", "job", string(j.kind))
 	}
 	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
-		u.log.Info(
-			"the release is live and healthy",
-			"release",
-			r.String(),
-			"version",
-			after.Version,
-			"took",
-			took.Round(time.Millisecond),
-		)
+		u.log.Info("the release is live and healthy", "release", r.String(), "version", after.Version,
+			"took", took.Round(time.Millisecond))
 	}
 	a.metrics.ended(u.id, string(j.kind), j.kind == jobDeploy, err, calledOff, took)
 	a.changed.Set()

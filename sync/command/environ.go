@@ -89,22 +89,11 @@ func environ(agent []string, userVars []string, env Env) []string {
 	for name, value := range env.Vars {
 		out = append(out, name+"="+value)
 	}
-	out = append(
-		out,
-		"KEDGE_STAGE="+env.Unit.Stage,
-		"KEDGE_ROLE="+env.Unit.Role,
-		"KEDGE_UNIT="+env.Unit.Unit,
-		"KEDGE_NODE="+env.Node,
-		"KEDGE_STEP="+env.Step,
-		"KEDGE_RELEASE="+env.Release,
-		"KEDGE_PREVIOUS="+env.Previous,
-		"KEDGE_DEST="+env.Dest,
-		"KEDGE_DIGEST="+digest,
-		"KEDGE_NAME="+env.Name,
-		"KEDGE_VERSION="+env.Version,
-		"KEDGE_COMMIT="+env.Commit,
-		"KEDGE_ERROR="+strings.ReplaceAll(env.Error, "\x00", "\ufffd"),
-	) // with a NUL no command would run
+	out = append(out, "KEDGE_STAGE="+env.Unit.Stage, "KEDGE_ROLE="+env.Unit.Role, "KEDGE_UNIT="+env.Unit.Unit,
+		"KEDGE_NODE="+env.Node, "KEDGE_STEP="+env.Step, "KEDGE_RELEASE="+env.Release,
+		"KEDGE_PREVIOUS="+env.Previous, "KEDGE_DEST="+env.Dest, "KEDGE_DIGEST="+digest, "KEDGE_NAME="+env.Name,
+		"KEDGE_VERSION="+env.Version, "KEDGE_COMMIT="+env.Commit,
+		"KEDGE_ERROR="+strings.ReplaceAll(env.Error, "\x00", "\ufffd")) // with a NUL no command would run
 	if env.Run != "" {
 		out = append(out, runMark+env.Run)
 	}

@@ -48,11 +48,8 @@ func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Rele
 // manifestWithin bounds the time for reading a manifest and its signature.
 const manifestWithin = time.Minute
 
-var errManifestLate = fmt.Errorf(
-	"its manifest and signature were not read within %v: %w",
-	manifestWithin,
-	object.ErrUnavailable,
-)
+var errManifestLate = fmt.Errorf("its manifest and signature were not read within %v: %w", manifestWithin,
+	object.ErrUnavailable)
 
 // admitBytes is admit for a manifest that was already read.
 func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {

@@ -90,15 +90,8 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	if found.Adopted = found.Differs == 0; found.Adopted {
 		u.log.Info("dest is the release's already: it is adopted as it is, without commands", "dest", found.Dest)
 	} else {
-		u.log.Info(
-			"dest is not the release's, and is not adopted",
-			"dest",
-			found.Dest,
-			"differs",
-			found.Differs,
-			"paths",
-			found.Paths,
-		)
+		u.log.Info("dest is not the release's, and is not adopted", "dest", found.Dest, "differs", found.Differs,
+			"paths", found.Paths)
 	}
 	return found, nil
 }

@@ -312,13 +312,8 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	opt := artifact.StageOptions{Base: u.j.Running, Progress: progress}
 	err = u.switcher(r).Stage(ctx, r, opt)
 	if errors.Is(err, syscall.ENOSPC) {
-		u.log.Warn(
-			"the disk is full: removes old and failed releases, and tries again",
-			"release",
-			r.Pointer.String(),
-			"error",
-			err,
-		)
+		u.log.Warn("the disk is full: removes old and failed releases, and tries again",
+			"release", r.Pointer.String(), "error", err)
 		if failed := u.makeRoom(r); failed != nil {
 			u.log.Error("could not remove old releases", "error", failed)
 		}

@@ -44,9 +44,7 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	for _, c := range h.Checks {
 		try := u.masked(newProbe(c, env))
 		watched = append(watched, watch{
-			name: u.secrets.text(
-				nameOf(c),
-			),
+			name:     u.secrets.text(nameOf(c)),
 			interval: probeInterval(cmp.Or(c.Interval, defaultInterval), h.StableFor),
 			timeout:  cmp.Or(c.Timeout, defaultTryTimeout),
 			try: func(ctx context.Context) (string, error) {
@@ -56,15 +54,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 		})
 	}
 	if len(watched) > 0 {
-		u.log.Info(
-			"waiting for health",
-			"checks",
-			len(watched),
-			"timeout",
-			cmp.Or(h.Timeout, defaultHealthTimeout),
-			"stable_for",
-			h.StableFor,
-		)
+		u.log.Info("waiting for health", "checks", len(watched), "timeout", cmp.Or(h.Timeout, defaultHealthTimeout),
+			"stable_for", h.StableFor)
 	}
 	if err := observe(ctx, watched, cmp.Or(h.Timeout, defaultHealthTimeout), h.StableFor); err != nil {
 		return err

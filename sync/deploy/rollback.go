@@ -84,11 +84,8 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
 			return errors.Join(err, failed)
 		}
-		ctx, cancel := context.WithTimeoutCause(
-			context.WithoutCancel(ctx),
-			takeBackWithin,
-			fmt.Errorf("it took longer than %s", takeBackWithin),
-		)
+		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), takeBackWithin,
+			fmt.Errorf("it took longer than %s", takeBackWithin))
 		defer cancel()
 		if failed := u.advance(ctx); failed != nil {
 			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
@@ -180,11 +177,8 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	}
 	at := *d
 	at.Step = stepFailure // even if they run early
-	if err := u.note(
-		ctx,
-		"a failure command failed",
-		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure),
-	); err != nil {
+	if err := u.note(ctx, "a failure command failed",
+		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
 		return err
 	}
 	return u.note(ctx, "could not remove old releases", u.tidy(r))

@@ -401,12 +401,8 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 	if r.Manifest.Strategy == deployments.StrategyRelease { // its tree lies beside dest; see Observe
 		trees = slices.DeleteFunc(slices.Clone(keep), func(d deployments.Digest) bool { return d == r.Pointer.Digest })
 	}
-	return errors.Join(
-		u.switcher(r).Prune(r, others, keep, drop),
-		artifact.PruneTrees(u.treesDir(), trees),
-		artifact.PruneChanges(u.changesDir(), keep),
-		artifact.PruneReleases(u.manifestsDir(), keep),
-	)
+	return errors.Join(u.switcher(r).Prune(r, others, keep, drop), artifact.PruneTrees(u.treesDir(), trees),
+		artifact.PruneChanges(u.changesDir(), keep), artifact.PruneReleases(u.manifestsDir(), keep))
 }
 
 // transient reports whether an error of a switch is the machine's fault, not the release's.

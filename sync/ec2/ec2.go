@@ -59,9 +59,7 @@ func Describe(ctx context.Context) (Instance, error) {
 	}
 	i.ID, i.Region = doc.InstanceID, doc.Region
 	names, err := get(ctx, client, "tags/instance")
-	if response := new(
-		smithyhttp.ResponseError,
-	); errors.As(err, &response) &&
+	if response := new(smithyhttp.ResponseError); errors.As(err, &response) &&
 		response.HTTPStatusCode() == http.StatusNotFound {
 		return i, fmt.Errorf(
 			"the metadata of %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in the file",
@@ -118,20 +116,10 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 		h.Group = h.Instance.Tags[tagGroup]
 	}
 	if h.Group == "" {
-		return fmt.Errorf(
-			"lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group",
-			h.Name,
-			h.Instance.ID,
-			tagGroup,
-		)
+		return fmt.Errorf("lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group", h.Name,
+			h.Instance.ID, tagGroup)
 	}
-	h.Beat, h.answer, h.actionWait = cmp.Or(
-		h.Beat,
-		time.Minute,
-	), cmp.Or(
-		h.answer,
-		30*time.Second,
-	), cmp.Or(
+	h.Beat, h.answer, h.actionWait = cmp.Or(h.Beat, time.Minute), cmp.Or(h.answer, 30*time.Second), cmp.Or(
 		h.actionWait,
 		2*time.Minute,
 	)
@@ -204,29 +192,13 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 			return context.Cause(ctx)
 		case noAction(err):
 			if time.Since(began) > h.actionWait {
-				h.Log.Info(
-					"AutoScaling does not wait for this instance: no lifecycle action to complete",
-					"hook",
-					h.Name,
-					"group",
-					h.Group,
-					"instance",
-					h.Instance.ID,
-				)
+				h.Log.Info("AutoScaling does not wait for this instance: no lifecycle action to complete", "hook", h.Name,
+					"group", h.Group, "instance", h.Instance.ID)
 				return nil
 			}
 		case tries == 0:
-			h.Log.Warn(
-				"the lifecycle hook can't be completed: trying again",
-				"hook",
-				h.Name,
-				"group",
-				h.Group,
-				"result",
-				result,
-				"error",
-				err,
-			)
+			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group,
+				"result", result, "error", err)
 		}
 		if err := pause.Wait(ctx); err != nil {
 			return err

@@ -181,10 +181,8 @@ func (a *assembly) takePins() {
 		a.pin(e.Entry, e.key)
 	}
 	for role, n := range more {
-		a.bad(
-			kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
-			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n),
-		)
+		a.bad(kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
+			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n))
 	}
 }
 

@@ -114,13 +114,8 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 				id.Role,
 			)
 		case near != "":
-			return nil, nil, fmt.Errorf(
-				"no node %s of %s has reported: did you mean %s? there are %s",
-				node,
-				id,
-				near,
-				some(names),
-			)
+			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near,
+				some(names))
 		}
 		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, some(names))
 	}
@@ -145,13 +140,11 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 		}
 	}
 	return Step{
-			What:   "store",
-			Says:   strings.Join(says, "; "),
-			Blocks: true,
-			Hint:   "look again with a token that may read all of it",
-		}, len(
-			says,
-		) > 0
+		What:   "store",
+		Says:   strings.Join(says, "; "),
+		Blocks: true,
+		Hint:   "look again with a token that may read all of it",
+	}, len(says) > 0
 }
 
 // gitStep returns the mirror's state.
@@ -261,14 +254,8 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
 		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
 	case r.Reason == deployments.ReasonUnsigned:
-		s.What, s.Says, s.Hint = "signature", cmp.Or(
-			trouble,
-			message.Text(r.Reason, r.Facts),
-		), message.Hint(
-			u.ID,
-			n.Name,
-			r.Reason,
-		)
+		s.What, s.Says, s.Hint = "signature", cmp.Or(trouble, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
+			n.Name, r.Reason)
 	case r.State == deployments.StateUnhealthy:
 		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, message.Text(r.Reason, r.Facts)))
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)

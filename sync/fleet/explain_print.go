@@ -72,13 +72,8 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	p := &printer{opt: opt}
 	notes := func(all []Note) {
 		for _, n := range all {
-			head := "  " + p.paint(
-				n.About.Tone,
-				n.About.Text,
-			) + strings.Repeat(
-				" ",
-				max(0, 9-utf8.RuneCountInString(n.About.Text)),
-			)
+			head := "  " + p.paint(n.About.Tone, n.About.Text) + strings.Repeat(" ",
+				max(0, 9-utf8.RuneCountInString(n.About.Text)))
 			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
 		}
 	}
@@ -231,10 +226,8 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	}
 	var quarantined []string
 	for _, q := range r.Quarantined {
-		if slices.ContainsFunc(
-			d.Trace,
-			func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) },
-		) {
+		if slices.ContainsFunc(d.Trace,
+			func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
 			continue
 		}
 		failed := q.Short()[:8]

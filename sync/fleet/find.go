@@ -84,12 +84,8 @@ func FindRelease(
 	case len(found) == 1:
 		return pointer, nil
 	case len(found) > 1:
-		return pointer, fmt.Errorf(
-			"%s had several releases of version %s: name one of\n%s",
-			id,
-			version,
-			strings.Join(found, "\n"),
-		)
+		return pointer, fmt.Errorf("%s had several releases of version %s: name one of\n%s", id, version,
+			strings.Join(found, "\n"))
 	case len(versions) == 0:
 		return pointer, fmt.Errorf("no release of %s is known: give its pointer, URL@sha256:HEX", id)
 	}

@@ -140,10 +140,8 @@ func (f *Fleet) MirrorNotes() []Note {
 	}
 	all := []Note{{about, Text{head, Plain}}}
 	if f.mirrorStopped() {
-		all = append(
-			all,
-			Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}},
-		)
+		all = append(all,
+			Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
 	}
 	if len(f.Agents) > 1 {
 		all = append(all, Note{Says: Text{"agents: " + f.agentVersions(), Plain}})
@@ -276,12 +274,9 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
 	}
 	if u.orphaned() && u.Record.Rollout == nil {
-		add(
-			"orphaned:",
-			Warn,
+		add("orphaned:", Warn,
 			"its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest",
-			Plain,
-		)
+			Plain)
 	}
 	if says := u.RolloutReason(); says != "" {
 		add("rollout:", Plain, says, Plain)

@@ -214,10 +214,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	}
 	units := f.Units
 	if w.filter.Unit == "" { // waiting for a fleet doesn't include units that were removed from Git
-		units = slices.DeleteFunc(
-			slices.Clone(units),
-			func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) },
-		)
+		units = slices.DeleteFunc(slices.Clone(units),
+			func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) })
 	}
 	if w.push {
 		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
@@ -341,14 +339,8 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
 			continue // from before the retry
 		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
-			return fmt.Errorf(
-				"%s: %s %w %s after it failed there: %s",
-				u.ID,
-				n.Name,
-				ErrRefused,
-				u.Release(n.Want),
-				message.OneLine(r.Error),
-			)
+			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want),
+				message.OneLine(r.Error))
 		case r.State == deployments.StateInvalid:
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), message.OneLine(r.Error))
 		}

@@ -86,10 +86,8 @@ func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []st
 	slices.SortFunc(ids, deployments.UnitID.Compare)
 	for _, id := range ids {
 		all := units[id]
-		newest := slices.MaxFunc(
-			all,
-			func(a, b object.Listed) int { return cmp.Or(a.Modified.Compare(b.Modified), cmp.Compare(a.URL, b.URL)) },
-		)
+		newest := slices.MaxFunc(all,
+			func(a, b object.Listed) int { return cmp.Or(a.Modified.Compare(b.Modified), cmp.Compare(a.URL, b.URL)) })
 		one, err := importOne(ctx, o, to, id, newest.URL)
 		if err != nil {
 			return done, strange, fmt.Errorf("importing %s: %w", id, err)
@@ -149,18 +147,11 @@ func Keep(
 		return p, err
 	}
 	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || after.Src != before.Src {
-		return p, errors.Join(
-			err,
-			errors.New("its src is relative to the manifest, which can't move then: write the whole URL"),
-		)
+		return p, errors.Join(err,
+			errors.New("its src is relative to the manifest, which can't move then: write the whole URL"))
 	}
-	err = objects.Put(
-		ctx,
-		p.URL,
-		bytes.NewReader(raw),
-		int64(len(raw)),
-		object.PutOptions{ContentType: "application/yaml"},
-	)
+	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)),
+		object.PutOptions{ContentType: "application/yaml"})
 	if err != nil {
 		return p, fmt.Errorf("copying the manifest: %w", err)
 	}

@@ -145,15 +145,8 @@ func (f *follower) descends(ctx context.Context, from, to string) (bool, error) 
 func (f *follower) logChange(before, after gitState) {
 	switch {
 	case after.away != nil && before.away == nil:
-		f.log.Warn(
-			"could not read Git, what was mirrored stays",
-			"repo",
-			f.repo,
-			"branch",
-			f.branch,
-			"error",
-			after.away,
-		)
+		f.log.Warn("could not read Git, what was mirrored stays", "repo", f.repo, "branch", f.branch,
+			"error", after.away)
 	case after.away == nil && before.away != nil:
 		f.log.Info("Git can be read again", "repo", f.repo, "head", after.head)
 	}
@@ -164,17 +157,8 @@ func (f *follower) logChange(before, after gitState) {
 		f.log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
 		return
 	}
-	f.log.Info(
-		"commit read",
-		"commit",
-		after.head,
-		"author",
-		after.good.Author,
-		"subject",
-		after.good.Subject,
-		"units",
-		len(after.good.Tree.Units),
-	)
+	f.log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject,
+		"units", len(after.good.Tree.Units))
 }
 
 func (f *follower) state() gitState {

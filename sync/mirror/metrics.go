@@ -112,12 +112,8 @@ func newUnitMetrics(r *prometheus.Registry) *unitMetrics {
 	u := &unitMetrics{
 		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
 			unit, nil),
-		rollout: prometheus.NewDesc(
-			"kedge_unit_rollout_phase",
-			"1 for the phase in which a unit's rollout is, 0 for every other.",
-			append(unit, "phase"),
-			nil,
-		),
+		rollout: prometheus.NewDesc("kedge_unit_rollout_phase",
+			"1 for the phase in which a unit's rollout is, 0 for every other.", append(unit, "phase"), nil),
 		orphaned: prometheus.NewDesc("kedge_unit_orphaned", "1 while Git names the unit no longer, and its record stays.",
 			unit, nil),
 		pinned:  prometheus.NewDesc("kedge_unit_pinned", "1 while a pin of the whole unit decides.", unit, nil),

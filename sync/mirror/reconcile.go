@@ -187,9 +187,7 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		return w, doWrite
 	}
 	w.after = policy.Orphaned(c.record)
-	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(
-		w.after,
-	); bytes.Equal(
+	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(w.after); bytes.Equal(
 		w.value,
 		encode(c.record),
 	) {
@@ -263,9 +261,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		return change{}, doWait, until
 	}
 	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)
-	if turn := mine.at.Add(
-		pace(len(nodes)),
-	); known && !ordered && w.kind == "update" && in.now.Before(turn) &&
+	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) &&
 		onlyMoves(w.before, w.after) {
 		return change{}, doNothing, turn
 	}
@@ -406,10 +402,8 @@ func (in inputs) failedBy(w change) deployments.Digest {
 	}
 	was := w.before.Target.Digest
 	if was == w.after.Target.Digest ||
-		!slices.ContainsFunc(
-			in.nodes(w.unit),
-			func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) },
-		) {
+		!slices.ContainsFunc(in.nodes(w.unit),
+			func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) }) {
 		return deployments.Digest{}
 	}
 	return was

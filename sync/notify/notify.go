@@ -457,13 +457,8 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 		if n.c.Link != "" {
 			status.link = strings.ReplaceAll(n.c.Link, "{unit}", name)
 		}
-		if err := n.try(
-			ctx,
-			s.Name,
-			"commit",
-			status.commit,
-			func() error { return s.write(ctx, n.client, status) },
-		); err != nil {
+		if err := n.try(ctx, s.Name, "commit", status.commit,
+			func() error { return s.write(ctx, n.client, status) }); err != nil {
 			return err
 		}
 		c.statusAt[name] = time.Now()
@@ -473,13 +468,8 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 	}
 	if state.Refused != "" && state.Refused != c.Refused {
 		refused := commitStatus{commit: state.Refused, name: "kedge", state: statusFailure, description: clipped(state.Error)}
-		if err := n.try(
-			ctx,
-			s.Name,
-			"commit",
-			refused.commit,
-			func() error { return s.write(ctx, n.client, refused) },
-		); err != nil {
+		if err := n.try(ctx, s.Name, "commit", refused.commit,
+			func() error { return s.write(ctx, n.client, refused) }); err != nil {
 			return err
 		}
 	}

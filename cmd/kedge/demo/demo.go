@@ -152,12 +152,9 @@ func (d *Demo) serveSite() error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{node}/{path...}", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
-		http.ServeFileFS(
-			w,
-			r,
+		http.ServeFileFS(w, r,
 			os.DirFS(filepath.Join(d.dir, "nodes", filepath.Base(r.PathValue("node")), "srv", "app")),
-			r.PathValue("path"),
-		)
+			r.PathValue("path"))
 	})
 	d.site = &http.Server{Handler: mux, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
 	go d.site.Serve(listener)
@@ -282,23 +279,9 @@ func (d *Demo) startNode(name string) error {
 		return err
 	}
 	env := []string{"DEMO_ROOT=" + filepath.Join(root, "srv"), "DEMO_SITE=" + d.siteURL + "/" + name}
-	c, err := d.start(
-		name,
-		env,
-		"agent",
-		"--kv",
-		d.kv(),
-		"--node",
-		name,
-		"--stage",
-		demoUnit.Stage,
-		"--roles",
-		demoUnit.Role,
-		"--sources",
-		"file://"+filepath.Join(d.dir, "releases"),
-		"--state-dir",
-		filepath.Join(root, "state"),
-	)
+	c, err := d.start(name, env, "agent", "--kv", d.kv(), "--node", name, "--stage", demoUnit.Stage, "--roles",
+		demoUnit.Role, "--sources", "file://"+filepath.Join(d.dir, "releases"), "--state-dir",
+		filepath.Join(root, "state"))
 	if err != nil {
 		return err
 	}

@@ -135,11 +135,8 @@ func (d *Demo) pushAndWait(version string, nodes ...string) error {
 	if err := d.wait(version, nodes...); err != nil {
 		return err
 	}
-	fmt.Fprintf(
-		d.Out,
-		"%9s    from the push's return to the last node's report\n",
-		time.Since(pushed).Round(100*time.Microsecond),
-	)
+	fmt.Fprintf(d.Out, "%9s    from the push's return to the last node's report\n",
+		time.Since(pushed).Round(100*time.Microsecond))
 	return nil
 }
 
@@ -218,12 +215,8 @@ func (d *Demo) logs() string {
 	for _, file := range files {
 		data, _ := os.ReadFile(file)
 		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-		fmt.Fprintf(
-			&b,
-			"\n%s, the last lines:\n  %s\n",
-			filepath.Base(file),
-			strings.Join(lines[max(0, len(lines)-8):], "\n  "),
-		)
+		fmt.Fprintf(&b, "\n%s, the last lines:\n  %s\n", filepath.Base(file),
+			strings.Join(lines[max(0, len(lines)-8):], "\n  "))
 	}
 	return b.String()
 }

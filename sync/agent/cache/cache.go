@@ -92,10 +92,8 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
-			below := slices.DeleteFunc(
-				slices.Clone(entries),
-				func(e kv.Entry) bool { return !strings.HasPrefix(e.Key, s.Prefix) },
-			)
+			below := slices.DeleteFunc(slices.Clone(entries),
+				func(e kv.Entry) bool { return !strings.HasPrefix(e.Key, s.Prefix) })
 			own := s.only(below, c.counts(s, below, true))
 			if s.offer(own, fromSnapshot, now) {
 				c.c.Log.Warn("the store is away and nothing is known from before: using the snapshot",

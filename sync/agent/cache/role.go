@@ -46,11 +46,8 @@ func (r *Role) Unknown() error {
 		if s.from == fromNowhere || !s.Answered() {
 			switch {
 			case errors.Is(s.err, kv.ErrNoFolder):
-				return fmt.Errorf(
-					"nothing is known of %s: see whether this agent's stage and role are right: %w",
-					s.Prefix,
-					s.err,
-				)
+				return fmt.Errorf("nothing is known of %s: see whether this agent's stage and role are right: %w",
+					s.Prefix, s.err)
 			case s.err != nil:
 				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.err)
 			}

@@ -188,37 +188,24 @@ func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
-		i, known := slices.BinarySearchFunc(
-			merged,
-			e.Key,
-			func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) },
-		)
+		i, known := slices.BinarySearchFunc(merged, e.Key,
+			func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
 		switch {
 		case !known:
 			merged = slices.Insert(merged, i, e)
 		case generation(e) > generation(merged[i]):
 			merged[i] = e
 		case generation(e) < generation(merged[i]):
-			log.Warn(
-				"an unconfirmed record is older than the last one: keeping the last one",
-				"key",
-				e.Key,
-				"generation",
-				generation(e),
-				"kept",
-				generation(merged[i]),
-			)
+			log.Warn("an unconfirmed record is older than the last one: keeping the last one", "key", e.Key,
+				"generation", generation(e), "kept", generation(merged[i]))
 		}
 	}
 	return merged
 }
 
 func (s *Source) find(key string) (kv.Entry, bool) {
-	i, ok := slices.BinarySearchFunc(
-		s.entries,
-		key,
-		func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) },
-	)
+	i, ok := slices.BinarySearchFunc(s.entries, key,
+		func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
 	if !ok {
 		return kv.Entry{}, false
 	}

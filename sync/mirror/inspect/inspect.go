@@ -77,10 +77,8 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 
 // Bounded returns the units whose releases can only be checked by their manifests.
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
-	return slices.DeleteFunc(
-		slices.Clone(units),
-		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() },
-	)
+	return slices.DeleteFunc(slices.Clone(units),
+		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() })
 }
 
 // Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a
@@ -181,12 +179,8 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 		return fmt.Errorf("%s: %w", u.Release.URL, err)
 	}
 	if err := bounds.Check(u.Release, m, asWritten); err != nil {
-		return fmt.Errorf(
-			"the release does what %s does not allow for stage %s: %w",
-			deployments.SettingsFile,
-			u.ID.Stage,
-			err,
-		)
+		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile,
+			u.ID.Stage, err)
 	}
 	return nil
 }

@@ -85,23 +85,15 @@ func (r *Receiver) PassOn(ctx context.Context) {
 			continue
 		}
 		pause := r.Pause
-		value := fmt.Sprintf(
-			"%s %s\n",
-			time.Now().UTC().Format(time.RFC3339Nano),
-			r.c.Name,
-		) // a value that doesn't change would wake nobody
+		value := fmt.Sprintf("%s %s\n", time.Now().UTC().Format(time.RFC3339Nano),
+			r.c.Name) // a value that doesn't change would wake nobody
 		if err := r.c.Store.Commit(ctx, nil, kv.Put(kv.MirrorHook, []byte(value))); err == nil {
 			failed = false
 			retry.Reset()
 		} else {
 			if !failed && ctx.Err() == nil {
-				r.c.Log.Warn(
-					"could not pass a webhook on to the mirror that holds the lease: trying again",
-					"store",
-					r.c.Store,
-					"error",
-					err,
-				)
+				r.c.Log.Warn("could not pass a webhook on to the mirror that holds the lease: trying again",
+					"store", r.c.Store, "error", err)
 			}
 			failed = true
 			r.hooked.Set()
@@ -132,15 +124,9 @@ func Check(secret string, body io.Reader, h http.Header) (code int, why string) 
 	key, signed := []byte(secret), ""
 	var given [][]byte // signatures, of which one must be valid
 	if standard := h.Get("Webhook-Signature"); standard != "" {
-		key, signed, given = standardKey(
-			secret,
-		), h.Get(
-			"Webhook-Id",
-		)+"."+h.Get(
+		key, signed, given = standardKey(secret), h.Get("Webhook-Id")+"."+h.Get(
 			"Webhook-Timestamp",
-		)+".", standardSignatures(
-			standard,
-		)
+		)+".", standardSignatures(standard)
 	} else if token := sharedSecret(h); token != "" {
 		// The digests have the same length, so that timing does not even reveal the secret's length.
 		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(secret))
