@@ -7,6 +7,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +88,13 @@ func TestMetadataServiceIsNotTheObject(t *testing.T) {
 	t.Setenv("HOME", t.TempDir())
 	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata.URL)
 	t.Setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+	said, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer said.Close()
+	defer func(was *os.File) { os.Stderr = was }(os.Stderr)
+	os.Stderr = said // where AWS's code writes unless it is told otherwise
 	ctx := t.Context()
 	client := New(Config{})
 	s, err := client.s3.get(ctx)
@@ -101,6 +110,9 @@ func TestMetadataServiceIsNotTheObject(t *testing.T) {
 		if !strings.Contains(fmt.Sprint(err), want) {
 			t.Errorf("%v doesn't say %q", err, want)
 		}
+	}
+	if noise, err := os.ReadFile(said.Name()); err != nil || len(noise) > 0 {
+		t.Errorf("on standard error: %s, %v", noise, err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"os"
@@ -20,6 +21,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
+	"github.com/aws/smithy-go/logging"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments/inputfile"
@@ -49,6 +51,7 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		return l.store, nil
 	}
 	options := []func(*config.LoadOptions) error{
+		config.WithLogger(awsLogger(l.client.log)),
 		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.client.tune)),
 	}
 	if c := l.config; c != nil {
@@ -80,6 +83,14 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	})
 	l.store = &s3Store{client: client, retry: l.client.retry, unconditional: l.unconditional}
 	return l.store, nil
+}
+
+// awsLogger writes what AWS's own code has to say at the level debug: by default it would be on standard error, as that
+// a metadata service is an old one.
+func awsLogger(log *slog.Logger) logging.Logger {
+	return logging.LoggerFunc(func(kind logging.Classification, format string, args ...any) {
+		log.Debug("AWS's code says", "kind", kind, "message", fmt.Sprintf(format, args...))
+	})
 }
 
 // checkAWSFiles returns an error for a file that AWS's environment names and that can't be read within bounds. AWS's

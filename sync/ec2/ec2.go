@@ -23,6 +23,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/feature/ec2/imds"
 	"github.com/aws/aws-sdk-go-v2/service/autoscaling"
 	"github.com/aws/smithy-go"
+	"github.com/aws/smithy-go/logging"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 
 	"kedge/deployments/wait"
@@ -47,7 +48,7 @@ type Instance struct {
 func Describe(ctx context.Context) (Instance, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	cfg, err := config.LoadDefaultConfig(ctx)
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithLogger(logging.Nop{}))
 	if err != nil {
 		return Instance{}, fmt.Errorf("reading AWS's configuration: %w", err)
 	}
@@ -123,7 +124,7 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 		h.actionWait,
 		2*time.Minute,
 	)
-	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region))
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region), config.WithLogger(logging.Nop{}))
 	if err != nil {
 		return fmt.Errorf("lifecycle hook %s: reading AWS's configuration: %w", h.Name, err)
 	}

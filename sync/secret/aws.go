@@ -11,6 +11,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/secretsmanager"
 	"github.com/aws/aws-sdk-go-v2/service/ssm"
+	"github.com/aws/smithy-go/logging"
 )
 
 // awsClients load AWS's configuration at the first secret that needs it, as most nodes need none.
@@ -24,7 +25,7 @@ func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, er
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.config == nil {
-		conf, err := config.LoadDefaultConfig(ctx, config.WithEC2IMDSRegion())
+		conf, err := config.LoadDefaultConfig(ctx, config.WithEC2IMDSRegion(), config.WithLogger(logging.Nop{}))
 		if err != nil {
 			return aws.Config{}, fmt.Errorf("reading AWS's configuration: %w", err)
 		}
