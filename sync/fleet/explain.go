@@ -113,6 +113,8 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 				id.Stage,
 				id.Role,
 			)
+		case near != "" && len(names) == 1:
+			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s?", node, id, near)
 		case near != "":
 			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near,
 				some(names))

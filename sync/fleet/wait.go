@@ -405,7 +405,7 @@ func lacking(u *Unit, now time.Time) string {
 			u.Converged, u.Live)
 	}
 	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseRolledBack {
-		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), message.Rollout(p)))
+		return fmt.Sprintf("%s: rollout: %s", u.ID, message.Progress(p))
 	}
 	return ""
 }

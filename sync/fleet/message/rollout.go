@@ -52,7 +52,11 @@ const rolledBackPrefix = "rolled back: "
 
 // Progress returns a rollout's phase, and why it stands there.
 func Progress(p *deployments.Progress) string {
-	return strings.TrimSuffix(Phase(p.Phase)+": "+strings.TrimPrefix(Rollout(p), rolledBackPrefix), ": ")
+	phase, text := Phase(p.Phase), strings.TrimPrefix(Rollout(p), rolledBackPrefix)
+	if strings.HasPrefix(text, phase+" ") { // as in frozen by, paused by
+		return text
+	}
+	return strings.TrimSuffix(phase+": "+text, ": ")
 }
 
 // RolloutHint returns what an operator can do about a unit's rollout, with the command to type; empty: it goes on
