@@ -51,8 +51,10 @@ One agent at a time uses a state directory. Stopped in mid-deployment, it ends i
 finishes or takes back what it had begun.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			conf, err := readAgentConfig(file)
-			if err := errors.Join(err, override(&conf, cmd.Flags()), conf.check(), checkVariables(os.Environ())); err != nil {
+			from := origins{}
+			conf, err := readAgentConfig(file, from)
+			err = errors.Join(err, override(&conf, cmd.Flags(), from))
+			if err := errors.Join(err, conf.check(from), checkVariables(os.Environ())); err != nil {
 				return usageError{err}
 			}
 			return a.runAgent(cmd.Context(), cmp.Or(file, defaultAgentConfig), conf)
@@ -142,16 +144,25 @@ finishes or takes back what it had begun.`,
 	return c
 }
 
-// override applies environment variables, then flags, over the file's settings.
-func override(c *agentConfig, flags *pflag.FlagSet) error {
+// override applies environment variables, then flags, over the file's settings, and notes in from which it took.
+func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	var errs []error
 	text := func(name string) (string, bool) {
+		field := strings.ReplaceAll(name, "-", "_")
 		f := flags.Lookup(name)
 		if f.Changed {
+			from[field] = "--" + name
 			return f.Value.String(), true
 		}
-		v := os.Getenv("KEDGE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_")))
+		variable := "KEDGE_" + strings.ToUpper(field)
+		v := os.Getenv(variable)
+		if v != "" {
+			from[field] = variable
+		}
 		return v, v != ""
+	}
+	wrong := func(name string, err error) {
+		errs = append(errs, fmt.Errorf("%s: %w", from.of(strings.ReplaceAll(name, "-", "_")), err))
 	}
 	str := func(name string, into *string) {
 		if v, ok := text(name); ok {
@@ -170,7 +181,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 		}
 		var err error
 		if *into, err = strconv.ParseBool(v); err != nil {
-			errs = append(errs, fmt.Errorf("%s %q: want true or false", name, v))
+			wrong(name, fmt.Errorf("%q: want true or false", v))
 		}
 	}
 	duration := func(name string, into *time.Duration) {
@@ -180,7 +191,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 		}
 		d, err := time.ParseDuration(v)
 		if err != nil || d < 0 {
-			errs = append(errs, fmt.Errorf("%s %q: want a duration, as in 30s or 5m", name, v))
+			wrong(name, fmt.Errorf("%q: want a duration, as in 30s or 5m", v))
 		}
 		*into = d
 	}

@@ -109,7 +109,14 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"promote", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
 		{[]string{"history", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
 		{[]string{"status", "prod/web/app", store}, exitDone, []string{"No units.", "no unit prod/web/app"}},
-		{[]string{"check", filepath.Join(dir, "nowhere")}, exitFailed, []string{filepath.Join(dir, "nowhere")}},
+		{[]string{"check", filepath.Join(dir, "nowhere")}, exitFailed, []string{"there is no directory " + filepath.Join(dir, "nowhere")}},
+		{[]string{"mirror", filepath.Join(dir, "nowhere.git"), store}, exitFailed, []string{
+			"repository " + filepath.Join(dir, "nowhere.git") + ": no such file", "git init --bare -b main",
+		}},
+		{[]string{"mirror", empty, store}, exitFailed, []string{empty + " is not a Git repository"}},
+		{[]string{"agent", "--stage", "a/b", "--roles", "web,c/d", "--mirrors", "x=y", "--snapshot", "s3://b/x"}, exitUsage, []string{
+			`--stage: stage "a/b"`, `--roles: role "c/d"`, "--mirrors: ", "--snapshot: a snapshot needs",
+		}},
 		{[]string{"check", "--manifest", trapped, wrong}, exitFailed, []string{"old.yml:4:12", "wrong.yml:1:1", "2 problems in 2 manifests"}},
 		{[]string{"check", "--manifest", filepath.Dir(outside) + "/"}, exitDone, []string{"manifests/1.yml: valid"}},
 		{[]string{"check", "--fix"}, exitUsage, []string{"are for --manifest"}},
@@ -147,7 +154,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 		}},
 		{
 			[]string{"agent", "--config", write("values.yaml", "listen: 7070\nverify: often\nmax_bandwidth: fast\n")},
-			exitUsage, []string{`listen is "7070"`, `verify is "often"`, `max_bandwidth: bandwidth "fast"`},
+			exitUsage, []string{
+				`values.yaml:1:1: listen: "7070": want an address`, `values.yaml:2:1: verify: "often"`,
+				`values.yaml:3:1: max_bandwidth: bandwidth "fast"`,
+			},
 		},
 		{[]string{"publish", dir, "--to", "s3://b", "--name", "-app", "--version", "1", "--dest", "/srv/a"}, exitUsage,
 			[]string{`--name: "-app": want`}},
@@ -200,9 +210,9 @@ func TestAgentConfig(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	c, err := readAgentConfig(file)
+	c, err := readAgentConfig(file, origins{})
 	if err == nil {
-		err = override(&c, (&app{}).agentCommand().Flags())
+		err = override(&c, (&app{}).agentCommand().Flags(), origins{})
 	}
 	want := agentDefaults()
 	want.Stage, want.Roles, want.Dests, want.NoCommands = "prod", words{"web", "db"}, words{"/srv", "/opt"}, true
@@ -224,7 +234,7 @@ func TestObservedUnits(t *testing.T) {
 	} {
 		var c agentConfig
 		flags := (&app{}).agentCommand().Flags()
-		err := errors.Join(flags.Parse([]string{flag}), override(&c, flags))
+		err := errors.Join(flags.Parse([]string{flag}), override(&c, flags, origins{}))
 		if err != nil || !slices.Equal(c.Observe, want) {
 			t.Errorf("%s: %q, %v", flag, c.Observe, err)
 		}
@@ -232,7 +242,7 @@ func TestObservedUnits(t *testing.T) {
 	for _, flag := range []string{"--observe=", "--observe=app", "--observe=web/app", "--observe=prod/web/ap*"} {
 		var c agentConfig
 		flags := (&app{}).agentCommand().Flags()
-		if err := errors.Join(flags.Parse([]string{flag}), override(&c, flags)); err == nil {
+		if err := errors.Join(flags.Parse([]string{flag}), override(&c, flags, origins{})); err == nil {
 			t.Errorf("%s: %q", flag, c.Observe)
 		}
 	}
@@ -241,14 +251,14 @@ func TestObservedUnits(t *testing.T) {
 		"[prod/web/app, '*/db/*']": {"prod/web/app", "*/db/*"},
 	} {
 		var c agentConfig
-		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c)
+		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c, origins{})
 		if err != nil || !slices.Equal(c.Observe, want) {
 			t.Errorf("observe: %s: %q, %v", text, c.Observe, err)
 		}
 	}
 	for _, text := range []string{"''", "app", "[app]", "[[prod/web/app]]", "{prod: web}"} {
 		var c agentConfig
-		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c)
+		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c, origins{})
 		if err == nil || !strings.Contains(err.Error(), "agent.yaml:1:") {
 			t.Errorf("observe: %s: %q, %v", text, c.Observe, err)
 		}

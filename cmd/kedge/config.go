@@ -76,21 +76,48 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
-// check returns an error for invalid values, wherever they came from.
-func (c *agentConfig) check() error {
+// check returns an error for invalid values. It names where each came from.
+func (c *agentConfig) check(from origins) error {
 	var errs []error
-	if c.Verify != "" && c.Verify != "always" {
-		errs = append(errs, fmt.Errorf("verify is %q: want always, or leave it out", c.Verify))
-	}
-	if _, err := byteRate(c.MaxBandwidth); err != nil {
-		errs = append(errs, fmt.Errorf("max_bandwidth: %w", err))
-	}
-	for _, address := range []struct{ name, value string }{{"listen", c.Listen}, {"listen_status", c.ListenStatus}} {
-		if err := checkAddress(address.value); err != nil {
-			errs = append(errs, fmt.Errorf("%s is %w", address.name, err))
+	wrong := func(field string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", from.of(field), err))
 		}
 	}
+	if c.Verify != "" && c.Verify != "always" {
+		wrong("verify", fmt.Errorf("%q: want always, or leave it out", c.Verify))
+	}
+	_, err := byteRate(c.MaxBandwidth)
+	wrong("max_bandwidth", err)
+	wrong("listen", checkAddress(c.Listen))
+	wrong("listen_status", checkAddress(c.ListenStatus))
+	if c.Stage != "" {
+		wrong("stage", deployments.CheckSegment("stage", c.Stage))
+	}
+	for _, role := range c.Roles {
+		wrong("roles", deployments.CheckSegment("role", role))
+	}
+	if c.Node != "" {
+		wrong("node", deployments.CheckSegment("node", c.Node))
+	}
+	_, err = c.Mirrors.mirrors()
+	wrong("mirrors", err)
+	if c.Snapshot != "" && c.SnapshotSigners == "" {
+		wrong("snapshot", errSnapshotSigners)
+	}
 	return errors.Join(errs...)
+}
+
+// origins holds where settings came from, by their names in agent.yaml: FILE:LINE:COLUMN and the name, a variable, or
+// a flag. A setting that has its default is not in it.
+type origins map[string]string
+
+// of returns what to call a setting in a message.
+func (o origins) of(field string) string {
+	if from, ok := o[field]; ok {
+		return from
+	}
+	return field
 }
 
 // checkAddress returns an error unless a text is an address to listen at, or empty.
@@ -186,8 +213,9 @@ func (u *unitPatterns) parse(typed []string) error {
 
 const defaultAgentConfig = "/etc/kedge/agent.yaml"
 
-// readAgentConfig reads file, strictly. A missing default file is an empty one; a missing named one is an error.
-func readAgentConfig(file string) (agentConfig, error) {
+// readAgentConfig reads file, strictly, and adds to from where its settings stand. A missing default file is an empty
+// one; a missing named one is an error.
+func readAgentConfig(file string, from origins) (agentConfig, error) {
 	c := agentDefaults()
 	name := file
 	if name == "" {
@@ -200,12 +228,12 @@ func readAgentConfig(file string) (agentConfig, error) {
 	if err != nil {
 		return c, err
 	}
-	err = decodeAgentConfig(name, data, &c)
+	err = decodeAgentConfig(name, data, &c, from)
 	return c, err
 }
 
 // decodeAgentConfig reads a file's fields one by one, so that all mistakes are reported, not only the first.
-func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
+func decodeAgentConfig(name string, data []byte, c *agentConfig, from origins) error {
 	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		return configError(name, err)
@@ -234,6 +262,7 @@ func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 				continue
 			}
 			seen[key.Value] = true
+			from[key.Value] = fmt.Sprintf("%s:%d:%d: %s", name, key.Position.Line, key.Position.Column, key.Value)
 			one := ast.Mapping(field.Start, false, field)
 			if err := yaml.NodeToValue(one, c, yaml.Strict(), yaml.CustomUnmarshaler(durationOf)); err != nil {
 				errs = append(errs, configError(name, err, key.Position))

@@ -101,7 +101,7 @@ func (a *app) storeHint(err error) string {
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf(
 			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",
-			envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"),
+			envOr("CONSUL_HTTP_ADDR", "localhost:8500"),
 		)
 	case errors.Is(err, kv.ErrEmpty):
 		return fmt.Sprintf("has a mirror run yet (kedge mirror REPO), and is %s its --prefix?",
@@ -365,8 +365,14 @@ func (a *app) versionCommand() *cobra.Command {
 	return c
 }
 
-// version returns the build's version: a tag, or the commit, as the Go tool stamps it.
+// packageVersion is the version that .ci/package was told to make, by -ldflags=-X; empty: it is the commit's.
+var packageVersion string
+
+// version returns the build's version: a tag, or the commit, as the Go tool stamps it, or the one of its package.
 func version() string {
+	if packageVersion != "" {
+		return packageVersion
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"os"
 	"time"
 
@@ -9,10 +11,21 @@ import (
 	"github.com/spf13/cobra"
 
 	"kedge/artifact/object"
+	"kedge/kv"
+	"kedge/sync/git"
 	"kedge/sync/mirror"
 	"kedge/sync/mirror/inspect"
 	"kedge/sync/notify"
 )
+
+// noMirrorHasRun reports whether the store answers, and no mirror has ever written to it. After that, a repository that
+// is away is an outage, which a mirror waits for.
+func noMirrorHasRun(ctx context.Context, store kv.Store) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	_, err := store.Get(ctx, kv.MirrorKey)
+	return errors.Is(err, kv.ErrNotFound)
+}
 
 func (a *app) mirrorCommand() *cobra.Command {
 	var c mirror.Config
@@ -56,6 +69,10 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 				return err
 			}
 			defer store.Close()
+			if err := git.CheckLocal(args[0]); err != nil && noMirrorHasRun(cmd.Context(), store) {
+				return hintError{err, "nothing was ever mirrored, so this is taken for a typo; to make one: git init --bare -b " +
+					c.Branch + " " + args[0]}
+			}
 			objects := object.New(object.Config{Log: log})
 			trust, err := trustSigners(signers, objects, log)
 			if err != nil {

@@ -14,7 +14,7 @@ func TestMirrorsAreConfigured(t *testing.T) {
 	want := object.Mirrors{"s3://acme/": {"s3://euw1/", "http://127.0.0.1:65001/acme/"}, "gs://x/": {"gs://y/"}}
 	c := agentDefaults()
 	text := "mirrors:\n  s3://acme/: [s3://euw1/, \"http://127.0.0.1:65001/acme/\"]\n  gs://x/:\n    - gs://y/\n"
-	if err := decodeAgentConfig("agent.yaml", []byte(text), &c); err != nil {
+	if err := decodeAgentConfig("agent.yaml", []byte(text), &c, origins{}); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := c.Mirrors.mirrors(); err != nil || !reflect.DeepEqual(got, want) {

@@ -220,6 +220,9 @@ func TestPackagesAreReproducible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if says, err := exec.Command(program, "version").CombinedOutput(); err != nil || string(says) != "v1.2.3\n" {
+		t.Errorf("the program of the packages 1.2.3 says that it is %q, %v", says, err)
+	}
 	if size, err := os.Stat(program); err != nil || size.Size() > 36<<20 {
 		t.Errorf("the program has %d bytes: want less than 36 MB", size.Size())
 	}
@@ -289,7 +292,7 @@ func sameFiles(t *testing.T, dir string) {
 func TestConfigurationExamples(t *testing.T) {
 	t.Parallel()
 	for _, file := range []string{"etc/agent.yaml", "example/agent.yaml"} {
-		c, err := readAgentConfig("../../deployments/" + file)
+		c, err := readAgentConfig("../../deployments/"+file, origins{})
 		if err != nil || c.Stage == "" || len(c.Roles) == 0 || len(c.Sources) == 0 {
 			t.Errorf("%s is %+v, %v", file, c, err)
 		}

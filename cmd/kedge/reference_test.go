@@ -53,7 +53,7 @@ func TestReferenceOfAgentYAML(t *testing.T) {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	conf, err := readAgentConfig(path)
+	conf, err := readAgentConfig(path, origins{})
 	if err != nil || conf.Stage != "prod" || !slices.Equal(conf.Roles, []string{"web"}) {
 		t.Errorf("the example is read as %+v, %v", conf, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -81,7 +82,9 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			if preReceive {
 				return mirror.CheckPush(cmd.Context(), dir, path, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
 			}
-			if info, err := os.Stat(dir); err != nil {
+			if info, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("there is no directory %s to check: want that of a deployments repo", dir)
+			} else if err != nil {
 				return err
 			} else if !info.IsDir() {
 				return usagef("%s is a file: want a deployments repo's directory, or --manifest %s", dir, dir)

@@ -160,7 +160,7 @@ var typedParsers = map[string]func([]byte) error{
 		_, err := deployments.ParseManifest(data, "s3://acme-releases/app/1.4.2/manifest.yaml", nil)
 		return err
 	},
-	"agent.yaml": func(data []byte) error { return decodeAgentConfig("agent.yaml", data, new(agentConfig)) },
+	"agent.yaml": func(data []byte) error { return decodeAgentConfig("agent.yaml", data, new(agentConfig), origins{}) },
 }
 
 func load(tree fstest.MapFS) error {

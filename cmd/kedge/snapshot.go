@@ -57,6 +57,10 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 // snapshotAhead is how far a mirror's clock may be ahead of a node's.
 const snapshotAhead = 10 * time.Minute
 
+var errSnapshotSigners = errors.New(
+	"a snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
+)
+
 // snapshotReader returns the function by which an agent reads the snapshot. It must be signed by a key in the
 // file, made for this URL, and no older than maxAge, as whoever can write the object may put back an old one.
 func snapshotReader(
@@ -69,9 +73,7 @@ func snapshotReader(
 		return nil, nil
 	}
 	if signersFile == "" {
-		return nil, errors.New(
-			"snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
-		)
+		return nil, errSnapshotSigners
 	}
 	text, err := inputfile.ReadOnce("--snapshot-signers", signersFile)
 	if err != nil {

@@ -200,7 +200,9 @@ func gitDir(path string) (dir, common string, err error) {
 	text, err := inputfile.Read("repository", filepath.Join(path, ".git"))
 	if err != nil {
 		if _, statErr := os.Stat(path); statErr != nil {
-			return "", "", fmt.Errorf("repository: %w", statErr)
+			cause := new(fs.PathError)
+			errors.As(statErr, &cause)
+			return "", "", fmt.Errorf("repository %s: %w", path, cause.Err)
 		}
 		return "", "", fmt.Errorf("%s is not a Git repository", path)
 	}
@@ -301,6 +303,16 @@ func missing(branch, where string, there []string) error {
 	}
 	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, where,
 		safetext.Line(strings.Join(there[:min(len(there), maxBranches)], ", "), maxNames), more)
+}
+
+// CheckLocal returns an error if a repository's address names a path on this machine, and no repository is there.
+func CheckLocal(address string) error {
+	path, local := localPath(address)
+	if !local {
+		return nil
+	}
+	_, _, err := gitDir(path)
+	return err
 }
 
 // scpLike matches [USER@]HOST:PATH, as git accepts it if there is no file of that name.
