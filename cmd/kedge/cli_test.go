@@ -109,14 +109,17 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"promote", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
 		{[]string{"history", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
 		{[]string{"status", "prod/web/app", store}, exitDone, []string{"No units.", "no unit prod/web/app"}},
-		{[]string{"check", filepath.Join(dir, "nowhere")}, exitFailed, []string{"there is no directory " + filepath.Join(dir, "nowhere")}},
+		{[]string{"check", filepath.Join(dir, "nowhere")}, exitFailed, []string{
+			"there is no directory " + filepath.Join(dir, "nowhere"),
+		}},
 		{[]string{"mirror", filepath.Join(dir, "nowhere.git"), store}, exitFailed, []string{
 			"repository " + filepath.Join(dir, "nowhere.git") + ": no such file", "git init --bare -b main",
 		}},
 		{[]string{"mirror", empty, store}, exitFailed, []string{empty + " is not a Git repository"}},
-		{[]string{"agent", "--stage", "a/b", "--roles", "web,c/d", "--mirrors", "x=y", "--snapshot", "s3://b/x"}, exitUsage, []string{
-			`--stage: stage "a/b"`, `--roles: role "c/d"`, "--mirrors: ", "--snapshot: a snapshot needs",
-		}},
+		{
+			[]string{"agent", "--stage", "a/b", "--roles", "web,c/d", "--mirrors", "x=y", "--snapshot", "s3://b/x"}, exitUsage,
+			[]string{`--stage: stage "a/b"`, `--roles: role "c/d"`, "--mirrors: ", "--snapshot: a snapshot needs"},
+		},
 		{[]string{"check", "--manifest", trapped, wrong}, exitFailed, []string{"old.yml:4:12", "wrong.yml:1:1", "2 problems in 2 manifests"}},
 		{[]string{"check", "--manifest", filepath.Dir(outside) + "/"}, exitDone, []string{"manifests/1.yml: valid"}},
 		{[]string{"check", "--fix"}, exitUsage, []string{"are for --manifest"}},
