@@ -323,15 +323,12 @@ func (r *Releases) current() (*Release, *record, error) {
 		return nil, nil, err
 	}
 	defer leave()
-	target, err := os.Readlink(r.link())
+	target, err := linkTarget(r.link(), r.dest)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, nil, fmt.Errorf("%s: %w", r.dest, ErrNoRelease)
 	}
 	if err != nil {
 		return nil, nil, err
-	}
-	if !filepath.IsAbs(target) {
-		target = filepath.Join(filepath.Dir(r.dest), target)
 	}
 	if filepath.Dir(target) != r.shownTop() {
 		return nil, nil, fmt.Errorf("%s leads to %s: %w", r.dest, target, ErrNoRelease)

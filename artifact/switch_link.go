@@ -199,14 +199,17 @@ func (r *Releases) switchTo(rel *Release) error {
 
 // leadsHere reports whether a path is a link to one of the releases, like dest under kedge.
 func (r *Releases) leadsHere(path string) bool {
-	target, err := os.Readlink(path)
-	if err != nil {
-		return false
+	target, err := linkTarget(path, r.dest)
+	return err == nil && filepath.Dir(target) == r.shownTop()
+}
+
+// linkTarget returns where a link leads, absolute. If it is relative, it counts as lying beside dest.
+func linkTarget(link, dest string) (string, error) {
+	target, err := os.Readlink(link)
+	if err == nil && !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(dest), target)
 	}
-	if !filepath.IsAbs(target) {
-		target = filepath.Join(filepath.Dir(r.dest), target)
-	}
-	return filepath.Dir(target) == r.shownTop()
+	return target, err
 }
 
 // adopt gives a permanent name to the tree or link that was at dest before kedge, which an exchange has left under

@@ -71,14 +71,8 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 
 // linked reports whether the release strategy left a link at dest: writing through it would change a release.
 func (t treeSwitcher) linked(parent *Place, r *Release) bool {
-	target, err := os.Readlink(parent.Path(filepath.Base(r.Manifest.Dest)))
-	if err != nil {
-		return false // absent, or a directory
-	}
-	if !filepath.IsAbs(target) {
-		target = filepath.Join(filepath.Dir(r.Manifest.Dest), target)
-	}
-	return filepath.Dir(target) == r.Manifest.Dest+".releases"
+	target, err := linkTarget(parent.Path(filepath.Base(r.Manifest.Dest)), r.Manifest.Dest)
+	return err == nil && filepath.Dir(target) == r.Manifest.Dest+".releases"
 }
 
 // clear removes a link that the release strategy left at dest.

@@ -6,59 +6,67 @@ import (
 	"log/slog"
 )
 
-// Handler is a slog.Handler that passes on records after cleaning their texts.
-type Handler struct{ next slog.Handler }
+// Handler is a slog.Handler that passes on records after changing their texts.
+type Handler struct {
+	next   slog.Handler
+	change func(string) string
+}
 
-// NewHandler returns a Handler that passes records on to next.
-func NewHandler(next slog.Handler) Handler { return Handler{next} }
+// NewHandler returns a Handler that passes records on to next after Clean.
+func NewHandler(next slog.Handler) Handler { return Handler{next, Clean} }
+
+// NewChanger returns a Handler that applies a function to every text of a record: its message and its attributes.
+func NewChanger(next slog.Handler, change func(string) string) Handler { return Handler{next, change} }
 
 // Enabled returns what next's Enabled does.
 func (h Handler) Enabled(ctx context.Context, level slog.Level) bool {
 	return h.next.Enabled(ctx, level)
 }
 
-// Handle cleans a record and passes it on.
+// Handle changes a record's texts and passes it on.
 func (h Handler) Handle(ctx context.Context, r slog.Record) error {
-	clean := slog.NewRecord(r.Time, r.Level, Clean(r.Message), r.PC)
+	clean := slog.NewRecord(r.Time, r.Level, h.change(r.Message), r.PC)
 	r.Attrs(func(a slog.Attr) bool {
-		clean.AddAttrs(attr(a))
+		clean.AddAttrs(h.attr(a))
 		return true
 	})
 	return h.next.Handle(ctx, clean)
 }
 
-// WithAttrs cleans the attributes once, for all records.
+// WithAttrs changes the attributes once, for all records.
 func (h Handler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return Handler{h.next.WithAttrs(each(attrs))}
+	return Handler{h.next.WithAttrs(h.each(attrs)), h.change}
 }
 
 // WithGroup passes the group on to next.
-func (h Handler) WithGroup(name string) slog.Handler { return Handler{h.next.WithGroup(name)} }
+func (h Handler) WithGroup(name string) slog.Handler {
+	return Handler{h.next.WithGroup(name), h.change}
+}
 
-func each(attrs []slog.Attr) []slog.Attr {
+func (h Handler) each(attrs []slog.Attr) []slog.Attr {
 	clean := make([]slog.Attr, len(attrs))
 	for i, a := range attrs {
-		clean[i] = attr(a)
+		clean[i] = h.attr(a)
 	}
 	return clean
 }
 
-func attr(a slog.Attr) slog.Attr {
+func (h Handler) attr(a slog.Attr) slog.Attr {
 	v := a.Value.Resolve()
 	switch v.Kind() {
 	case slog.KindString:
-		v = slog.StringValue(Clean(v.String()))
+		v = slog.StringValue(h.change(v.String()))
 	case slog.KindGroup:
-		v = slog.GroupValue(each(v.Group())...)
+		v = slog.GroupValue(h.each(v.Group())...)
 	case slog.KindAny:
 		switch value := v.Any().(type) {
 		case error:
-			v = slog.StringValue(Clean(value.Error()))
+			v = slog.StringValue(h.change(value.Error()))
 		case fmt.Stringer:
-			v = slog.StringValue(Clean(value.String()))
+			v = slog.StringValue(h.change(value.String()))
 		default:
 			text := fmt.Sprint(value)
-			if clean := Clean(text); clean != text {
+			if clean := h.change(text); clean != text {
 				v = slog.StringValue(clean)
 			}
 		}

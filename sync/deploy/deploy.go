@@ -198,7 +198,7 @@ func Open(c Config) (*Unit, error) {
 	}
 	text, hidden := new(deploymentLog), new(secrets)
 	u := &Unit{
-		c: c, log: slog.New(masking{tee{next: c.Log.Handler(), text: text}, hidden}), text: text, secrets: hidden,
+		c: c, log: slog.New(hidden.log(tee{next: c.Log.Handler(), text: text})), text: text, secrets: hidden,
 		at: func(string) {}, boot: BootID(), ending: shuttingDown, maxCutOff: maxCutOff,
 		manifestWithin: manifestWithin,
 	}

@@ -2,7 +2,6 @@ package deploy
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -66,59 +65,9 @@ type shownError struct {
 func (e *shownError) Error() string { return e.text }
 func (e *shownError) Unwrap() error { return e.err }
 
-// masking is a slog.Handler that masks secrets.
-type masking struct {
-	next    slog.Handler
-	secrets *secrets
-}
-
-func (h masking) Enabled(ctx context.Context, level slog.Level) bool {
-	return h.next.Enabled(ctx, level)
-}
-
-func (h masking) Handle(ctx context.Context, r slog.Record) error {
-	mask := h.secrets.now()
-	if mask == nil {
-		return h.next.Handle(ctx, r)
-	}
-	masked := slog.NewRecord(r.Time, r.Level, mask.Text(r.Message), r.PC)
-	r.Attrs(func(a slog.Attr) bool {
-		masked.AddAttrs(maskAttr(mask, a))
-		return true
-	})
-	return h.next.Handle(ctx, masked)
-}
-
-func (h masking) WithAttrs(attrs []slog.Attr) slog.Handler {
-	masked := make([]slog.Attr, len(attrs))
-	for i, a := range attrs {
-		masked[i] = maskAttr(h.secrets.now(), a)
-	}
-	return masking{h.next.WithAttrs(masked), h.secrets}
-}
-
-func (h masking) WithGroup(name string) slog.Handler {
-	return masking{h.next.WithGroup(name), h.secrets}
-}
-
-func maskAttr(mask *deployments.Mask, a slog.Attr) slog.Attr {
-	v := a.Value.Resolve()
-	switch v.Kind() {
-	case slog.KindString:
-		a.Value = slog.StringValue(mask.Text(v.String()))
-	case slog.KindGroup:
-		group := slices.Clone(v.Group())
-		for i := range group {
-			group[i] = maskAttr(mask, group[i])
-		}
-		a.Value = slog.GroupValue(group...)
-	case slog.KindAny:
-		text := fmt.Sprint(v.Any())
-		if masked := mask.Text(text); masked != text {
-			a.Value = slog.StringValue(masked)
-		}
-	}
-	return a
+// log returns a handler that masks the values in what it passes on to next.
+func (s *secrets) log(next slog.Handler) slog.Handler {
+	return safetext.NewChanger(next, func(t string) string { return s.now().Text(t) })
 }
 
 // masked returns a probe whose errors show no secrets.
