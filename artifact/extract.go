@@ -54,7 +54,7 @@ type extractor struct {
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
 	count    int             // entries, and directories without an entry
-	holds    bool            // something but the tree's top directory
+	holds    bool            // set once the tree has something but its top directory
 	names    int             // bytes of the names kept in the maps below
 	links    map[string]bool // symbolic links made so far
 	// top has the attributes of the tree itself; nil: it has no entry.

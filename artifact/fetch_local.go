@@ -20,15 +20,15 @@ type source struct {
 	index *index
 	// known are the files that need no hashing.
 	known *knownFiles
-	// files maps the SHA-256 of a content to the entry that has it, and chunks that of a large file's frame to its
-	// place.
+	// files maps the SHA-256 of a file's content to the entry that has it. chunks maps the SHA-256 of a frame of a
+	// large file to where it lies.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
 	// matches has for each entry of the index that match was given an entry with its content, or -1.
 	matches []int32
 }
 
-// chunk is a piece of a file.
+// chunk is where a frame of a large file lies: in an entry, at an offset in bytes.
 type chunk struct {
 	entry int
 	at    int64

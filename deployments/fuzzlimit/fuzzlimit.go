@@ -36,8 +36,8 @@ func Run(t testing.TB, input any, parse func()) {
 	}
 }
 
-// guard calls late, with the bound, once the process has taken busy of the processors or waiting has passed, unless the
-// returned function is called before. What else the process does counts as well.
+// guard calls late with the bound that was reached: busy, of processor time of the whole process, or waiting, of
+// elapsed time. Calling stop before ends the guard.
 func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop func()) {
 	begun, used := time.Now(), processorTime()
 	done := make(chan struct{})

@@ -122,7 +122,7 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	}
 	if p.early {
 		if err := p.moveToNodeSession(ctx); err != nil {
-			p.store.log.Debug("this node's entries stay with a session that has a TTL", "name", p.name, "error", err)
+			p.store.log.Debug("could not move this node's entries to a session without a TTL", "name", p.name, "error", err)
 		}
 	}
 	p.tried[key] = bytes.Clone(value)

@@ -42,7 +42,7 @@ type journal struct {
 	Unhealthy *unserved           `json:"unhealthy,omitempty"`
 	LastGood  deployments.Pointer `json:"last_good,omitzero"`
 	Staged    deployments.Pointer `json:"staged,omitzero"`
-	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. Floors has it as
+	// Newest is the newest Created of the signed releases that this unit has settled on: see Unit.Settle. Floors has it as
 	// well.
 	Newest time.Time `json:"newest,omitzero"`
 	Ahead  *ahead    `json:"ahead,omitempty"`
@@ -66,8 +66,8 @@ type journal struct {
 // deployment is a deployment under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From ran when the deployment began; before the switch, a deployment is taken back to it. Back is the last
-	// good release, which a failure goes back to. Zero: there is none.
+	// From is the release that ran when the deployment began: one that is taken back before its switch ends there.
+	// Back is the last good release: a deployment that fails goes back to it. Zero: there is none.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`

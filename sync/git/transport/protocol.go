@@ -207,7 +207,7 @@ func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	}
 	data := make([]byte, n-4)
 	if _, err := io.ReadFull(r, data); err != nil {
-		return 0, "", fmt.Errorf("a packet: %w", noEOF(err))
+		return 0, "", fmt.Errorf("reading a packet: %w", noEOF(err))
 	}
 	line = strings.TrimSuffix(string(data), "\n")
 	if words, failed := strings.CutPrefix(line, "ERR "); failed {
