@@ -36,7 +36,7 @@ func TestPartThatHoldsTooMuchIsNamed(t *testing.T) {
 		if code != exitFailed || !strings.Contains(stdout, "prod/web/app") || !strings.Contains(stdout, prefix) {
 			t.Errorf("%s: exit code %d\n%s\n%s", args, code, stdout, stderr)
 		}
-		if !strings.Contains(stderr, "more is stored than is read below "+prefix) ||
+		if !strings.Contains(stderr, "more is stored than can be read below "+prefix) ||
 			!strings.Contains(stderr, "remove the keys that don't belong there") {
 			t.Errorf("%s: %s", args, stderr)
 		}

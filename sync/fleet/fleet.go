@@ -37,7 +37,7 @@ type Fleet struct {
 }
 
 // ErrUnread is the error of a fleet that was read in part.
-var ErrUnread = errors.New("more is stored than is read")
+var ErrUnread = errors.New("more is stored than can be read")
 
 // Unread returns an ErrUnread that names the prefixes of which more is stored than is read, so that what they hold is
 // missing in f or out of date; nil: there are none. Errors says more about each.
@@ -161,10 +161,11 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 //
 // If a part can't be read, or its folder is missing, as before any mirror has run, Errors says so. It is an error
 // if no part can be read. Of a part that holds more than is read, the roles that have a record are read one by one;
-// see Unread.
+// see Unread. So is one part that doesn't come in time, if others did.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
+	read, late := 0, false // kinds that were read, and whether one didn't come in time
 	for _, kind := range kinds {
 		prefix := kind
 		if kind != kv.MirrorPrefix {
@@ -188,8 +189,12 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 				return nil, fmt.Errorf("read the fleet: %w", err)
 			}
 			maps.Copy(trouble, failed)
+		case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil && read > 0 && !late:
+			trouble[prefix], late = &lateError{prefix, err}, true
 		case err != nil:
 			return nil, fmt.Errorf("read the fleet: %w", err)
+		default:
+			read++
 		}
 		entries = append(entries, some...)
 	}
@@ -202,6 +207,20 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
 	return filter.narrow(withErrors(Assemble(entries, time.Now()), trouble)), nil
 }
+
+// lateError is the error of a prefix that didn't come in time, while others did. Mostly a gigabyte is stored there, and
+// Consul takes longer than the request may to make the answer. It is kv.ErrTooLarge.
+type lateError struct {
+	prefix string
+	err    error
+}
+
+func (e *lateError) Error() string {
+	const text = "it didn't come in time, though other keys did: see how much is stored below %s (%v)"
+	return fmt.Sprintf(text, e.prefix, e.err)
+}
+func (e *lateError) Unwrap() error        { return e.err }
+func (e *lateError) Is(target error) bool { return target == kv.ErrTooLarge }
 
 // byRole reads, of a kind of which too much is stored to be read at once, what belongs to the roles that have a
 // record among entries, up to kv.MaxList together. failed are the roles that can't be read, by prefix.
@@ -262,6 +281,9 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		}
 		text := err.Error()
 		switch {
+		case errors.As(err, new(*lateError)):
+			f.unread = append(f.unread, prefix)
+			text = strings.ReplaceAll(text, kv.ErrUnavailable.Error()+": ", "")
 		case errors.Is(err, kv.ErrTooLarge):
 			f.unread = append(f.unread, prefix)
 			if _, after, is := strings.Cut(text, kv.ErrUnavailable.Error()+": "); is {

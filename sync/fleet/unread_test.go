@@ -139,3 +139,42 @@ func TestRolesOfAKindThatHoldsTooMuch(t *testing.T) {
 		t.Errorf("a store of which nothing can be read: %v", err)
 	}
 }
+
+// hanging is a store that doesn't list some prefixes in time.
+type hanging struct {
+	kv.Store
+	prefixes string
+}
+
+func (s hanging) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	if strings.Contains(s.prefixes, prefix) {
+		return nil, fmt.Errorf("list %s: %w: Get: %w", prefix, kv.ErrUnavailable, context.DeadlineExceeded)
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+// Of gigabytes below one prefix Consul makes no answer in time: the rest is shown. If nothing comes, the store is away.
+func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s,
+		put(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff"}),
+		put(kv.DesiredKey(app), release("app", "1").String()),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+	)
+	f, err := Read(t.Context(), hanging{s, "pins/"}, Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := unitOf(t, f, app.String()); u.Live != 1 {
+		t.Errorf("%+v", u)
+	}
+	if err := f.Unread(); err == nil || !strings.Contains(f.LastKnown(), "how much is stored below pins/") {
+		t.Errorf("%v; %s", err, f.LastKnown())
+	}
+	for _, prefixes := range []string{"pins/ status/", "control/ mirror/ desired/ pins/ status/"} {
+		if _, err := Read(t.Context(), hanging{s, prefixes}, Filter{}); !errors.Is(err, kv.ErrUnavailable) {
+			t.Errorf("without %s: %v", prefixes, err)
+		}
+	}
+}
