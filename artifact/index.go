@@ -497,7 +497,7 @@ func (r *cursor) number(max uint64) uint64 {
 		r.err = fmt.Errorf("a number is larger than allowed: at most %d", max)
 		return 0
 	case size > 1 && r.rest[size-1] == 0:
-		r.err = errors.New("a number is longer than it need be")
+		r.err = errors.New("a number is not in its shortest encoding")
 		return 0
 	}
 	r.rest = r.rest[size:]

@@ -40,7 +40,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 		if err == nil || !errors.As(err, &transient) || n == c.tries || ctx.Err() != nil {
 			return withoutTransient(err)
 		}
-		c.log.Debug("tries again", "what", what, "error", err)
+		c.log.Debug("trying again", "what", what, "error", err)
 		if err := wait.For(ctx, max(pause.Next(), transient.after)); err != nil {
 			return err
 		}

@@ -394,7 +394,7 @@ func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
 		case <-ctx.Done():
 			return
 		case <-hangup:
-			log.Info("SIGHUP: tries again what failed", "any", node.Retry(deployments.UnitID{}))
+			log.Info("SIGHUP: trying again what failed", "any", node.Retry(deployments.UnitID{}))
 		}
 	}
 }

@@ -312,7 +312,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	opt := artifact.StageOptions{Base: u.j.Running, Progress: progress}
 	err = u.switcher(r).Stage(ctx, r, opt)
 	if errors.Is(err, syscall.ENOSPC) {
-		u.log.Warn("the disk is full: removes old and failed releases, and tries again",
+		u.log.Warn("the disk is full: removing old and failed releases, and trying again",
 			"release", r.Pointer.String(), "error", err)
 		if failed := u.makeRoom(r); failed != nil {
 			u.log.Error("could not remove old releases", "error", failed)
@@ -468,7 +468,7 @@ func (u *Unit) drain(ctx context.Context, on bool) error {
 		return nil
 	}
 	if err := u.c.Drain(ctx, on); err != nil {
-		return fmt.Errorf("turning drain of %s %s: %w", u.name(), map[bool]string{true: "on", false: "off"}[on], err)
+		return fmt.Errorf("turning the drain of %s %s: %w", u.name(), map[bool]string{true: "on", false: "off"}[on], err)
 	}
 	return nil
 }

@@ -289,7 +289,7 @@ func TestSignedURLsShowNowhere(t *testing.T) {
 	if err == nil || strings.Contains(err.Error(), "s3cret") {
 		t.Errorf("broken: %v", err)
 	}
-	if text := log.String(); strings.Contains(text, "s3cret") || !strings.Contains(text, "tries again") {
+	if text := log.String(); strings.Contains(text, "s3cret") || !strings.Contains(text, "trying again") {
 		t.Errorf("the log shows a signature, or not what is tried:\n%s", text)
 	}
 }
