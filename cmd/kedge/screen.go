@@ -92,13 +92,21 @@ func cut(text string, width, most int) string {
 	for i, line := range lines {
 		length := utf8.RuneCountInString(style.ReplaceAllString(strings.TrimSuffix(line, "\n"), ""))
 		if rows += 1 + max(0, length-1)/max(1, width); most > 0 && rows > most {
-			return strings.Join(lines[:i], "") + fmt.Sprintf(
-				"… %d more lines, for a higher window; kedge status STAGE/ROLE or --attention shows less\n",
-				len(lines)-i,
-			)
+			return strings.Join(lines[:i], "") + more(len(lines)-i, width) + "\n"
 		}
 	}
 	return text
+}
+
+// more says that n lines don't fit, on one line of the screen.
+func more(n, width int) string {
+	short := fmt.Sprintf("… %d more lines", n)
+	for _, hint := range []string{"; kedge status STAGE/ROLE or --attention shows less", "; --attention shows less"} {
+		if utf8.RuneCountInString(short+hint) <= width {
+			return short + hint
+		}
+	}
+	return short
 }
 
 // style matches escape sequences of colours.

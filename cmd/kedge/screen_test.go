@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"kedge/sync/fleet"
 )
@@ -68,6 +69,9 @@ func TestCut(t *testing.T) {
 		{"\x1b[32m█████\x1b[0m\nb\n", 5, 2, "\x1b[32m█████\x1b[0m\nb\n"},
 	} {
 		got := cut(c.text, c.width, c.most)
+		if _, notice, found := strings.Cut(got, "…"); found && utf8.RuneCountInString(notice) > max(c.width, 15) {
+			t.Errorf("on a screen of %d columns the last line is …%s", c.width, notice)
+		}
 		if left, _, _ := strings.Cut(got, "…"); left != c.want || (got != c.text) != strings.Contains(got, "more lines") {
 			t.Errorf("of %q, %d wide, %d rows show %q", c.text, c.width, c.most, got)
 		}
