@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/cpuguy83/go-md2man/v2/md2man"
 	"github.com/spf13/cobra"
@@ -43,6 +44,21 @@ func TestManPages(t *testing.T) {
 		if err != nil || !strings.Contains(string(out), "SYNOPSIS") {
 			t.Errorf("man shows %s, %v", out, err)
 		}
+		for page, want := range map[string]string{
+			"kedge-hooks.7": "the checks must pass", "kedge-limits.7": "a pointer", "kedge-troubleshooting.7": "lacks permission",
+		} {
+			c := exec.Command(man, "-l", filepath.Join(dir, "man7", page))
+			c.Env = append(os.Environ(), "MANWIDTH=80", "LC_ALL=C.UTF-8")
+			out, err := c.Output()
+			if err != nil || !strings.Contains(string(out), want) {
+				t.Errorf("man shows of %s %s, %v", page, out, err)
+			}
+			for line := range strings.Lines(string(out)) {
+				if strings.ContainsAny(line, "│┌") || page == "kedge-limits.7" && utf8.RuneCountInString(line) > 81 {
+					t.Errorf("%s has a table that doesn't fit: %s", page, line)
+				}
+			}
+		}
 	}
 }
 
@@ -76,12 +92,37 @@ func writeMan(t *testing.T, dir string) {
 		_, body, _ := strings.Cut(page, "\n")
 		head := "% \"KEDGE-" + strings.ToUpper(topic.Name) + "\" \"7\" \"" + at.Format("Jan 2006") + "\" \"kedge\" \"kedge\"\n" +
 			"# NAME\nkedge-" + topic.Name + " - " + topic.Title + "\n"
-		body = strings.ReplaceAll(body, "\n## ", "\n# ")
+		body = manTables(strings.ReplaceAll(body, "\n## ", "\n# "))
 		name := filepath.Join(dir, "man7", "kedge-"+topic.Name+".7")
 		if err := os.WriteFile(name, md2man.Render([]byte(head+body)), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// manTables lays tables out as kedge help does, in blocks that man leaves alone: md2man would break rows of long cells
+// into several, and tbl would make most of them wider than a terminal.
+func manTables(page string) string {
+	const width = 80 - 7 - 4 // of a terminal, without what man and the block are indented by
+	var lines []string
+	var rows [][]string
+	for line := range strings.SplitSeq(page, "\n") {
+		if strings.HasPrefix(line, "|") {
+			if strings.Trim(line, "|-: ") != "" {
+				rows = append(rows, cells(line))
+			}
+			continue
+		}
+		if rows != nil {
+			table := strings.NewReplacer("`", "", "**", "").Replace(tableText(rows, width))
+			for row := range strings.Lines(table) {
+				lines = append(lines, "    "+strings.TrimSuffix(row, "\n"))
+			}
+			rows = nil
+		}
+		lines = append(lines, line)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // manText prepares the long texts, which are laid out for a terminal, for Markdown: lines that are indented become
