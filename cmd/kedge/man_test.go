@@ -45,7 +45,8 @@ func TestManPages(t *testing.T) {
 			t.Errorf("man shows %s, %v", out, err)
 		}
 		for page, want := range map[string]string{
-			"kedge-hooks.7": "the checks must pass", "kedge-limits.7": "a pointer", "kedge-troubleshooting.7": "lacks permission",
+			"kedge-hooks.7": "the checks must pass", "kedge-limits.7": "a pointer",
+			"kedge-troubleshooting.7": "lacks permission",
 		} {
 			c := exec.Command(man, "-l", filepath.Join(dir, "man7", page))
 			c.Env = append(os.Environ(), "MANWIDTH=80", "LC_ALL=C.UTF-8")
