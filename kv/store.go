@@ -162,7 +162,7 @@ type Store interface {
 
 // MaxList bounds what is read of one prefix, in bytes of memory, and MaxRoleList what is read of the records or the
 // pins of one role, as every agent does. Whoever may write keys could otherwise end the processes that list them. The
-// reports of 10,000 nodes of 10 units take some 40 MiB, 50,000 pins of nodes some 20 MiB.
+// reports of 10,000 nodes of 10 units take some 40 MiB, 50,000 pins of nodes some 30 MiB.
 const (
 	MaxList     = 128 << 20
 	MaxRoleList = 32 << 20
@@ -178,8 +178,15 @@ func MostListed(prefix string) int {
 	return MaxList
 }
 
-// Size returns what an entry takes in memory, in bytes.
-func (e Entry) Size() int { return 128 + len(e.Key) + len(e.Value) + len(e.Session) }
+// Size returns what an entry takes in memory, in bytes. For a pin that includes what a mirror makes of it:
+// however short its value is, some hundred bytes.
+func (e Entry) Size() int {
+	size := 128 + len(e.Key) + len(e.Value) + len(e.Session)
+	if strings.HasPrefix(e.Key, PinsPrefix) {
+		size += 256
+	}
+	return size
+}
 
 // MaxOps bounds the sum of Cost over a Commit's operations, without the fencing check: some Consul servers take 64
 // operations in a transaction.
