@@ -151,10 +151,10 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
 		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source ||
-			text(d.Invalid) != text(was.Invalid) {
+			errorText(d.Invalid) != errorText(was.Invalid) {
 			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(),
 				"reason", string(d.Reason), "why", message.Decision(d.Reason, d.Facts))
-			if d.Invalid != nil && text(d.Invalid) != text(was.Invalid) {
+			if d.Invalid != nil && errorText(d.Invalid) != errorText(was.Invalid) {
 				u.log.Error("a record or pin can't be used, and changes nothing", "error", d.Invalid)
 			}
 		}

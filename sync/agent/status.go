@@ -41,7 +41,7 @@ func (a *Agent) Status() policy.NodeStatus {
 		d := u.decision
 		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
 			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
-			Why: message.Decision(d.Reason, d.Facts), Invalid: text(d.Invalid),
+			Why: message.Decision(d.Reason, d.Facts), Invalid: errorText(d.Invalid),
 			Recheck: d.Recheck, WaitsFor: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
 		}
 	}
@@ -223,7 +223,7 @@ func (a *Agent) unready() map[string]string {
 		if !u.decided || u.gone() || u.serving() {
 			continue
 		}
-		s := u.standing().String()
+		s := u.standing().words()
 		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
 			s += ", and not seen healthy since the machine started"
 		}
@@ -241,7 +241,7 @@ func (a *Agent) unconverged() map[string]string {
 	maps.Copy(why, a.empty())
 	for id, u := range a.units {
 		if u.decided && !u.gone() && !u.asDesired() {
-			why[id.Role+"/"+id.Unit] = u.standing().String()
+			why[id.Role+"/"+id.Unit] = u.standing().words()
 		}
 	}
 	return why
