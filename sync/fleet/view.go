@@ -415,7 +415,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	case moved == 0:
 		return "Git says the same"
 	}
-	return "Git has named " + count(moved, "release") + " after it"
+	return "Git is " + count(moved, "release") + " ahead"
 }
 
 // AuthorName returns an author's name without the address.
