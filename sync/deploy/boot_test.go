@@ -12,7 +12,9 @@ import (
 
 // check is a health check that passes while the file w.path("healthy") is there.
 func (w *world) check(m *deployments.Manifest) {
-	m.Health = deployments.Health{Timeout: 2 * time.Second, Checks: []deployments.Check{{Exec: `test "$KEDGE_STEP" = health && test -e ` + w.path("healthy"), Interval: 5 * time.Millisecond}}}
+	m.Health = deployments.Health{Timeout: 2 * time.Second, Checks: []deployments.Check{{
+		Exec: `test "$KEDGE_STEP" = health && test -e ` + w.path("healthy"), Interval: 5 * time.Millisecond,
+	}}}
 }
 
 func (w *world) healthy(yes bool) {
