@@ -2,9 +2,8 @@ package kv
 
 import "bytes"
 
-// Parsed holds what the values of a watch were parsed to, by key, so that each view parses only the values that
-// changed: a token can write keys by the ten thousand, and each change of one brings them all. The zero value is
-// ready. If a key is deleted, the next view parses its value again.
+// Parsed caches the parsed values of a watch, by key, so that each view parses only the values that changed. A token
+// can write keys by the ten thousand, and each change of one brings them all. The zero value is ready.
 type Parsed[T any] map[string]*parsedValue[T] // references, as each view makes another map
 
 type parsedValue[T any] struct {
@@ -13,8 +12,8 @@ type parsedValue[T any] struct {
 	err    error
 }
 
-// Next returns a parser for the entries of the watch's next view, some size of them, and what it will have parsed.
-// Keys that it isn't called for are dropped.
+// Next returns a parser for the entries of the watch's next view, and the map that it fills. size is about how many
+// entries there are. Keys that the parser isn't called for are dropped.
 func (p Parsed[T]) Next(size int, parse func(value []byte) (T, error)) (Parsed[T], func(Entry) (T, error)) {
 	next := make(Parsed[T], size)
 	return next, func(e Entry) (T, error) {

@@ -52,7 +52,7 @@ var (
 	ErrTooLarge    = errors.New("the value or transaction is too large")
 )
 
-// ConfigError is an error of a configuration that names no store: a person has to change it.
+// ConfigError means that the configuration names no usable store: a person has to change it.
 type ConfigError struct{ Err error }
 
 func (e ConfigError) Error() string { return e.Err.Error() }

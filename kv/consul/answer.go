@@ -12,12 +12,13 @@ import (
 	"github.com/hashicorp/consul/api"
 )
 
-// maxAnswer bounds an answer of Consul in bytes, unless that is a list of keys. The largest that kedge asks for is the
-// list of a node's sessions.
+// maxAnswer bounds an answer of Consul other than a list of keys, in bytes. The largest such answer is the list of a
+// node's sessions.
 const maxAnswer = 16 << 20
 
-// answers bounds what is read of Consul's answers, as its client would read each to its end. A list of keys whose
-// request has a pairReader is read by that, pair by pair; the client then gets an empty list.
+// answers is a transport that bounds what is read of Consul's answers: Consul's client would read each to its end. If a
+// request for a list of keys has a pairReader, the pairs go to that reader one by one, and the client gets an empty
+// list.
 type answers struct{ http.RoundTripper }
 
 func (a answers) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -36,7 +37,7 @@ func (a answers) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer, nil
 }
 
-// CloseIdleConnections passes on what http.Client asks for.
+// CloseIdleConnections closes the idle connections of the transport that answers wraps. http.Client calls it.
 func (a answers) CloseIdleConnections() {
 	if c, is := a.RoundTripper.(interface{ CloseIdleConnections() }); is {
 		c.CloseIdleConnections()
@@ -46,7 +47,7 @@ func (a answers) CloseIdleConnections() {
 // errLongAnswer is the error of reading beyond maxAnswer.
 var errLongAnswer = errors.New("consul's answer is too long")
 
-// boundedBody is a body of which at most left more bytes are read.
+// boundedBody is an answer's body whose reads fail with errLongAnswer if more than left bytes remain.
 type boundedBody struct {
 	io.ReadCloser
 	left int
@@ -66,8 +67,8 @@ func (b *boundedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// pairReader calls take with the pairs of a list, one at a time, until that returns an error. err is that error, or
-// why the list can't be read.
+// pairReader calls take with the pairs of a list, one at a time, until take returns an error. err is that error, or the
+// reason why the list can't be read.
 type pairReader struct {
 	take func(*api.KVPair) error
 	err  error
@@ -75,7 +76,7 @@ type pairReader struct {
 
 type pairReaderKey struct{}
 
-// in returns a context for the list's request.
+// in returns a context for a list's request, so that answers passes the pairs to r.
 func (r *pairReader) in(ctx context.Context) context.Context {
 	return context.WithValue(ctx, pairReaderKey{}, r)
 }
@@ -84,7 +85,7 @@ func (r *pairReader) read(body io.Reader) {
 	r.err = r.readAll(&boundedBody{io.NopCloser(body), maxAnswer})
 }
 
-// readAll reads a list, of which each pair may have maxAnswer.
+// readAll reads a list. Each of its pairs may have up to maxAnswer bytes.
 func (r *pairReader) readAll(body *boundedBody) error {
 	d := json.NewDecoder(body)
 	switch start, err := d.Token(); {

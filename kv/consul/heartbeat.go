@@ -35,9 +35,10 @@ type heartbeatKind struct {
 }
 
 var (
-	// A session's own TTL is at least 10 s, and Consul may wait for twice that: too long without a mirror.
+	// leaseHeartbeat is used because a session's own TTL is at least 10 s, and Consul may wait for twice that: too long
+	// without a mirror.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
-	// An agent that restarts is back within this time, so that its restart goes unnoticed.
+	// presenceHeartbeat is longer than an agent's restart takes, so that its node isn't taken for dead meanwhile.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 

@@ -192,8 +192,8 @@ func (l *lease) expired() bool {
 
 func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
 
-// keep renews the session every third of its TTL until the lease ends. It ends the lease if that is lost or can't
-// be renewed in time.
+// keep renews the session every third of its TTL until the lease ends. It ends the lease if the session is lost or
+// can't be renewed in time.
 func (l *lease) keep() {
 	defer close(l.done)
 	if l.heart != nil {

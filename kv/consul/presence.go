@@ -29,9 +29,8 @@ const (
 	presencePoll = 60 * time.Second
 	// takenPoll is how often a presence checks whether another process still holds an entry that it took.
 	takenPoll = 5 * time.Second
-	// earlierAfter is how long a killed process's session is left alone once the node has a new one. By then the
-	// new process has replaced all entries that it will write, so that no entry was ever without a holder, as if
-	// the node were gone.
+	// earlierAfter is how long a killed process's session is left alone once the node has a new one. By then the new
+	// process has written all its entries. An entry without a holder would make the node look gone.
 	earlierAfter = 30 * time.Second
 )
 
@@ -85,7 +84,8 @@ func (p *presence) Leave(key string) {
 	delete(p.held, key)
 }
 
-// Join returns the index of the write. A session's own would not do: other entries may come between it and this one.
+// Join puts an entry and returns the index of that write. The index of the session would not order nodes as their
+// entries do.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -262,9 +262,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions that earlier, killed processes of this name left, except the newest keep ones.
-// These sessions live as long as the node, and with them entries that this process doesn't write, such as those of
-// a role that the node had before. If another process of this name is alive, it creates itself a new session.
+// endEarlier destroys the sessions that earlier, killed processes of this name left, except the newest keep ones. Such
+// a session would live as long as the node, and so would its entries that this process doesn't write, such as those of
+// a role that the node had before. Another process of this name that is still alive opens a new session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
@@ -344,9 +344,8 @@ func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) 
 	return plain
 }
 
-// knownCheck is how long the servers may take to know of a check that they were told of before. After the restore
-// of a snapshot they don't know it, and the Consul agent notices that only after minutes; it tells them of a new
-// check at once.
+// knownCheck is how long to wait until the servers know a check that was registered earlier. After the restore of a
+// snapshot they have lost it, and the Consul agent notices that only after minutes. A new check reaches them at once.
 const knownCheck = time.Second
 
 // stopHeart ends the heartbeat.
@@ -364,7 +363,7 @@ func (p *presence) opened(id string, renew, early bool) {
 	p.look()
 }
 
-// lose notes that what the session held has no holder, or isn't what was put.
+// lose records that the session's entries have lost their holder, or no longer have the values that were put.
 func (p *presence) lose() {
 	p.session = ""
 	close(p.gone)

@@ -13,8 +13,8 @@ import (
 	"kedge/kv"
 )
 
-// keep renews a session that has a TTL. It repairs what is held when the session or an entry is lost, as when the
-// node was thought dead for a moment, or a snapshot was restored.
+// keep renews a session that has a TTL. It repairs the entries when the session or one of them is lost: the node was
+// taken for dead for a moment, or a snapshot was restored.
 func (p *presence) keep() {
 	defer close(p.done)
 	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
@@ -110,8 +110,8 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 // trusted reports whether a server that answered a stale read is in contact with its leader.
 func trusted(meta *api.QueryMeta) bool { return meta.KnownLeader && meta.LastContact <= maxLastContact }
 
-// holdsAll reports whether a server shows each entry as it was put, held by the session, which is then alive: the
-// leader need not be asked.
+// holdsAll reports whether a server shows each entry as it was put and held by the session. If so, the session is
+// alive, and the leader need not be asked.
 func (p *presence) holdsAll(session string) bool {
 	p.putting.Lock()
 	keys := slices.Collect(maps.Keys(p.held))
@@ -132,8 +132,8 @@ func (p *presence) holdsAll(session string) bool {
 	return !doubt
 }
 
-// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll. Once a
-// second agent of this name ends, its entries are gone, and the first has to put them again soon.
+// watchTaken returns when an entry that another process had taken has no holder any more, or after takenPoll. When a
+// second agent of this name ends, its entries are gone, and the first agent has to put them again soon.
 func (p *presence) watchTaken(key string) error {
 	var index uint64
 	for range 2 { // the current state, and its next change
@@ -164,10 +164,10 @@ func (p *presence) puts(key string, value []byte) bool {
 	return bytes.Equal(p.held[key], value)
 }
 
-// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this
-// node has taken is left to that process as long as it lives: otherwise a node whose agent was started twice would
-// be gone once the second one ends. If an entry has an earlier value of this presence, a snapshot was restored,
-// and readers take the node for what it was then: the presence joins anew.
+// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this node
+// has taken stays with that process as long as it lives. Afterwards repair puts it again: a node whose agent was
+// started twice must not be gone when the second agent ends. If an entry has an earlier value of this presence, a
+// snapshot was restored and readers see the node's old state: the presence joins again.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()

@@ -24,8 +24,8 @@ const (
 	// maxLastContact is how long a server may have had no contact with the leader before its answers are
 	// distrusted.
 	maxLastContact = 10 * time.Second
-	// largeAnswer is the size, in bytes, from which on a watch pauses after an answer, and longestRest bounds the
-	// pause. One of 10,000 reports changes now and then, and each time all of them come, 9 MB.
+	// largeAnswer is the size, in bytes, from which on a watch pauses after an answer, and longestRest bounds the pause.
+	// Each change of one report of 10,000 brings all of them, 9 MB.
 	largeAnswer = 512 << 10
 	longestRest = 5 * time.Second
 	// unavailableLimit is the longest average pause between tries to reach a store that is away. A pause is at
@@ -162,8 +162,8 @@ func (l listing) size() (sum int) {
 	return sum
 }
 
-// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful.
-// After the restore of a snapshot the index goes back, or stands still though the wait wasn't over.
+// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. After
+// the restore of a snapshot the index goes back, or stays the same although the wait had not ended.
 func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
 	if sent > 0 && (got < sent || got == sent && took < asked) {
 		return 0

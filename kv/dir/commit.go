@@ -103,8 +103,8 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 	return &change{Key: op.Key, Value: op.Value}, nil
 }
 
-// commit makes all of the changes or none. The caller holds the lock. Several changes are decided by the journal's
-// rename: from then on, whoever takes the lock next finishes them. A single change needs no journal.
+// commit makes all of the changes or none. The caller holds the lock. Several changes count as made once the journal is
+// renamed into place: after that, the next process that takes the lock finishes them. A single change needs no journal.
 func (d *Store) commit(changes []change) error {
 	if len(changes) > 1 {
 		data, err := json.Marshal(changes)

@@ -22,8 +22,8 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, up to the size that Consul takes for a value. The version is computed from the content
-// and the file's metadata, as people who edit the file don't count versions.
+// readValue reads a file, up to the size that Consul accepts for a value. The version is computed from the content and
+// the file's metadata, because people who edit the file don't count versions.
 func readValue(path string) (fileValue, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -142,8 +142,7 @@ func moveAside(from, to string) error {
 	return os.Remove(from)
 }
 
-// ignoredFile reports whether a name can't be part of a key: hidden files, and what editors leave beside what they
-// edit.
+// ignoredFile reports whether a name can't be part of a key: that of a hidden file, or of an editor's backup.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
 // exists reports whether the store's directory exists. It may be a symbolic link, unlike the directories below it.

@@ -78,8 +78,8 @@ func (n *notifier) signal(which func(*subscription) bool) {
 	}
 }
 
-// subscribe subscribes to the changes in a directory. It may be called again once the directory was created anew. An
-// error is the kernel's.
+// subscribe subscribes to the changes in a directory. It may be called again once the directory was created anew. The
+// error comes from the kernel, such as its limit of watches.
 func (c *subscription) subscribe(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true

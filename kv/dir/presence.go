@@ -55,7 +55,8 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return err
 }
 
-// Join returns the time in nanoseconds, told while no other process writes.
+// Join puts an entry and returns the time of that write in nanoseconds. No other process writes meanwhile, so that
+// times order the entries.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {

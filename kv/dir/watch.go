@@ -16,7 +16,7 @@ const (
 	// sessionPoll is how often a watch checks whether the processes that hold its entries live, as the end of a
 	// flock isn't notified.
 	sessionPoll = 500 * time.Millisecond
-	// safetyPoll is how often a watch reads anyway, for file systems without notifications, like network ones.
+	// safetyPoll is how often a watch reads without a notification: network file systems, among others, send none.
 	safetyPoll = 5 * time.Second
 	// troublePoll is how often a watch tries again to read a store that failed. blindPoll is how often it reads if
 	// notifications don't work at all.

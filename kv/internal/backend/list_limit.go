@@ -6,8 +6,8 @@ import (
 	"kedge/kv"
 )
 
-// TooMuchError is the error of a list that was given up, as more than kv.MostListed is stored below its prefix. It is
-// kv.ErrUnavailable, as what was known before goes on to count, and kv.ErrTooLarge.
+// TooMuchError is the error of a list that was given up because more than kv.MostListed is stored below its prefix. It
+// wraps kv.ErrTooLarge, and also kv.ErrUnavailable: what was known before stays in force.
 type TooMuchError struct {
 	// Prefix is the prefix that was listed, without the store's own; Sample is a key below it at which there was no
 	// room any more.

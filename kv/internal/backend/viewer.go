@@ -31,14 +31,14 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 // View returns the current view.
 func (v *Viewer) View() kv.View { return v.view }
 
-// Set replaces the entries by ones that were read with certainty. They are sorted.
+// Set replaces the entries by sorted ones from an answer that proves absence too.
 func (v *Viewer) Set(entries []kv.Entry) {
 	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
 	v.view.Synced = true
 	v.update(entries, changed, nil)
 }
 
-// Merge adds the entries of an answer that is no proof of absence for others. err says why.
+// Merge adds the entries of an answer that doesn't prove that other keys are absent. err says why not.
 func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	known := make(map[string]bool, len(entries))
 	for _, e := range entries {
