@@ -131,8 +131,8 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 }
 
 // servesNothing reports whether nothing serves on the node that a release could replace. On a machine that has just
-// started, what lies at dest doesn't serve yet, unless the unit's first release is still under way. Until somebody
-// has looked at dest, something may serve.
+// started, what lies at dest doesn't serve yet, unless the unit's first release is still being rolled out. Otherwise
+// something may serve as long as the agent hasn't examined dest.
 func (f *ResolveInputs) servesNothing(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)

@@ -14,8 +14,8 @@ import (
 	"kedge/deployments"
 )
 
-// AbsurdGeneration is the lowest generation that is not believed. Near the end of the range, one more would be
-// negative, which no node takes.
+// AbsurdGeneration is the lowest generation that is not believed. Near the end of the range the next generation would
+// be negative, and every node would refuse it.
 const AbsurdGeneration = 1 << 53
 
 // Base is the record that a unit's next record is made from.
@@ -28,7 +28,7 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
-// joinedNone returns a Record.Joined for a record that moves no node yet, as it isn't known how many nodes are
+// joinedNone returns a Record.Joined that applies the record to no node yet, because it isn't known how many nodes are
 // changing. Nodes that don't report when they joined can't be held back.
 func joinedNone() uint64 { return 1 }
 
@@ -96,9 +96,9 @@ func generationOf(u *deployments.UnitReport) int64 {
 	return generation
 }
 
-// IsLost reports whether nodes have acted on newer generations of a unit than the store knows, as its data was
-// removed or restored from an older snapshot. Most of the nodes that run something must say so, so that no single
-// node can claim it.
+// IsLost reports whether nodes have acted on newer generations of a unit than the store knows, because the store's data
+// was removed or restored from an older snapshot. Most of the nodes that run something must report that, so that no
+// single node can claim it.
 func IsLost(nodes []Node, known int64) bool {
 	reports, ahead := 0, 0
 	for i := range nodes {
@@ -160,9 +160,9 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 	return r
 }
 
-// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is
-// lost: what was rolled back stays so, and anything else continues past its canaries, by max_unavailable. If every
-// node is converged it ends at once.
+// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is lost. A
+// rollback stays one; any other rollout continues after its canaries, within max_unavailable. It ends at once if every
+// node is converged.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}

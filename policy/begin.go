@@ -154,7 +154,8 @@ func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
 }
 
-// start sets the first phase of a rollout. If it was paused, the bake begins anew, as nobody watched it.
+// start sets the first phase of a rollout. After a pause the bake starts over, because nothing watched the nodes
+// meanwhile.
 func start(in *inputs, st state) state {
 	u := in.Unit.Rollout
 	// Git went back while nodes were on the way: gates would only keep them on the target
@@ -206,8 +207,8 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// endPin goes back to the release that Git names: without gates if that was stable, through all gates if it never
-// was. What was rolled back stays out.
+// endPin goes back to the release that Git names: without gates if that release was stable, through all gates if it
+// never was. A release that was rolled back isn't rolled out again.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)
 	target := in.Unit.Release

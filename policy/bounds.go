@@ -64,8 +64,8 @@ func (b Bounds) CheckSource(source string) error {
 		strings.Join(b.Sources, ", "))
 }
 
-// isLocal reports whether a URL leads to this machine by what it says; that a name leads to it is seen when it is
-// connected to.
+// isLocal reports whether a URL plainly leads to this machine. A name that resolves to this machine is only noticed
+// when connecting.
 func isLocal(text string) bool {
 	u, err := url.Parse(text)
 	return err != nil || u.Scheme == "file" || u.Scheme == "http" || u.Scheme == "https" && deployments.IsLocalURL(u)

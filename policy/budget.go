@@ -7,9 +7,10 @@ import (
 	"kedge/deployments"
 )
 
-// room returns how many more nodes may begin to change. Nodes that are not listed count as changing. If it is
-// below 0, more may be changing than allowed, and no node may be told to change, not even one that seems to be
-// changing already. spent: nodes whose deadline has passed no longer count, as max_failures tolerates fewer.
+// room returns how many more nodes may begin to change. Nodes that are not listed count as changing. A negative room
+// means that more nodes may be changing than allowed: then no node may be told to change, not even one that seems to be
+// changing already. spent is set if nodes past their deadline had used up the room, and were left out of the count:
+// max_failures stops the rollout if there are too many of them.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -78,8 +79,8 @@ func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
-// readmit raises Record.Joined over nodes that came back, in the order in which they joined, as far as there is
-// room, and over at most most of them.
+// readmit raises Record.Joined over nodes that came back, in the order in which they joined, as far as there is room;
+// most bounds how many.
 func readmit(in *inputs, st state, v summary, most int) (next state, moved bool) {
 	room, _ := room(in, v)
 	room = min(room, most)

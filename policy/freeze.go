@@ -40,10 +40,10 @@ func (v FreezeState) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen decides whether a unit's rollouts may start at a time. An open deny window freezes, whatever else allows.
-// A unit that allow windows name is frozen outside of all of them. Windows open by the wall clock of their zone,
-// and stay open for their duration in elapsed time: a change of the clocks makes none longer or shorter. A window
-// whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.
+// Frozen decides whether a unit's rollouts may start at a time. An open deny window freezes, whatever else allows. A
+// unit that allow windows name is frozen outside of all of them. Windows open by the wall clock of their zone, and stay
+// open for their duration in elapsed time: a change of the clocks makes none longer or shorter. A window whose cron
+// line doesn't parse freezes too: better late than at the wrong time. Load refuses such a window.
 func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
@@ -92,7 +92,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 type Opening struct{ From, To time.Time }
 
 // Openings returns when a window is open from a time on, in order, with overlapping openings joined. It leaves out
-// openings that begin at end or later, and returns at most most of them. An invalid window has none.
+// openings that begin at end or later; most bounds how many it returns. An invalid window has none.
 func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Opening) {
 	schedule, err := scheduleOf(w)
 	if err != nil {
@@ -110,7 +110,7 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 	return all
 }
 
-// mostChanges bounds how many changes that NextFreeze examines.
+// mostChanges bounds how many changes NextFreeze examines.
 const mostChanges = 100
 
 // NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that
@@ -189,9 +189,9 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens tim
 	return ends, time.Time{}
 }
 
-// instant returns the time at which the clocks of a zone show a wall time, which is given as if it were UTC. If
-// they show it twice, it is the first time. If they skip it, it lies as much after the change as the wall time
-// does.
+// instant returns the time at which the clocks of a zone show a wall time, which is given as if it were UTC. If the
+// clocks show it twice, instant returns the first of both times. If they skip it, the result lies as long after the
+// change as the wall time does.
 func instant(wall time.Time, zone *time.Location) time.Time {
 	shows := func(t time.Time) bool { return t.Hour() == wall.Hour() && t.Minute() == wall.Minute() }
 	at := time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, zone)
@@ -209,7 +209,7 @@ func nameOf(w deployments.Freeze) string {
 	return string(w.Kind) + " " + w.Cron
 }
 
-// maxQuoted bounds text from nodes and settings in a fact, in bytes: no node takes a record that is too large.
+// maxQuoted bounds text from nodes and settings in a fact, in bytes: nodes refuse a record that is too large.
 const maxQuoted = 300
 
 func clipped(s string) string { return safetext.Cut(s, maxQuoted) }

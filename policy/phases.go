@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// checkFleet checks the fleet while a rollout goes forward. If nodes changed that had been healthy, their deadline
-// counts from now, and the bake begins anew.
+// checkFleet summarizes the fleet while a rollout goes forward. If nodes that had been healthy no longer are, their
+// deadline counts from now, and the bake starts over.
 func checkFleet(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if awaitedBegan(st, v) {
@@ -24,8 +24,8 @@ func checkFleet(in *inputs, st state) (state, summary) {
 	return st, v
 }
 
-// awaitedBegan reports whether the node that the rollout waited for has begun by now. Its deadline must then count from
-// now, or it would be late at once.
+// awaitedBegan reports whether the node that the rollout waited for has begun to change. Its deadline must then count
+// from now, or the node would be late at once.
 func awaitedBegan(st state, v summary) bool {
 	if st.p.Reason != deployments.ReasonUnaware && st.p.Reason != deployments.ReasonStorageUnavailable {
 		return false
@@ -89,8 +89,8 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	return st, false
 }
 
-// mayAdmit reports whether the rollout goes on to its next nodes (goesOn): too many have failed, it has to wait, or
-// nodes have yet to report otherwise. more is as advance returns it.
+// mayAdmit reports in goesOn whether the rollout may admit its next nodes. It may not if too many have failed, if it
+// has to wait, or if nodes have yet to report. more is what advance has to return.
 func mayAdmit(in *inputs, st state) (_ state, v summary, goesOn, more bool) {
 	st, v = checkFleet(in, st)
 	st, failed := stopIfFailing(in, st, v)
@@ -125,9 +125,9 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	return st, true
 }
 
-// awaitReports lets the nodes report on a first release before it begins: one of them may be out of service for
-// another unit, which had the same dest and isn't in Git any more. unheard: a node hasn't reported yet, and may still
-// do.
+// awaitReports lets the nodes report on a first release before its rollout begins. One of them may be out of service
+// for another unit, which had the same dest and was removed from Git. unheard is set as long as a node may still
+// report.
 func awaitReports(in *inputs, st state) (next state, unheard bool) {
 	until := st.p.Since.Add(reportWithin)
 	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
@@ -249,7 +249,7 @@ func rolling(in *inputs, st state) (state, bool) {
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}
-	if v.failed > 0 && hasWayBack(st) && !runsSomewhere(in, st.r.Target.Digest) {
+	if v.failed > 0 && canGoBack(st) && !runsSomewhere(in, st.r.Target.Digest) {
 		// whether or not that is tolerated: no node could go back to it
 		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true
 	}

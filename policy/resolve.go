@@ -229,7 +229,7 @@ func (d *Decision) decidedBy() string {
 	return ""
 }
 
-// record evaluates the record. decided: a pin has decided, and the record is only added to the trace.
+// record evaluates the record. If decided is set, a pin has decided already, and the record is only added to the trace.
 func (d *Decision) record(f ResolveInputs, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	add := d.decide

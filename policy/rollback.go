@@ -18,15 +18,15 @@ func stop(in *inputs, st state, why cause) state {
 	return turnBack(in, st, why)
 }
 
-// hasWayBack reports whether a rollout has something to go back to: a stable release or, for a first release, what
+// canGoBack reports whether a rollout has something to go back to: a stable release or, for a first release, what
 // served before, if it wasn't replaced yet or can be put back.
-func hasWayBack(st state) bool {
+func canGoBack(st state) bool {
 	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
 }
 
 // turnBack begins a rollback. It raises the generation, so that reports show which nodes know of it.
 func turnBack(in *inputs, st state, why cause) state {
-	if !hasWayBack(st) {
+	if !canGoBack(st) {
 		why.facts = why.facts.With("stable", "none")
 		st = st.enter(in, deployments.PhasePaused)
 		st.why = why

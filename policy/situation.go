@@ -112,8 +112,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 
 func (r *Ranks) forget() { r.known = nil }
 
-// update recomputes the ranks after the list of nodes changed. Old and new names are mostly sorted; if not, a known
-// name may be hashed once more.
+// update recomputes the ranks after the list of nodes changed. Both lists are mostly sorted. If one isn't, a known name
+// may be hashed once more.
 func (k *ranking) update(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// NodeStatus is the JSON of an agent's /status: all that the agent knows of its node. It lies here, beside
-// Decision, so that its readers need not link the agent.
+// NodeStatus is the JSON of an agent's /status: all that the agent knows of its node. It is declared here so that its
+// readers need not link the agent.
 type NodeStatus struct {
 	Node    string    `json:"node"`
 	Stage   string    `json:"stage"`

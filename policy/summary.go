@@ -69,9 +69,9 @@ func (in *inputs) deadline() time.Duration {
 	return defaultDeadline
 }
 
-// due returns the deadline of a node in flight. It counts from the last step, or from when the node booted or left
-// after that: otherwise a node that restarts late in a bake would be overdue at once. After an outage of the store
-// it counts from the outage's end, as no node could report that it had converged.
+// due returns the deadline of a node in flight. It counts from the rollout's last step, or from a later boot or
+// departure of the node: otherwise a node that restarts late in a bake would be overdue at once. After an outage of the
+// store it counts from the end of the outage, because no node could report meanwhile.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
@@ -86,8 +86,8 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
-// dueBack returns until when a node counts as in flight that is out of service, and isn't waited for. Steps for other
-// nodes don't prolong that either.
+// dueBack returns until when a node that is out of service counts as in flight, although the rollout doesn't wait for
+// it. The rollout's steps for other nodes don't prolong that.
 func (in *inputs) dueBack(st state, n *Node) time.Time {
 	if n.Gone || n.UnhealthySince.IsZero() || n.UnhealthySince.After(in.Now) {
 		return in.due(st, n)
@@ -242,8 +242,8 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
 // countGone counts a node that is gone. A node that was told to change, and left in the middle of a switch, is in
-// flight until it is back or its deadline has passed. A converged canary is missed for as long before another is
-// admitted.
+// flight until it is back or its deadline has passed. If a converged canary is gone, another one is admitted only after
+// the same deadline.
 func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
@@ -402,8 +402,8 @@ func runsUnnamed(r *deployments.Record, u *deployments.UnitReport) bool {
 		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }
 
-// unconverged counts the nodes that run something else and would, without a rollout, all try the target again at
-// once. Their failures were tolerated before.
+// unconverged counts the nodes that don't run the target and whose failures were tolerated. Without a rollout they
+// would all try the target again at once.
 func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	if in.Unit.Rollout == nil {
 		return 0

@@ -118,9 +118,9 @@ func parseValid(s string) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q: want YYYYMMDD[HHMM[SS]][Z]", s)
 }
 
-// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest
-// makes it, and returns the signer's principals. The key must be valid now: the time in a signature proves
-// nothing, as the signer chooses it.
+// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest makes it,
+// and returns the signer's principals. The key must be valid now: a signature's own time proves nothing, because the
+// signer chooses it.
 func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (principal string, err error) {
 	if len(bytes.TrimSpace(signature)) == 0 {
 		return "", fmt.Errorf("%w: the manifest has no signature", ErrUntrusted)
