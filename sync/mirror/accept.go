@@ -98,8 +98,8 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	return outcome{}
 }
 
-// readAccepted reads the commit that the store holds, so that it can be reconciled while a newer one is not taken. It
-// tries again with each new head, as a fetch may have brought the commit.
+// readAccepted reads the commit that the store holds, so that the store can be reconciled with it while a newer commit
+// is refused. It tries again with each new head, because a fetch may have brought the commit.
 func (a *acceptor) readAccepted(head string) {
 	taken := a.own.state.Taken()
 	if a.commit != nil || taken == "" || a.recalled == head {
@@ -136,8 +136,8 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	return true
 }
 
-// accepts reports whether Config.Accept names the commit. A commit from which the store's own descends was taken
-// before: taking it again would bring back the old state each time that somebody force-pushes it.
+// accepts reports whether Config.Accept names the commit. A commit that is an ancestor of the store's commit doesn't
+// count: otherwise each force push of it would bring back its old state.
 func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != a.override || c.from == "" {
 		return false
@@ -203,7 +203,7 @@ type candidate struct {
 	accepted bool
 }
 
-// refuse returns why a valid commit isn't taken nevertheless; nil: it is. Pure.
+// refuse returns why a valid commit must not replace the store's commit; nil: it may. refuse is pure.
 func refuse(c candidate) error {
 	if c.accepted {
 		return nil
@@ -316,8 +316,8 @@ func (a *acceptor) recheckSoon() {
 }
 
 // inspect checks the releases that a commit introduces. It runs beside the rounds, as slow storage must not hold up
-// rollouts under way. done reports whether the check has ended. An error other than deployments.Problems may pass,
-// and the check is retried: see releaseRetry.
+// rollouts under way. done reports whether the check has ended. After an error other than deployments.Problems the
+// check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.compared {
@@ -381,9 +381,9 @@ func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit,
 	return nil, false
 }
 
-// recorded returns the commit reduced to the units whose records are about the releases that it names, with the
-// records' contents in place of the files'. It needs no valid signature: it tells nodes nothing that the store
-// doesn't hold already, and only says how rollouts go on. Pure.
+// recorded returns the commit reduced to the units whose records are about the releases that it names. Each unit has
+// its record's content in place of its file's. So the commit needs no valid signature: it tells nodes nothing new, and
+// only says how rollouts go on. recorded is pure.
 func recorded(
 	commit *git.Commit,
 	cells map[deployments.UnitID]cell,

@@ -27,8 +27,8 @@ type deadNodes struct {
 	denied bool               // this mirror's token may not remove entries
 }
 
-// forget removes the entries of nodes that died and were not replaced under the same name: with AutoScaling they
-// would only get more. again is after how long to call it again though nothing changed; 0: never.
+// forget removes the entries of nodes that died and were not replaced under the same name: with AutoScaling their
+// number would only grow. again is after how long to call it again although nothing changed; 0: never.
 func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
@@ -57,9 +57,8 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable returns the operations that remove entries of dead nodes now, at most one transaction's, and when
-// more are due; absent is kept between calls. Entries of busy roles stay: there, a node that died may count as
-// failed.
+// forgettable returns the operations that remove entries of dead nodes now, at most one transaction's, and when more
+// are due. absent is kept between calls. Entries of busy roles stay, because a rollout may count a dead node as failed.
 func forgettable(
 	entries []kv.Entry,
 	absent map[string]absence,

@@ -103,9 +103,9 @@ func (f *follower) loadTaken(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, f.signers) })
 }
 
-// loadUnsigned reads the commit that was mirrored last though its signature doesn't count: its signer was removed,
-// and this mirror has no cache that remembers the signature as valid. That the store names the commit is no proof:
-// see recorded.
+// loadUnsigned reads the commit that was mirrored last although its signature doesn't count: its signer was removed,
+// and this mirror has no cache that remembers the signature as valid. The store naming the commit proves nothing: see
+// recorded.
 func (f *follower) loadUnsigned(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, nil) })
 }

@@ -95,7 +95,7 @@ func (a *historyKeeper) wrote(w change) {
 
 // needsHistory reports whether the decision about a unit needs its history: if there is no record to go on from, if
 // the target is about to change and may have been stable before, or if an order is to be recorded.
-func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) bool {
+func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s keyState) bool {
 	if s == unknown || ordered {
 		return true
 	}
@@ -111,7 +111,7 @@ func (a *historyKeeper) readNeeded(ctx context.Context, commit *git.Commit, seen
 		c := seen.desired.cells[u.ID]
 		_, ordered := seen.orders.good[u.ID]
 		pinned := seen.pins.units[u.ID].Present
-		if a.read[role] || !needsHistory(u, c, pinned, ordered, stand(c, own, known, now)) {
+		if a.read[role] || !needsHistory(u, c, pinned, ordered, compareKey(c, own, known, now)) {
 			continue
 		}
 		if err := a.readRole(ctx, role); err != nil {

@@ -112,7 +112,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.setLeading(lease)
 	defer m.setLeading(nil)
 	m.Trigger() // a webhook may have reached the last leader, or come while none led
-	defer m.units.scene.Store(nil)
+	defer m.units.lastSeen.Store(nil)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
@@ -302,7 +302,7 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is the number of conflicts in a row, a second apart, that a late watch doesn't explain.
+// conflictsLogged is how many conflicts in a row, a second apart, are logged: a late watch doesn't explain so many.
 const conflictsLogged = 5
 
 // reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
@@ -440,7 +440,7 @@ func (l *leader) plan(
 	if seen.fleet.err != nil { // changes may be missed
 		since = now
 	}
-	l.units.scene.Store(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
+	l.units.lastSeen.Store(&lastSeen{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
 	return reconcile(inputs{
 		overruled:   commit.Hash == l.acceptor.overruled,
 		commit:      commit,

@@ -91,18 +91,18 @@ func (m *metrics) applied(s deployments.MirrorState) {
 // hooked counts a webhook by the HTTP status that answered it.
 func (m *metrics) hooked(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
 
-// scene is what the leading mirror last saw. It is immutable.
-type scene struct {
+// lastSeen is the state of units and nodes that the leading mirror last saw. It is immutable.
+type lastSeen struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
 	fleet map[deployments.RoleID][]reported
 	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they can't be read
 }
 
-// unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads does, so that sums
-// over all mirrors are right. It counts at each scrape.
+// unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads exports them, so that
+// sums over all mirrors are right. They are counted at each scrape.
 type unitMetrics struct {
-	scene                                                 atomic.Pointer[scene] // nil: this mirror doesn't lead
+	lastSeen                                              atomic.Pointer[lastSeen] // nil: this mirror doesn't lead
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
 }
 
@@ -143,7 +143,7 @@ func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
 }
 
 func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
-	s := u.scene.Load()
+	s := u.lastSeen.Load()
 	if s == nil {
 		return
 	}

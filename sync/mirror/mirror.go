@@ -121,8 +121,8 @@ const (
 	// webhook starts over.
 	defaultReleaseRetry = 5 * time.Second
 	maxReleaseRetry     = time.Minute
-	// defaultForgetAfter is how long the entry of a node that died stays in status/, for people to see: longer than
-	// a weekend.
+	// defaultForgetAfter is how long the entry of a node that died stays in status/ for people to see: longer than a
+	// weekend.
 	defaultForgetAfter = 72 * time.Hour
 	// defaultRebuildWait is how long nodes have to report before a lost record is rebuilt from their reports: after
 	// an outage of the store they come back one by one.
@@ -261,7 +261,7 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live answers that the process runs, whether it leads, and what it read of the branch.
+// live answers an HTTP request with whether this mirror leads, and with its last read of the branch.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads, branch := m.leads(), m.branch.state()
 	answer := struct {

@@ -145,18 +145,18 @@ type writtenRecord struct {
 	vouched bool
 }
 
-// standing says how the entry at a unit's key relates to what this mirror wrote there.
-type standing int
+// keyState says how the entry at a unit's key relates to what this mirror wrote there.
+type keyState int
 
 const (
-	inOrder  standing = iota // the key holds what this mirror wrote, or found at its start
+	inOrder  keyState = iota // the key holds what this mirror wrote, or found at its start
 	inFlight                 // the watch has yet to show this mirror's write
 	foreign                  // somebody else wrote or removed the key
 	unknown                  // this mirror wrote nothing there, and there is no record to go on from
 )
 
-// stand compares what the store shows at a unit's key with what this mirror wrote there.
-func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
+// compareKey compares what the store shows at a unit's key with what this mirror wrote there.
+func compareKey(c cell, o writtenRecord, known bool, now time.Time) keyState {
 	if known && o.version == 0 && c.version == o.base && now.Sub(o.at) < watchLag {
 		return inFlight
 	}

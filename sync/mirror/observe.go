@@ -42,7 +42,7 @@ type observer struct {
 // outages are the units of a node that are unhealthy or roll back, by name.
 type outages map[string]outage
 
-// outage is a time in which a unit is out of service: since when, and what the newest report says of it.
+// outage says since when a unit is out of service, and what the newest report says of it.
 type outage struct {
 	since   time.Time
 	state   deployments.State
@@ -69,7 +69,7 @@ func (o outages) next(units map[string]deployments.UnitReport, now time.Time) ou
 	return all
 }
 
-// goesOn reports whether a unit that is out of service has been so since the report before.
+// goesOn reports whether an outage is the one of the report before.
 func (o outage) goesOn(u deployments.UnitReport) bool {
 	if u.State == o.state {
 		return u.Since.Equal(o.entered)
@@ -223,7 +223,7 @@ func (o *observer) forgetOldest() {
 	}
 }
 
-// state stores a view of mirror/, to which another mirror may have written a webhook.
+// state stores a view of mirror/. Another mirror may have passed on a webhook there.
 func (o *observer) state(v kv.View) {
 	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {

@@ -30,8 +30,8 @@ type inputs struct {
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
-	// history has the newest generation of the units whose standing is unknown and of those with an order; pastPins
-	// its pins; stable what was stable in the last generations. pastRead has the roles whose history was read.
+	// history has the newest generation of the units whose key's state is unknown and of those with an order; pastPins its
+	// pins; stable what was stable in the last generations. pastRead has the roles whose history was read.
 	history  map[deployments.UnitID]deployments.History
 	pastPins map[deployments.UnitID][]deployments.PastPin
 	pastRead map[deployments.RoleID]bool
@@ -68,8 +68,8 @@ func (in inputs) seen() time.Time {
 	return in.passed(in.fleetSince)
 }
 
-// passed converts the time of an earlier observation to the present clock, which may have been corrected since: it
-// returns now minus the time that has passed. Zero stays zero.
+// passed converts the time of an earlier observation to the present clock, which may have been corrected since. It
+// returns now minus the elapsed time. Zero stays zero.
 func (in inputs) passed(at time.Time) time.Time {
 	if at.IsZero() {
 		return at
@@ -178,7 +178,7 @@ const (
 // removed returns the change of a record whose unit Git doesn't name.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
-	if !c.present || c.err != nil || !ours(c.record) || stand(c, own, known, in.now) == inFlight {
+	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {
 		return change{}, doNothing
 	}
 	w := change{unit: id, kind: "remove", before: c.record, base: c.version}
@@ -205,7 +205,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	nodes := in.nodes(u.ID)
 	var base policy.Base
 	unheard := false // whether no record is known
-	switch stand(c, mine, known, in.now) {
+	switch compareKey(c, mine, known, in.now) {
 	case inFlight:
 		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
 			return change{}, doWait, time.Time{}
@@ -409,7 +409,7 @@ func (in inputs) failedBy(w change) deployments.Digest {
 	return was
 }
 
-// noteOf returns the note of a history entry: what led to the generation, apart from the commit.
+// noteOf returns the note of a history entry: what led to the generation besides the commit.
 func (in inputs) noteOf(w change, did string) string {
 	who := func(by, reason string) (words string) {
 		if by != "" {
@@ -435,8 +435,8 @@ func (in inputs) noteOf(w change, did string) string {
 	return did
 }
 
-// carryPins copies the pins of the generation before into the entry of a new one, and updates them. If the entry
-// before was not read, audit does it, as it isn't known here when a pin began.
+// carryPins copies the pins of the generation before into the entry of a new one, and updates them. If the entry before
+// was not read, audit copies them, because carryPins doesn't know when a pin began.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return

@@ -156,8 +156,8 @@ func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, erro
 	return raw, err
 }
 
-// checkRelease returns why a unit's release must not be used, by the bytes of its manifest; pure. The value of a
-// variable in it is known only on the unit's nodes, and may be any text, even further fields.
+// checkRelease returns why a unit's release must not be used, judging by its manifest's bytes. It is pure. A variable's
+// value is known only on the unit's nodes, and may be any text, even further fields.
 func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
 	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
 	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
@@ -178,16 +178,16 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	case err != nil:
 		return fmt.Errorf("%s: %w", u.Release.URL, err)
 	}
-	if err := bounds.Check(u.Release, m, asWritten); err != nil {
+	if err := bounds.Check(u.Release, m, namesInManifest); err != nil {
 		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile,
 			u.ID.Stage, err)
 	}
 	return nil
 }
 
-// asWritten returns the names by which a user is checked in the mirror: only the manifest's own name, as the mirror
+// namesInManifest returns the names by which the mirror checks a user: only the manifest's own name, because the mirror
 // doesn't know the nodes' users and groups. A group without a user has no name.
-func asWritten(user string) []string {
+func namesInManifest(user string) []string {
 	if user == "" || strings.HasPrefix(user, ":") {
 		return nil
 	}

@@ -70,9 +70,9 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	w.WriteHeader(code)
 }
 
-// PassOn passes webhooks that came here on to the mirror that holds the lease: neither a forge nor a load balancer
-// knows which one that is, and they don't try another. A webhook that reaches a mirror which is about to lose the
-// lease is not lost: the next leader polls.
+// PassOn passes webhooks on to the mirror that holds the lease. Neither a Git server nor a load balancer knows which
+// mirror that is, and they don't try another. If a mirror is about to lose the lease, its webhooks aren't lost: the
+// next leader polls.
 func (r *Receiver) PassOn(ctx context.Context) {
 	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
@@ -166,7 +166,7 @@ func Check(secret string, body io.Reader, h http.Header) (code int, why string) 
 	return http.StatusAccepted, ""
 }
 
-// sharedSecret returns the secret that forges without signatures send; empty: none was sent.
+// sharedSecret returns the secret that Git servers without signatures send; empty: none was sent.
 func sharedSecret(h http.Header) string {
 	if token := h.Get("X-Gitlab-Token"); token != "" {
 		return token
