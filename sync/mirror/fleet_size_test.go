@@ -28,6 +28,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/logtest"
+	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/consul"
 	"kedge/kv/kvtest"
@@ -78,49 +79,68 @@ func agentsProcess() error {
 	var making errgroup.Group
 	making.SetLimit(8)
 	objects := object.New(object.Config{})
+	start := func(i, attempt int) error {
+		name := fmt.Sprintf("web-%05d", order.From+i)
+		address := order.Consul[(order.From+i)%len(order.Consul)]
+		host, err := api.NewClient(&api.Config{Address: address, Token: order.Root})
+		if err != nil {
+			return err
+		}
+		self, err := host.Agent().NodeName()
+		if err != nil {
+			return err
+		}
+		rules := deployments.ConsulRules("agent", deployments.RuleVars{
+			Stage: order.Unit.Stage, Role: order.Unit.Role, Node: name,
+		}) + fmt.Sprintf("session %q { policy = \"write\" }\n", self)
+		// A policy whose creation gave no answer may exist: no two attempts use one name.
+		unique := fmt.Sprintf("%s-%d", name, attempt)
+		policy, _, err := root.ACL().PolicyCreate(&api.ACLPolicy{Name: unique, Rules: rules}, nil)
+		if err != nil {
+			return err
+		}
+		token, _, err := root.ACL().TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
+		if err != nil {
+			return err
+		}
+		store, err := consul.Open(consul.Config{Client: &api.Config{Address: address, Token: token.SecretID}})
+		if err != nil {
+			return err
+		}
+		metrics[i] = prometheus.NewRegistry()
+		a, err := agent.New(agent.Config{
+			Store: countedStore{store, &views, said}, Node: name, Stage: order.Unit.Stage, Roles: []string{order.Unit.Role},
+			StateDir: filepath.Join(order.States, name), Objects: objects, Metrics: metrics[i],
+			Log: slog.New(&agentLog{all: seen, decided: map[string]bool{}}),
+		})
+		if err != nil {
+			return err
+		}
+		started.Add(1)
+		agents.Go(func() {
+			if err := a.Run(ctx); err != nil && ctx.Err() == nil {
+				fmt.Fprintln(os.Stderr, name, err)
+			}
+		})
+		return nil
+	}
 	for i := range metrics {
 		making.Go(func() error {
-			name := fmt.Sprintf("web-%05d", order.From+i)
-			address := order.Consul[(order.From+i)%len(order.Consul)]
-			host, err := api.NewClient(&api.Config{Address: address, Token: order.Root})
-			if err != nil {
-				return err
-			}
-			self, err := host.Agent().NodeName()
-			if err != nil {
-				return err
-			}
-			rules := deployments.ConsulRules("agent", deployments.RuleVars{
-				Stage: order.Unit.Stage, Role: order.Unit.Role, Node: name,
-			}) + fmt.Sprintf("session %q { policy = \"write\" }\n", self)
-			policy, _, err := root.ACL().PolicyCreate(&api.ACLPolicy{Name: name, Rules: rules}, nil)
-			if err != nil {
-				return err
-			}
-			token, _, err := root.ACL().TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
-			if err != nil {
-				return err
-			}
-			store, err := consul.Open(consul.Config{Client: &api.Config{Address: address, Token: token.SecretID}})
-			if err != nil {
-				return err
-			}
-			metrics[i] = prometheus.NewRegistry()
-			a, err := agent.New(agent.Config{
-				Store: countedStore{store, &views, said}, Node: name, Stage: order.Unit.Stage, Roles: []string{order.Unit.Role},
-				StateDir: filepath.Join(order.States, name), Objects: objects, Metrics: metrics[i],
-				Log: slog.New(&agentLog{all: seen, decided: map[string]bool{}}),
-			})
-			if err != nil {
-				return err
-			}
-			started.Add(1)
-			agents.Go(func() {
-				if err := a.Run(ctx); err != nil && ctx.Err() == nil {
-					fmt.Fprintln(os.Stderr, name, err)
+			// Servers that are busy with a fleet that boots refuse some requests for tokens.
+			const attempts = 10
+			for attempt := 1; ; attempt++ {
+				err := start(i, attempt)
+				if err == nil {
+					return nil
 				}
-			})
-			return nil
+				fmt.Fprintf(os.Stderr, "agent %d, attempt %d: %v\n", order.From+i, attempt, err)
+				if attempt == attempts {
+					return err
+				}
+				if wait.For(ctx, time.Second) != nil {
+					return nil
+				}
+			}
 		})
 	}
 	made := make(chan error, 1)
