@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -20,13 +21,21 @@ type follower struct {
 	log          *slog.Logger
 	pollNow      wait.Signal // makes run poll now
 
-	// gap counts the times that the repository was read anew as its history has a gap; only descends uses it.
-	gap      *wait.Backoff
-	readAnew time.Time // when that is due again
+	gaps map[question]*gap // what descends could not answer; only descends uses it
 
 	mu      sync.Mutex
 	now     gitState
 	changed chan struct{} // closed and replaced when now changes
+}
+
+// question asks whether commit to descends from commit from.
+type question struct{ from, to string }
+
+// gap is a question that the repository can't answer, as its history has a gap.
+type gap struct {
+	pauses   *wait.Backoff
+	readAnew time.Time // when the repository is next to be read anew for it
+	asked    time.Time // when descends was last asked
 }
 
 // firstGap and longestGap are the average times between two readings of a repository whose history has a gap. Each
@@ -128,17 +137,25 @@ func (f *follower) descends(ctx context.Context, from, to string) (bool, error) 
 	}
 	defer in.Close()
 	descends, err := in.Descends(ctx, from, to)
-	switch {
-	case !errors.Is(err, git.ErrGap):
-		f.gap.Reset()
-		f.readAnew = time.Time{}
-	case time.Now().After(f.readAnew):
-		if !f.readAnew.IsZero() {
-			f.source.Distrust()
-			f.pollNow.Set()
-		}
-		f.readAnew = time.Now().Add(f.gap.Next())
+	asked := question{from, to}
+	if !errors.Is(err, git.ErrGap) {
+		delete(f.gaps, asked)
+		return descends, err
 	}
+	now := time.Now()
+	maps.DeleteFunc(f.gaps, func(_ question, g *gap) bool { return now.Sub(g.asked) > 2*longestGap })
+	g := f.gaps[asked]
+	switch {
+	case g == nil:
+		g = &gap{pauses: wait.NewBackoff(firstGap, longestGap)}
+		g.readAnew = now.Add(g.pauses.Next())
+		f.gaps[asked] = g
+	case now.After(g.readAnew):
+		f.source.Distrust()
+		f.pollNow.Set()
+		g.readAnew = now.Add(g.pauses.Next())
+	}
+	g.asked = now
 	return descends, err
 }
 

@@ -185,7 +185,7 @@ func New(c Config) (*Mirror, error) {
 		rebuildWait:  defaultRebuildWait,
 	}
 	m.branch = &follower{source: source, repo: c.Repo, branch: c.Branch, signers: signers, metrics: m.metrics, log: c.Log,
-		pollNow: wait.NewSignal(), changed: make(chan struct{}), gap: wait.NewBackoff(firstGap, longestGap)}
+		pollNow: wait.NewSignal(), changed: make(chan struct{}), gaps: map[question]*gap{}}
 	m.hooks = webhook.New(webhook.Config{Secret: secret, Store: c.Store, Name: c.Name, Log: c.Log, Leads: m.leads,
 		Received: m.refresh, Count: m.metrics.hooked})
 	if c.Listen != "" {
