@@ -70,8 +70,10 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			}
 			defer store.Close()
 			if err := git.CheckLocal(args[0]); err != nil && noMirrorHasRun(cmd.Context(), store) {
-				return hintError{err, "nothing was ever mirrored, so this is taken for a typo; to make one: git init --bare -b " +
-					c.Branch + " " + args[0]}
+				return hintError{err, "nothing was ever mirrored to this store, so the mirror ends instead of waiting for it.\n" +
+					"If this is a first start: check the path for a typo, or make a repository: git init --bare -b " +
+					c.Branch + " " + args[0] + "\n" +
+					"If Consul has lost its data: mount the repository again. Nodes keep what they run until then."}
 			}
 			objects := object.New(object.Config{Log: log})
 			trust, err := trustSigners(signers, objects, log)
