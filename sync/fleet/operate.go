@@ -158,6 +158,9 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 				break
 			}
 		}
+		if errors.Is(err, kv.ErrTooLarge) { // others' history can be read, so this unit has none
+			entries, err = nil, nil
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("history of %s: %w", id, err)

@@ -178,3 +178,58 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 		}
 	}
 }
+
+// The history of a large fleet is more than is read at once, though no key of it is junk: a commit is found in it, or
+// found to be missing, all the same. What can't be read of one unit is told, and isn't taken for absent.
+func TestWaitWithMoreHistoryThanIsRead(t *testing.T) {
+	t.Parallel()
+	const old, head = "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", "9d1e5c3077d0c0ffee00c0ffee00c0ffee00c0ff"
+	s := openDir(t)
+	store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: head}),
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 2}),
+		put(kv.HistoryKey(app, 1), deployments.History{Generation: 1, Commit: old}),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
+	wait := func(commit string, prefixes ...string) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		return Wait(ctx, full{s, prefixes}, Filter{}, WaitOptions{Commit: commit, Progress: func(missing string) {
+			if missing != "reading the history" {
+				cancel()
+			}
+		}})
+	}
+	if err := wait(old, "history/"); err != nil {
+		t.Errorf("with too much history: %v", err)
+	}
+	if err := wait(old, "history/", "history/prod/web/"); err != nil {
+		t.Errorf("with too much history of one role: %v", err)
+	}
+	if err := wait("fa11ed0", "history/", "history/prod/web/"); err == nil || !strings.Contains(err.Error(), "still at") {
+		t.Errorf("a commit that isn't in it: %v", err)
+	}
+	all := []string{"history/", "history/prod/web/", "history/prod/web/app/"}
+	if err := wait(old, all...); err == nil || !strings.Contains(err.Error(), "list history/prod/web/app/") {
+		t.Errorf("with too much history of one unit: %v", err)
+	}
+}
+
+// bare is a store in which a unit has no folder of its own.
+type bare struct {
+	kv.Store
+	prefix string
+}
+
+func (s bare) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	if prefix == s.prefix {
+		return nil, fmt.Errorf("list %s: %w", prefix, kv.ErrDenied)
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+func TestNoHistoryBesideMoreThanIsRead(t *testing.T) {
+	t.Parallel()
+	s := bare{full{openDir(t), []string{"history/prod/web/"}}, kv.HistoryPrefixOf(app)}
+	if past, err := History(t.Context(), s, app); err != nil || len(past) > 0 {
+		t.Errorf("%v, %v", past, err)
+	}
+}

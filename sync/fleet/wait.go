@@ -68,7 +68,11 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 		w.outage.end()
 		if !historyRead {
 			missing = "reading the history"
-			if w.taken, historyRead = w.wasTaken(watching, store); !historyRead {
+			w.taken, historyRead = w.wasTaken(watching, store, func(unread error) {
+				missing = unread.Error()
+				progress()
+			})
+			if !historyRead {
 				return
 			}
 		}
@@ -408,26 +412,6 @@ func lacking(u *Unit, now time.Time) string {
 		return fmt.Sprintf("%s: rollout: %s", u.ID, message.Progress(p))
 	}
 	return ""
-}
-
-// wasTaken looks for the commit in what the mirror wrote. It tries until the store answers; read is false if ctx
-// ended first.
-func (w *waiter) wasTaken(ctx context.Context, store kv.Store) (taken, read bool) {
-	for {
-		entries, err := store.List(ctx, w.filter.prefix(kv.HistoryPrefix))
-		if err == nil || errors.Is(err, kv.ErrDenied) { // denied: no mirror has written there
-			w.outage.end()
-			return slices.ContainsFunc(entries, func(e kv.Entry) bool {
-				return strings.HasPrefix(readHistory(e).Commit, w.commit)
-			}), true
-		}
-		w.outage.begin()
-		select {
-		case <-ctx.Done():
-			return false, false
-		case <-time.After(retryInterval):
-		}
-	}
 }
 
 func short(hash string) string { return safetext.Prefix(hash, 12) }
