@@ -113,8 +113,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 			"there is no directory " + filepath.Join(dir, "nowhere"),
 		}},
 		{[]string{"mirror", filepath.Join(dir, "nowhere.git"), store}, exitFailed, []string{
-			"repository " + filepath.Join(dir, "nowhere.git") + ": no such file", "check the path for a typo", "git init --bare -b main",
-			"If Consul has lost its data: mount the repository again",
+			"repository " + filepath.Join(dir, "nowhere.git") + ": no such file", "check the path for a typo",
+			"git init --bare -b main", "If Consul has lost its data: mount the repository again",
 		}},
 		{[]string{"mirror", empty, store}, exitFailed, []string{empty + " is not a Git repository"}},
 		{
