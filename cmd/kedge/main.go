@@ -91,9 +91,8 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // add.
 func (a *app) storeHint(err error) string {
 	switch {
-	case errors.Is(err, fleet.ErrUnread):
-		return "remove the keys that don't belong there; until then a part alone may be read whole, as by " +
-			"kedge status STAGE/ROLE"
+	case errors.Is(err, fleet.ErrUnread) || errors.Is(err, fleet.ErrLate):
+		return a.unreadHint(err)
 	case !a.onConsul():
 		return ""
 	case errors.Is(err, kv.ErrTooLarge):
@@ -117,6 +116,21 @@ func (a *app) storeHint(err error) string {
 			"for operators, one with the rules of kedge acl operator"
 	}
 	return ""
+}
+
+// unreadHint returns what to do about a part of the store that could not be read.
+func (a *app) unreadHint(err error) string {
+	var hints []string
+	if errors.Is(err, fleet.ErrUnread) {
+		hints = append(hints, "remove the keys that don't belong there; until then a part alone may be read whole, as by "+
+			"kedge status STAGE/ROLE")
+	}
+	if errors.Is(err, fleet.ErrLate) {
+		hints = append(hints, "try again, as Consul may have been busy. If it stays so, count the keys: "+
+			"consul kv get -keys -separator= "+cmp.Or(a.prefix, kv.DefaultPrefix)+"pins/ | wc -l (or another prefix), "+
+			"and remove those that don't belong there")
+	}
+	return strings.Join(hints, "\n")
 }
 
 // tell prints a message for a person on stderr, wrapped at the terminal's width.

@@ -55,3 +55,28 @@ func TestPartThatHoldsTooMuchIsNamed(t *testing.T) {
 		t.Errorf("explain of a unit that may be there: exit code %d: %s", code, stderr)
 	}
 }
+
+// What is too much has to go; what only came late may come the next time.
+func TestUnreadHints(t *testing.T) {
+	t.Parallel()
+	const much, late = "remove the keys that don't belong there; until", "try again"
+	for _, c := range []struct {
+		err  error
+		want []string
+		not  string
+	}{
+		{fmt.Errorf("%w below pins/", fleet.ErrUnread), []string{much}, late},
+		{fmt.Errorf("%w below pins/", fleet.ErrLate), []string{late, "consul kv get -keys -separator= kedge/"}, much},
+		{fmt.Errorf("%w; %w", fleet.ErrUnread, fleet.ErrLate), []string{much, late}, "is Consul up"},
+	} {
+		hint := new(app).storeHint(c.err)
+		for _, want := range c.want {
+			if !strings.Contains(hint, want) {
+				t.Errorf("%v: %q is not in %s", c.err, want, hint)
+			}
+		}
+		if strings.Contains(hint, c.not) {
+			t.Errorf("%v: %s", c.err, hint)
+		}
+	}
+}

@@ -32,20 +32,34 @@ type Fleet struct {
 	Unassigned []Unassigned `json:"unassigned"`
 	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
-	// unread are the prefixes that hold more than is read, sorted: the rest of the fleet is what could be read.
+	// unread are the prefixes that could not be read whole, sorted: the rest of the fleet is what could be read.
 	unread []string
+	// late is that of unread that didn't come in time; empty: none.
+	late string
 }
 
-// ErrUnread is the error of a fleet that was read in part.
-var ErrUnread = errors.New("more is stored than can be read")
+// ErrUnread and ErrLate are the errors of a fleet that was read in part.
+var (
+	ErrUnread = errors.New("more is stored than can be read")
+	ErrLate   = errors.New("no answer came in time for the keys")
+)
 
-// Unread returns an ErrUnread that names the prefixes of which more is stored than is read, so that what they hold is
-// missing in f or out of date; nil: there are none. Errors says more about each.
+// Unread returns an ErrUnread that names the prefixes of which more is stored than is read, an ErrLate that names the
+// one that didn't come in time, or both: what they hold is missing in f or out of date. Nil: there are none. Errors
+// says more about each.
 func (f *Fleet) Unread() error {
-	if len(f.unread) == 0 {
+	more := slices.DeleteFunc(slices.Clone(f.unread), func(prefix string) bool { return prefix == f.late })
+	unread := fmt.Errorf("%w below %s", ErrUnread, strings.Join(more, ", "))
+	late := fmt.Errorf("%w below %s", ErrLate, f.late)
+	switch {
+	case len(f.unread) == 0:
 		return nil
+	case f.late == "":
+		return unread
+	case len(more) == 0:
+		return late
 	}
-	return fmt.Errorf("%w below %s", ErrUnread, strings.Join(f.unread, ", "))
+	return fmt.Errorf("%w; %w", unread, late)
 }
 
 // Unit is one unit on all its nodes.
@@ -161,11 +175,12 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 //
 // If a part can't be read, or its folder is missing, as before any mirror has run, Errors says so. It is an error
 // if no part can be read. Of a part that holds more than is read, the roles that have a record are read one by one;
-// see Unread. So is one part that doesn't come in time, if others did.
+// see Unread. A part that doesn't come in time is left out, and is in Unread, too, if the store answers another
+// question then. A second one is an error.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
-	read, late := 0, false // kinds that were read, and whether one didn't come in time
+	late := ""
 	for _, kind := range kinds {
 		prefix := kind
 		if kind != kv.MirrorPrefix {
@@ -189,12 +204,11 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 				return nil, fmt.Errorf("read the fleet: %w", err)
 			}
 			maps.Copy(trouble, failed)
-		case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil && read > 0 && !late:
-			trouble[prefix], late = &lateError{prefix, err}, true
+		case errors.Is(err, context.DeadlineExceeded) && late == "" && answers(ctx, store):
+			late = prefix
+			trouble[prefix] = &lateError{prefix, err}
 		case err != nil:
 			return nil, fmt.Errorf("read the fleet: %w", err)
-		default:
-			read++
 		}
 		entries = append(entries, some...)
 	}
@@ -208,8 +222,14 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	return filter.narrow(withErrors(Assemble(entries, time.Now()), trouble)), nil
 }
 
-// lateError is the error of a prefix that didn't come in time, while others did. Mostly a gigabyte is stored there, and
-// Consul takes longer than the request may to make the answer. It is kv.ErrTooLarge.
+// answers reports whether the store answers a small question now.
+func answers(ctx context.Context, store kv.Store) bool {
+	_, err := store.Get(ctx, kv.MirrorKey)
+	return err == nil || errors.Is(err, kv.ErrNotFound) || errors.Is(err, kv.ErrDenied)
+}
+
+// lateError is the error of a prefix that didn't come in time, though the store answers. Mostly a gigabyte is stored
+// there, and Consul takes longer than the request may to make the answer.
 type lateError struct {
 	prefix string
 	err    error
@@ -219,8 +239,7 @@ func (e *lateError) Error() string {
 	const text = "it didn't come in time, though other keys did: see how much is stored below %s (%v)"
 	return fmt.Sprintf(text, e.prefix, e.err)
 }
-func (e *lateError) Unwrap() error        { return e.err }
-func (e *lateError) Is(target error) bool { return target == kv.ErrTooLarge }
+func (e *lateError) Unwrap() error { return e.err }
 
 // byRole reads, of a kind of which too much is stored to be read at once, what belongs to the roles that have a
 // record among entries, up to kv.MaxList together. failed are the roles that can't be read, by prefix.
@@ -283,6 +302,7 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		switch {
 		case errors.As(err, new(*lateError)):
 			f.unread = append(f.unread, prefix)
+			f.late = prefix
 			text = strings.ReplaceAll(text, kv.ErrUnavailable.Error()+": ", "")
 		case errors.Is(err, kv.ErrTooLarge):
 			f.unread = append(f.unread, prefix)

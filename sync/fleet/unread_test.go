@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -153,6 +154,25 @@ func (s hanging) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return s.Store.List(ctx, prefix)
 }
 
+// leaving is a store that goes away while a prefix is listed.
+type leaving struct {
+	hanging
+	gone *atomic.Bool
+}
+
+func (s leaving) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	all, err := s.hanging.List(ctx, prefix)
+	s.gone.Store(s.gone.Load() || err != nil)
+	return all, err
+}
+
+func (s leaving) Get(ctx context.Context, key string) (kv.Entry, error) {
+	if s.gone.Load() {
+		return kv.Entry{}, fmt.Errorf("get %s: %w: Get: %w", key, kv.ErrUnavailable, context.DeadlineExceeded)
+	}
+	return s.Store.Get(ctx, key)
+}
+
 // Of gigabytes below one prefix Consul makes no answer in time: the rest is shown. If nothing comes, the store is away.
 func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	t.Parallel()
@@ -169,8 +189,26 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Live != 1 {
 		t.Errorf("%+v", u)
 	}
-	if err := f.Unread(); err == nil || !strings.Contains(f.LastKnown(), "how much is stored below pins/") {
+	if err := f.Unread(); !errors.Is(err, ErrLate) || errors.Is(err, ErrUnread) ||
+		!strings.Contains(err.Error(), "below pins/") || !strings.Contains(f.LastKnown(), "how much is stored below pins/") {
 		t.Errorf("%v; %s", err, f.LastKnown())
+	}
+	if f, err = Read(t.Context(), hanging{s, "control/"}, Filter{}); err != nil || !errors.Is(f.Unread(), ErrLate) {
+		t.Errorf("without the first prefix: %v", err)
+	}
+	both := hanging{full{s, []string{"status/", "status/prod/web/"}}, "pins/"}
+	if f, err = Read(t.Context(), both, Filter{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Unread(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrUnread) ||
+		!strings.Contains(err.Error(), "below status/, status/prod/web/; no answer") {
+		t.Errorf("too much of one and none of another: %v", err)
+	}
+	for _, prefix := range kinds {
+		_, err := Read(t.Context(), leaving{hanging{s, prefix}, new(atomic.Bool)}, Filter{})
+		if !errors.Is(err, kv.ErrUnavailable) {
+			t.Errorf("an outage that begins with %s: %v", prefix, err)
+		}
 	}
 	for _, prefixes := range []string{"pins/ status/", "control/ mirror/ desired/ pins/ status/"} {
 		if _, err := Read(t.Context(), hanging{s, prefixes}, Filter{}); !errors.Is(err, kv.ErrUnavailable) {
