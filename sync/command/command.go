@@ -192,7 +192,7 @@ func execute(
 
 	if mark != "" {
 		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // an empty group's number is not reused yet
-		killMarked(mark, began)
+		killMarked(mark, began, begunSince(cmd.Process.Pid, begin))
 	}
 	// What the command wrote is in the pipe by now. A process that still holds the other end is a daemon, and
 	// keeps a reader.

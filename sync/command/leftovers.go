@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"time"
 
@@ -49,11 +48,11 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 	}
 }
 
-// killMarked kills processes with run's mark that began no earlier than since, whatever their session. It finds
+// killMarked kills those of list with run's mark that began no earlier than since, whatever their session. It finds
 // what they start meanwhile in the next of a few rounds; a check doesn't fork faster than it is killed.
-func killMarked(run string, since uint64) {
+func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
-		pids, err := marked(run, since)
+		pids, err := markedOf(list, run, since)
 		if err != nil || len(pids) == 0 {
 			return
 		}
@@ -63,33 +62,85 @@ func killMarked(run string, since uint64) {
 	}
 }
 
-// marked returns the processes with run's mark in their environment that began no earlier than since, a time of
-// beganAt. Reading the environment of a process waits for it, and it may hang; since excludes most. Processes that
-// end meanwhile are skipped, and, if the agent isn't root, those of other users, which it couldn't end either.
-func marked(run string, since uint64) ([]int, error) {
+// marked returns the processes with run's mark in their environment. Processes that end meanwhile are skipped, and, if
+// the agent isn't root, those of other users, which it couldn't end either.
+func marked(run string, since uint64) ([]int, error) { return markedOf(processes, run, since) }
+
+// markedOf returns those of list that marked returns and that began no earlier than since, a time of beganAt. Reading
+// the environment of a process waits for it, and it may hang; since excludes most.
+func markedOf(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
 	}
-	entries, err := os.ReadDir("/proc")
+	all, err := list()
 	if err != nil {
 		return nil, fmt.Errorf("looking for processes of a command that was cut off: %w", err)
 	}
 	mark := []byte("\x00" + runMark + run + "\x00")
+	self := os.Getpid()
 	var pids []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
+	for _, pid := range all {
+		if pid == self || since > 0 && beganAt(pid) < since {
 			continue
 		}
-		if since > 0 && beganAt(pid) < since {
-			continue
-		}
-		env, err := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
+		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 		if err == nil && bytes.Contains(append([]byte{0}, env...), mark) {
 			pids = append(pids, pid)
 		}
 	}
 	return pids, nil
+}
+
+// processes lists all processes.
+func processes() ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+const (
+	numbersLast = time.Second // in which no machine gives so many numbers that they begin anew and reach first again
+	numbersMany = 256         // more of them take longer to try than what a machine has of processes
+)
+
+// begunSince returns a list of the processes that began when or after first did, at begin: numbers, of which some may
+// be of threads, or of nothing any more. Looking at all processes of a machine takes longer than most checks, and a
+// check runs every few seconds. Linux gives numbers in ascending order and says which was the last; if that
+// doesn't tell, the list has all processes.
+func begunSince(first int, begin time.Time) func() ([]int, error) {
+	return func() ([]int, error) {
+		last, ok := lastNumber()
+		if !ok || last < first || last-first > numbersMany || time.Since(begin) > numbersLast {
+			return processes()
+		}
+		pids := make([]int, 0, last-first+1)
+		for pid := first; pid <= last; pid++ {
+			pids = append(pids, pid)
+		}
+		return pids, nil
+	}
+}
+
+// lastNumber returns the number that was given last to a process or thread. See proc(5), loadavg.
+func lastNumber() (int, bool) {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return 0, false
+	}
+	fields := bytes.Fields(text)
+	if len(fields) < 5 {
+		return 0, false
+	}
+	last, err := strconv.Atoi(string(fields[4]))
+	return last, err == nil
 }
 
 // beganAt returns when a process began, in clock ticks since the machine's boot; 0: it has ended. See proc(5),
