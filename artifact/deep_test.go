@@ -2,6 +2,7 @@ package artifact
 
 import (
 	"context"
+	"kedge/artifact/treetest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +11,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // deepTree is the environment variable by which TestDeepTrees runs itself.
@@ -55,7 +54,7 @@ func walkDeepTree(t *testing.T, top string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	makeDeep(t, top, 5000)
+	treetest.MakeDeep(t, top, 5000)
 	found, _, err := verifyTree(t.Context(), top, data, 0)
 	if err != nil || !slices.ContainsFunc(found, func(d Difference) bool { return d.Path == "d" && d.What == "extra" }) {
 		t.Errorf("verify: %v, %v", found, err)
@@ -69,7 +68,7 @@ func walkDeepTree(t *testing.T, top string) {
 	if err := emptyDir(top); err != nil {
 		t.Error(err)
 	}
-	makeDeep(t, top, 300)
+	treetest.MakeDeep(t, top, 300)
 	if err := removeTree(top); err != nil {
 		t.Error(err)
 	}
@@ -81,22 +80,4 @@ func walkDeepTree(t *testing.T, top string) {
 	if stats.Sys > 128<<20 {
 		t.Errorf("it took %d bytes", stats.Sys)
 	}
-}
-
-// makeDeep makes directories in one another, each called d.
-func makeDeep(t *testing.T, top string, levels int) {
-	t.Helper()
-	fd, err := openAt(unix.AT_FDCWD, top, unix.O_RDONLY|unix.O_DIRECTORY, 0)
-	for range levels {
-		if err != nil {
-			t.Fatal(err)
-		}
-		next := -1
-		if err = unix.Mkdirat(fd, "d", 0o755); err == nil {
-			next, err = openAt(fd, "d", unix.O_RDONLY|unix.O_DIRECTORY, 0)
-		}
-		unix.Close(fd)
-		fd = next
-	}
-	unix.Close(fd)
 }

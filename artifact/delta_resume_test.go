@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 )
 
 // largeDelta is a release with a delta of more than a few MiB, from one that a node has. Its archive is larger still.
@@ -22,11 +23,11 @@ func largeDelta(t *testing.T) (old, new *published) {
 	one, two := t.TempDir(), t.TempDir()
 	writeVersion(t, one, "1")
 	writeVersion(t, two, "2")
-	if err := os.WriteFile(filepath.Join(two, "large"), random(1, 2*deltaInMem), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(two, "large"), treetest.Random(1, 2*deltaInMem), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	for _, dir := range []string{one, two} {
-		if err := os.WriteFile(filepath.Join(dir, "same"), random(2, deltaInMem), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "same"), treetest.Random(2, deltaInMem), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -95,7 +96,7 @@ func TestALargeDeltaGoesOn(t *testing.T) {
 			if err := fetch(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, dir, new.dir)
+			treetest.Same(t, dir, new.dir)
 			want := m.Deltas[0].Size
 			if !c.again {
 				want -= had
@@ -131,10 +132,10 @@ func (c *cutting) Write(data []byte) (int, error) {
 // A disk that holds the tree, but not the delta beside it, gets the parts of the archive.
 func TestALargeDeltaNeedsRoom(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
+	treetest.NeedRoot(t)
 	old, new := largeDelta(t)
 	disk := t.TempDir()
-	mountTmpfs(t, disk, "size=14m")
+	treetest.MountTmpfs(t, disk, "size=14m")
 	dir := filepath.Join(disk, "staging-x")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -146,7 +147,7 @@ func TestALargeDeltaNeedsRoom(t *testing.T) {
 	if err != nil || requests == 0 {
 		t.Fatal(requests, err)
 	}
-	sameTree(t, dir, new.dir)
+	treetest.Same(t, dir, new.dir)
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(disk, &st); err != nil || int64(st.Bfree)*st.Bsize > m.Deltas[0].Size {
 		t.Errorf("the disk had room for the delta, too: %v", err)

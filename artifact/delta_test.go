@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -68,7 +69,7 @@ func TestDeltaThatDoesNotBeginAsItShould(t *testing.T) {
 		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); (requests == 1) != c.ok {
 			t.Errorf("%s: it took %d requests", name, requests)
 		}
-		sameTree(t, got, two)
+		treetest.Same(t, got, two)
 	}
 }
 
@@ -149,7 +150,7 @@ func TestHostilePatches(t *testing.T) {
 // A file that is shorter than it was said to be is one that a patch does not fit.
 func TestPatchOfAShorterFile(t *testing.T) {
 	t.Parallel()
-	old := random(1, 1<<20)
+	old := treetest.Random(1, 1<<20)
 	new := slices.Concat(old[700_000:], old[:700_000]) // forwards and back
 	patch := appendPatch(nil, newMatcher(old), old, new)
 	for _, left := range []int{len(old), len(old) - 1, 300_000, 0} {
@@ -171,7 +172,7 @@ func TestALargeDelta(t *testing.T) {
 	if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests != 2 {
 		t.Errorf("it took %d requests", requests)
 	}
-	sameTree(t, got, two)
+	treetest.Same(t, got, two)
 	file := filepath.Join(new.store, "delta0")
 	for name, damage := range map[string]func(){
 		"changed": func() { flip(t, file, -1) },
@@ -182,7 +183,7 @@ func TestALargeDelta(t *testing.T) {
 		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests == 2 {
 			t.Errorf("%s: it was used", name)
 		}
-		sameTree(t, got, two)
+		treetest.Same(t, got, two)
 	}
 }
 
@@ -190,21 +191,21 @@ func TestALargeDelta(t *testing.T) {
 func TestDeltaWhereKindsChange(t *testing.T) {
 	t.Parallel()
 	one, two, got := t.TempDir(), t.TempDir(), t.TempDir()
-	data := noise(1, 20_000)
-	testTree{
-		"a": {mode: 0o644, data: data}, "dir": {mode: fs.ModeDir | 0o755}, "dir/file": {mode: 0o644, data: data + "1"},
-		"hard": {same: "a"}, "link": {mode: fs.ModeSymlink, target: "a"}, "none": {mode: 0o644}, "plain": {mode: 0o644, data: "p"},
-	}.write(t, one)
-	testTree{
-		"a": {mode: 0o644, data: data + "2"}, "dir": {mode: 0o644, data: data + "3"}, "hard": {mode: 0o644, data: data + "4"},
-		"link": {mode: 0o644, data: data + "5"}, "none": {mode: 0o644, data: data + "6"}, "plain": {mode: fs.ModeSymlink, target: "a"},
-	}.write(t, two)
+	data := treetest.Noise(1, 20_000)
+	treetest.Tree{
+		"a": {Mode: 0o644, Data: data}, "dir": {Mode: fs.ModeDir | 0o755}, "dir/file": {Mode: 0o644, Data: data + "1"},
+		"hard": {Same: "a"}, "link": {Mode: fs.ModeSymlink, Target: "a"}, "none": {Mode: 0o644}, "plain": {Mode: 0o644, Data: "p"},
+	}.Write(t, one)
+	treetest.Tree{
+		"a": {Mode: 0o644, Data: data + "2"}, "dir": {Mode: 0o644, Data: data + "3"}, "hard": {Mode: 0o644, Data: data + "4"},
+		"link": {Mode: 0o644, Data: data + "5"}, "none": {Mode: 0o644, Data: data + "6"}, "plain": {Mode: fs.ModeSymlink, Target: "a"},
+	}.Write(t, two)
 	old := publishTree(t, one)
 	new := publishTree(t, two, old)
 	if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests != 1 {
 		t.Errorf("it took %d requests", requests)
 	}
-	sameTree(t, got, two)
+	treetest.Same(t, got, two)
 }
 
 // A tree that isn't what its index says, before or after, is no tree to make a delta of.
@@ -226,8 +227,8 @@ func TestDeltaOfATreeThatChanged(t *testing.T) {
 func TestDeltaOfWhatIsThere(t *testing.T) {
 	t.Parallel()
 	one, two := t.TempDir(), t.TempDir()
-	testTree{"a": {mode: 0o644, data: "same"}, "b": {mode: 0o644, data: "1"}, "c": {mode: 0o644}}.write(t, one)
-	testTree{"a": {mode: 0o644, data: "same"}, "b": {mode: 0o644, data: "2"}, "c": {mode: 0o644}}.write(t, two)
+	treetest.Tree{"a": {Mode: 0o644, Data: "same"}, "b": {Mode: 0o644, Data: "1"}, "c": {Mode: 0o644}}.Write(t, one)
+	treetest.Tree{"a": {Mode: 0o644, Data: "same"}, "b": {Mode: 0o644, Data: "2"}, "c": {Mode: 0o644}}.Write(t, two)
 	old, new := publishTree(t, one), publishTree(t, two)
 	contents := []string{"same", "2", ""}
 	for name, c := range map[string]struct {
@@ -256,6 +257,6 @@ func TestDeltaOfWhatIsThere(t *testing.T) {
 		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); (requests == 1) != c.ok {
 			t.Errorf("%s: it took %d requests", name, requests)
 		}
-		sameTree(t, got, two)
+		treetest.Same(t, got, two)
 	}
 }

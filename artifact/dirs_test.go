@@ -3,6 +3,7 @@ package artifact
 import (
 	"errors"
 	"io/fs"
+	"kedge/artifact/treetest"
 	"os"
 	"path/filepath"
 	"testing"
@@ -14,11 +15,11 @@ import (
 func TestDirsFollowNoLinks(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	testTree{
-		"a": {mode: fs.ModeDir | 0o755}, "a/b": {mode: fs.ModeDir | 0o755}, "a/b/file": {mode: 0o644, data: "b"},
-		"a.b": {mode: fs.ModeDir | 0o755}, "a.b/file": {mode: 0o644, data: "."}, "file": {mode: 0o644, data: "top"},
-		"a/link": {mode: fs.ModeSymlink, target: "b"}, "a/to": {mode: fs.ModeSymlink, target: "b/file"},
-	}.write(t, dir)
+	treetest.Tree{
+		"a": {Mode: fs.ModeDir | 0o755}, "a/b": {Mode: fs.ModeDir | 0o755}, "a/b/file": {Mode: 0o644, Data: "b"},
+		"a.b": {Mode: fs.ModeDir | 0o755}, "a.b/file": {Mode: 0o644, Data: "."}, "file": {Mode: 0o644, Data: "top"},
+		"a/link": {Mode: fs.ModeSymlink, Target: "b"}, "a/to": {Mode: fs.ModeSymlink, Target: "b/file"},
+	}.Write(t, dir)
 	top, err := openDir(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +54,7 @@ func TestDirsFollowNoLinks(t *testing.T) {
 			t.Errorf("%s goes through a link", name)
 		}
 	}
-	if got := list(t, filepath.Join(dir, "a/b")); len(got) != 1 {
+	if got := treetest.List(t, filepath.Join(dir, "a/b")); len(got) != 1 {
 		t.Errorf("behind the link there are %q", got)
 	}
 }

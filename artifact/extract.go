@@ -386,7 +386,7 @@ func (x *extractor) keep(name string) (string, error) {
 	return strings.Clone(name), nil
 }
 
-// write writes a new file, and counts its size.
+// treetest.WriteFile writes a new file, and counts its size.
 func (x *extractor) write(name string, r io.Reader) (err error) {
 	f, err := x.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {

@@ -26,6 +26,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
 )
@@ -103,7 +104,7 @@ func goodTar(t testing.TB) []byte {
 		file("deep/er/file", "content"),
 		special(tar.TypeSymlink, "link", "deep/er/file"),
 		special(tar.TypeLink, "hard", "./closed/run"),
-		file(long("name/", 300)+"x", "long"),
+		file(treetest.Long("name/", 300)+"x", "long"),
 		file("deep/er/file", "replaced"),
 	)
 }
@@ -125,7 +126,7 @@ func TestArchivesOfAnyone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for p, want := range map[string]string{"closed/run": "#!/bin/sh\n", "link": "replaced", "hard": "#!/bin/sh\n", long("name/", 300) + "x": "long"} {
+			for p, want := range map[string]string{"closed/run": "#!/bin/sh\n", "link": "replaced", "hard": "#!/bin/sh\n", treetest.Long("name/", 300) + "x": "long"} {
 				if got, err := os.ReadFile(filepath.Join(dir, p)); err != nil || string(got) != want {
 					t.Errorf("%s: %q, %v", p, got, err)
 				}
@@ -173,7 +174,7 @@ func TestSparseFiles(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, dir, tree)
+			treetest.Same(t, dir, tree)
 			if _, err := unpackBytes(t, "bomb.tar", tarred(freeGrowth+1)); !errors.Is(err, errBomb) {
 				t.Errorf("a hole of a GiB: %v", err)
 			}
@@ -205,7 +206,7 @@ func TestAnOldTar(t *testing.T) {
 // manifest says another.
 func TestOwnersOfAnArchive(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
+	treetest.NeedRoot(t)
 	var headers []tar.Header
 	for _, h := range []tar.Header{
 		{Typeflag: tar.TypeDir, Name: "./", Mode: 0o700}, {Typeflag: tar.TypeDir, Name: "dir/", Mode: 0o2775},
@@ -331,7 +332,7 @@ func TestSingleFileOfASignedURL(t *testing.T) {
 	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if got := list(t, dir); len(got) != 1 || got[0] != "my+tool" {
+	if got := treetest.List(t, dir); len(got) != 1 || got[0] != "my+tool" {
 		t.Errorf("it is called %q", got)
 	}
 }
@@ -432,7 +433,7 @@ func TestNothingStaysOfACutStage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := list(t, rel.Dir); len(got) != 1 {
+	if got := treetest.List(t, rel.Dir); len(got) != 1 {
 		t.Errorf("it has %q", got)
 	}
 }
@@ -476,7 +477,7 @@ func TestNothingStaysOfABadArchive(t *testing.T) {
 			if err == nil || c.want != nil && !errors.Is(err, c.want) {
 				t.Errorf("%v", err)
 			}
-			if left := append(list(t, releases.private()), list(t, releases.top())[1:]...); len(left) > 0 {
+			if left := append(treetest.List(t, releases.private()), treetest.List(t, releases.top())[1:]...); len(left) > 0 {
 				t.Errorf("it leaves %q", left)
 			}
 		})
@@ -626,7 +627,7 @@ func TestRecordsAreNotKept(t *testing.T) {
 // A server that cuts the connection costs requests, not the deployment.
 func TestArchiveOverABadLine(t *testing.T) {
 	t.Parallel()
-	data := tarOf(t, file("noise", noise(3, 3<<20)))
+	data := tarOf(t, file("noise", treetest.Noise(3, 3<<20)))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.ServeContent(&cutWriter{ResponseWriter: w, left: 1 << 20}, r, "app.tar", time.Time{}, bytes.NewReader(data))
 	}))
@@ -686,7 +687,7 @@ func FuzzExtract(f *testing.F) {
 		from := object.Source{Client: client, URL: m.Src}
 		var err error
 		fuzzlimit.Run(t, data, func() { err = extract(t.Context(), from, m, dir, StageOptions{}, nil) })
-		if outside := append(list(t, root), list(t, outer)...); len(outside) != 3 {
+		if outside := append(treetest.List(t, root), treetest.List(t, outer)...); len(outside) != 3 {
 			t.Fatalf("it wrote outside of the tree: %q", outside)
 		}
 		if err == nil {
@@ -706,7 +707,7 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 	store := t.TempDir()
 	page := []byte("<html>not found</html>\n")
 	src := filepath.Join(store, "page.html")
-	write(t, src, string(page))
+	treetest.WriteFile(t, src, string(page))
 	for name, c := range map[string]struct {
 		there    []string
 		strategy deployments.Strategy
@@ -720,7 +721,7 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 	} {
 		dest := t.TempDir()
 		for _, file := range c.there {
-			write(t, filepath.Join(dest, file), "old")
+			treetest.WriteFile(t, filepath.Join(dest, file), "old")
 		}
 		m := &deployments.Manifest{
 			Src:      "file://" + src,

@@ -6,18 +6,17 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -47,45 +46,25 @@ func quickDir(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
 	if os.Geteuid() == 0 {
-		mountTmpfs(t, dir, "size=1g")
+		treetest.MountTmpfs(t, dir, "size=1g")
 	}
 	return dir
-}
-
-func mountTmpfs(t testing.TB, dir, options string) {
-	t.Helper()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		t.Fatalf("mounting a small file system: %v", err)
-	}
-	t.Cleanup(func() {
-		// It goes when nobody holds it any more: the kernel lets go of an image on it some time after the image's own
-		// unmount, and not at all while a machine that another test boots has copies of all mounts.
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-func random(seed byte, n int) []byte {
-	data := make([]byte, n)
-	rand.NewChaCha8([32]byte{seed}).Read(data)
-	return data
 }
 
 // newRoutes makes trees with one large file of so many bytes, and thirty small ones.
 func newRoutes(t testing.TB, large int) *routes {
 	t.Helper()
 	r := &routes{gateway: objecttest.Start(t), disk: quickDir(t), old: t.TempDir(), new: t.TempDir(), to: map[string]deployments.Pointer{}}
-	server := random(1, large)
-	tree := testTree{"bin": {mode: os.ModeDir | 0o755}, "bin/server": {mode: 0o755, data: string(server)}, "lib": {mode: os.ModeDir | 0o755}}
+	server := treetest.Random(1, large)
+	tree := treetest.Tree{"bin": {Mode: os.ModeDir | 0o755}, "bin/server": {Mode: 0o755, Data: string(server)}, "lib": {Mode: os.ModeDir | 0o755}}
 	for i := range 30 {
-		tree[fmt.Sprintf("lib/%02d.txt", i)] = testFile{mode: 0o644, data: prose(uint64(i), 2000)}
+		tree[fmt.Sprintf("lib/%02d.txt", i)] = treetest.File{Mode: 0o644, Data: treetest.Prose(uint64(i), 2000)}
 	}
-	tree.write(t, r.old)
+	tree.Write(t, r.old)
 	server = slices.Concat(server[:500_000], []byte("one line more"), server[500_000:])
-	tree["bin/server"] = testFile{mode: 0o755, data: string(server)}
-	tree["lib/07.txt"] = testFile{mode: 0o644, data: prose(100, 2000)}
-	tree.write(t, r.new)
+	tree["bin/server"] = treetest.File{Mode: 0o755, Data: string(server)}
+	tree["lib/07.txt"] = treetest.File{Mode: 0o644, Data: treetest.Prose(100, 2000)}
+	tree.Write(t, r.new)
 
 	r.direct = r.gateway.Client()
 	publish := func(dir, version string, find int) deployments.Pointer {
@@ -182,14 +161,14 @@ func (n *node) untouched(t testing.TB, route string) {
 		t.Errorf("it leaves %v, there was %v", slices.Sorted(maps.Keys(now)), slices.Sorted(maps.Keys(n.before)))
 	}
 	if route != routeCold {
-		sameTree(t, n.releases.dest+"/.", n.routes.old)
+		treetest.Same(t, n.releases.dest+"/.", n.routes.old)
 	}
 }
 
 // whole fails the test where what was staged is not the new release, or something else lies beside it.
 func (n *node) whole(t testing.TB, rel *Release) {
 	t.Helper()
-	sameTree(t, rel.Dir, n.routes.new)
+	treetest.Same(t, rel.Dir, n.routes.new)
 	for path := range n.files() {
 		name := filepath.Base(path)
 		if _, there := n.before[path]; !there && !strings.HasPrefix(name, filepath.Base(rel.Dir)) {

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -30,8 +31,8 @@ func twoReleases(t testing.TB) (old, new *published) {
 	t.Helper()
 	oldTree, newTree := samples()
 	oldDir, newDir := t.TempDir(), t.TempDir()
-	oldTree.write(t, oldDir)
-	newTree.write(t, newDir)
+	oldTree.Write(t, oldDir)
+	newTree.Write(t, newDir)
 	packedSamples.Do(func() {
 		old := publishTree(t, oldDir)
 		packedOld, packedNew = old, publishTree(t, newDir, old)
@@ -79,16 +80,16 @@ func again(t testing.TB, p *published, dir string) *published {
 }
 
 // samples returns the trees of twoReleases.
-var samples = sync.OnceValues(func() (old, new testTree) {
-	old = sample(1)
+var samples = sync.OnceValues(func() (old, new treetest.Tree) {
+	old = treetest.Sample(1)
 	new = maps.Clone(old)
 	server := new["bin/server"]
-	server.data = server.data[:3<<20] + "one line more" + server.data[3<<20:]
+	server.Data = server.Data[:3<<20] + "one line more" + server.Data[3<<20:]
 	new["bin/server"] = server
 	edited := new["lib/deep/file200.txt"]
-	edited.data = strings.Replace(edited.data, "anchor", "kedge", 1)
+	edited.Data = strings.Replace(edited.Data, "anchor", "kedge", 1)
 	new["lib/deep/file200.txt"] = edited
-	new["lib/deep/new.txt"] = testFile{mode: 0o644, data: "new"}
+	new["lib/deep/new.txt"] = treetest.File{Mode: 0o644, Data: "new"}
 	new["lib/renamed"] = new["lib/exact"]
 	delete(new, "lib/exact")
 	delete(new, "lib/deep/file100.txt")
@@ -109,7 +110,7 @@ func TestDeltaIsAllThatIsFetched(t *testing.T) {
 	old, new := twoReleases(t)
 	got := t.TempDir()
 	requests, read := mustFetch(t, new.manifest, old.asBase(old.dir), got)
-	sameTree(t, got, new.dir)
+	treetest.Same(t, got, new.dir)
 	if delta := new.manifest.Deltas[0].Size; requests != 1 || read != delta || delta > 20_000 {
 		t.Errorf("it took %d requests and %d bytes for a delta of %d, of which 20,000 should do", requests, read, delta)
 	}
@@ -121,7 +122,7 @@ func TestWithoutADeltaOnlyChangedFramesAreFetched(t *testing.T) {
 	new.manifest.Deltas = nil
 	got := t.TempDir()
 	_, read := mustFetch(t, new.manifest, old.asBase(old.dir), got)
-	sameTree(t, got, new.dir)
+	treetest.Same(t, got, new.dir)
 	// The server's first frame, 2 MiB that don't compress, is as it was.
 	if whole := new.manifest.Size; read > whole/2 {
 		t.Errorf("it took %d bytes of an archive of %d", read, whole)
@@ -132,12 +133,12 @@ func TestWithoutADeltaOnlyChangedFramesAreFetched(t *testing.T) {
 func TestALargeFileOfOldFrames(t *testing.T) {
 	t.Parallel()
 	oldDir, newDir, got := t.TempDir(), t.TempDir(), t.TempDir()
-	one, two := noise(1, largeFrame), noise(2, largeFrame)
-	testTree{"file": {mode: 0o644, data: one + two}}.write(t, oldDir)
-	testTree{"file": {mode: 0o755, data: two + one}}.write(t, newDir)
+	one, two := treetest.Noise(1, largeFrame), treetest.Noise(2, largeFrame)
+	treetest.Tree{"file": {Mode: 0o644, Data: one + two}}.Write(t, oldDir)
+	treetest.Tree{"file": {Mode: 0o755, Data: two + one}}.Write(t, newDir)
 	old, new := publishTree(t, oldDir), publishTree(t, newDir)
 	_, read := mustFetch(t, new.manifest, old.asBase(oldDir), got)
-	sameTree(t, got, newDir)
+	treetest.Same(t, got, newDir)
 	if read > int64(len(new.index)) {
 		t.Errorf("it took %d bytes, the index has %d", read, len(new.index))
 	}
@@ -147,15 +148,15 @@ func TestALargeFileOfOldFrames(t *testing.T) {
 func TestALargeFileOfLeftAndOldFrames(t *testing.T) {
 	t.Parallel()
 	oldDir, newDir, got := t.TempDir(), t.TempDir(), t.TempDir()
-	left, kept, other := noise(1, largeFrame), noise(2, largeFrame), noise(3, largeFrame)
-	testTree{"file": {mode: 0o644, data: other + kept}}.write(t, oldDir)
-	testTree{"file": {mode: 0o755, data: left + kept}}.write(t, newDir)
+	left, kept, other := treetest.Noise(1, largeFrame), treetest.Noise(2, largeFrame), treetest.Noise(3, largeFrame)
+	treetest.Tree{"file": {Mode: 0o644, Data: other + kept}}.Write(t, oldDir)
+	treetest.Tree{"file": {Mode: 0o755, Data: left + kept}}.Write(t, newDir)
 	old, new := publishTree(t, oldDir), publishTree(t, newDir)
 	if err := os.WriteFile(filepath.Join(got, "file"), []byte(left), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	_, read := mustFetch(t, new.manifest, old.asBase(oldDir), got)
-	sameTree(t, got, newDir)
+	treetest.Same(t, got, newDir)
 	if read > int64(len(new.index)) {
 		t.Errorf("it took %d bytes, the index has %d", read, len(new.index))
 	}
@@ -171,7 +172,7 @@ func TestImmutableReleasesShareFiles(t *testing.T) {
 		m.Immutable, m.Owner = immutable, owner
 		got := t.TempDir()
 		mustFetch(t, &m, old.asBase(old.dir), got)
-		sameTree(t, got, new.dir)
+		treetest.Same(t, got, new.dir)
 		a, _ := os.Stat(filepath.Join(old.dir, "lib/below"))
 		b, _ := os.Stat(filepath.Join(got, "lib/below"))
 		if os.SameFile(a, b) != immutable {
@@ -184,13 +185,13 @@ func TestImmutableReleasesShareFiles(t *testing.T) {
 func TestFilesOfAnotherDiskAreCopied(t *testing.T) {
 	t.Parallel()
 	dir, got := quickDir(t), t.TempDir()
-	testTree{"file": {mode: 0o644, data: noise(1, 400_000)}, "small": {mode: 0o644, data: "small"}}.write(t, dir)
+	treetest.Tree{"file": {Mode: 0o644, Data: treetest.Noise(1, 400_000)}, "small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
 	p := publishTree(t, dir)
 	p.manifest.Immutable = true
 	if requests, _ := mustFetch(t, p.manifest, p.asBase(dir), got); requests > 0 {
 		t.Errorf("it took %d requests", requests)
 	}
-	sameTree(t, got, dir)
+	treetest.Same(t, got, dir)
 }
 
 // A file of a live release that has or will have anything other than the new one's is not shared with it.
@@ -212,16 +213,16 @@ func TestWhatMustNotBeLinked(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir, want, got := t.TempDir(), t.TempDir(), t.TempDir()
-			tree := testTree{"file": {mode: 0o644, data: noise(1, 400_000)}}
-			tree.write(t, dir)
-			tree.write(t, want)
+			tree := treetest.Tree{"file": {Mode: 0o644, Data: treetest.Noise(1, 400_000)}}
+			tree.Write(t, dir)
+			tree.Write(t, want)
 			p := publishTree(t, dir)
 			p.manifest.Immutable, p.manifest.Owner = true, c.owner
 			if err := c.change(filepath.Join(dir, "file")); err != nil {
 				t.Fatal(err)
 			}
 			mustFetch(t, p.manifest, p.asBase(dir), got)
-			sameTree(t, got, want)
+			treetest.Same(t, got, want)
 			a, _ := os.Stat(filepath.Join(dir, "file"))
 			if b, err := os.Stat(filepath.Join(got, "file")); err != nil || os.SameFile(a, b) {
 				t.Errorf("it is shared, or not there: %v", err)
@@ -246,7 +247,7 @@ func TestADamagedBaseIsHealed(t *testing.T) {
 		"a missing file":    func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "bin/server")) },
 		"a directory gone":  func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "lib")) },
 		"all of it gone":    func(t *testing.T, dir string) { os.RemoveAll(dir) },
-		"a link for a file": func(t *testing.T, dir string) { relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd") },
+		"a link for a file": func(t *testing.T, dir string) { treetest.Relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd") },
 		"a pipe for a file": func(t *testing.T, dir string) {
 			path := filepath.Join(dir, "lib/below")
 			if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)); err != nil {
@@ -255,7 +256,7 @@ func TestADamagedBaseIsHealed(t *testing.T) {
 		},
 		"a link for a directory": func(t *testing.T, dir string) {
 			os.RemoveAll(filepath.Join(dir, "lib"))
-			relink(t, filepath.Join(dir, "lib"), "/etc")
+			treetest.Relink(t, filepath.Join(dir, "lib"), "/etc")
 		},
 	}
 	for name, damage := range damages {
@@ -269,18 +270,10 @@ func TestADamagedBaseIsHealed(t *testing.T) {
 					m.Deltas, m.Immutable = deltas, immutable
 					got := t.TempDir()
 					mustFetch(t, &m, old.asBase(old.dir), got)
-					sameTree(t, got, new.dir)
+					treetest.Same(t, got, new.dir)
 				}
 			}
 		})
-	}
-}
-
-func relink(t testing.TB, path, target string) {
-	t.Helper()
-	os.Remove(path)
-	if err := os.Symlink(target, path); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -312,7 +305,7 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 		flip(t, filepath.Join(new.store, "delta0"), at)
 		got := t.TempDir()
 		mustFetch(t, new.manifest, old.asBase(old.dir), got)
-		sameTree(t, got, new.dir)
+		treetest.Same(t, got, new.dir)
 		flip(t, filepath.Join(new.store, "delta0"), at)
 	}
 	for _, name := range []string{"index", "archive.tar.zst"} {
@@ -335,7 +328,7 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 func TestAnIndexThatLies(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	testTree{"empty": {mode: 0o644}, "large": {mode: 0o644, data: noise(1, largeFrame+1000)}, "small": {mode: 0o644, data: "small"}}.write(t, dir)
+	treetest.Tree{"empty": {Mode: 0o644}, "large": {Mode: 0o644, Data: treetest.Noise(1, largeFrame+1000)}, "small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
 	p := publishTree(t, dir)
 	last := func(x *index) *frame { return &x.frames[len(x.frames)-1] }
 	for name, c := range map[string]struct {
@@ -380,14 +373,14 @@ func TestAnIndexThatLies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				sameTree(t, got, dir)
+				treetest.Same(t, got, dir)
 				return
 			}
 			if !errors.Is(err, ErrIndex) && !errors.Is(err, ErrDigest) {
 				t.Errorf("%v", err)
 			}
-			if made := len(list(t, got)) > 0; made && !c.made {
-				t.Errorf("it made %q", list(t, got))
+			if made := len(treetest.List(t, got)) > 0; made && !c.made {
+				t.Errorf("it made %q", treetest.List(t, got))
 			}
 		})
 	}
@@ -423,7 +416,7 @@ func TestACutFetchIsResumed(t *testing.T) {
 	os.RemoveAll(filepath.Join(got, "lib/exact"))
 	os.Symlink("../empty", filepath.Join(got, "lib/exact"))
 	_, read := mustFetch(t, new.manifest, nil, got)
-	sameTree(t, got, new.dir)
+	treetest.Same(t, got, new.dir)
 	if whole := new.manifest.Size; read > whole*3/4 {
 		t.Errorf("the second fetch took %d bytes of %d, after %d by the first", read, whole, served.Load())
 	}
@@ -431,16 +424,16 @@ func TestACutFetchIsResumed(t *testing.T) {
 	if _, read := mustFetch(t, new.manifest, nil, got); read > int64(len(new.index)) {
 		t.Errorf("a third fetch took %d bytes, the index has %d", read, len(new.index))
 	}
-	sameTree(t, got, new.dir)
+	treetest.Same(t, got, new.dir)
 }
 
 // A large file that a fetch was cut in is of no use where it is too long, or may be a live release's too: it is
 // made anew. A release may have a file of the name that a fetch tries modes with.
 func TestACutFetchLeavesAFile(t *testing.T) {
 	t.Parallel()
-	tree := testTree{"large": {mode: 0o644, data: noise(1, 2*largeFrame)}, ".kedge-mode": {mode: 0o600, data: "x"}}
+	tree := treetest.Tree{"large": {Mode: 0o644, Data: treetest.Noise(1, 2*largeFrame)}, ".kedge-mode": {Mode: 0o600, Data: "x"}}
 	dir := t.TempDir()
-	tree.write(t, dir)
+	tree.Write(t, dir)
 	p := publishTree(t, dir)
 	for name, left := range map[string]func(file string) error{
 		"nothing": os.Remove,
@@ -457,12 +450,12 @@ func TestACutFetchLeavesAFile(t *testing.T) {
 			if err := os.Mkdir(got, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			tree.write(t, got)
+			tree.Write(t, got)
 			if err := left(filepath.Join(got, "large")); err != nil {
 				t.Fatal(err)
 			}
 			mustFetch(t, p.manifest, nil, got)
-			sameTree(t, got, dir)
+			treetest.Same(t, got, dir)
 			if live := filepath.Join(filepath.Dir(got), "live"); name == "another's" && size(t, live) != largeFrame {
 				t.Error("the live release's file was written to")
 			}
@@ -474,30 +467,30 @@ func TestACutFetchLeavesAFile(t *testing.T) {
 // next; not to one that is damaged.
 func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 	t.Parallel()
-	tree := sample(1)
-	server := tree["bin/server"].data
+	tree := treetest.Sample(1)
+	server := tree["bin/server"].Data
 	for name, c := range map[string]struct{ immutable, damaged bool }{
 		"copied": {}, "linked": {immutable: true}, "damaged": {damaged: true}, "damaged, immutable": {immutable: true, damaged: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir, got := t.TempDir(), t.TempDir()
-			tree.write(t, dir)
+			tree.Write(t, dir)
 			p := publishTree(t, dir)
 			p.manifest.Immutable = c.immutable
 			want := t.TempDir()
-			tree.write(t, want)
+			tree.Write(t, want)
 			if c.damaged {
 				flip(t, filepath.Join(dir, "bin/server"), 100)
 			}
 			if err := os.Mkdir(filepath.Join(got, "bin"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+noise(9, largeFrame)), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+treetest.Noise(9, largeFrame)), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			_, read := mustFetch(t, p.manifest, p.asBase(dir), got)
-			sameTree(t, got, want)
+			treetest.Same(t, got, want)
 			if !c.damaged && read > 0 || read > 1<<20 {
 				t.Errorf("it took %d bytes, and had the first %d, which don't compress", read, largeFrame)
 			}
@@ -524,7 +517,7 @@ func TestACutFetchIsFinishedByADelta(t *testing.T) {
 				flip(t, filepath.Join(old.dir, "bin/server"), 100)
 			}
 			requests, _ := mustFetch(t, new.manifest, old.asBase(old.dir), got)
-			sameTree(t, got, new.dir)
+			treetest.Same(t, got, new.dir)
 			if (requests > 1) != damaged {
 				t.Errorf("it took %d requests", requests)
 			}
@@ -572,7 +565,7 @@ func TestServersThatMisbehave(t *testing.T) {
 			defer server.Close()
 			got := t.TempDir()
 			mustFetch(t, new.at(server.URL), nil, got)
-			sameTree(t, got, new.dir)
+			treetest.Same(t, got, new.dir)
 		})
 	}
 }
@@ -599,7 +592,7 @@ func TestFetchEndsWithItsContext(t *testing.T) {
 func TestVerifyNamesWhatDiffers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	sample(1).write(t, dir)
+	treetest.Sample(1).Write(t, dir)
 	index, err := indexOfTree(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
@@ -615,7 +608,7 @@ func TestVerifyNamesWhatDiffers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	relink(t, at("bin/alias"), "server2")
+	treetest.Relink(t, at("bin/alias"), "server2")
 	os.Remove(at("empty"))
 	os.Mkdir(at("empty"), 0o755)
 	os.Remove(at("lib/deep/file001.txt"))
@@ -689,7 +682,7 @@ func TestAListOfHashesIsABase(t *testing.T) {
 	}
 	got := t.TempDir()
 	_, read := mustFetch(t, new.manifest, &base{dir: old.dir, index: list, digest: digestOf(list)}, got)
-	sameTree(t, got, new.dir)
+	treetest.Same(t, got, new.dir)
 	if read > new.manifest.Size*9/10 {
 		t.Errorf("it took %d bytes of %d", read, new.manifest.Size)
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
 )
@@ -73,7 +74,7 @@ func TestHostileIndexes(t *testing.T) {
 		"a path that is too long": func(x *index) {
 			x.entries = nil
 			for n := range 17 {
-				x.entries = append(x.entries, entry{path: strings.Repeat("/"+long("d", 250), n+1)[1:], kind: kindDir})
+				x.entries = append(x.entries, entry{path: strings.Repeat("/"+treetest.Long("d", 250), n+1)[1:], kind: kindDir})
 			}
 		},
 		"a hard link to a directory":      func(x *index) { x.entries[3].original = 0 },
@@ -197,7 +198,7 @@ func TestAnIndexTakesMemoryForItsLength(t *testing.T) {
 		if i > 0 {
 			p += "/"
 		}
-		p += long("d", 250)
+		p += treetest.Long("d", 250)
 		x.entries = append(x.entries, entry{path: p, kind: kindDir, mode: 0o755})
 	}
 	for i := range 60_000 {
@@ -234,8 +235,8 @@ func FuzzIndex(f *testing.F) {
 
 // FuzzDelta reads hostile deltas: they fail or make something, in bounded memory, and never panic.
 func FuzzDelta(f *testing.F) {
-	old := []byte(prose(1, 3000))
-	new := append(old[:1000:1000], prose(2, 500)...)
+	old := []byte(treetest.Prose(1, 3000))
+	new := append(old[:1000:1000], treetest.Prose(2, 500)...)
 	new = append(new, old[1200:]...)
 	patch := appendPatch(nil, newMatcher(old), old, new)
 	f.Add(old, patch, len(new))
@@ -256,7 +257,7 @@ func FuzzDelta(f *testing.F) {
 // FuzzPatch checks that a patch of any two files makes the one of the other.
 func FuzzPatch(f *testing.F) {
 	f.Add([]byte("a"), []byte("b"))
-	f.Add([]byte(prose(1, 5000)), []byte(prose(1, 2000)+"x"+prose(1, 5000)))
+	f.Add([]byte(treetest.Prose(1, 5000)), []byte(treetest.Prose(1, 2000)+"x"+treetest.Prose(1, 5000)))
 	f.Fuzz(func(t *testing.T, old, new []byte) {
 		var out bytes.Buffer
 		var err error

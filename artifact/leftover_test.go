@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 )
 
 // Killed while it writes a record, it leaves a part of one: in its own directory, until the next Prune, and in no
@@ -20,7 +21,7 @@ func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	for range 8 {
 		runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: -1, Forever: true}, 20*time.Millisecond)
 	}
-	if left := list(t, tmp); len(left) > 0 {
+	if left := treetest.List(t, tmp); len(left) > 0 {
 		t.Errorf("it leaves %q among everybody's temporary files", left)
 	}
 	private := filepath.Join(dest+".releases", ".kedge")
@@ -34,7 +35,7 @@ func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	}
 	runPlan(t, killPlan{Dest: dest, Pointers: pointers[:2], KillAt: -1}, 0)
 	name := nameOf("2", pointers[1].Digest)
-	if left, want := list(t, private), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(left, want) {
+	if left, want := treetest.List(t, private), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(left, want) {
 		t.Errorf("after a prune there are %q, want %q", left, want)
 	}
 	if _, err := os.Stat(dest); err != nil {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -74,8 +75,8 @@ func TestEvenlySpread(t *testing.T) {
 		data string
 		want bool
 	}{
-		"noise":              {noise(1, 2<<20), true},
-		"noise, much padded": {strings.Repeat(noise(2, 512)+strings.Repeat("\x00", 512), 100), true},
+		"noise":              {treetest.Noise(1, 2<<20), true},
+		"noise, much padded": {strings.Repeat(treetest.Noise(2, 512)+strings.Repeat("\x00", 512), 100), true},
 		"text":               {strings.Repeat("func main() { fmt.Println(\"hello\") }\n", 1000), false},
 		"zeros":              {strings.Repeat("\x00", 1<<20), false},
 		"one byte":           {"a", false},

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -68,7 +69,7 @@ func TestMirrors(t *testing.T) {
 	t.Parallel()
 	old, new := twoReleases(t)
 	plainDir := t.TempDir()
-	testTree{"a": {mode: 0o644, data: "a"}, "large": {mode: 0o644, data: noise(7, 2<<20)}}.write(t, plainDir)
+	treetest.Tree{"a": {Mode: 0o644, Data: "a"}, "large": {Mode: 0o644, Data: treetest.Noise(7, 2<<20)}}.Write(t, plainDir)
 	plain := publishTree(t, plainDir).manifest
 	if err := os.Rename(strings.TrimPrefix(plain.Src, "file://"), filepath.Join(new.store, "plain.tar.zst")); err != nil {
 		t.Fatal(err)
@@ -80,7 +81,7 @@ func TestMirrors(t *testing.T) {
 			if _, err := fetchIndexed(t.Context(), objects, m, nil, dir, StageOptions{Log: log}); err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, dir, new.dir)
+			treetest.Same(t, dir, new.dir)
 		},
 		"delta": func(t *testing.T, origin string, objects *object.Client, log *slog.Logger) {
 			dir := t.TempDir()
@@ -88,7 +89,7 @@ func TestMirrors(t *testing.T) {
 			if _, err := fetchIndexed(t.Context(), objects, m, old.asBase(old.dir), dir, StageOptions{Log: log}); err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, dir, new.dir)
+			treetest.Same(t, dir, new.dir)
 		},
 		"an archive without an index": func(t *testing.T, origin string, objects *object.Client, log *slog.Logger) {
 			dir := t.TempDir()
@@ -96,7 +97,7 @@ func TestMirrors(t *testing.T) {
 			if err := Unpack(t.Context(), objects, m, dir, StageOptions{Log: log}); err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, dir, plainDir)
+			treetest.Same(t, dir, plainDir)
 		},
 	}
 	flip := func(data []byte) []byte { data[len(data)/2] ^= 1; return data }
@@ -168,7 +169,7 @@ func TestMirrorsThatIgnoreRange(t *testing.T) {
 	if _, err := fetchIndexed(t.Context(), objects, new.at(origin+"/new"), nil, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	sameTree(t, dir, new.dir)
+	treetest.Same(t, dir, new.dir)
 	if !strings.Contains(log.String(), "it ignores Range") {
 		t.Errorf("the log says nothing of it: %s", log.String())
 	}
@@ -188,7 +189,7 @@ func TestMirrorsWithoutTheirOrigin(t *testing.T) {
 	if _, err := fetchIndexed(t.Context(), objects, new.at(gone.URL+"/new"), nil, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	sameTree(t, dir, new.dir)
+	treetest.Same(t, dir, new.dir)
 
 	manifest := []byte("src: x.tar\n")
 	if err := os.WriteFile(filepath.Join(new.store, "manifest.yaml"), manifest, 0o600); err != nil {

@@ -13,30 +13,31 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
-var manyModes = testTree{
-	"a":             {mode: fs.ModeDir | 0o755},
-	"a/group":       {mode: 0o664, data: "group"},
-	"a/plain":       {mode: 0o644, data: "plain"},
-	"a/program":     {mode: 0o755, data: "program"},
-	"open":          {mode: fs.ModeDir | 0o777},
-	"open/readonly": {mode: 0o444, data: "readonly"},
-	"own":           {mode: fs.ModeDir | 0o700},
-	"own/empty":     {mode: 0o666},
-	"shut":          {mode: fs.ModeDir | 0o555},
-	"sticky":        {mode: fs.ModeDir | fs.ModeSticky | 0o777},
-	"team":          {mode: fs.ModeDir | fs.ModeSetgid | 0o775},
-	"team/both":     {mode: fs.ModeDir | fs.ModeSetgid | fs.ModeSticky | 0o770},
-	"team/none":     {mode: fs.ModeDir | 0o755}, // though it is made in one that gives its bit on
+var manyModes = treetest.Tree{
+	"a":             {Mode: fs.ModeDir | 0o755},
+	"a/group":       {Mode: 0o664, Data: "group"},
+	"a/plain":       {Mode: 0o644, Data: "plain"},
+	"a/program":     {Mode: 0o755, Data: "program"},
+	"open":          {Mode: fs.ModeDir | 0o777},
+	"open/readonly": {Mode: 0o444, Data: "readonly"},
+	"own":           {Mode: fs.ModeDir | 0o700},
+	"own/empty":     {Mode: 0o666},
+	"shut":          {Mode: fs.ModeDir | 0o555},
+	"sticky":        {Mode: fs.ModeDir | fs.ModeSticky | 0o777},
+	"team":          {Mode: fs.ModeDir | fs.ModeSetgid | 0o775},
+	"team/both":     {Mode: fs.ModeDir | fs.ModeSetgid | fs.ModeSticky | 0o770},
+	"team/none":     {Mode: fs.ModeDir | 0o755}, // though it is made in one that gives its bit on
 }
 
 // A tree has its modes whatever the umask of whoever makes it.
 func TestModesWhateverTheUmask(t *testing.T) {
 	t.Parallel()
 	tree := t.TempDir()
-	manyModes.write(t, tree)
+	manyModes.Write(t, tree)
 	out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
 		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", Strategy: deployments.StrategyRelease}})
 	if err != nil {
@@ -60,7 +61,7 @@ func TestModesWhateverTheUmask(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, live, tree)
+			treetest.Same(t, live, tree)
 		})
 	}
 }
@@ -70,16 +71,16 @@ func TestModesWhateverTheUmask(t *testing.T) {
 func TestModesInASetgidDirectory(t *testing.T) {
 	t.Parallel()
 	tree, got := t.TempDir(), t.TempDir()
-	manyModes.write(t, tree)
+	manyModes.Write(t, tree)
 	if err := os.Chmod(got, 0o755|fs.ModeSetgid); err != nil {
 		t.Fatal(err)
 	}
 	p := publishTree(t, tree)
 	mustFetch(t, p.manifest, nil, got)
-	sameTree(t, got, tree)
+	treetest.Same(t, got, tree)
 	untarred := t.TempDir()
-	untar(t, filepath.Join(p.store, "archive.tar.zst"), untarred)
-	sameTree(t, untarred, tree)
+	treetest.Untar(t, filepath.Join(p.store, "archive.tar.zst"), untarred)
+	treetest.Same(t, untarred, tree)
 
 	// What has the bit besides may have it from above; what lacks it differs.
 	for path, mode := range map[string]fs.FileMode{
@@ -115,7 +116,7 @@ func withoutPrivileges(f func() error) error {
 func TestAnothersFileIsTaken(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	testTree{"file": {mode: 0o644, data: "content"}}.write(t, dir)
+	treetest.Tree{"file": {Mode: 0o644, Data: "content"}}.Write(t, dir)
 	p := publishTree(t, dir)
 	if err := os.Lchown(filepath.Join(dir, "file"), 4321, 4321); err != nil {
 		t.Fatal(err)

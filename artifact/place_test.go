@@ -16,37 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
 // stranger is a user of these tests without an entry in any database.
 const stranger = 4321
-
-// openHome makes a directory that everybody may enter, removed with the test.
-func openHome(t *testing.T) string {
-	t.Helper()
-	needRoot(t)
-	home, err := os.MkdirTemp("", "kedge-place-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(home) })
-	if err := os.Chmod(home, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return home
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if testing.Short() {
-		t.Skip("takes root: left out with -short")
-	}
-	t.Fatal("to be somebody else takes root")
-}
 
 // asStranger runs f as another user, in a thread of its own, until the function that it returns is called.
 func asStranger(t *testing.T, uid int, f func()) (stop func()) {
@@ -79,36 +54,28 @@ func asStranger(t *testing.T, uid int, f func()) (stop func()) {
 	}
 }
 
-func mkdir(t *testing.T, path string, uid int) string {
-	t.Helper()
-	if err := errors.Join(os.MkdirAll(path, 0o755), os.Chown(path, uid, uid)); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 func TestPlaces(t *testing.T) {
 	t.Parallel()
-	home := openHome(t)
-	mkdir(t, home+"/data/sub", 0)
-	mkdir(t, home+"/out", 0)
-	mkdir(t, home+"/apps/theirs/sub", stranger)
-	mkdir(t, home+"/apps/theirs", stranger)
-	mkdir(t, home+"/open", 0)
+	home := treetest.OpenHome(t)
+	treetest.Mkdir(t, home+"/data/sub", 0)
+	treetest.Mkdir(t, home+"/out", 0)
+	treetest.Mkdir(t, home+"/apps/theirs/sub", stranger)
+	treetest.Mkdir(t, home+"/apps/theirs", stranger)
+	treetest.Mkdir(t, home+"/open", 0)
 	if err := os.Chmod(home+"/open", 0o1777); err != nil {
 		t.Fatal(err)
 	}
-	relink(t, home+"/srv", "data")
-	relink(t, home+"/apps/ours", "../data")
-	relink(t, home+"/apps/away", home+"/out")
-	relink(t, home+"/open/link", home+"/out")
-	relink(t, home+"/apps/theirs/rootlink", home+"/out") // as one of a release's tree that they moved
-	relink(t, home+"/apps/theirs/link", home+"/out")
-	relink(t, home+"/theirlink", "data")
+	treetest.Relink(t, home+"/srv", "data")
+	treetest.Relink(t, home+"/apps/ours", "../data")
+	treetest.Relink(t, home+"/apps/away", home+"/out")
+	treetest.Relink(t, home+"/open/link", home+"/out")
+	treetest.Relink(t, home+"/apps/theirs/rootlink", home+"/out") // as one of a release's tree that they moved
+	treetest.Relink(t, home+"/apps/theirs/link", home+"/out")
+	treetest.Relink(t, home+"/theirlink", "data")
 	if err := errors.Join(os.Lchown(home+"/apps/theirs/link", stranger, stranger), os.Lchown(home+"/theirlink", stranger, stranger)); err != nil {
 		t.Fatal(err)
 	}
-	relink(t, home+"/loop", "loop")
+	treetest.Relink(t, home+"/loop", "loop")
 	them := fmt.Sprint(stranger)
 	for _, c := range []struct {
 		dest   string
@@ -165,9 +132,9 @@ func TestPlaces(t *testing.T) {
 // A private directory that others own already, or may write into, isn't used as it is.
 func TestPrivateDirectoriesOfOthers(t *testing.T) {
 	t.Parallel()
-	home := openHome(t)
-	mkdir(t, home+"/apps/.kedge", stranger)
-	mkdir(t, home+"/data/.kedge", 0)
+	home := treetest.OpenHome(t)
+	treetest.Mkdir(t, home+"/apps/.kedge", stranger)
+	treetest.Mkdir(t, home+"/data/.kedge", 0)
 	if err := os.Chmod(home+"/data/.kedge", 0o777); err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +165,7 @@ func TestPrivateDirectoriesOfOthers(t *testing.T) {
 // change them.
 func TestOwnersOfDestsDirectoryLeadRootNowhere(t *testing.T) {
 	t.Parallel()
-	home := openHome(t)
+	home := treetest.OpenHome(t)
 	store := t.TempDir()
 	var pointers []deployments.Pointer
 	for _, version := range []string{"1", "2"} {
@@ -212,18 +179,18 @@ func TestOwnersOfDestsDirectoryLeadRootNowhere(t *testing.T) {
 		pointers = append(pointers, out.Pointer)
 	}
 	// Root's, and as tempting as can be: what kedge would empty, remove, fill, chmod or chown, were it led here.
-	precious := mkdir(t, home+"/precious", 0)
+	precious := treetest.Mkdir(t, home+"/precious", 0)
 	for _, dir := range []string{"", "app.releases/", ".kedge/", "app.releases/.kedge/", "app.shared/", "public/"} {
 		for _, p := range pointers {
 			for _, name := range []string{stagingPrefix, healPrefix + "1-", trashPrefix + "1-", "1-", "2-"} {
-				mkdir(t, filepath.Join(precious, dir, name+p.Digest.Short()), 0)
-				write(t, filepath.Join(precious, dir, name+p.Digest.Short(), "file"), "precious")
+				treetest.Mkdir(t, filepath.Join(precious, dir, name+p.Digest.Short()), 0)
+				treetest.WriteFile(t, filepath.Join(precious, dir, name+p.Digest.Short(), "file"), "precious")
 			}
 		}
 	}
 	before := ownersOf(t, precious)
-	theirs := mkdir(t, home+"/theirs", stranger)
-	sub := mkdir(t, theirs+"/sub", stranger)
+	theirs := treetest.Mkdir(t, home+"/theirs", stranger)
+	sub := treetest.Mkdir(t, theirs+"/sub", stranger)
 	dest := sub + "/app"
 	swap := func(at, to string) func() {
 		aside := at + ".aside"
@@ -300,8 +267,8 @@ func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 	if _, err := exec.LookPath("rsync"); err != nil && testing.Short() {
 		t.Skip("takes rsync: left out with -short")
 	}
-	home := openHome(t)
-	mountTmpfs(t, mkdir(t, home+"/trees", 0), "size=8m") // so that mv has to copy
+	home := treetest.OpenHome(t)
+	treetest.MountTmpfs(t, treetest.Mkdir(t, home+"/trees", 0), "size=8m") // so that mv has to copy
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
 	out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + t.TempDir(), Manifest: template("1")})
@@ -312,12 +279,12 @@ func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	precious := mkdir(t, home+"/precious", 0)
-	write(t, precious+"/file", "precious")
+	precious := treetest.Mkdir(t, home+"/precious", 0)
+	treetest.WriteFile(t, precious+"/file", "precious")
 	before := ownersOf(t, precious)
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRsync, deployments.StrategyMv} {
-		theirs := mkdir(t, filepath.Join(home, string(strategy)), stranger)
-		relink(t, theirs+"/app", precious)
+		theirs := treetest.Mkdir(t, filepath.Join(home, string(strategy)), stranger)
+		treetest.Relink(t, theirs+"/app", precious)
 		m.Dest, m.Strategy = theirs+"/app", strategy
 		rel := &Release{Pointer: out.Pointer, Manifest: m, Raw: raw}
 		switcher := NewSwitcher(m, SwitcherConfig{Objects: object.New(object.Config{}), Trees: home + "/trees",
@@ -342,6 +309,6 @@ func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 		if found, err := switcher.Verify(t.Context(), rel, 0); err != nil || len(found) > 0 {
 			t.Errorf("%s: %v, %v", strategy, found, err)
 		}
-		sameTree(t, theirs+"/app", tree)
+		treetest.Same(t, theirs+"/app", tree)
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -28,7 +29,7 @@ func template(version string) deployments.Manifest {
 func stored(t testing.TB, dir string) map[string][]byte {
 	t.Helper()
 	objects := map[string][]byte{}
-	for _, name := range list(t, dir) {
+	for _, name := range treetest.List(t, dir) {
 		data, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
@@ -43,8 +44,8 @@ func TestPublishToS3(t *testing.T) {
 	gateway := objecttest.Start(t)
 	client := gateway.Client()
 	old, new := t.TempDir(), t.TempDir()
-	writeVersion(t, old, noise(1, 100_000))
-	writeVersion(t, new, noise(1, 100_000)+"one line more")
+	writeVersion(t, old, treetest.Noise(1, 100_000))
+	writeVersion(t, new, treetest.Noise(1, 100_000)+"one line more")
 	first, err := Publish(t.Context(), client, PublishOptions{Dir: old, To: gateway.URL("one"), Manifest: template("1")})
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +97,7 @@ func TestPublishToS3(t *testing.T) {
 	if now -= read; now > second.Deltas[0].Bytes+int64(len(rel.Raw)) {
 		t.Errorf("it read %d bytes for a delta of %d", now, second.Deltas[0].Bytes)
 	}
-	sameTree(t, rel.Dir, new)
+	treetest.Same(t, rel.Dir, new)
 }
 
 // All URLs are relative: a copied directory is a release.
@@ -187,7 +188,7 @@ func TestPublishRefuses(t *testing.T) {
 			t.Errorf("%s: published as %s", name, out.Pointer)
 		}
 	}
-	if there := list(t, dir); len(there) > 0 { // what no node would take is seen before anything is uploaded
+	if there := treetest.List(t, dir); len(there) > 0 { // what no node would take is seen before anything is uploaded
 		t.Errorf("uploaded are %q", there)
 	}
 }
@@ -198,8 +199,8 @@ func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})
 	one, two := t.TempDir(), t.TempDir()
-	writeVersion(t, one, noise(1, 100_000))
-	writeVersion(t, two, noise(1, 100_000)+"one line more")
+	writeVersion(t, one, treetest.Noise(1, 100_000))
+	writeVersion(t, two, treetest.Noise(1, 100_000)+"one line more")
 	var asked atomic.Int64
 	stranger := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		asked.Add(1)
@@ -259,7 +260,7 @@ func TestPublishMakesOneDeltaForEachTree(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})
 	store := "file://" + t.TempDir()
-	one, two, three := noise(1, 100_000), noise(1, 100_000)+"more", noise(1, 100_000)+"most"
+	one, two, three := treetest.Noise(1, 100_000), treetest.Noise(1, 100_000)+"more", treetest.Noise(1, 100_000)+"most"
 	published := map[string]deployments.Pointer{}
 	for _, c := range []struct {
 		version, content string
@@ -312,7 +313,7 @@ func TestPublishDropsADelta(t *testing.T) {
 	if m, _, err := fetchManifest(t.Context(), objects, out.Pointer, nil); err != nil || len(m.Deltas) > 0 {
 		t.Errorf("its manifest has deltas %v, %v", m.Deltas, err)
 	}
-	if there := list(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
+	if there := treetest.List(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
 		t.Errorf("published are %q", there)
 	}
 }

@@ -1,6 +1,7 @@
 package artifact
 
 import (
+	"kedge/artifact/treetest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,15 +70,15 @@ func TestUnchangedFilesAreCloned(t *testing.T) {
 	cold := usedOf(t, disk) - before
 	mustFetch(t, new.manifest, old.asBase(one), two)
 	warm := usedOf(t, disk) - before - cold
-	sameTree(t, two, new.dir)
+	treetest.Same(t, two, new.dir)
 	if server := size(t, filepath.Join(two, "bin/server")); warm > server+cold/10 { // which changed, so that it is written anew
 		t.Errorf("the first release took %d bytes of disk, the second %d, of which only %d changed", cold, warm, server)
 	}
 
 	flip(t, filepath.Join(two, "lib/below"), 0)
-	sameTree(t, one, old.dir)
+	treetest.Same(t, one, old.dir)
 	mustFetch(t, new.manifest, new.asBase(two), three)
-	sameTree(t, three, new.dir)
+	treetest.Same(t, three, new.dir)
 
 	// One that has grown since it was opened is not taken with what came behind: a clone has all of a file.
 	e := &entry{path: "file", size: 7, sum: digestOf([]byte("content"))}

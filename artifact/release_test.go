@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -254,18 +255,6 @@ func publishVersions(t testing.TB, store string, versions ...string) (pointers [
 	return pointers
 }
 
-func list(t testing.TB, dir string) (names []string) {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	return names
-}
-
 // Killed at every step, before and after it, the next run ends in the same place, and dest was whole all the while:
 // first the directory of before kedge, then one release or the other.
 func TestKilledAtEveryStep(t *testing.T) {
@@ -284,10 +273,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("killed at step %d, it ends with version %q", n, got)
 		}
 		name := nameOf("2", pointers[1].Digest)
-		if got, want := list(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(got, want) {
+		if got, want := treetest.List(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(got, want) {
 			t.Fatalf("killed at step %d, it leaves %q", n, got)
 		}
-		left := list(t, dest+".releases")
+		left := treetest.List(t, dest+".releases")
 		if len(left) != 3 || !strings.HasPrefix(left[2], adoptedPrefix) || whole(filepath.Join(dest+".releases", left[2])) != nil {
 			t.Fatalf("killed at step %d, it leaves %q", n, left)
 		}
@@ -432,7 +421,7 @@ func TestReleasesOfOneDest(t *testing.T) {
 	if err := releases.Switch(&Release{Pointer: second.Pointer, Manifest: second.Manifest, Raw: second.Raw, Dir: elsewhere}); !errors.Is(err, ErrNoRelease) {
 		t.Errorf("switched to %s: %v", elsewhere, err)
 	}
-	relink(t, releases.dest, elsewhere)
+	treetest.Relink(t, releases.dest, elsewhere)
 	if rel, err := releases.Current(); !errors.Is(err, ErrNoRelease) {
 		t.Errorf("current is %v, %v", rel, err)
 	}
@@ -607,7 +596,7 @@ func TestFullDisk(t *testing.T) {
 		}
 	})
 	tree := t.TempDir()
-	if err := os.WriteFile(filepath.Join(tree, "large"), []byte(noise(1, 3<<20)), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(tree, "large"), []byte(treetest.Noise(1, 3<<20)), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	objects := object.New(object.Config{})
@@ -631,7 +620,7 @@ func TestFullDisk(t *testing.T) {
 		if _, read := objects.Requests(); read-before > out.Index {
 			t.Errorf("%s: it took %d bytes to see that", name, read-before)
 		}
-		if left := list(t, releases.private()); len(left) > 0 {
+		if left := treetest.List(t, releases.private()); len(left) > 0 {
 			t.Errorf("%s: it leaves %q", name, left)
 		}
 	}
@@ -647,7 +636,7 @@ func TestOwnerAndMode(t *testing.T) {
 	}
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
-	relink(t, filepath.Join(tree, "link"), "VERSION")
+	treetest.Relink(t, filepath.Join(tree, "link"), "VERSION")
 	objects := object.New(object.Config{})
 	out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
 		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", DestMode: 0o550, Owner: "4321:1234", Strategy: deployments.StrategyRelease}})

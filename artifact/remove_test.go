@@ -11,41 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 )
-
-// bindMount mounts a directory that holds one file on path, which it makes, and returns the file.
-func bindMount(t *testing.T, path string) (file string) {
-	t.Helper()
-	data := t.TempDir()
-	file = filepath.Join(data, "precious")
-	write(t, file, "data")
-	if err := os.MkdirAll(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount(data, path, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	root := filepath.Dir(data) // of all temporary directories of the test
-	t.Cleanup(func() {         // wherever the directory has gone
-		mounts, err := mountsBelow(root)
-		if err != nil {
-			t.Error(err)
-		}
-		for _, m := range mounts {
-			if err := unix.Unmount(filepath.Join(root, m), unix.MNT_DETACH); err != nil {
-				t.Error(err)
-			}
-		}
-	})
-	return file
-}
-
-func write(t *testing.T, file, data string) {
-	t.Helper()
-	if err := os.WriteFile(file, []byte(data), 0o644); err != nil {
-		t.Fatal(err)
-	}
-}
 
 func TestRemovingNeverCrossesAMount(t *testing.T) {
 	for name, remove := range map[string]func(dir string) error{"removeTree": removeTree, "emptyDir": emptyDir} {
@@ -53,8 +20,8 @@ func TestRemovingNeverCrossesAMount(t *testing.T) {
 		if err := os.MkdirAll(filepath.Join(dir, "a/b"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		precious := bindMount(t, filepath.Join(dir, "a/b/log"))
-		write(t, filepath.Join(dir, "a/other"), "")
+		precious := treetest.BindMount(t, filepath.Join(dir, "a/b/log"))
+		treetest.WriteFile(t, filepath.Join(dir, "a/other"), "")
 		if found, err := mountsBelow(dir); err != nil || !slices.Equal(found, []string{"a/b/log"}) {
 			t.Errorf("mounts: %q, %v", found, err)
 		}
@@ -83,7 +50,7 @@ func TestPruningAndHealingLeaveMountsAlone(t *testing.T) {
 	pointers := publishVersions(t, t.TempDir(), "1", "2", "3")
 	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
 	first := stageOne(t, releases, pointers[0])
-	precious := bindMount(t, filepath.Join(first.Dir, "log"))
+	precious := treetest.BindMount(t, filepath.Join(first.Dir, "log"))
 	if err := releases.Switch(first); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
+	"kedge/artifact/treetest"
 )
 
 // Cut connections cost requests, and no bytes twice: within one fetch, and from a fetch that failed to the next.
@@ -94,7 +95,7 @@ func TestAFrameIsWrittenAfterAFailure(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	content := []byte(prose(1, 5000))
+	content := []byte(treetest.Prose(1, 5000))
 	for range 30 { // whatever a select chooses
 		b, err := newBuilder(t.TempDir(), &index{archive: true,
 			entries: []entry{{path: "file", mode: 0o644, size: int64(len(content)), sum: digestOf(content), offset: 512}},
@@ -175,7 +176,7 @@ func TestTheLogSaysWhyMoreIsFetched(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			sameTree(t, rel.Dir, routes.new)
+			treetest.Same(t, rel.Dir, routes.new)
 			log := n.log.String()
 			if lines := strings.Count(log, "\n"); lines != min(1, len(c.says)) {
 				t.Errorf("the log has %d lines:\n%s", lines, log)
@@ -211,7 +212,7 @@ func TestTheOldReleaseGoesMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", route, err)
 		}
-		sameTree(t, next.Dir, routes.new)
+		treetest.Same(t, next.Dir, routes.new)
 	}
 }
 

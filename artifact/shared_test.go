@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -22,8 +23,8 @@ func TestSharedPathsStay(t *testing.T) {
 		if err := os.MkdirAll(filepath.Join(dir, "public/uploads/old"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		write(t, filepath.Join(dir, "public/uploads/old/seed"), "the same in all")
-		write(t, filepath.Join(dir, "public/index"), "the same in all")
+		treetest.WriteFile(t, filepath.Join(dir, "public/uploads/old/seed"), "the same in all")
+		treetest.WriteFile(t, filepath.Join(dir, "public/index"), "the same in all")
 		out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: dir, To: "file://" + store,
 			Manifest: deployments.Manifest{Name: "app", Version: version, Dest: "/srv/app", Strategy: deployments.StrategyRelease,
 				Shared: []string{"log", "public/uploads"}, Immutable: immutable}})
@@ -38,8 +39,8 @@ func TestSharedPathsStay(t *testing.T) {
 	}
 	live := func(p string) string { return filepath.Join(releases.dest, p) }
 	stage("1", false)
-	write(t, live("log/today"), "logged")
-	write(t, live("public/uploads/picture"), "uploaded")
+	treetest.WriteFile(t, live("log/today"), "logged")
+	treetest.WriteFile(t, live("public/uploads/picture"), "uploaded")
 	if err := os.Remove(live("public/uploads/old/seed")); err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +57,7 @@ func TestSharedPathsStay(t *testing.T) {
 	if found, err := releases.Verify(t.Context(), three, 0); err != nil || len(found) > 0 {
 		t.Errorf("shared paths are no difference: %v, %v", found, err)
 	}
-	write(t, live(parts[0]), "broken")
+	treetest.WriteFile(t, live(parts[0]), "broken")
 	if err := releases.Heal(t.Context(), three); err != nil {
 		t.Fatal(err)
 	}

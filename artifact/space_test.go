@@ -10,15 +10,16 @@ import (
 	"testing"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
 // Directories take space, too: a small index can name more of them than a disk holds.
 func TestDirectoriesTakeSpace(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
+	treetest.NeedRoot(t)
 	disk := t.TempDir()
-	mountTmpfs(t, disk, "size=64m,nr_inodes=0")
+	treetest.MountTmpfs(t, disk, "size=64m,nr_inodes=0")
 	x := &index{}
 	for i := range 200_000 {
 		x.entries = append(x.entries, entry{kind: kindDir, path: fmt.Sprint(i), mode: 0o755})
@@ -52,7 +53,7 @@ func TestDeltaAsLargeAsTheArchiveIsPassedOver(t *testing.T) {
 	if _, err := fetchIndexed(t.Context(), object.New(object.Config{}), &m, old.asBase(old.dir), dir, opt); err != nil {
 		t.Fatal(err)
 	}
-	sameTree(t, dir, new.dir)
+	treetest.Same(t, dir, new.dir)
 	if !strings.Contains(log.String(), "the delta is as large as the archive") {
 		t.Errorf("nothing is said of it: %s", log.String())
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -116,7 +117,7 @@ func spoolsIn(t *testing.T, dir string) (found []string) {
 // ended, if it is the same object still; nothing of it is used before all of it has the right checksum.
 func TestALargePlainArchiveGoesOn(t *testing.T) {
 	t.Parallel()
-	content := random(7, minSpooled+8<<20)
+	content := treetest.Random(7, minSpooled+8<<20)
 	data := tarWith(t, content)
 	size := int64(len(data))
 	const step = 8 << 20
@@ -200,7 +201,7 @@ func TestALargePlainArchiveGoesOn(t *testing.T) {
 // What was fetched of an archive goes once the release is refused, or another one is fetched.
 func TestASpoolGoes(t *testing.T) {
 	t.Parallel()
-	data := tarWith(t, random(8, minSpooled))
+	data := tarWith(t, treetest.Random(8, minSpooled))
 	for name, c := range map[string]struct {
 		wrong   bool // the checksum
 		another bool // comes after the cut
@@ -244,8 +245,8 @@ func TestASpoolGoes(t *testing.T) {
 // A disk that holds the tree, but not the archive beside it, has it streamed again.
 func TestASpoolNeedsRoom(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
-	content := random(9, minSpooled)
+	treetest.NeedRoot(t)
+	content := treetest.Random(9, minSpooled)
 	for name, c := range map[string]struct {
 		disk    string
 		archive []byte
@@ -255,7 +256,7 @@ func TestASpoolNeedsRoom(t *testing.T) {
 		"gz": {"size=38m", compressed(t, "gzip", tarWith(t, content, make([]byte, 10<<20)), "-1")},
 	} {
 		disk, archive := t.TempDir(), c.archive
-		mountTmpfs(t, disk, c.disk)
+		treetest.MountTmpfs(t, disk, c.disk)
 		s := servePlain(t, archive)
 		rel := plainRelease(s.URL, filepath.Join(disk, name), md5.Sum(archive), deployments.StrategyMv)
 		trees := filepath.Join(disk, "trees")

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -36,7 +37,7 @@ func newStatsWorld(t *testing.T) *statsWorld {
 		if err := os.MkdirAll(filepath.Join(tree, "same/in"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		write(t, filepath.Join(tree, sharedFile), "as published")
+		treetest.WriteFile(t, filepath.Join(tree, sharedFile), "as published")
 		m := template(version)
 		m.Immutable = true
 		out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + store, Manifest: m})
@@ -107,7 +108,7 @@ func (w *statsWorld) tamper(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	write(t, path, "As Published")
+	treetest.WriteFile(t, path, "As Published")
 	if err := os.Chtimes(path, info.ModTime(), info.ModTime()); err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +257,7 @@ func TestLinkByNameTakesNothingElse(t *testing.T) {
 	} {
 		old, dir := t.TempDir(), t.TempDir()
 		file := filepath.Join(old, "file")
-		write(t, file, "content")
+		treetest.WriteFile(t, file, "content")
 		past := time.Now().Add(-time.Hour) // so that a write is seen however coarse the clock is
 		if err := errors.Join(os.Chmod(file, 0o644), os.Chtimes(file, past, past)); err != nil {
 			t.Fatal(err)
@@ -294,22 +295,22 @@ func TestLinkByNameTakesNothingElse(t *testing.T) {
 // has moved is linked to any that has its content.
 func TestFilesAreLinkedPathByPath(t *testing.T) {
 	t.Parallel()
-	dir := testFile{mode: fs.ModeDir | 0o755}
-	old := testTree{
-		"a": dir, "a/same": {mode: 0o644, data: "equal"}, "b": dir, "b/same": {mode: 0o644, data: "equal"},
-		"c": dir, "c/moves": {mode: 0o644, data: "moved"},
+	dir := treetest.File{Mode: fs.ModeDir | 0o755}
+	old := treetest.Tree{
+		"a": dir, "a/same": {Mode: 0o644, Data: "equal"}, "b": dir, "b/same": {Mode: 0o644, Data: "equal"},
+		"c": dir, "c/moves": {Mode: 0o644, Data: "moved"},
 	}
-	next := testTree{
-		"a": dir, "a/same": {mode: 0o644, data: "equal"}, "b": dir, "b/same": {mode: 0o644, data: "equal"},
-		"d": dir, "d/moved": {mode: 0o644, data: "moved"}, "d/new": {mode: 0o644, data: "new"},
+	next := treetest.Tree{
+		"a": dir, "a/same": {Mode: 0o644, Data: "equal"}, "b": dir, "b/same": {Mode: 0o644, Data: "equal"},
+		"d": dir, "d/moved": {Mode: 0o644, Data: "moved"}, "d/new": {Mode: 0o644, Data: "new"},
 	}
 	one, two, got := t.TempDir(), t.TempDir(), t.TempDir()
-	old.write(t, one)
-	next.write(t, two)
+	old.Write(t, one)
+	next.Write(t, two)
 	from, to := publishTree(t, one), publishTree(t, two)
 	to.manifest.Immutable = true
 	mustFetch(t, to.manifest, from.asBase(one), got)
-	sameTree(t, got, two)
+	treetest.Same(t, got, two)
 	for new, old := range map[string]string{"a/same": "a/same", "b/same": "b/same", "d/moved": "c/moves"} {
 		was, err := os.Stat(filepath.Join(one, old))
 		if err != nil {

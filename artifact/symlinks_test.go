@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -15,7 +16,7 @@ import (
 func TestSymlinksThatLeadOut(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
-	write(t, filepath.Join(outside, "python3"), "system")
+	treetest.WriteFile(t, filepath.Join(outside, "python3"), "system")
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
 	if err := os.Symlink(filepath.Join(outside, "python3"), filepath.Join(tree, "python")); err != nil {

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"kedge/artifact/object"
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
@@ -27,7 +28,7 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(home) })
-	mountTmpfs(t, home, "size=64m")
+	treetest.MountTmpfs(t, home, "size=64m")
 	const uid = 4321
 	if err := os.Chown(home, uid, uid); err != nil {
 		t.Fatal(err)
@@ -75,7 +76,7 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 		if err := whole(dest); err != nil {
 			t.Errorf("killed at step %d: %v", n, err)
 		}
-		if top, private := list(t, dest+".releases"), list(t, left); len(top) != 2 || len(private) != 4 { // what was healed stays for who works in it
+		if top, private := treetest.List(t, dest+".releases"), treetest.List(t, left); len(top) != 2 || len(private) != 4 { // what was healed stays for who works in it
 			t.Errorf("killed at step %d, it leaves %q and %q", n, top, private)
 		}
 		if !killed {

@@ -1,0 +1,339 @@
+// Package treetest makes trees of files for tests, and describes and compares them.
+package treetest
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Tree is a tree as a test thinks of it: what lies at each path.
+type Tree map[string]File
+
+// File is what lies at one path: a file, unless Mode or Same says otherwise.
+type File struct {
+	Mode   fs.FileMode // with its type
+	Data   string
+	Target string // of a symbolic link
+	Same   string // the path that this is another name of
+}
+
+// Write makes the tree in dir. Each directory of a path must be in the tree as well.
+func (tree Tree) Write(t testing.TB, dir string) {
+	t.Helper()
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	paths := tree.Paths()
+	for _, p := range paths {
+		f := tree[p]
+		full := filepath.Join(dir, p)
+		switch {
+		case f.Mode.IsDir():
+			check(os.Mkdir(full, 0o700))
+		case f.Mode&fs.ModeSymlink != 0:
+			check(os.Symlink(f.Target, full))
+		case f.Same != "":
+			check(os.Link(filepath.Join(dir, f.Same), full))
+		default:
+			check(os.WriteFile(full, []byte(f.Data), 0o600))
+			check(os.Chmod(full, f.Mode))
+		}
+	}
+	for _, p := range paths {
+		if f := tree[p]; f.Mode.IsDir() {
+			check(os.Chmod(filepath.Join(dir, p), f.Mode))
+		}
+	}
+}
+
+// Paths returns the paths in the order of a walk: a directory, then what is in it.
+func (tree Tree) Paths() []string {
+	parts := func(p string) []string { return strings.Split(p, "/") }
+	paths := slices.Collect(maps.Keys(tree))
+	slices.SortFunc(paths, func(a, b string) int { return slices.Compare(parts(a), parts(b)) })
+	return paths
+}
+
+// Snapshot returns a description of a tree on disk, one line a path, so that two can be compared.
+func Snapshot(t testing.TB, dir string) string {
+	t.Helper()
+	var b strings.Builder
+	first := map[uint64]string{}
+	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || p == dir {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		name, _ := filepath.Rel(dir, p)
+		switch {
+		case info.Mode().IsRegular():
+			data, err := os.ReadFile(p)
+			if err != nil {
+				return err
+			}
+			ino := InodeOf(info)
+			if first[ino] == "" {
+				first[ino] = name
+			}
+			fmt.Fprintf(&b, "%q %s %d %x of %q\n", name, info.Mode(), len(data), sha256.Sum256(data), first[ino])
+		case info.Mode()&fs.ModeSymlink != 0:
+			target, _ := os.Readlink(p)
+			fmt.Fprintf(&b, "%q -> %q\n", name, target)
+		default:
+			fmt.Fprintf(&b, "%q %s\n", name, info.Mode())
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// Same fails the test if two trees on disk differ.
+func Same(t testing.TB, got, want string) {
+	t.Helper()
+	g, w := Snapshot(t, got), Snapshot(t, want)
+	if g == w {
+		return
+	}
+	gl, wl := strings.Split(g, "\n"), strings.Split(w, "\n")
+	for i := range max(len(gl), len(wl)) {
+		var a, b string
+		if i < len(gl) {
+			a = gl[i]
+		}
+		if i < len(wl) {
+			b = wl[i]
+		}
+		if a != b {
+			t.Fatalf("the trees differ:\n got %s\nwant %s", a, b)
+		}
+	}
+}
+
+// InodeOf returns a file's inode number.
+func InodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
+
+// Sample returns a tree with one of everything.
+func Sample(seed uint64) Tree {
+	tree := Tree{
+		"empty":                 {Mode: 0o644},
+		"bin":                   {Mode: fs.ModeDir | 0o755},
+		"bin/server":            {Mode: 0o755, Data: Noise(seed, 2<<20) + Prose(seed, 2<<20) + Noise(seed+1, 777)},
+		"bin/alias":             {Mode: fs.ModeSymlink, Target: "server"},
+		"bin/server2":           {Same: "bin/server"},
+		"bin.d":                 {Mode: fs.ModeDir | 0o755},
+		"hollow":                {Mode: fs.ModeDir | 0o755},
+		"lib":                   {Mode: fs.ModeDir | 0o755},
+		"lib/deep":              {Mode: fs.ModeDir | 0o755},
+		"lib/deep/up":           {Mode: fs.ModeSymlink, Target: "../../bin/server"},
+		"lib/exact":             {Mode: 0o444, Data: Noise(seed, 1<<20)},
+		"lib/below":             {Mode: 0o600, Data: Noise(seed+3, 1<<20-1)},
+		"lib/" + Long("n", 200): {Mode: 0o644, Data: "long"},
+		"lib/" + Long("d", 120): {Mode: fs.ModeDir | 0o755},
+		"lib/" + Long("d", 120) + "/" + Long("é", 120): {Mode: 0o644, Data: "longer"},
+		"lib/latin\xe9": {Mode: 0o644, Data: "not UTF-8"},
+		"lib/new\nline": {Mode: 0o644, Data: "odd"},
+	}
+	for i := range 300 {
+		tree[fmt.Sprintf("lib/deep/file%03d.txt", i)] = File{Mode: 0o644, Data: Prose(seed+uint64(i), i*37)}
+	}
+	return tree
+}
+
+// Noise returns n bytes that don't compress.
+func Noise(seed uint64, n int) string {
+	return string(Random(byte(seed), n))
+}
+
+// Random returns n bytes that depend on seed alone, and don't compress.
+func Random(seed byte, n int) []byte {
+	data := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(data)
+	return data
+}
+
+// proseTexts are the longest texts that prose has made, by seed: under the race detector it is slow.
+var proseTexts sync.Map
+
+// Prose returns n bytes that do. A shorter text of a seed is the beginning of a longer one.
+func Prose(seed uint64, n int) string {
+	if text, _ := proseTexts.Load(seed); text != nil && len(text.(string)) >= n {
+		return text.(string)[:n]
+	}
+	r := rand.New(rand.NewPCG(seed, 2))
+	words := strings.Fields("the anchor was dropped where the ship should go and every node hauls itself to it by the rope")
+	var b strings.Builder
+	for b.Len() < n {
+		b.WriteString(words[r.IntN(len(words))])
+		b.WriteByte(" \n"[r.IntN(2)])
+	}
+	proseTexts.Store(seed, b.String())
+	return b.String()[:n]
+}
+
+// Long repeats s until it has n bytes, or a little less.
+func Long(s string, n int) string { return strings.Repeat(s, n/len(s)) }
+
+// Untar unpacks an archive in zstd with the system's tar, which must have nothing to say about it.
+func Untar(t testing.TB, archive, dir string) {
+	t.Helper()
+	out, err := exec.Command("tar", "--zstd", "-xpf", archive, "-C", dir).CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+}
+
+// List returns the names in a directory, sorted.
+func List(t testing.TB, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// Relink makes a symbolic link to target at path, in the place of what is there.
+func Relink(t testing.TB, path, target string) {
+	t.Helper()
+	os.Remove(path)
+	if err := os.Symlink(target, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// WriteFile writes a file.
+func WriteFile(t *testing.T, file, data string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(data), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Mkdir makes a directory, and those above it, and gives it to a user and the group of the same number.
+func Mkdir(t *testing.T, path string, uid int) string {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(path, 0o755), os.Chown(path, uid, uid)); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// MakeDeep makes directories in one another, each called d.
+func MakeDeep(t *testing.T, top string, levels int) {
+	t.Helper()
+	fd, err := unix.Openat(unix.AT_FDCWD, top, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	for range levels {
+		if err != nil {
+			t.Fatal(err)
+		}
+		next := -1
+		if err = unix.Mkdirat(fd, "d", 0o755); err == nil {
+			next, err = unix.Openat(fd, "d", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		}
+		unix.Close(fd)
+		fd = next
+	}
+	unix.Close(fd)
+}
+
+// NeedRoot fails a test that doesn't run as root, and skips it with -short.
+func NeedRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if testing.Short() {
+		t.Skip("takes root: left out with -short")
+	}
+	t.Fatal("to be somebody else takes root")
+}
+
+// OpenHome makes a directory that everybody may enter, removed with the test.
+func OpenHome(t *testing.T) string {
+	t.Helper()
+	NeedRoot(t)
+	home, err := os.MkdirTemp("", "kedge-place-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(home) })
+	if err := os.Chmod(home, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return home
+}
+
+// MountTmpfs mounts a file system in memory on dir, for the time of the test.
+func MountTmpfs(t testing.TB, dir, options string) {
+	t.Helper()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatalf("mounting a small file system: %v", err)
+	}
+	t.Cleanup(func() {
+		// It goes when nobody holds it any more: the kernel lets go of an image on it some time after the image's own
+		// unmount, and not at all while a machine that another test boots has copies of all mounts.
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// BindMount mounts a directory that holds one file on path, which it makes, and returns the file.
+func BindMount(t *testing.T, path string) (file string) {
+	t.Helper()
+	data := t.TempDir()
+	file = filepath.Join(data, "precious")
+	WriteFile(t, file, "data")
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(data, path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	root, err := filepath.EvalSymlinks(filepath.Dir(data)) // of all temporary directories of the test
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // wherever the directory has gone
+		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(mounts)) {
+			at := strings.ReplaceAll(strings.Fields(line)[4], `\040`, " ")
+			if !strings.HasPrefix(at, root+"/") {
+				continue
+			}
+			if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return file
+}
