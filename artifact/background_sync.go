@@ -5,6 +5,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/artifact/safefs"
 )
 
 // backgroundSyncStep is how many bytes are written from the start of one background sync to the start of the next.
@@ -45,7 +47,7 @@ func (w *backgroundSync) wrote(n int64) {
 		defer w.mu.Unlock()
 		w.busy = false
 		if err != nil {
-			w.errs = append(w.errs, failed("sync", ".", err))
+			w.errs = append(w.errs, safefs.PathError("sync", ".", err))
 		}
 	})
 }

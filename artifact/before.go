@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments/durable"
 )
 
@@ -20,7 +21,7 @@ func (t treeSwitcher) forget() error {
 	if t.c.Before == "" {
 		return nil
 	}
-	return removeTree(t.c.Before)
+	return safefs.RemoveTree(t.c.Before)
 }
 
 // keptTree is the copy of what was at dest before the strategy rsync wrote over it.
@@ -49,7 +50,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err != nil {
 		return err
 	}
-	mounts, err := mountsBelow(dest.Path(""))
+	mounts, err := safefs.MountsBelow(dest.Path(""))
 	if err != nil {
 		return fmt.Errorf("looking for mounts in dest: %w", err)
 	}
@@ -71,10 +72,10 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 		return errors.Join(
 			fmt.Errorf("keeping a copy of what is at %s before the first release: %w", r.Manifest.Dest, err), s.forget())
 	}
-	if err := syncFS(part); err != nil {
+	if err := durable.SyncFS(part); err != nil {
 		return err
 	}
-	return moveDurably(part, s.keptTree())
+	return durable.Rename(part, s.keptTree())
 }
 
 // checkCopy returns an error if dir's disk has no room for what rsync would copy with args.
@@ -99,7 +100,7 @@ var transferSize = regexp.MustCompile(`(?m)^Total transferred file size: ([0-9]+
 // Restore has rsync make dest as it was before the first release. What is excluded or mounted there was never
 // changed.
 func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
-	if s.c.Before == "" || !exists(s.keptTree()) {
+	if s.c.Before == "" || !safefs.Exists(s.keptTree()) {
 		return false, nil
 	}
 	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // the file of exclude_from lies in its tree
@@ -117,7 +118,7 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if err := s.tool(ctx, "rsync", append(args, "-H", s.keptTree()+"/", dest.PathForTool("")+"/")...); err != nil {
 		return false, fmt.Errorf("putting back what was at %s before the first release: %w", r.Manifest.Dest, err)
 	}
-	return true, syncFS(dest.Path(""))
+	return true, durable.SyncFS(dest.Path(""))
 }
 
 // identity returns text that distinguishes a file from every other, including a later one with the same inode.
@@ -190,12 +191,12 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 		if id, err := identity(moved); err != nil || id != string(want) {
 			continue
 		}
-		if exists(dest) {
-			if err := errors.Join(m.discard(aside), moveDurably(dest, aside)); err != nil {
+		if safefs.Exists(dest) {
+			if err := errors.Join(m.discard(aside), durable.Rename(dest, aside)); err != nil {
 				return false, err
 			}
 		}
-		if err := moveDurably(moved, dest); err != nil {
+		if err := durable.Rename(moved, dest); err != nil {
 			return false, err
 		}
 		return true, m.discard(aside)
@@ -209,8 +210,8 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 
 // discard removes a release that failed. Mounts in it remain, and don't prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
-	err := removeTree(aside)
-	if errors.Is(err, errMounted) && m.c.Log != nil {
+	err := safefs.RemoveTree(aside)
+	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {
 		m.c.Log.Warn("a release that failed can't be removed", "error", err)
 		return nil
 	}

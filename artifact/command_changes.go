@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -130,7 +131,7 @@ func writeChanges(file string, made []commandChange) error {
 // recordBefore records the differences of a tree before its release's commands run. If there is a record already, the
 // commands ran before and were cut off: it is kept.
 func (f changeFiles) recordBefore(dir string, differences []Difference) error {
-	if exists(f.before) {
+	if safefs.Exists(f.before) {
 		return nil
 	}
 	root, err := os.OpenRoot(dir)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+
+	"kedge/artifact/safefs"
 )
 
 // heals reports whether staging a release anew would remove any of its tree's differences.
@@ -32,7 +34,7 @@ func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	}
 	defer leave()
 	files := r.changeFiles(filepath.Base(rel.Dir))
-	if exists(files.before) {
+	if safefs.Exists(files.before) {
 		return nil
 	}
 	found, err := r.differences(ctx, rel, verification{quick: true})

@@ -8,6 +8,8 @@ import (
 	"path"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/artifact/safefs"
 )
 
 // restorer restores what a release's commands made in a newly unpacked tree. It takes it from the live tree, by
@@ -169,9 +171,7 @@ func (r *restorer) remove(p string) error {
 		return err
 	}
 	defer parent.Close()
-	rm := remover{top: -1}
-	rm.remove(int(parent.Fd()), path.Base(p), p, 0)
-	return errors.Join(rm.errs...)
+	return safefs.RemoveAt(int(parent.Fd()), path.Base(p), p)
 }
 
 // attributes sets a path's mode, and its owner if that was recorded, to what the commands left.
@@ -268,7 +268,7 @@ func (r *restorer) share(p string) error {
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
-	return failed("link", p, err)
+	return safefs.PathError("link", p, err)
 }
 
 // keepOwners copies owners from the live tree to each path of the same type in the new one. In a release that

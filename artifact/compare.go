@@ -8,12 +8,20 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"kedge/artifact/safefs"
 )
 
 // compareDest returns how the tree at rel's dest, whoever put it there, differs from the release's tree, which is
 // unpacked at tree. It compares type, content, mode and link, and the owner if the manifest names one. It skips
 // shared paths and mounts.
-func compareDest(ctx context.Context, place *Place, rel *Release, tree string, limit int64) ([]Difference, error) {
+func compareDest(
+	ctx context.Context,
+	place *safefs.Place,
+	rel *Release,
+	tree string,
+	limit int64,
+) ([]Difference, error) {
 	dest := place.Path(filepath.Base(rel.Manifest.Dest))
 	info, err := os.Stat(dest)
 	switch {
@@ -28,7 +36,7 @@ func compareDest(ctx context.Context, place *Place, rel *Release, tree string, l
 	if err != nil {
 		return nil, err
 	}
-	skip, err := mountsBelow(dest)
+	skip, err := safefs.MountsBelow(dest)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +82,8 @@ func (l linkSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([
 	if err != nil {
 		return nil, err
 	}
-	place, err := OpenPlace(rel.Manifest.Dest, PlaceOptions{Within: l.releases.within, Owner: rel.Manifest.Owner})
+	place, err := safefs.OpenPlace(rel.Manifest.Dest,
+		safefs.PlaceOptions{Within: l.releases.within, Owner: rel.Manifest.Owner})
 	if err != nil {
 		return nil, err
 	}

@@ -2,7 +2,6 @@ package artifact
 
 import (
 	"context"
-	"kedge/artifact/treetest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +10,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"kedge/artifact/safefs"
+	"kedge/artifact/treetest"
 )
 
 // deepTree is the environment variable by which TestDeepTrees runs itself.
@@ -65,11 +67,11 @@ func walkDeepTree(t *testing.T, top string) {
 	if _, err := indexOfTree(t.Context(), top); err == nil || !strings.Contains(err.Error(), "directories deep") {
 		t.Errorf("a list of hashes: %v", err)
 	}
-	if err := emptyDir(top); err != nil {
+	if err := safefs.EmptyDir(top); err != nil {
 		t.Error(err)
 	}
 	treetest.MakeDeep(t, top, 300)
-	if err := removeTree(top); err != nil {
+	if err := safefs.RemoveTree(top); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Lstat(top); !os.IsNotExist(err) {

@@ -491,7 +491,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		return true, nil
 	}
 	f.spoiled.add(e.path)
-	return readOn, errors.Join(err, w.dirs.remove(e.path))
+	return readOn, errors.Join(err, w.dirs.Remove(e.path))
 }
 
 // patched is the writer of a patch's output. It records whether an error came from writing, not from the patch.

@@ -194,11 +194,13 @@ func TestDeltaWhereKindsChange(t *testing.T) {
 	data := treetest.Noise(1, 20_000)
 	treetest.Tree{
 		"a": {Mode: 0o644, Data: data}, "dir": {Mode: fs.ModeDir | 0o755}, "dir/file": {Mode: 0o644, Data: data + "1"},
-		"hard": {Same: "a"}, "link": {Mode: fs.ModeSymlink, Target: "a"}, "none": {Mode: 0o644}, "plain": {Mode: 0o644, Data: "p"},
+		"hard": {Same: "a"}, "link": {Mode: fs.ModeSymlink, Target: "a"}, "none": {Mode: 0o644}, "plain": {Mode: 0o644,
+			Data: "p"},
 	}.Write(t, one)
 	treetest.Tree{
 		"a": {Mode: 0o644, Data: data + "2"}, "dir": {Mode: 0o644, Data: data + "3"}, "hard": {Mode: 0o644, Data: data + "4"},
-		"link": {Mode: 0o644, Data: data + "5"}, "none": {Mode: 0o644, Data: data + "6"}, "plain": {Mode: fs.ModeSymlink, Target: "a"},
+		"link": {Mode: 0o644, Data: data + "5"}, "none": {Mode: 0o644, Data: data + "6"}, "plain": {Mode: fs.ModeSymlink,
+			Target: "a"},
 	}.Write(t, two)
 	old := publishTree(t, one)
 	new := publishTree(t, two, old)

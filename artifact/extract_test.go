@@ -26,6 +26,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
@@ -126,7 +127,8 @@ func TestArchivesOfAnyone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for p, want := range map[string]string{"closed/run": "#!/bin/sh\n", "link": "replaced", "hard": "#!/bin/sh\n", treetest.Long("name/", 300) + "x": "long"} {
+			for p, want := range map[string]string{"closed/run": "#!/bin/sh\n", "link": "replaced", "hard": "#!/bin/sh\n",
+				treetest.Long("name/", 300) + "x": "long"} {
 				if got, err := os.ReadFile(filepath.Join(dir, p)); err != nil || string(got) != want {
 					t.Errorf("%s: %q, %v", p, got, err)
 				}
@@ -222,7 +224,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 	if err := os.WriteFile(path, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	daemon, err := lookupUser("daemon")
+	daemon, err := safefs.LookupUser("daemon")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -695,7 +697,7 @@ func FuzzExtract(f *testing.F) {
 				t.Fatalf("it unpacked what no release may hold: %v", err)
 			}
 		}
-		if err := removeTree(dir); err != nil {
+		if err := safefs.RemoveTree(dir); err != nil {
 			t.Fatal(err)
 		}
 	})

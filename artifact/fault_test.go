@@ -56,7 +56,8 @@ func newRoutes(t testing.TB, large int) *routes {
 	t.Helper()
 	r := &routes{gateway: objecttest.Start(t), disk: quickDir(t), old: t.TempDir(), new: t.TempDir(), to: map[string]deployments.Pointer{}}
 	server := treetest.Random(1, large)
-	tree := treetest.Tree{"bin": {Mode: os.ModeDir | 0o755}, "bin/server": {Mode: 0o755, Data: string(server)}, "lib": {Mode: os.ModeDir | 0o755}}
+	tree := treetest.Tree{"bin": {Mode: os.ModeDir | 0o755}, "bin/server": {Mode: 0o755, Data: string(server)},
+		"lib": {Mode: os.ModeDir | 0o755}}
 	for i := range 30 {
 		tree[fmt.Sprintf("lib/%02d.txt", i)] = treetest.File{Mode: 0o644, Data: treetest.Prose(uint64(i), 2000)}
 	}

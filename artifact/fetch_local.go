@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -39,7 +40,7 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	top, err := openDir(b.dir)
+	top, err := safefs.OpenDir(b.dir)
 	if err != nil {
 		return nil, err
 	}
@@ -103,31 +104,31 @@ func (s *source) has(i int) bool { return s != nil && s.matches[i] >= 0 }
 // sourceReader opens files of a source. Each goroutine needs its own.
 type sourceReader struct {
 	*source
-	dirs   dirs
+	dirs   safefs.Dirs
 	buffer []byte
 }
 
 func (s *source) reader() *sourceReader {
-	return &sourceReader{source: s, dirs: dirs{top: s.top}, buffer: make([]byte, 256<<10)}
+	return &sourceReader{source: s, dirs: safefs.Dirs{Top: s.top}, buffer: make([]byte, 256<<10)}
 }
 
-func (r *sourceReader) close() { r.dirs.close() }
+func (r *sourceReader) close() { r.dirs.Close() }
 
 // open opens an entry's file, which must be a regular file of the right size.
 func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	e := &r.index.entries[i]
 	// O_NONBLOCK, as opening a pipe would block for ever. O_NOATIME, as noting each time of access would write
 	// each inode.
-	fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
+	fd, err = r.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) { // the file belongs to another user
-		fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+		fd, err = r.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
 	if err != nil {
 		return -1, info, err
 	}
 	err = unix.Fstat(fd, &info)
 	if err == nil && (info.Mode&unix.S_IFMT != unix.S_IFREG || info.Size != e.size) {
-		err = errChanging
+		err = safefs.ErrChanging
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -157,7 +158,7 @@ type sharing struct {
 // newSharing allows hard links if nothing writes into live trees. An inode has one owner, so a file whose owner
 // will change must not be linked: the live release would change, too.
 func newSharing(m *deployments.Manifest) sharing {
-	uid, gid, err := ownerOf(m.Owner)
+	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
 		uid = os.Geteuid()
 	}
@@ -224,7 +225,7 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 			continue
 		}
 		if to == nil {
-			fd, err := w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
+			fd, err := w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
 			if err != nil {
 				return err
 			}
@@ -288,7 +289,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 	}
 	if e.size <= int64(len(old.buffer)) && share.noClone.Load() {
 		data := old.buffer[:e.size]
-		if readAll(from, data, 0) != nil || digestOf(data) != e.sum {
+		if safefs.ReadAll(from, data, 0) != nil || digestOf(data) != e.sum {
 			return nil
 		}
 		return w.writeFile(i, data)
@@ -298,8 +299,8 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		return err
 	}
 	right, err := copyContent(to, f, e, old, share)
-	if err = errors.Join(err, failed("close", e.path, unix.Close(to))); err != nil || !right {
-		return errors.Join(err, w.dirs.remove(e.path))
+	if err = errors.Join(err, safefs.PathError("close", e.path, unix.Close(to))); err != nil || !right {
+		return errors.Join(err, w.dirs.Remove(e.path))
 	}
 	w.ready[i] = true
 	if share.noClone.Load() { // a clone shares blocks that are on the disk
@@ -331,7 +332,7 @@ func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) 
 	var failure error
 	err := old.read(from, e.size, func(data []byte) bool {
 		h.Write(data)
-		failure = failed("write", e.path, writeAll(to, data))
+		failure = safefs.PathError("write", e.path, safefs.WriteAll(to, data))
 		return failure == nil
 	})
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.sum, failure
@@ -344,7 +345,7 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 		return false, nil
 	}
 	e := &w.index.entries[i]
-	from, oldName, err := old.dirs.at(old.index.entries[n].path)
+	from, oldName, err := old.dirs.At(old.index.entries[n].path)
 	if err != nil {
 		return false, nil
 	}
@@ -367,7 +368,7 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 // then, or the file has changed, it makes nothing.
 func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.Stat_t,
 	share sharing) (*unix.Stat_t, error) {
-	dir, name, err := w.dirs.at(e.path)
+	dir, name, err := w.dirs.At(e.path)
 	if err != nil {
 		return nil, err
 	}
@@ -377,14 +378,14 @@ func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.
 	var after unix.Stat_t
 	err = unix.Fstatat(dir, name, &after, unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil || !share.mayLink(after, e) || after.Size != e.size || !statOf(before).sameContent(statOf(&after)) {
-		return nil, w.dirs.remove(e.path)
+		return nil, w.dirs.Remove(e.path)
 	}
 	return &after, nil
 }
 
 // link gives an open file, whose content was hashed, e's name.
 func (w *treeWorker) link(from int, e *entry) error {
-	dir, name, err := w.dirs.at(e.path)
+	dir, name, err := w.dirs.At(e.path)
 	if err != nil {
 		return err
 	}
@@ -400,7 +401,7 @@ func (w *treeWorker) link(from int, e *entry) error {
 func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
 	for at := int64(0); at < size; {
 		data := r.buffer[:min(size-at, int64(len(r.buffer)))]
-		if err := readAll(fd, data, at); err != nil {
+		if err := safefs.ReadAll(fd, data, at); err != nil {
 			return err
 		}
 		if !each(data) {
@@ -414,7 +415,7 @@ func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
 func (r *sourceReader) hash(fd int, size int64) (deployments.Digest, error) {
 	if size <= int64(len(r.buffer)) {
 		data := r.buffer[:size]
-		err := readAll(fd, data, 0)
+		err := safefs.ReadAll(fd, data, 0)
 		return digestOf(data), err
 	}
 	h := sha256.New()

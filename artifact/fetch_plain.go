@@ -18,6 +18,7 @@ import (
 	"strings"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -34,13 +35,13 @@ func extractFrom(
 ) error {
 	var own error
 	try := func(s object.Source) error {
-		if err := emptyDir(dir); err != nil { // a tree can't be gone on with
+		if err := safefs.EmptyDir(dir); err != nil { // a tree can't be gone on with
 			own = err
 			return nil
 		}
 		err := extract(ctx, s, m, dir, opt, owners)
 		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // the tree alone may have room
-			if own = errors.Join(dropSpools(dir, ""), emptyDir(dir)); own != nil {
+			if own = errors.Join(dropSpools(dir, ""), safefs.EmptyDir(dir)); own != nil {
 				return nil
 			}
 			streams := opt

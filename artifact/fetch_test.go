@@ -185,7 +185,9 @@ func TestImmutableReleasesShareFiles(t *testing.T) {
 func TestFilesOfAnotherDiskAreCopied(t *testing.T) {
 	t.Parallel()
 	dir, got := quickDir(t), t.TempDir()
-	treetest.Tree{"file": {Mode: 0o644, Data: treetest.Noise(1, 400_000)}, "small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
+	treetest.Tree{
+		"file": {Mode: 0o644, Data: treetest.Noise(1, 400_000)}, "small": {Mode: 0o644, Data: "small"},
+	}.Write(t, dir)
 	p := publishTree(t, dir)
 	p.manifest.Immutable = true
 	if requests, _ := mustFetch(t, p.manifest, p.asBase(dir), got); requests > 0 {
@@ -243,11 +245,13 @@ func TestADamagedBaseIsHealed(t *testing.T) {
 				return err
 			})
 		},
-		"a shorter file":    func(t *testing.T, dir string) { os.Truncate(filepath.Join(dir, "bin/server"), 1<<20) },
-		"a missing file":    func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "bin/server")) },
-		"a directory gone":  func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "lib")) },
-		"all of it gone":    func(t *testing.T, dir string) { os.RemoveAll(dir) },
-		"a link for a file": func(t *testing.T, dir string) { treetest.Relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd") },
+		"a shorter file":   func(t *testing.T, dir string) { os.Truncate(filepath.Join(dir, "bin/server"), 1<<20) },
+		"a missing file":   func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "bin/server")) },
+		"a directory gone": func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "lib")) },
+		"all of it gone":   func(t *testing.T, dir string) { os.RemoveAll(dir) },
+		"a link for a file": func(t *testing.T, dir string) {
+			treetest.Relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd")
+		},
 		"a pipe for a file": func(t *testing.T, dir string) {
 			path := filepath.Join(dir, "lib/below")
 			if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)); err != nil {
@@ -328,7 +332,8 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 func TestAnIndexThatLies(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	treetest.Tree{"empty": {Mode: 0o644}, "large": {Mode: 0o644, Data: treetest.Noise(1, largeFrame+1000)}, "small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
+	treetest.Tree{"empty": {Mode: 0o644}, "large": {Mode: 0o644, Data: treetest.Noise(1, largeFrame+1000)},
+		"small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
 	p := publishTree(t, dir)
 	last := func(x *index) *frame { return &x.frames[len(x.frames)-1] }
 	for name, c := range map[string]struct {
@@ -431,7 +436,8 @@ func TestACutFetchIsResumed(t *testing.T) {
 // made anew. A release may have a file of the name that a fetch tries modes with.
 func TestACutFetchLeavesAFile(t *testing.T) {
 	t.Parallel()
-	tree := treetest.Tree{"large": {Mode: 0o644, Data: treetest.Noise(1, 2*largeFrame)}, ".kedge-mode": {Mode: 0o600, Data: "x"}}
+	tree := treetest.Tree{"large": {Mode: 0o644, Data: treetest.Noise(1, 2*largeFrame)},
+		".kedge-mode": {Mode: 0o600, Data: "x"}}
 	dir := t.TempDir()
 	tree.Write(t, dir)
 	p := publishTree(t, dir)
@@ -486,7 +492,8 @@ func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(got, "bin"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+treetest.Noise(9, largeFrame)), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+treetest.Noise(9, largeFrame)),
+				0o600); err != nil {
 				t.Fatal(err)
 			}
 			_, read := mustFetch(t, p.manifest, p.asBase(dir), got)

@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"kedge/artifact/safefs"
 )
 
 // builder makes an index's tree in a private directory.
@@ -115,8 +117,8 @@ func (b *builder) prepare(ctx context.Context) error {
 // makeDirs makes the directories, which their owner can write into until finish. It runs in parallel with the
 // workers that fill them: alone it took a tenth of the time for a tree of links.
 func (b *builder) makeDirs(ctx context.Context) error {
-	dirs := &dirs{top: b.top}
-	defer dirs.close()
+	dirs := &safefs.Dirs{Top: b.top}
+	defer dirs.Close()
 	for i := range b.index.entries {
 		if i%gateWidth == 0 && i > 0 {
 			close(b.made[i/gateWidth-1])
@@ -128,7 +130,7 @@ func (b *builder) makeDirs(ctx context.Context) error {
 		if e.kind != kindDir {
 			continue
 		}
-		err := dirs.mkdir(e.path, uint32(e.mode.Perm()|0o700))
+		err := dirs.Mkdir(e.path, uint32(e.mode.Perm()|0o700))
 		if errors.Is(err, fs.ErrExist) {
 			b.ready[i] = false
 			continue
@@ -282,8 +284,8 @@ func (b *builder) missing(old *source) []bool {
 
 // finish makes links, and sets directories' modes, when all files are there.
 func (b *builder) finish() error {
-	dirs := &dirs{top: b.top}
-	defer dirs.close()
+	dirs := &safefs.Dirs{Top: b.top}
+	defer dirs.Close()
 	for i := range b.index.entries {
 		e := &b.index.entries[i]
 		var err error
@@ -293,7 +295,7 @@ func (b *builder) finish() error {
 				err = fmt.Errorf("%w: the archive lacks a part of %q", ErrIndex, e.path)
 			}
 		case kindSymlink:
-			err = dirs.symlink(e.target, e.path)
+			err = dirs.Symlink(e.target, e.path)
 		case kindHardlink:
 			err = b.root.Link(b.index.entries[e.original].path, e.path)
 			b.stats[e.original] = fileStat{} // its ctime has changed
@@ -304,7 +306,7 @@ func (b *builder) finish() error {
 	}
 	for i, e := range slices.Backward(b.index.entries) {
 		if e.kind == kindDir && !b.ready[i] {
-			if err := dirs.chmod(e.path, unixMode(e.mode)); err != nil {
+			if err := dirs.Chmod(e.path, unixMode(e.mode)); err != nil {
 				return err
 			}
 		}
@@ -315,12 +317,12 @@ func (b *builder) finish() error {
 // treeWorker writes files. Each goroutine needs its own.
 type treeWorker struct {
 	*builder
-	dirs dirs
+	dirs safefs.Dirs
 }
 
-func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: dirs{top: b.top}} }
+func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: safefs.Dirs{Top: b.top}} }
 
-func (w *treeWorker) close() { w.dirs.close() }
+func (w *treeWorker) close() { w.dirs.Close() }
 
 // writeFrame decodes a frame, and writes the files that still lack its content.
 func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
@@ -368,8 +370,8 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 	if err != nil {
 		return err
 	}
-	err = failed("write", e.path, writeAll(fd, content))
-	if err := errors.Join(err, failed("close", e.path, unix.Close(fd))); err != nil {
+	err = safefs.PathError("write", e.path, safefs.WriteAll(fd, content))
+	if err := errors.Join(err, safefs.PathError("close", e.path, unix.Close(fd))); err != nil {
 		return err
 	}
 	w.ready[i] = true
@@ -379,13 +381,13 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 
 // create creates a file, with its mode whatever the umask.
 func (w *treeWorker) create(e *entry) (fd int, err error) {
-	fd, err = w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.mode.Perm()))
+	fd, err = w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.mode.Perm()))
 	if err != nil || w.gets(e.mode) {
 		return fd, err
 	}
 	if err := unix.Fchmod(fd, unixMode(e.mode)); err != nil {
 		unix.Close(fd)
-		return -1, failed("chmod", e.path, err)
+		return -1, safefs.PathError("chmod", e.path, err)
 	}
 	return fd, nil
 }
@@ -409,7 +411,7 @@ func (w *treeWorker) discard(i int) error {
 			w.chunks[n] = false
 		}
 	}
-	return w.dirs.remove(e.path)
+	return w.dirs.Remove(e.path)
 }
 
 // writeChunk writes a part of a large file. The last part closes it.
@@ -439,7 +441,7 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 		return l, nil
 	}
 	e := &w.index.entries[i]
-	fd, err := w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
+	fd, err := w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/safetext"
 )
@@ -296,7 +297,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		if e.mode = modeOf(uint32(mode)); e.mode&dirOnly != 0 && e.kind != kindDir {
 			return 0, fmt.Errorf("entry %d: %q is sticky or setgid, which only a directory may be", i, e.path)
 		}
-		parent := parentOf(e.path)
+		parent := safefs.Parent(e.path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
 			dirs = dirs[:len(dirs)-1]
 		}
@@ -470,9 +471,6 @@ func checkTarget(p, target string, allowed deployments.Symlinks) error {
 	}
 	return nil
 }
-
-// parentOf returns the directory of a path that checkPath allows; empty: the tree itself.
-func parentOf(p string) string { return p[:max(strings.LastIndexByte(p, '/'), 0)] }
 
 func clip(s string) string { return safetext.Cut(s, 120) }
 

@@ -35,7 +35,8 @@ func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	}
 	runPlan(t, killPlan{Dest: dest, Pointers: pointers[:2], KillAt: -1}, 0)
 	name := nameOf("2", pointers[1].Digest)
-	if left, want := treetest.List(t, private), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(left, want) {
+	if left, want := treetest.List(t, private), []string{name + indexSuffix, name + recordSuffix,
+		name + statsSuffix}; !slices.Equal(left, want) {
 		t.Errorf("after a prune there are %q, want %q", left, want)
 	}
 	if _, err := os.Stat(dest); err != nil {

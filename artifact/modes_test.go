@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -148,14 +149,14 @@ func TestLinksWithoutPrivileges(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "old"), []byte("content"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	top, err := openDir(dir)
+	top, err := safefs.OpenDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer top.Close()
-	w := &treeWorker{dirs: dirs{top: top}}
+	w := &treeWorker{dirs: safefs.Dirs{Top: top}}
 	defer w.close()
-	from, err := w.dirs.openFile("old", unix.O_RDONLY, 0) // beforehand: since Linux 6.10 who opened a file may link it
+	from, err := w.dirs.OpenFile("old", unix.O_RDONLY, 0) // beforehand: since Linux 6.10 who opened a file may link it
 	if err != nil {
 		t.Fatal(err)
 	}

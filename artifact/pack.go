@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"hash"
 	"hash/fnv"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -53,7 +53,7 @@ func pack(
 	w io.Writer,
 	progress func(Progress),
 ) (packed, error) {
-	top, err := openDir(dir)
+	top, err := safefs.OpenDir(dir)
 	if err != nil {
 		return packed{}, fmt.Errorf("pack: %w", err)
 	}
@@ -235,8 +235,8 @@ func (p *packer) run(ctx context.Context) error {
 				return err
 			}
 			defer compressor.close()
-			worker := &packWorker{packer: p, dirs: dirs{top: p.top}, compressor: compressor}
-			defer worker.dirs.close()
+			worker := &packWorker{packer: p, dirs: safefs.Dirs{Top: p.top}, compressor: compressor}
+			defer worker.dirs.Close()
 			for job := range todo {
 				if err := worker.pack(ctx, job); err != nil {
 					return err
@@ -286,7 +286,7 @@ func (p *packer) write(job *packing) error {
 
 type packWorker struct {
 	*packer
-	dirs       dirs
+	dirs       safefs.Dirs
 	compressor *compressor
 	raw        bytes.Buffer
 }
@@ -365,7 +365,7 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 			run.written = written
 		}
 		if run.written != written {
-			return failed("read", e.path, errChanging)
+			return safefs.PathError("read", e.path, safefs.ErrChanging)
 		}
 		run.Write(data)
 		if part.from+part.n == e.size {
@@ -378,32 +378,30 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 }
 
-var errChanging = errors.New("it changed while it was read")
-
 // read reads a part of a file, and returns the file's mtime from before the read.
 func (w *packWorker) read(e *entry, part part) (written unix.Timespec, err error) {
-	fd, err := w.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	fd, err := w.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return written, err
 	}
 	defer unix.Close(fd)
 	var before, after unix.Stat_t
 	if err := unix.Fstat(fd, &before); err != nil {
-		return written, failed("stat", e.path, err)
+		return written, safefs.PathError("stat", e.path, err)
 	}
 	if before.Mode&unix.S_IFMT != unix.S_IFREG || before.Size != e.size {
-		return written, failed("read", e.path, errChanging)
+		return written, safefs.PathError("read", e.path, safefs.ErrChanging)
 	}
 	w.raw.Grow(int(part.n))
 	data := w.raw.AvailableBuffer()[:part.n]
-	if err := readAll(fd, data, part.from); err != nil {
-		return written, failed("read", e.path, err)
+	if err := safefs.ReadAll(fd, data, part.from); err != nil {
+		return written, safefs.PathError("read", e.path, err)
 	}
 	if err := unix.Fstat(fd, &after); err != nil {
-		return written, failed("stat", e.path, err)
+		return written, safefs.PathError("stat", e.path, err)
 	}
 	if after.Size != before.Size || after.Mtim != before.Mtim {
-		return written, failed("read", e.path, errChanging)
+		return written, safefs.PathError("read", e.path, safefs.ErrChanging)
 	}
 	w.raw.Write(data) // no copy: it is the buffer's own memory
 	return before.Mtim, nil

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -71,7 +72,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 			files, removes = r.keepStats(live, rec), true
 		}
 		err := r.remove(name)
-		if errors.Is(err, errMounted) {
+		if errors.Is(err, safefs.ErrMounted) {
 			kept[short], left = true, errors.Join(left, err)
 			continue
 		}
@@ -102,7 +103,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 			isStaging && !protected(staging),
 			isHealed && !kept[healed],
 			strings.HasPrefix(name, unfinishedPrefix):
-			left = errors.Join(left, removeTree(filepath.Join(r.private(), name)))
+			left = errors.Join(left, safefs.RemoveTree(filepath.Join(r.private(), name)))
 		}
 	}
 	if err := files.renew(); err != nil {
@@ -115,11 +116,11 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 // remove first renames a release's directory, so that no half-removed release is ever found.
 func (r *Releases) remove(name string) error {
 	dir := filepath.Join(r.top(), name)
-	if err := noMounts(dir); err != nil {
+	if err := safefs.NoMounts(dir); err != nil {
 		return err
 	}
 	trash := filepath.Join(r.private(), trashPrefix+name)
-	if err := removeTree(trash); err != nil {
+	if err := safefs.RemoveTree(trash); err != nil {
 		return err
 	}
 	r.at("trash")
@@ -135,5 +136,5 @@ func (r *Releases) remove(name string) error {
 			return err
 		}
 	}
-	return removeTree(trash)
+	return safefs.RemoveTree(trash)
 }

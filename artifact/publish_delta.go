@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -205,7 +206,7 @@ func (p *publisher) delta(
 	if err != nil {
 		return from, nil, cost, err
 	}
-	defer func() { err = errors.Join(err, removeTree(tree)) }()
+	defer func() { err = errors.Join(err, safefs.RemoveTree(tree)) }()
 	oldIndex, err := fetchPatched(p.ctx, p.objects, e.manifest,
 		&base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}, tree)
 	if err != nil {

@@ -313,7 +313,8 @@ func TestPublishDropsADelta(t *testing.T) {
 	if m, _, err := fetchManifest(t.Context(), objects, out.Pointer, nil); err != nil || len(m.Deltas) > 0 {
 		t.Errorf("its manifest has deltas %v, %v", m.Deltas, err)
 	}
-	if there := treetest.List(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
+	if there := treetest.List(t, filepath.Join(store, "app/2")); !slices.Equal(there,
+		[]string{archiveName, indexName, manifestName}) {
 		t.Errorf("published are %q", there)
 	}
 }

@@ -1,13 +1,14 @@
 package artifact
 
 import (
-	"kedge/artifact/treetest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/artifact/treetest"
 )
 
 // mountXFS gives a directory on a file system of its own, one that can clone files.

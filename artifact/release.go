@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -42,7 +43,7 @@ type Releases struct {
 	objects *object.Client
 	log     *slog.Logger
 	// within bounds where dest may lie. owner is who else may own the directories that lead there. See
-	// PlaceOptions.
+	// safefs.PlaceOptions.
 	within []string
 	owner  string
 	// owners is SwitcherConfig.Owners.
@@ -56,10 +57,10 @@ type Releases struct {
 }
 
 // heldPlaces are the directories of a dest's releases, open during one call.
-type heldPlaces struct{ parent, top, private *Place }
+type heldPlaces struct{ parent, top, private *safefs.Place }
 
 func (h *heldPlaces) close() {
-	for _, p := range []*Place{h.parent, h.top, h.private} {
+	for _, p := range []*safefs.Place{h.parent, h.top, h.private} {
 		if p != nil {
 			p.Close()
 		}
@@ -109,7 +110,7 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 }
 
 // Bounded returns a copy of the Releases that checks where dest may lie, who may own the directories that lead
-// there (see PlaceOptions), and who files may belong to (see SwitcherConfig).
+// there (see safefs.PlaceOptions), and who files may belong to (see SwitcherConfig).
 func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
@@ -131,13 +132,14 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 			err = fmt.Errorf("%s: %w", r.dest, ErrNoRelease)
 		}
 	}()
-	if h.parent, err = OpenPlace(r.dest, PlaceOptions{Within: r.within, Owner: r.owner, Create: create}); err != nil {
+	if h.parent, err = safefs.OpenPlace(r.dest,
+		safefs.PlaceOptions{Within: r.within, Owner: r.owner, Create: create}); err != nil {
 		return nil, nil, err
 	}
-	if h.top, err = h.parent.open(filepath.Base(r.shownTop()), create); err != nil {
+	if h.top, err = h.parent.OpenPrivate(filepath.Base(r.shownTop()), create); err != nil {
 		return nil, nil, err
 	}
-	if h.private, err = h.top.open(privateName, create); err != nil {
+	if h.private, err = h.top.OpenPrivate(privateName, create); err != nil {
 		return nil, nil, err
 	}
 	held := *r

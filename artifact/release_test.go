@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -273,7 +274,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("killed at step %d, it ends with version %q", n, got)
 		}
 		name := nameOf("2", pointers[1].Digest)
-		if got, want := treetest.List(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(got, want) {
+		if got, want := treetest.List(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix,
+			name + recordSuffix, name + statsSuffix}; !slices.Equal(got, want) {
 			t.Fatalf("killed at step %d, it leaves %q", n, got)
 		}
 		left := treetest.List(t, dest+".releases")
@@ -692,12 +694,13 @@ func TestOwnersOfAManifest(t *testing.T) {
 		"": {-1, -1}, "12": {12, -1}, ":34": {-1, 34}, "12:34": {12, 34}, "root": {0, -1}, ":daemon": {-1, daemon}, "root:daemon": {0, daemon},
 		"12:daemon": {12, daemon}, "4294967294": {1<<32 - 2, -1},
 	} {
-		if uid, gid, err := ownerOf(owner); err != nil || uid != want[0] || gid != want[1] {
+		if uid, gid, err := safefs.LookupOwner(owner); err != nil || uid != want[0] || gid != want[1] {
 			t.Errorf("%q is %d, %d, %v", owner, uid, gid, err)
 		}
 	}
 	for _, owner := range []string{"nobody-here", ":nobody-here", "root:nobody-here", "4294967295", ":4294967295", "4294967296", "0:4294967296"} {
-		if uid, gid, err := ownerOf(owner); err == nil || uid != -1 || gid != -1 || !strings.Contains(err.Error(), owner) {
+		if uid, gid, err := safefs.LookupOwner(owner); err == nil || uid != -1 || gid != -1 || !strings.Contains(err.Error(),
+			owner) {
 			t.Errorf("%q is %d, %d, %v", owner, uid, gid, err)
 		}
 	}

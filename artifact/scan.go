@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -16,9 +17,9 @@ import (
 func scan(ctx context.Context, top *os.File) ([]entry, error) {
 	s := &scanner{ctx: ctx, seen: map[inode]int{}}
 	// a descriptor with a read position of its own
-	dir, err := openAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	dir, err := safefs.OpenAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return nil, failed("open", top.Name(), err)
+		return nil, safefs.PathError("open", top.Name(), err)
 	}
 	err = s.walk(os.NewFile(uintptr(dir), top.Name()), "")
 	return s.entries, err
@@ -59,9 +60,9 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 		if e.kind != kindDir {
 			continue
 		}
-		fd, err := openAt(int(dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		fd, err := safefs.OpenAt(int(dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if err != nil {
-			return failed("open", p, err)
+			return safefs.PathError("open", p, err)
 		}
 		if err := s.walk(os.NewFile(uintptr(fd), p), p+"/"); err != nil {
 			return err
@@ -73,7 +74,7 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 func (s *scanner) entry(dir int, name, p string) (entry, error) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return entry{}, failed("stat", p, err)
+		return entry{}, safefs.PathError("stat", p, err)
 	}
 	e := entry{path: p, mode: fs.FileMode(st.Mode & 0o777)}
 	switch st.Mode & unix.S_IFMT {
@@ -84,7 +85,7 @@ func (s *scanner) entry(dir int, name, p string) (entry, error) {
 		target := make([]byte, maxPath+1)
 		n, err := unix.Readlinkat(dir, name, target)
 		if err != nil {
-			return entry{}, failed("readlink", p, err)
+			return entry{}, safefs.PathError("readlink", p, err)
 		}
 		e.target = string(target[:n])
 		return e, checkTargetText(p, e.target)

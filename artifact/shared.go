@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -25,11 +26,11 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil
 	}
-	uid, gid, err := ownerOf(m.Owner)
+	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if err != nil {
 		return err
 	}
-	place, err := r.held.parent.walk(filepath.Base(r.dest)+sharedSuffix, nil, true)
+	place, err := r.held.parent.OpenDest(r.dest+sharedSuffix, nil, true)
 	if err != nil {
 		return err
 	}
@@ -97,7 +98,7 @@ func (s *sharer) share(p string) error {
 		}
 	}
 	if inTree {
-		if err := removeTree(filepath.Join(s.staging, p)); err != nil {
+		if err := safefs.RemoveTree(filepath.Join(s.staging, p)); err != nil {
 			return err
 		}
 	}
@@ -139,7 +140,7 @@ func (s *sharer) move(p string) error {
 		return err
 	}
 	defer to.Close()
-	return failed("rename", p, unix.Renameat(int(from.Fd()), path.Base(p), int(to.Fd()), path.Base(p)))
+	return safefs.PathError("rename", p, unix.Renameat(int(from.Fd()), path.Base(p), int(to.Fd()), path.Base(p)))
 }
 
 // make makes an empty shared directory that belongs to the tree's owner.
@@ -153,16 +154,16 @@ func (s *sharer) make(p string) error {
 	}
 	defer parent.Close()
 	if err := unix.Mkdirat(int(parent.Fd()), path.Base(p), 0o755); err != nil {
-		return failed("mkdir", p, err)
+		return safefs.PathError("mkdir", p, err)
 	}
 	if s.uid < 0 && s.gid < 0 {
 		return nil
 	}
 	// It is opened first: the owner of the directory above could replace it by a link to any file.
-	dir, err := openAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	dir, err := safefs.OpenAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return failed("open", p, err)
+		return safefs.PathError("open", p, err)
 	}
 	defer unix.Close(dir)
-	return failed("chown", p, unix.Fchown(dir, s.uid, s.gid))
+	return safefs.PathError("chown", p, unix.Fchown(dir, s.uid, s.gid))
 }

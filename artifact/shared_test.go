@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -76,7 +77,7 @@ func TestSharedPathsStay(t *testing.T) {
 		}
 	}
 	// Staging that was cut off behind a link goes on.
-	if err := removeTree(three.Dir); err != nil {
+	if err := safefs.RemoveTree(three.Dir); err != nil {
 		t.Fatal(err)
 	}
 	staging := filepath.Join(releases.private(), stagingPrefix+three.Pointer.Digest.Short())

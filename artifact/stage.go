@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -122,7 +123,7 @@ func (r *Releases) renew(
 	dir := filepath.Join(r.top(), name)
 	var made []commandChange
 	if heals {
-		if err := noMounts(dir); err != nil { // nothing can be taken from a tree with a mount
+		if err := safefs.NoMounts(dir); err != nil { // nothing can be taken from a tree with a mount
 			return nil, err
 		}
 		made = readChanges(r.changeFiles(name).made)
@@ -172,7 +173,7 @@ func (r *Releases) renew(
 // syncTree writes a staged tree to the disk, and collects its files' stats meanwhile.
 func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (stats []fileStat, err error) {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return syncFS(staging) })
+	group.Go(func() error { return durable.SyncFS(staging) })
 	if !r.hashAlways {
 		group.Go(func() error {
 			x := tree.decoded
@@ -240,7 +241,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	} else if err != nil {
 		return false, err
 	}
-	if err := noMounts(dir); err != nil {
+	if err := safefs.NoMounts(dir); err != nil {
 		return false, err
 	}
 	if err := movable(dir); err != nil {
@@ -251,7 +252,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	}
 	r.at("replaced")
 	old := r.displaced(staging)
-	if err := removeTree(old); err != nil {
+	if err := safefs.RemoveTree(old); err != nil {
 		return false, err
 	}
 	if err := os.Rename(staging, old); err != nil {
@@ -267,19 +268,19 @@ func (r *Releases) displaced(staging string) string {
 
 // restoreChanges restores in a staged tree the files that the release's commands made, and their owners.
 func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest, made []commandChange) error {
-	if !exists(live) && len(made) == 0 {
+	if !safefs.Exists(live) && len(made) == 0 {
 		return nil
 	}
 	if err := restoreChanges(staging, live, made); err != nil {
 		return err
 	}
-	if m.Owner == "" && exists(live) {
+	if m.Owner == "" && safefs.Exists(live) {
 		if err := keepOwners(staging, live); err != nil {
 			return fmt.Errorf("keeping the owners of the live tree: %w", err)
 		}
 	}
 	r.at("made")
-	return syncFS(staging)
+	return durable.SyncFS(staging)
 }
 
 // base returns the release to take files from, or nil if it can't be read.
@@ -329,7 +330,7 @@ func unpack(
 	if _, err := fill(ctx, objects, m, nil, dir, opt, owners); err != nil {
 		return fmt.Errorf("unpack into %s: %w", dir, err)
 	}
-	return syncFS(dir)
+	return durable.SyncFS(dir)
 }
 
 // fill puts m's tree into dir, and sets its owner.
@@ -342,7 +343,7 @@ func fill(
 	opt StageOptions,
 	owners func(uid, gid int) error,
 ) (tree filled, err error) {
-	if _, _, err := ownerOf(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
+	if _, _, err := safefs.LookupOwner(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
 		return tree, err
 	}
 	if m.Index != nil {
@@ -363,7 +364,7 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
 		slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
-		return errors.Join(removeTree(staging), dropDeltas(staging, ""))
+		return errors.Join(safefs.RemoveTree(staging), dropDeltas(staging, ""))
 	}
 	return nil
 }
@@ -400,17 +401,4 @@ func movable(dir string) error {
 		return err
 	}
 	return os.Chmod(dir, info.Mode()|0o200)
-}
-
-// syncFS writes all of dir's file system to the disk: many times faster than a sync of each file.
-func syncFS(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("syncing %s: %w", dir, err)
-	}
-	return nil
 }

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -130,13 +131,13 @@ func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 
 // addStats is statTree for those files whose stats are still zero.
 func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error {
-	top, err := openDir(dir)
+	top, err := safefs.OpenDir(dir)
 	if err != nil {
 		return err
 	}
 	defer top.Close()
-	dirs := &dirs{top: top}
-	defer dirs.close()
+	dirs := &safefs.Dirs{Top: top}
+	defer dirs.Close()
 	for i := range x.entries {
 		e := &x.entries[i]
 		if e.kind != kindFile || e.size == 0 || stats[i] != (fileStat{}) {
@@ -146,7 +147,7 @@ func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error
 			return ctx.Err()
 		}
 		var st unix.Stat_t
-		at, name, err := dirs.at(e.path)
+		at, name, err := dirs.At(e.path)
 		if err == nil {
 			err = unix.Fstatat(at, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 		}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -262,12 +263,12 @@ func TestLinkByNameTakesNothingElse(t *testing.T) {
 		if err := errors.Join(os.Chmod(file, 0o644), os.Chtimes(file, past, past)); err != nil {
 			t.Fatal(err)
 		}
-		from, err := openDir(old)
+		from, err := safefs.OpenDir(old)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer from.Close()
-		to, err := openDir(dir)
+		to, err := safefs.OpenDir(dir)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -279,7 +280,7 @@ func TestLinkByNameTakesNothingElse(t *testing.T) {
 		if err := c.change(file); err != nil {
 			t.Fatal(err)
 		}
-		w := &treeWorker{dirs: dirs{top: to}}
+		w := &treeWorker{dirs: safefs.Dirs{Top: to}}
 		e := &entry{path: "new", kind: kindFile, mode: 0o644, size: before.Size}
 		after, err := w.linkNamed(e, int(from.Fd()), "file", &before, newSharing(&deployments.Manifest{Immutable: true}))
 		if err != nil || (after != nil) != c.linked {

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -237,7 +238,7 @@ func (r *Releases) adopt() error {
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)
 	if errors.Is(err, ErrNoRelease) {
-		return exists(r.dest), nil // nothing was moved away
+		return safefs.Exists(r.dest), nil // nothing was moved away
 	}
 	if err != nil {
 		return false, err
@@ -258,7 +259,7 @@ func (r *Releases) restore() (bool, error) {
 				err = errors.Join(err, os.Remove(k))
 			}
 		}
-		return exists(r.link()), err
+		return safefs.Exists(r.link()), err
 	}
 	if len(kept) == 0 {
 		return false, nil

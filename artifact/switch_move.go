@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 // moveSwitcher implements StrategyMv: the tree is renamed to dest, which must not exist.
@@ -26,21 +28,21 @@ func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
 }
 
 // put moves r's tree to dest.
-func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error {
+func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release) error {
 	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
 	if err := m.clear(parent, r); err != nil {
 		return fmt.Errorf("removing the link at dest: %w", err)
 	}
-	staged := exists(tree) || exists(beside)
-	if exists(dest) && !staged {
+	staged := safefs.Exists(tree) || safefs.Exists(beside)
+	if safefs.Exists(dest) && !staged {
 		return nil // an earlier call was cut off after the rename
 	}
-	if exists(dest) {
+	if safefs.Exists(dest) {
 		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away",
 			ErrUntouched, r.Manifest.Dest)
 	}
-	if !exists(beside) {
-		err := moveDurably(tree, dest)
+	if !safefs.Exists(beside) {
+		err := durable.Rename(tree, dest)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
@@ -48,31 +50,31 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 			return fmt.Errorf("copying the tree beside dest: %w", err)
 		}
 	}
-	if err := removeTree(tree); err != nil {
+	if err := safefs.RemoveTree(tree); err != nil {
 		return fmt.Errorf("removing the tree that was copied beside dest: %w", err)
 	}
-	return moveDurably(beside, dest)
+	return durable.Rename(beside, dest)
 }
 
 // copyBeside copies r's tree beside dest. Until it is complete, it lies in a private directory, which others may
 // move but not enter.
-func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
+func (m moveSwitcher) copyBeside(ctx context.Context, parent *safefs.Place, r *Release) error {
 	part := besideName(r) + ".part"
-	private, err := parent.makePrivate(part)
+	private, err := parent.MakePrivate(part)
 	if err != nil {
 		return err
 	}
 	defer private.Close()
 	if err := m.tool(ctx, "cp", "-a", m.tree(r), private.PathForTool("tree")); err != nil {
-		return errors.Join(err, removeTree(parent.Path(part)))
+		return errors.Join(err, safefs.RemoveTree(parent.Path(part)))
 	}
-	if err := syncFS(private.Path("tree")); err != nil {
+	if err := durable.SyncFS(private.Path("tree")); err != nil {
 		return err
 	}
-	if err := moveDurably(private.Path("tree"), parent.Path(besideName(r))); err != nil {
+	if err := durable.Rename(private.Path("tree"), parent.Path(besideName(r))); err != nil {
 		return err
 	}
-	return removeTree(parent.Path(part))
+	return safefs.RemoveTree(parent.Path(part))
 }
 
 func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty bool) error {
@@ -82,15 +84,15 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	}
 	defer parent.Close()
 	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
-	staged := exists(m.tree(r)) || exists(parent.Path(besideName(r)))
+	staged := safefs.Exists(m.tree(r)) || safefs.Exists(parent.Path(besideName(r)))
 	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != r.Manifest.Dest
 	unmoved := elsewhere ||
 		failed.Manifest.Strategy == deployments.StrategyMv &&
-			(exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
-	if unmoved && !dirty && exists(dest) && !exists(aside) {
+			(safefs.Exists(m.tree(failed)) || safefs.Exists(parent.Path(besideName(failed))))
+	if unmoved && !dirty && safefs.Exists(dest) && !safefs.Exists(aside) {
 		return nil // the failed release was never moved to dest
 	}
-	if exists(aside) && exists(dest) && !staged {
+	if safefs.Exists(aside) && safefs.Exists(dest) && !staged {
 		return m.discard(aside) // an earlier call was cut off after the last rename
 	}
 	if !staged {
@@ -98,8 +100,8 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 			return fmt.Errorf("unpacking again the release to go back to: %w", err)
 		}
 	}
-	if exists(dest) && !exists(aside) {
-		if err := moveDurably(dest, aside); err != nil {
+	if safefs.Exists(dest) && !safefs.Exists(aside) {
+		if err := durable.Rename(dest, aside); err != nil {
 			return err
 		}
 	}
@@ -109,7 +111,7 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	return m.discard(aside)
 }
 
-func (m moveSwitcher) IsLive(r *Release) bool { return exists(r.Manifest.Dest) }
+func (m moveSwitcher) IsLive(r *Release) bool { return safefs.Exists(r.Manifest.Dest) }
 
 // Verify returns nothing: the tree was moved, and the running release may write into it.
 func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {
@@ -118,7 +120,7 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 
 // Heal unpacks a missing tree again, as it was published.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
-	if exists(r.Manifest.Dest) {
+	if safefs.Exists(r.Manifest.Dest) {
 		return nil, nil
 	}
 	if err := m.Stage(ctx, r, StageOptions{}); err != nil {
@@ -134,8 +136,8 @@ func asideName(rel *Release) string {
 }
 
 // removeAside removes what an interrupted restore left: the next one would take it for a step of its own.
-func removeAside(parent *Place, rel *Release) error {
-	if err := removeTree(parent.Path(asideName(rel))); err != nil {
+func removeAside(parent *safefs.Place, rel *Release) error {
+	if err := safefs.RemoveTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)
 	}
 	return nil

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments/durable"
 )
 
@@ -48,7 +49,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 }
 
 // copy has rsync make dest equal to r's tree. Excluded files stay as they are.
-func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclude ...string) error {
+func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return err
@@ -61,22 +62,22 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclud
 	if err := s.tool(ctx, "rsync", args...); err != nil {
 		return err
 	}
-	return syncFS(dest.Path(""))
+	return durable.SyncFS(dest.Path(""))
 }
 
 // replaceLink replaces a link that the release strategy left at dest by a whole tree, in one exchange, as
 // something is served from there.
-func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Release) error {
+func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r *Release) error {
 	if !s.linked(parent, r) {
 		return nil
 	}
 	part := besideName(r) + ".part"
-	private, err := parent.makePrivate(part)
+	private, err := parent.MakePrivate(part)
 	if err != nil {
 		return err
 	}
 	defer private.Close()
-	tree, err := private.open("tree", true)
+	tree, err := private.OpenPrivate("tree", true)
 	if err != nil {
 		return err
 	}
@@ -86,42 +87,29 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Releas
 		return err
 	}
 	if err := s.tool(ctx, "rsync", append(args, s.tree(r)+"/", tree.PathForTool("")+"/")...); err != nil {
-		return errors.Join(err, removeTree(parent.Path(part)))
+		return errors.Join(err, safefs.RemoveTree(parent.Path(part)))
 	}
-	if err := syncFS(tree.Path("")); err != nil {
+	if err := durable.SyncFS(tree.Path("")); err != nil {
 		return err
 	}
 	dest := parent.Path(filepath.Base(r.Manifest.Dest))
 	if err := unix.Renameat2(unix.AT_FDCWD, private.Path("tree"), unix.AT_FDCWD, dest, unix.RENAME_EXCHANGE); err != nil {
 		return err
 	}
-	return errors.Join(durable.SyncDir(parent.Path("")), removeTree(parent.Path(part)))
+	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
 // dest opens dest itself. A link to a directory is followed if only trusted users can have made it.
-func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, error) {
-	dest, err := parent.walk(filepath.Base(r.Manifest.Dest), nil, create)
-	if err != nil || len(s.c.Within) == 0 {
-		return dest, err
-	}
-	bounds, err := realDirs(s.c.Within)
-	if err == nil && !isWithin(dest.real, bounds) {
-		err = fmt.Errorf("dest %s leads to %s, outside of %s: %w", r.Manifest.Dest, dest.real,
-			strings.Join(s.c.Within, ", "), ErrUnsafe)
-	}
-	if err != nil {
-		dest.Close()
-		return nil, err
-	}
-	return dest, nil
+func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
+	return parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 }
 
-func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
+func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	// By content, as archives with normalised times, like kedge publish's, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
 		// rsync's exit status would be that of a failing disk, which is tried again for ever.
-		if !exists(filepath.Join(s.tree(r), from)) {
+		if !safefs.Exists(filepath.Join(s.tree(r), from)) {
 			return nil, fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
 		}
 		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
@@ -129,7 +117,7 @@ func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 	for _, e := range r.Manifest.Excludes {
 		args = append(args, "--exclude", e)
 	}
-	mounts, err := mountsBelow(dest.Path(""))
+	mounts, err := safefs.MountsBelow(dest.Path(""))
 	if err != nil {
 		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
 	}
@@ -146,7 +134,7 @@ func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 var rsyncLiteral = strings.NewReplacer("*", "[*]", "?", "[?]", "[", "[[]")
 
 func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
-	if exists(s.tree(r)) {
+	if safefs.Exists(s.tree(r)) {
 		if ds, err := s.Verify(ctx, r, 0); err == nil && len(ds) == 0 {
 			return nil // dest may be read-only by now
 		}
@@ -157,11 +145,11 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 	return s.Switch(ctx, r)
 }
 
-func (s rsyncSwitcher) IsLive(r *Release) bool { return exists(r.Manifest.Dest) }
+func (s rsyncSwitcher) IsLive(r *Release) bool { return safefs.Exists(r.Manifest.Dest) }
 
 // Verify asks rsync what it would change. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
-	if !exists(s.tree(r)) {
+	if !safefs.Exists(s.tree(r)) {
 		return nil, nil
 	}
 	dest, err := s.open(r, false)
@@ -180,7 +168,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 }
 
 // open opens dest itself. It must exist, unless create is set.
-func (s rsyncSwitcher) open(r *Release, create bool) (*Place, error) {
+func (s rsyncSwitcher) open(r *Release, create bool) (*safefs.Place, error) {
 	parent, err := s.place(r)
 	if err != nil {
 		return nil, err
@@ -197,7 +185,7 @@ func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
 // Record lists what the release's commands changed in dest: rsync compares it with the tree that it copied there, by
 // size and time.
 func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
-	if s.c.Changes == "" || !exists(s.tree(r)) {
+	if s.c.Changes == "" || !safefs.Exists(s.tree(r)) {
 		return nil
 	}
 	dest, err := s.open(r, false)
@@ -224,7 +212,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 }
 
 // differences asks rsync what it would change. quick makes it compare by size and time.
-func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place, quick bool) ([]Difference, error) {
+func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *safefs.Place, quick bool) ([]Difference,
+	error) {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return nil, err
@@ -246,7 +235,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	if len(made) == 0 {
 		return nil, s.SwitchBack(ctx, r, nil, false)
 	}
-	if exists(s.tree(r)) {
+	if safefs.Exists(s.tree(r)) {
 		left, err := s.Verify(ctx, r, 0)
 		if gone := unrestorable(made, left); err == nil &&
 			!slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
@@ -274,14 +263,14 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	if err := restoreChanges(dest.Path(""), dest.Path(""), made); err != nil {
 		return nil, err
 	}
-	if err := syncFS(dest.Path("")); err != nil {
+	if err := durable.SyncFS(dest.Path("")); err != nil {
 		return nil, err
 	}
 	return s.Verify(ctx, r, 0)
 }
 
 // excludeChanges writes rsync patterns for what commands made to a file.
-func (s rsyncSwitcher) excludeChanges(r *Release, dest *Place, made []commandChange) (file string, err error) {
+func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
 		return "", err

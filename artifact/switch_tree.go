@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -28,8 +29,8 @@ func (t treeSwitcher) tree(r *Release) string {
 }
 
 // place opens the directory of r's dest.
-func (t treeSwitcher) place(r *Release) (*Place, error) {
-	return OpenPlace(r.Manifest.Dest, PlaceOptions{Within: t.c.Within, Owner: r.Manifest.Owner})
+func (t treeSwitcher) place(r *Release) (*safefs.Place, error) {
+	return safefs.OpenPlace(r.Manifest.Dest, safefs.PlaceOptions{Within: t.c.Within, Owner: r.Manifest.Owner})
 }
 
 func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) error {
@@ -41,19 +42,19 @@ func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) e
 		return err
 	}
 	tree := t.tree(r)
-	if exists(tree) {
+	if safefs.Exists(tree) {
 		return nil
 	}
 	part := tree + partSuffix
 	if err := t.unpack(ctx, r, part, opt); err != nil {
 		return err
 	}
-	return moveDurably(part, tree)
+	return durable.Rename(part, tree)
 }
 
 // unpack makes dir anew with r's tree, and syncs it.
 func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt StageOptions) error {
-	if err := removeTree(dir); err != nil {
+	if err := safefs.RemoveTree(dir); err != nil {
 		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -61,22 +62,22 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	}
 	opt.resumes = true
 	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
-		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), removeTree(dir))
+		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), safefs.RemoveTree(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
 		return fmt.Errorf("setting dest_mode: %w", err)
 	}
-	return syncFS(dir)
+	return durable.SyncFS(dir)
 }
 
 // linked reports whether the release strategy left a link at dest: writing through it would change a release.
-func (t treeSwitcher) linked(parent *Place, r *Release) bool {
+func (t treeSwitcher) linked(parent *safefs.Place, r *Release) bool {
 	target, err := linkTarget(parent.Path(filepath.Base(r.Manifest.Dest)), r.Manifest.Dest)
 	return err == nil && filepath.Dir(target) == r.Manifest.Dest+".releases"
 }
 
 // clear removes a link that the release strategy left at dest.
-func (t treeSwitcher) clear(parent *Place, r *Release) error {
+func (t treeSwitcher) clear(parent *safefs.Place, r *Release) error {
 	if !t.linked(parent, r) {
 		return nil
 	}
@@ -92,7 +93,7 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 		return err
 	}
 	defer parent.Close()
-	return removeTree(parent.Path(besideName(r) + ".part"))
+	return safefs.RemoveTree(parent.Path(besideName(r) + ".part"))
 }
 
 // RecordBefore and RecordAfter do nothing: verify can't compare a tree that was moved. rsyncSwitcher has its own.
@@ -114,17 +115,4 @@ func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) err
 		}
 	}
 	return err
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
-}
-
-// moveDurably renames within one file system. The rename is durable when it returns.
-func moveDurably(from, to string) error {
-	if err := os.Rename(from, to); err != nil {
-		return err
-	}
-	return errors.Join(durable.SyncDir(filepath.Dir(to)), durable.SyncDir(filepath.Dir(from)))
 }

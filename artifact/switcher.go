@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -66,7 +67,7 @@ type SwitcherConfig struct {
 	Before string
 	// RsyncVerbose are rsync's options for its output; nil: -v.
 	RsyncVerbose []string
-	// Within are the directories in which dest must lie: see PlaceOptions.
+	// Within are the directories in which dest must lie: see safefs.PlaceOptions.
 	Within []string
 	// Owners returns an error if an archive's file may not belong to the owner in the archive; nil: any owner is
 	// allowed.
@@ -176,7 +177,7 @@ func removeOthers(dir string, keep []string) error {
 	}
 	for _, e := range entries {
 		if !slices.Contains(keep, e.Name()) {
-			err = errors.Join(err, removeTree(filepath.Join(dir, e.Name())))
+			err = errors.Join(err, safefs.RemoveTree(filepath.Join(dir, e.Name())))
 		}
 	}
 	return err

@@ -9,13 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
 
 	"kedge/artifact/object"
+	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -101,10 +101,6 @@ func mustFetch(t testing.TB, m *deployments.Manifest, base *base, dir string) (r
 	return requests, read
 }
 
-func sortEntries(entries []entry) {
-	slices.SortFunc(entries, func(a, b entry) int { return comparePaths(a.path, b.path) })
-}
-
 func TestRoundTrip(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -154,7 +150,8 @@ func TestPackIsDeterministic(t *testing.T) {
 func drawTree(t *rapid.T) treetest.Tree {
 	tree := treetest.Tree{}
 	dirs := []string{""}
-	names := rapid.SampledFrom([]string{"a", "a.b", "a-b", "b", "c d", "é", "Z", "..a", "-", "~", "x\x01", "0", treetest.Long("long", 160)})
+	names := rapid.SampledFrom([]string{"a", "a.b", "a-b", "b", "c d", "é", "Z", "..a", "-", "~", "x\x01", "0",
+		treetest.Long("long", 160)})
 	for range rapid.IntRange(0, 25).Draw(t, "entries") {
 		p := rapid.SampledFrom(dirs).Draw(t, "dir") + names.Draw(t, "name")
 		if _, ok := tree[p]; ok {
@@ -200,7 +197,7 @@ func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
 		return len(data), nil
 	})
 	_, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, change, nil)
-	if !errors.Is(err, errChanging) {
+	if !errors.Is(err, safefs.ErrChanging) {
 		t.Errorf("%v", err)
 	}
 }

@@ -76,7 +76,8 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 		if err := whole(dest); err != nil {
 			t.Errorf("killed at step %d: %v", n, err)
 		}
-		if top, private := treetest.List(t, dest+".releases"), treetest.List(t, left); len(top) != 2 || len(private) != 4 { // what was healed stays for who works in it
+		// what was healed stays for who works in it
+		if top, private := treetest.List(t, dest+".releases"), treetest.List(t, left); len(top) != 2 || len(private) != 4 {
 			t.Errorf("killed at step %d, it leaves %q and %q", n, top, private)
 		}
 		if !killed {

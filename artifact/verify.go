@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
 
@@ -248,7 +249,7 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 // indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it later
 // and to take unchanged files from.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
-	top, err := openDir(dir)
+	top, err := safefs.OpenDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes: %w", err)
 	}
@@ -257,14 +258,14 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 	}
-	dirs, buffer := &dirs{top: top}, make([]byte, 256<<10)
-	defer dirs.close()
+	dirs, buffer := &safefs.Dirs{Top: top}, make([]byte, 256<<10)
+	defer dirs.Close()
 	for i := range entries {
 		e := &entries[i]
 		if e.kind != kindFile || e.size == 0 {
 			continue
 		}
-		fd, err := dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+		fd, err := dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 		}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"kedge/artifact/safefs"
 )
 
 // Verify compares a release's tree with its index, or with the hashes that were taken when it was staged if it
@@ -54,7 +56,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	if err != nil {
 		return nil, err
 	}
-	skip, err := mountsBelow(dir)
+	skip, err := safefs.MountsBelow(dir)
 	if err != nil {
 		return nil, err
 	}

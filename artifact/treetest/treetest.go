@@ -183,7 +183,8 @@ func Prose(seed uint64, n int) string {
 		return text.(string)[:n]
 	}
 	r := rand.New(rand.NewPCG(seed, 2))
-	words := strings.Fields("the anchor was dropped where the ship should go and every node hauls itself to it by the rope")
+	words := strings.Fields("the anchor was dropped where the ship should go " +
+		"and every node hauls itself to it by the rope")
 	var b strings.Builder
 	for b.Len() < n {
 		b.WriteString(words[r.IntN(len(words))])

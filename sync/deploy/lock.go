@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/wait"
 )
@@ -25,7 +26,7 @@ import (
 // first line is the digest of the release deployed there last; an optional second line is agentLine's.
 type destLock struct {
 	dest  string
-	place *artifact.Place // nil, like file: nothing can be written beside dest, so nothing needs the lock
+	place *safefs.Place // nil, like file: nothing can be written beside dest, so nothing needs the lock
 	file  *os.File
 	// waited is set if another process held the lock first, and last is what that process deployed; empty: it did
 	// not succeed.
@@ -133,7 +134,7 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	unwritable := func(err error) bool {
 		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS)
 	}
-	l.place, err = artifact.OpenPlace(dest, artifact.PlaceOptions{
+	l.place, err = safefs.OpenPlace(dest, safefs.PlaceOptions{
 		Within: u.c.Bounds.Dests, Owner: r.Manifest.Owner,
 		Create: r.Manifest.Strategy == deployments.StrategyRelease, // this strategy creates the directory anyway
 	})

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/artifact"
+	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/safetext"
 	"kedge/deployments/wait"
@@ -409,7 +410,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 func transient(err error) bool {
 	for _, e := range []error{
 		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, exec.ErrNotFound,
-		artifact.ErrUnsafe, // until an administrator corrects its directories
+		safefs.ErrUnsafe, // until an administrator corrects its directories
 	} {
 		if errors.Is(err, e) {
 			return true

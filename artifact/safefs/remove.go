@@ -1,4 +1,4 @@
-package artifact
+package safefs
 
 import (
 	"bufio"
@@ -14,20 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errMounted means that a path was not removed because something is mounted there.
-var errMounted = errors.New("it is a mount point, which is left alone with its content: unmount it first")
+// ErrMounted means that a path was neither moved nor removed because something is mounted there.
+var ErrMounted = errors.New("it is a mount point, which is left alone with its content: unmount it first")
 
 // maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
 const maxOpenLevels = 64
 
-// removeTree removes the tree at path, even if its owner may not write into its directories. It follows no
+// RemoveTree removes the tree at path, even if its owner may not write into its directories. It follows no
 // symbolic link, and never crosses a mount point, including bind mounts of the same file system: these and the
 // directories above them stay, and are in the error.
-func removeTree(path string) error {
-	if !exists(path) {
+func RemoveTree(path string) error {
+	if !Exists(path) {
 		return nil // this avoids an error on a read-only file system
 	}
-	parent, err := openDir(filepath.Dir(path))
+	parent, err := OpenDir(filepath.Dir(path))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -35,14 +35,19 @@ func removeTree(path string) error {
 		return err
 	}
 	defer parent.Close()
+	return RemoveAt(int(parent.Fd()), filepath.Base(path), path)
+}
+
+// RemoveAt is RemoveTree for the entry name of an open directory. path names it in errors.
+func RemoveAt(dir int, name, path string) error {
 	r := remover{top: -1}
-	r.remove(int(parent.Fd()), filepath.Base(path), path, 0)
+	r.remove(dir, name, path, 0)
 	return errors.Join(r.errs...)
 }
 
-// emptyDir removes the content of dir, as removeTree does.
-func emptyDir(dir string) error {
-	d, err := openDir(dir)
+// EmptyDir removes the content of dir, as RemoveTree does.
+func EmptyDir(dir string) error {
+	d, err := OpenDir(dir)
 	if err != nil {
 		return err
 	}
@@ -61,7 +66,7 @@ type remover struct {
 
 func (r *remover) addError(path string, err error) {
 	if len(r.errs) < 3 {
-		r.errs = append(r.errs, failed("remove", path, err))
+		r.errs = append(r.errs, PathError("remove", path, err))
 	}
 }
 
@@ -75,7 +80,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	case err == nil || errors.Is(err, unix.ENOENT):
 		return
 	case errors.Is(err, unix.EBUSY):
-		r.addError(path, errMounted)
+		r.addError(path, ErrMounted)
 		return
 	// some file systems return EPERM for a directory
 	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM):
@@ -107,7 +112,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	}
 	if err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
 		if errors.Is(err, unix.EBUSY) {
-			err = errMounted
+			err = ErrMounted
 		}
 		r.addError(path, err)
 	}
@@ -150,7 +155,7 @@ func openBelow(dir int, name string) (fd int, err error) {
 	if st.Mode&0o700 != 0o700 {
 		_ = unix.Chmod(self, 0o700) // if this fails, opening or emptying it returns the error
 	}
-	return openAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	return OpenAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 }
 
 // openInMount opens name in dir if it lies in the same mount. Without openat2 (before Linux 5.6, or forbidden by a
@@ -166,19 +171,19 @@ func openInMount(dir int, name string, flags int) (fd int, err error) {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
 		case errors.Is(err, unix.EXDEV):
-			return -1, errMounted
+			return -1, ErrMounted
 		case !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM):
 			return fd, err
 		}
 		break
 	}
-	if fd, err = openAt(dir, name, flags|unix.O_NOFOLLOW, 0); err != nil {
+	if fd, err = OpenAt(dir, name, flags|unix.O_NOFOLLOW, 0); err != nil {
 		return -1, err
 	}
 	above, err := mountOf(dir)
 	here, err2 := mountOf(fd)
 	if err = errors.Join(err, err2); err == nil && above != here {
-		err = errMounted
+		err = ErrMounted
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -201,8 +206,8 @@ func mountOf(fd int) (string, error) {
 	return "", errors.New("the kernel does not say which mount a file lies in")
 }
 
-// mountsBelow returns the paths, relative to dir, at which something is mounted in dir; "." is dir itself.
-func mountsBelow(dir string) ([]string, error) {
+// MountsBelow returns the paths, relative to dir, at which something is mounted in dir; "." is dir itself.
+func MountsBelow(dir string) ([]string, error) {
 	real, err := filepath.EvalSymlinks(dir)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -251,11 +256,17 @@ func unescapeMount(s string) string {
 	return out.String()
 }
 
-// noMounts returns an error if something is mounted in dir: it must then be neither moved nor removed.
-func noMounts(dir string) error {
-	found, err := mountsBelow(dir)
+// NoMounts returns an error if something is mounted in dir: it must then be neither moved nor removed.
+func NoMounts(dir string) error {
+	found, err := MountsBelow(dir)
 	if err == nil && len(found) > 0 {
-		err = failed("move", filepath.Join(dir, found[0]), errMounted)
+		err = PathError("move", filepath.Join(dir, found[0]), ErrMounted)
 	}
 	return err
+}
+
+// Exists reports whether something lies at path, be it a dangling symbolic link.
+func Exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }

@@ -1,4 +1,4 @@
-package artifact
+package safefs
 
 import (
 	"errors"
@@ -56,7 +56,7 @@ func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	t := trust{self: os.Geteuid(), owner: -1}
 	if len(opt.Within) > 0 {
 		var err error
-		if t.owner, _, err = ownerOf(opt.Owner); err != nil {
+		if t.owner, _, err = LookupOwner(opt.Owner); err != nil {
 			return nil, err
 		}
 	}
@@ -74,10 +74,32 @@ func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	}
 	if real := filepath.Join(p.real, filepath.Base(dest)); len(bounds) > 0 && !isWithin(real, bounds) {
 		p.Close()
-		return nil, fmt.Errorf("dest %s leads to %s, outside of %s: %w", dest, real, strings.Join(opt.Within, ", "),
-			ErrUnsafe)
+		return nil, leadsOut(dest, real, opt.Within)
 	}
 	return p, nil
+}
+
+func leadsOut(dest, real string, within []string) error {
+	return fmt.Errorf("dest %s leads to %s, outside of %s: %w", dest, real, strings.Join(within, ", "), ErrUnsafe)
+}
+
+// OpenDest opens dest, a directory in p that may belong to anybody. A link to a directory is followed if only trusted
+// users can have made it, and if it leads into one of within (empty: anywhere), else the error is ErrUnsafe. create
+// makes a directory that is missing.
+func (p *Place) OpenDest(dest string, within []string, create bool) (*Place, error) {
+	below, err := p.walk(filepath.Base(dest), nil, create)
+	if err != nil || len(within) == 0 {
+		return below, err
+	}
+	bounds, err := realDirs(within)
+	if err == nil && !isWithin(below.real, bounds) {
+		err = leadsOut(dest, below.real, within)
+	}
+	if err != nil {
+		below.Close()
+		return nil, err
+	}
+	return below, nil
 }
 
 // Close releases the directory.
@@ -96,9 +118,9 @@ func (p *Place) path(process, name string) string {
 	return filepath.Join("/proc", process, "fd", strconv.Itoa(int(p.dir.Fd())), name)
 }
 
-// open opens, or creates, the directory name in p. It must belong to a trusted user, and no one else may write
-// into it, as kedge relies on what it stores there.
-func (p *Place) open(name string, create bool) (*Place, error) {
+// OpenPrivate opens, or creates, the directory name in p, as kedge relies on what it stores there. The error is
+// ErrUnsafe if it belongs to another than a trusted user. The right of all but its owner to write into it is removed.
+func (p *Place) OpenPrivate(name string, create bool) (*Place, error) {
 	below, err := p.walk(name, nil, create)
 	if err != nil {
 		return nil, err
@@ -110,16 +132,16 @@ func (p *Place) open(name string, create bool) (*Place, error) {
 	return below, nil
 }
 
-// makePrivate makes an empty directory that others may move but not enter, and opens it. What an earlier run left
+// MakePrivate makes an empty directory that others may move but not enter, and opens it. What an earlier run left
 // under its name is removed.
-func (p *Place) makePrivate(name string) (*Place, error) {
-	if err := removeTree(p.Path(name)); err != nil {
+func (p *Place) MakePrivate(name string) (*Place, error) {
+	if err := RemoveTree(p.Path(name)); err != nil {
 		return nil, err
 	}
 	if err := os.Mkdir(p.Path(name), 0o700); err != nil {
 		return nil, err
 	}
-	return p.open(name, false)
+	return p.OpenPrivate(name, false)
 }
 
 // private returns an error if others own the directory, and removes the right of all but its owner to write into
@@ -200,7 +222,7 @@ func isWithin(path string, dirs []string) bool {
 // openPath opens a directory by its absolute path. Directories below bounds must belong to trusted users or to
 // t.owner.
 func openPath(path string, t trust, bounds []string, create bool) (*Place, error) {
-	root, err := openDir("/")
+	root, err := OpenDir("/")
 	if err != nil {
 		return nil, err
 	}
@@ -220,9 +242,9 @@ func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) 
 	if !filepath.IsAbs(path) {
 		shown = filepath.Join(p.shown, path)
 	}
-	fd, err := openAt(int(p.dir.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY, 0)
+	fd, err := OpenAt(int(p.dir.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return nil, failed("open", shown, err)
+		return nil, PathError("open", shown, err)
 	}
 	w := &walk{
 		fd:     fd,
@@ -261,7 +283,7 @@ type walk struct {
 func (w *walk) step(name string) error {
 	var here unix.Stat_t
 	if err := unix.Fstat(w.fd, &here); err != nil {
-		return failed("stat", w.real, err)
+		return PathError("stat", w.real, err)
 	}
 	switch name {
 	case "", ".":
@@ -274,13 +296,13 @@ func (w *walk) step(name string) error {
 	err := unix.Fstatat(w.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	if errors.Is(err, unix.ENOENT) && w.create {
 		if err := unix.Mkdirat(w.fd, name, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
-			return failed("mkdir", path, err)
+			return PathError("mkdir", path, err)
 		}
 		err = unix.Fstatat(w.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	}
 	switch {
 	case err != nil:
-		return failed("stat", path, err)
+		return PathError("stat", path, err)
 	case st.Mode&unix.S_IFMT == unix.S_IFLNK:
 		if !w.fixed || w.trust.plantable(&here) || !w.trust.has(st.Uid) {
 			return fmt.Errorf("%s is a symbolic link that others than root could have made (its directory belongs to user %d): "+
@@ -294,9 +316,9 @@ func (w *walk) step(name string) error {
 
 // enter opens a directory by its name in the current one.
 func (w *walk) enter(name, path string) error {
-	fd, err := openAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	fd, err := OpenAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return failed("open", path, err)
+		return PathError("open", path, err)
 	}
 	unix.Close(w.fd)
 	w.fd, w.real = fd, path
@@ -305,7 +327,7 @@ func (w *walk) enter(name, path string) error {
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return failed("stat", path, err)
+		return PathError("stat", path, err)
 	}
 	if !w.trust.has(st.Uid) && int(st.Uid) != w.trust.owner {
 		return fmt.Errorf(
@@ -321,21 +343,21 @@ func (w *walk) enter(name, path string) error {
 // follow resolves a link that a trusted user made.
 func (w *walk) follow(name, path string) error {
 	if w.links++; w.links > maxLinks {
-		return failed("open", path, unix.ELOOP)
+		return PathError("open", path, unix.ELOOP)
 	}
-	target := make([]byte, maxPath+1)
+	target := make([]byte, unix.PathMax+1)
 	n, err := unix.Readlinkat(w.fd, name, target)
 	if err != nil {
-		return failed("readlink", path, err)
+		return PathError("readlink", path, err)
 	}
 	to := string(target[:n])
 	w.todo = append(strings.Split(to, "/"), w.todo...)
 	if !filepath.IsAbs(to) {
 		return nil
 	}
-	fd, err := openAt(unix.AT_FDCWD, "/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	fd, err := OpenAt(unix.AT_FDCWD, "/", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return failed("open", "/", err)
+		return PathError("open", "/", err)
 	}
 	unix.Close(w.fd)
 	w.fd, w.real = fd, "/"

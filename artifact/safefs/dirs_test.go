@@ -1,14 +1,15 @@
-package artifact
+package safefs
 
 import (
 	"errors"
 	"io/fs"
-	"kedge/artifact/treetest"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/artifact/treetest"
 )
 
 // No path of a tree leads through a symbolic link; one that can't be reached spoils none after it.
@@ -20,15 +21,15 @@ func TestDirsFollowNoLinks(t *testing.T) {
 		"a.b": {Mode: fs.ModeDir | 0o755}, "a.b/file": {Mode: 0o644, Data: "."}, "file": {Mode: 0o644, Data: "top"},
 		"a/link": {Mode: fs.ModeSymlink, Target: "b"}, "a/to": {Mode: fs.ModeSymlink, Target: "b/file"},
 	}.Write(t, dir)
-	top, err := openDir(dir)
+	top, err := OpenDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer top.Close()
-	d := &dirs{top: top}
-	defer d.close()
+	d := &Dirs{Top: top}
+	defer d.Close()
 	open := func(p string) string {
-		fd, err := d.openFile(p, unix.O_RDONLY, 0)
+		fd, err := d.OpenFile(p, unix.O_RDONLY, 0)
 		if err != nil {
 			return ""
 		}
@@ -39,7 +40,8 @@ func TestDirsFollowNoLinks(t *testing.T) {
 	}
 	for range 2 {
 		for _, c := range []struct{ path, holds string }{
-			{"a/b/file", "b"}, {"a/link/file", ""}, {"a/b/file", "b"}, {"a/to", ""}, {"a.b/file", "."}, {"a/none/x/y", ""}, {"none/b/file", ""}, {"file", "top"},
+			{"a/b/file", "b"}, {"a/link/file", ""}, {"a/b/file", "b"}, {"a/to", ""}, {"a.b/file", "."},
+			{"a/none/x/y", ""}, {"none/b/file", ""}, {"file", "top"},
 			{"a/b/file/x", ""}, {"a/b/file", "b"}, {"file", "top"}, {"b/file", ""},
 		} {
 			if got := open(c.path); got != c.holds {
@@ -48,7 +50,8 @@ func TestDirsFollowNoLinks(t *testing.T) {
 		}
 	}
 	for name, err := range map[string]error{
-		"mkdir": d.mkdir("a/link/x", 0o755), "symlink": d.symlink("file", "a/link/y"), "chmod": d.chmod("a/link/file", 0o600), "remove": d.remove("a/link/file"),
+		"mkdir": d.Mkdir("a/link/x", 0o755), "symlink": d.Symlink("file", "a/link/y"),
+		"chmod": d.Chmod("a/link/file", 0o600), "remove": d.Remove("a/link/file"),
 	} {
 		if err == nil {
 			t.Errorf("%s goes through a link", name)
@@ -72,10 +75,10 @@ func TestReadOfAShorterFile(t *testing.T) {
 	}
 	defer f.Close()
 	data := make([]byte, 4)
-	if err := readAll(int(f.Fd()), data, 3); err != nil || string(data) != "tent" {
+	if err := ReadAll(int(f.Fd()), data, 3); err != nil || string(data) != "tent" {
 		t.Errorf("%q, %v", data, err)
 	}
-	if err := readAll(int(f.Fd()), data, 4); !errors.Is(err, errChanging) {
+	if err := ReadAll(int(f.Fd()), data, 4); !errors.Is(err, ErrChanging) {
 		t.Errorf("beyond its end: %v", err)
 	}
 }

@@ -1,0 +1,61 @@
+package safefs
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os/user"
+	"strconv"
+	"strings"
+)
+
+// LookupOwner resolves a manifest's owner, which is USER, USER:GROUP or :GROUP with names or numbers. -1 stands for
+// what it doesn't name, which is to be left unchanged.
+func LookupOwner(owner string) (uid, gid int, err error) {
+	name, group, _ := strings.Cut(owner, ":")
+	uid, err = idOf(name, func() (string, error) { return LookupUser(name) })
+	if err == nil {
+		gid, err = idOf(group, func() (string, error) { return LookupGroup(group) })
+	}
+	if err != nil {
+		return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
+	}
+	return uid, gid, nil
+}
+
+// LookupUser returns the number of the user name.
+func LookupUser(name string) (uid string, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return "", err
+	}
+	return u.Uid, nil
+}
+
+// LookupGroup returns the number of the group name.
+func LookupGroup(name string) (gid string, err error) {
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return "", err
+	}
+	return g.Gid, nil
+}
+
+// idOf parses a numeric ID, or looks up a name. An error comes with the ID -1.
+func idOf(name string, lookup func() (string, error)) (int, error) {
+	if name == "" {
+		return -1, nil
+	}
+	if strings.Trim(name, "0123456789") != "" {
+		var err error
+		if name, err = lookup(); err != nil {
+			return -1, err
+		}
+	}
+	id, err := strconv.ParseUint(name, 10, 32)
+	if err == nil && id == math.MaxUint32 {
+		// the kernel takes it for "no change", and larger numbers modulo 2^32
+		err = errors.New("chown(2) takes this number for \"no change\"")
+	}
+	return int(id), err
+}

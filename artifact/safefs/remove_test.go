@@ -1,0 +1,53 @@
+package safefs
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/treetest"
+)
+
+func TestRemovingNeverCrossesAMount(t *testing.T) {
+	for name, remove := range map[string]func(dir string) error{"removeTree": RemoveTree, "emptyDir": EmptyDir} {
+		dir := filepath.Join(t.TempDir(), "tree with spaces")
+		if err := os.MkdirAll(filepath.Join(dir, "a/b"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		precious := treetest.BindMount(t, filepath.Join(dir, "a/b/log"))
+		treetest.WriteFile(t, filepath.Join(dir, "a/other"), "")
+		if found, err := MountsBelow(dir); err != nil || !slices.Equal(found, []string{"a/b/log"}) {
+			t.Errorf("mounts: %q, %v", found, err)
+		}
+		if err := remove(dir); !errors.Is(err, ErrMounted) || !strings.Contains(err.Error(), "a/b/log") {
+			t.Errorf("%s: got %v", name, err)
+		}
+		if _, err := os.Stat(precious); err != nil {
+			t.Errorf("%s: what was mounted is gone: %v", name, err)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "a/other")); err == nil {
+			t.Errorf("%s: the rest stays", name)
+		}
+		if err := unix.Unmount(filepath.Join(dir, "a/b/log"), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := remove(dir); err != nil {
+			t.Errorf("%s: without the mount: %v", name, err)
+		}
+		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+			t.Errorf("%s: %v stays", name, entries)
+		}
+	}
+}
+
+func TestMountPathsAreUnescaped(t *testing.T) {
+	t.Parallel()
+	if got := unescapeMount(`/a\040b\134c\011\9`); got != "/a b\\c\t\\9" {
+		t.Errorf("got %q", got)
+	}
+}
