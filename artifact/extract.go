@@ -26,7 +26,6 @@ const (
 	maxTarEntries = 4 << 20
 	maxUnpacked   = 256 << 30 // bytes
 	maxEntryName  = 4096      // bytes
-	maxLevels     = 128
 	// maxNames bounds the bytes of directory and link names that are kept in memory.
 	maxNames = 256 << 20
 	// maxOwners bounds how many names of users and groups are kept in memory.

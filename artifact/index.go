@@ -29,6 +29,7 @@ const (
 	maxEntries = 4 << 20
 	maxPath    = 4096
 	maxName    = 255
+	maxLevels  = 128 // directories above a path, in an archive without an index, too
 	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound all paths together: paths share the
 	// beginning of the path before, so that an entry of six bytes can stand for a path of 4,096.
 	maxPaths   = 64 << 20

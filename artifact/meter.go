@@ -5,6 +5,12 @@ import (
 	"time"
 )
 
+// Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown.
+type Progress struct {
+	Phase       string // "fetch", "verify", "pack", "upload"
+	Done, Total int64
+}
+
 // meter reports progress, at most four times a second and once at the end. With a nil report it does nothing.
 type meter struct {
 	phase  string

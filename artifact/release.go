@@ -77,12 +77,6 @@ type Release struct {
 	Dir string `json:"-"`
 }
 
-// Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown.
-type Progress struct {
-	Phase       string // "fetch", "verify", "pack", "upload"
-	Done, Total int64
-}
-
 // StageOptions are the options of Releases.Stage.
 type StageOptions struct {
 	Progress func(Progress) // called at most a few times a second; may be nil

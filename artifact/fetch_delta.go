@@ -1,0 +1,261 @@
+package artifact
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// deltaInMem is the size in bytes beyond which a delta is stored in a file until its hash is verified.
+const deltaInMem = 4 << 20
+
+// openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
+func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
+	f.meter.expect(blob.Size)
+	data, err := f.objects.ReadPinned(ctx, blob.URL, blob.Size, func(data []byte) error {
+		if digestOf(data) != blob.SHA256 {
+			return wrongDelta(blob)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	f.meter.add(int64(len(data)))
+	return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
+}
+
+func wrongDelta(blob deployments.Delta) error {
+	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
+}
+
+// deltaSuffix, followed by a part of the delta's digest, is appended to a directory's name to name the large delta
+// fetched for it.
+const deltaSuffix = ".delta-"
+
+func deltaFile(dir string, blob deployments.Delta) string {
+	return dir + deltaSuffix + blob.SHA256.Short()
+}
+
+// dropDeltas removes the large deltas that were fetched for dir, except keep.
+func dropDeltas(dir, keep string) error {
+	found, err := filepath.Glob(globLiteral.Replace(dir) + deltaSuffix + "*")
+	for _, file := range found {
+		if file != keep {
+			err = errors.Join(err, os.Remove(file))
+		}
+	}
+	return err
+}
+
+// openLarge fetches the large delta to a file beside dir, if the disk has room for it and the tree. It resumes
+// what an earlier call began. Its only error is the context's end: without a delta, the archive has everything.
+func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
+	file := deltaFile(dir, *f.large)
+	err := dropDeltas(dir, file)
+	if err == nil {
+		err = f.checkSpace(dir, f.large.Size-sizeOf(file))
+	}
+	var index []byte
+	if err == nil {
+		f.delta, index, err = f.fetchLarge(ctx, *f.large, base.index, file)
+	}
+	if err == nil {
+		if _, err = f.decode(index); err != nil {
+			f.delta.Close()
+			f.delta = nil
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return err
+	}
+	f.fallBack("the delta can't be used", "error", err)
+	for _, useless := range []error{ErrDigest, ErrDelta, ErrIndex, syscall.ENOSPC} {
+		if errors.Is(err, useless) {
+			return dropDeltas(dir, "")
+		}
+	}
+	return nil // if the archive can't be read either, the next call resumes the delta
+}
+
+func sizeOf(file string) int64 {
+	info, err := os.Stat(file)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// fetchLarge resumes the download of a delta, and opens it once its hash is verified.
+func (f *fetch) fetchLarge(
+	ctx context.Context,
+	blob deployments.Delta,
+	oldIndex []byte,
+	path string,
+) (*delta, []byte, error) {
+	var file *os.File
+	err := f.objects.EachSource(ctx, blob.URL, func(s object.Source) (err error) {
+		file, err = f.fetchLargeFrom(ctx, s, blob, path)
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
+}
+
+// fetchLargeFrom is fetchLarge from one source. It resumes even what another source sent, and starts again if the
+// hash is wrong then.
+func (f *fetch) fetchLargeFrom(
+	ctx context.Context,
+	from object.Source,
+	blob deployments.Delta,
+	path string,
+) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.New()
+	had, err := io.Copy(sum, io.LimitReader(file, blob.Size))
+	if err == nil {
+		err = file.Truncate(had) // it holds more than the delta's size
+	}
+	if err == nil {
+		f.meter.expect(blob.Size - had)
+		err = f.copyRest(ctx, from, blob, had, io.MultiWriter(file, sum, f.meter))
+	}
+	if err == nil && deployments.Digest(sum.Sum(nil)) != blob.SHA256 {
+		if err = wrongDelta(blob); had > 0 { // the earlier bytes may be another source's, or damaged by a power cut
+			file.Close()
+			if err := os.Remove(path); err != nil {
+				return nil, err
+			}
+			return f.fetchLargeFrom(ctx, from, blob, path)
+		}
+	}
+	if err == nil {
+		_, err = file.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// copyRest copies a blob from an offset to its end.
+func (f *fetch) copyRest(ctx context.Context, s object.Source, blob deployments.Delta, from int64, to io.Writer) error {
+	if from == blob.Size {
+		return nil
+	}
+	body, err := s.Read(ctx, object.Object{URL: s.URL, Size: blob.Size, Ranges: true}, from)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	n, err := io.Copy(to, io.LimitReader(body, blob.Size-from+1))
+	if err == nil && from+n != blob.Size {
+		err = wrongDelta(blob)
+	}
+	return err
+}
+
+// applyDelta makes the files that the delta has patches for. If a patch does not match, its file comes from the
+// archive; if the delta is damaged, so do all later files.
+func (f *fetch) applyDelta(ctx context.Context) error {
+	w, old := f.tree.worker(), f.old.reader()
+	defer w.close()
+	defer old.close()
+	last := -1
+	for {
+		i, from, err := f.delta.next(last, len(f.index.entries), len(f.old.index.entries))
+		if err != nil {
+			f.fallBack("the delta can't be used to its end", "error", err)
+		}
+		if err != nil || i < 0 {
+			return nil
+		}
+		last = i
+		if err := f.tree.await(ctx, i); err != nil {
+			return err
+		}
+		e := &f.index.entries[i]
+		if e.kind != kindFile || e.size == 0 || f.old.has(i) {
+			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
+			return nil // damaged: the rest comes from the archive
+		}
+		whole, err := f.patch(w, old, i, from)
+		if err != nil || !whole {
+			return err
+		}
+	}
+}
+
+// patch makes one file. It reports whether reading the delta can continue.
+func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
+	e := &f.index.entries[i]
+	var src io.ReaderAt = bytes.NewReader(nil)
+	var size int64
+	if from >= 0 {
+		file, err := old.openFile(from)
+		if err == nil {
+			defer file.Close()
+			src, size = file, old.index.entries[from].size
+		} // otherwise nothing is read from the old file, and the patch is skipped below
+	}
+	out := &patched{}
+	if !w.ready[i] {
+		if err := w.discard(i); err != nil {
+			return false, err
+		}
+		to, err := w.create(e)
+		if err != nil {
+			return false, err
+		}
+		out.file = os.NewFile(uintptr(to), e.path)
+	}
+	sum := sha256.New()
+	broken := f.delta.apply(src, size, io.MultiWriter(out, sum), e.size)
+	readOn := broken == nil || errors.Is(broken, errMisfit)
+	if out.file == nil {
+		return readOn, nil
+	}
+	err := errors.Join(out.err, out.file.Close())
+	if err == nil && broken == nil && deployments.Digest(sum.Sum(nil)) == e.sum {
+		w.ready[i] = true
+		w.back.wrote(e.size)
+		return true, nil
+	}
+	f.spoiled.add(e.path)
+	return readOn, errors.Join(err, w.dirs.Remove(e.path))
+}
+
+// patched is the writer of a patch's output. It records whether an error came from writing, not from the patch.
+type patched struct {
+	file *os.File // nil: the output is discarded
+	err  error
+}
+
+func (p *patched) Write(data []byte) (n int, err error) {
+	if p.file == nil {
+		return len(data), nil
+	}
+	n, p.err = p.file.Write(data)
+	return n, p.err
+}
