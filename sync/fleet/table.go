@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"kedge/deployments"
+	"kedge/kv"
 	"kedge/sync/fleet/message"
 )
 
@@ -55,6 +56,10 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 		p.raw(p.paint(Good, fmt.Sprintf("None of %d units needs attention.", opt.Fine)))
 	default:
 		p.raw(p.paint(Dim, "No units."))
+		if f.Mirror == nil && !f.MirrorRunning && f.Errors[kv.MirrorPrefix] == "" {
+			p.wrap("", 0, "Next, start a mirror of the deployments repo: kedge mirror REPO\n"+
+				"The steps are in kedge help install. If one runs already, it has another --prefix, or another Consul.", Plain)
+		}
 	}
 	for i, n := range f.Faults() {
 		if i == 0 {

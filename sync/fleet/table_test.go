@@ -368,3 +368,27 @@ func TestHistoryTable(t *testing.T) {
 	}
 	golden(t, "history.txt", out.Bytes())
 }
+
+// A store that no mirror has written to is shown with the next step, and no other store is.
+func TestTableBeforeAnyMirror(t *testing.T) {
+	t.Parallel()
+	const step = "start a mirror of the deployments repo"
+	for _, c := range []struct {
+		name  string
+		fleet *Fleet
+		says  bool
+	}{
+		{"nothing", Assemble(nil, noon), true},
+		{"a mirror that runs", Assemble([]kv.Entry{lease()}, noon), false},
+		{"a mirror that ran", Assemble([]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91a"})}, noon), false},
+		{"mirror/ unread", withErrors(Assemble(nil, noon), map[string]error{kv.MirrorPrefix: kv.ErrDenied}), false},
+	} {
+		var table strings.Builder
+		if err := WriteTable(&table, c.fleet, TableOptions{Width: 80}); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(strings.Join(strings.Fields(table.String()), " "), step); got != c.says {
+			t.Errorf("%s: %t\n%s", c.name, got, table.String())
+		}
+	}
+}
