@@ -73,6 +73,9 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 			o.BaseEndpoint = aws.String(l.config.Endpoint)
 		}
 		o.HTTPClient = l.client.s3Client(cfg.HTTPClient)
+		if l.config == nil && cfg.Credentials != nil {
+			o.Credentials = &slowCredentials{CredentialsProvider: cfg.Credentials, log: l.client.log}
+		}
 		// Anything that isn't AWS names buckets in the path.
 		o.UsePathStyle = o.BaseEndpoint != nil
 		// Retries are ours: one policy for all kinds of storage.

@@ -1,0 +1,37 @@
+package object
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+)
+
+// credentialsPatience is how long AWS's credentials may take before the log says that they are waited for. An
+// instance's own take some milliseconds.
+const credentialsPatience = time.Second
+
+// slowCredentials are AWS's credentials. On a machine that has none, AWS's own code asks a metadata service that isn't
+// there for some 20 s before it says so.
+type slowCredentials struct {
+	aws.CredentialsProvider
+	log  *slog.Logger
+	told atomic.Bool // the log has said so since they last came
+}
+
+func (c *slowCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	timer := time.AfterFunc(credentialsPatience, func() {
+		if c.told.CompareAndSwap(false, true) {
+			c.log.Info("waiting for AWS credentials: neither environment nor files have any, so the machine's role is asked " +
+				"for, which takes some 20 s to fail")
+		}
+	})
+	defer timer.Stop()
+	found, err := c.CredentialsProvider.Retrieve(ctx)
+	if err == nil {
+		c.told.Store(false)
+	}
+	return found, err
+}
