@@ -90,8 +90,8 @@ type Config struct {
 	Bounds   policy.Bounds
 	// Trust checks a manifest's signature before the manifest is used; nil: only the pointer's digest is checked.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
-	// AllowOlderPins lets a pin name a release that is older than the one that this node has settled on. With it,
-	// whoever writes pins can deploy anything that was ever signed. Without Trust it has no effect.
+	// AllowOlderPins lets a pin name a release that was made before this node's version floor. With it, whoever writes
+	// pins can deploy anything that was ever signed. Without Trust it has no effect.
 	AllowOlderPins bool
 	// Maintenance switches the node's maintenance mode in the service catalog while a unit is drained. It is
 	// retried until it succeeds, but a switch waits for it at most 5 s: an outage of the store must not stop a

@@ -313,7 +313,7 @@ func TestFirstBootWithoutTheStore(t *testing.T) {
 	})
 	a.awaitRunning(app, two)
 	faulty.SetDown(nil)
-	a.awaitRunning(app, one) // a settled view always wins
+	a.awaitRunning(app, one) // a synced view always wins
 }
 
 func TestTransientTroubleIsTriedAgain(t *testing.T) {

@@ -16,13 +16,13 @@ func made(at time.Time) func(*deployments.Manifest) {
 	return func(m *deployments.Manifest) { m.Created = at.UTC().Truncate(time.Second) }
 }
 
-// A release that was to be settled on when the agent was killed is settled on before any other deployment.
-func TestSettlesBeforeItGoesOn(t *testing.T) {
+// If the agent was killed before it raised the version floor, it raises the floor before any other deployment.
+func TestRaisesTheFloorBeforeItGoesOn(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	old, two := w.publish("app", "1", made(time.Now().Add(-2*time.Hour))), w.publish("app", "2", made(time.Now().Add(-time.Hour)))
 	w.desire(app, deployments.Record{Target: two, Generation: 1})
-	a := w.start() // without signers: nothing is settled on, as by one that was killed before it could
+	a := w.start() // without signers: no floor is raised, as by an agent that was killed before it could
 	a.awaitRunning(app, two)
 	a.stop()
 	w.desire(app, deployments.Record{Target: old, Generation: 2})

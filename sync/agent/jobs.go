@@ -226,7 +226,7 @@ func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	switch {
 	case p.IsZero() || u.refused[p].err != nil:
 		return job{}, time.Time{}
-	case u.compared != nil && u.compared.Release == p.Digest && (u.verifyAt.IsZero() || now.Before(u.verifyAt)):
+	case u.comparison != nil && u.comparison.Release == p.Digest && (u.verifyAt.IsZero() || now.Before(u.verifyAt)):
 		return job{}, u.verifyAt
 	}
 	return job{kind: jobObserve, release: p}, time.Time{}
@@ -248,10 +248,10 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 		"differs", found.Differs, "paths", found.Paths)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.compared == nil || u.compared.Release != found.Release {
+	if u.comparison == nil || u.comparison.Release != found.Release {
 		u.again.Reset()
 	}
-	u.compared = found
+	u.comparison = found
 	switch {
 	case found.Differs > 0: // another tool may be about to change that
 		u.verifyAt = time.Now().Add(u.again.Next())

@@ -248,12 +248,12 @@ func TestOlderReleases(t *testing.T) {
 
 	w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 3})
 	a.awaitRunning(app, two)
-	settled := func() (bool, string) {
+	raised := func() (bool, string) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		return a.units[app].settled == two, "not yet"
+		return a.units[app].floorRelease == two, "not yet"
 	}
-	await(t, "the release to be settled on", settled)
+	await(t, "the floor to be raised", raised)
 	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 4})
 	a.awaitState(app, deployments.StateInvalid)
 	w.put(kv.PinKey(app), one.String())

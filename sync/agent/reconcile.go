@@ -30,8 +30,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.addUnit(id)
 	}
 	a.mu.Unlock()
-	// Decide by what is known from before, before there is news: so a restart doesn't forget what was to be settled
-	// on.
+	// Decide by what is known from before, before there is news: so a restart doesn't forget to raise the version floor.
 	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveStatus(ctx) })
@@ -215,7 +214,7 @@ func (a *Agent) setGoals(r *cache.Role) {
 		}
 		// A rollout may turn back until it has ended; a pin is temporary.
 		from := u.decision.Source
-		g.settle = a.c.Trust != nil &&
+		g.raiseFloor = a.c.Trust != nil &&
 			(from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
 		g.adopt = a.c.Adopt || u.record.Value.Adopt
@@ -231,8 +230,8 @@ func (a *Agent) setGoals(r *cache.Role) {
 
 // setGoal sets the worker's goal, and cancels a job that conflicts with it.
 func (u *unit) setGoal(g goal) {
-	if g.settle && !g.run.IsZero() && (u.settled == u.toSettle || u.deploy != nil && u.state().Running != u.toSettle) {
-		u.toSettle = g.run
+	if g.raiseFloor && !g.run.IsZero() && (u.floorRelease == u.nextFloor || u.deploy != nil && u.state().Running != u.nextFloor) {
+		u.nextFloor = g.run
 	}
 	if g == u.goal {
 		return

@@ -86,7 +86,7 @@ func (a *Agent) report(ctx context.Context) {
 			}
 		}
 		for role, r := range a.Report() {
-			if !a.settledIn(role) {
+			if !a.knowsRole(role) {
 				continue // a report in the first moments would only replace a better one
 			}
 			next := a.encode(role, r)

@@ -21,14 +21,14 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		return dependency{}
 	}
 	if u.cycle != "" {
-		return dependency{u.id.Unit, "its record makes a circle: " + u.cycle, true}
+		return dependency{u.id.Unit, "its record makes a cycle: " + u.cycle, true}
 	}
 	if name := a.successor(u); name != "" {
 		return dependency{name, "its file is no longer in Git: waits for " + name + ", which may take its dest", false}
 	}
 	// A release that already runs elsewhere, or ran before, needs nothing that is yet to come.
 	r := u.record.Value
-	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
+	proven := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
 	for _, name := range r.After {
 		id := u.id
 		id.Unit = name
@@ -37,10 +37,10 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		case dep == nil || !dep.decided || dep.decision.Source == policy.FromNothing && dep.state().Running.IsZero():
 			return dependency{name, "waits for " + name + ", which has no record", true}
 		case dep.observes: // it never converges: what another tool deploys there has to be the release
-			if c := dep.compared; !settled && (c == nil || c.Differs > 0 || c.Release != dep.decision.Target.Digest) {
+			if c := dep.comparison; !proven && (c == nil || c.Differs > 0 || c.Release != dep.decision.Target.Digest) {
 				return dependency{name, "waits for " + name + ", which is only observed here, and differs from its release", true}
 			}
-		case settled && dep.serves():
+		case proven && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or left as it is
 			if dep.state().Running.IsZero() {
 				return dependency{

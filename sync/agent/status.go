@@ -107,7 +107,7 @@ func (u *unit) report() deployments.UnitReport {
 	r.Serves = s.Running.IsZero() &&
 		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
 	if r.Compared = s.Compared; u.observes {
-		r.Compared = u.compared
+		r.Compared = u.comparison
 	}
 	if now.reason == deployments.ReasonDependency {
 		r.Why = u.blocked.why
@@ -186,8 +186,8 @@ func (a *Agent) storeUp() map[string]bool {
 	return up
 }
 
-// settledIn reports whether the agent knows enough of a role to report on it.
-func (a *Agent) settledIn(role string) bool {
+// knowsRole reports whether the agent knows enough of a role to report on it.
+func (a *Agent) knowsRole(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range a.cache.Roles() {

@@ -61,31 +61,31 @@ type desired struct {
 
 // observed is the worker's present job, and what its jobs found.
 type observed struct {
-	busy     job
-	phase    deployments.State // StateFetching or StateSwitching during a deployment
-	announce *announcement     // of the deployment under way; nil: none was made
-	progress artifact.Progress
-	done     deployments.Pointer             // what the unit converged to in this process
-	settled  deployments.Pointer             // what was recorded as settled on in this process
-	toSettle deployments.Pointer             // to record as settled on once it runs, before any other deployment
-	settleAt time.Time                       // when a release with a time ahead of the clock is recorded again
-	future   *deploy.FutureError             // the time that settled claims
-	ran      []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
-	recover  bool                            // a deployment has to be recovered first
-	forget   bool                            // all releases that failed may be retried
-	lastErr  error                           // why the last job failed; nil if it succeeded
-	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node
-	retry    *wait.Backoff
-	retryAt  time.Time   // before that no job is begun that can fail
-	verifyAt time.Time   // zero: never
-	dest     string      // dest of the running release
-	claimed  string      // dest that was claimed last
-	mark     deploy.Mark // what the last deployment left at dest
-	foreign  string      // what another tool deployed to dest; empty: nothing
-	drift    []string
+	busy         job
+	phase        deployments.State // StateFetching or StateSwitching during a deployment
+	announce     *announcement     // of the deployment under way; nil: none was made
+	progress     artifact.Progress
+	done         deployments.Pointer             // what the unit converged to in this process
+	floorRelease deployments.Pointer             // the release that last raised the version floor in this process
+	nextFloor    deployments.Pointer             // to raise the floor to once it runs, before any other deployment
+	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
+	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
+	ran          []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
+	recover      bool                            // a deployment has to be recovered first
+	forget       bool                            // all releases that failed may be retried
+	lastErr      error                           // why the last job failed; nil if it succeeded
+	refused      map[deployments.Pointer]refusal // releases that can't succeed on this node
+	retry        *wait.Backoff
+	retryAt      time.Time   // before that no job is begun that can fail
+	verifyAt     time.Time   // zero: never
+	dest         string      // dest of the running release
+	claimed      string      // dest that was claimed last
+	mark         deploy.Mark // what the last deployment left at dest
+	foreign      string      // what another tool deployed to dest; empty: nothing
+	drift        []string
 	// unhealable is the drift that healing could not repair.
 	unhealable []string
-	compared   *deployments.Compared // on a node that observes
+	comparison *deployments.Compared // on a node that observes
 	looked     lookedAt
 	again      *wait.Backoff       // until dest is compared again, on a node that observes
 	health     deploy.Health       // health of watched
@@ -102,10 +102,10 @@ type goal struct {
 	adopt  bool                // take over the tree at dest if it equals the first release
 	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
 	// fields are zero then.
-	observe deployments.Pointer
-	leave   bool // restore what was there before the first release
-	stays   bool // what was there before the first release isn't restored any more
-	settle  bool // once run is live, nothing older may follow: see observed.toSettle
+	observe    deployments.Pointer
+	leave      bool // restore what was there before the first release
+	stays      bool // what was there before the first release isn't restored any more
+	raiseFloor bool // once run is live, nothing older may follow: see observed.nextFloor
 }
 
 // job is what a worker does at present.
@@ -141,7 +141,7 @@ const (
 	jobLook         jobKind = "look"          // look at dest before the first release
 	jobLeave        jobKind = "leave"         // restore what was there before the first release
 	jobForgetBefore jobKind = "forget-before" // discard what was there before the first release
-	jobSettle       jobKind = "settle"        // record that nothing older may follow
+	jobRaiseFloor   jobKind = "settle"        // raise the version floor: nothing older may follow
 )
 
 // reported is the unit's last state, and since when it has been in that state.
@@ -249,7 +249,7 @@ func factsOf(err error) deployments.Facts {
 		return facts.With("dest", foreign.dest).With("found", foreign.found)
 	}
 	if future := new(deploy.FutureError); errors.As(err, &future) {
-		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Settled.Format(time.RFC3339))
+		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Floor.Format(time.RFC3339))
 	}
 	return facts
 }
@@ -349,7 +349,7 @@ func (u *unit) converged() standing {
 		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
 	case u.refused[u.goal.stage].err != nil:
 		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
-	case u.future != nil && u.settled == u.done:
+	case u.future != nil && u.floorRelease == u.done:
 		return at(deployments.StateConverged, u.future)
 	}
 	return at(deployments.StateConverged, u.decision.Invalid)
@@ -376,7 +376,7 @@ func (u *unit) observing() standing {
 		s = at(deployments.StateHeld, refused)
 	}
 	s.reason = deployments.ReasonObserving
-	if c := u.compared; c != nil {
+	if c := u.comparison; c != nil {
 		s.facts = s.facts.With("differs", fmt.Sprint(c.Differs))
 	}
 	return s

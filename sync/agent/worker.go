@@ -205,15 +205,15 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 			u.reached(j.release)
 			u.drift, u.unhealable, u.foreign = nil, nil, ""
 		}
-	case jobSettle:
-		if settled := new(deploy.FutureError); errors.As(err, &settled) {
-			u.future, u.settleAt, u.lastErr = settled, now.Add(settleAgain), nil
+	case jobRaiseFloor:
+		if future := new(deploy.FutureError); errors.As(err, &future) {
+			u.future, u.floorAgain, u.lastErr = future, now.Add(floorRetry), nil
 		} else if err == nil {
 			u.future = nil
 		} else {
 			break
 		}
-		u.settled = j.release
+		u.floorRelease = j.release
 	case jobVerify:
 		u.verifyAt = now.Add(verifyDelay(a.c.VerifyEvery))
 		if calledOff {
@@ -240,7 +240,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	}
 }
 
-// mayBeOlder reports whether a pin names p, and pins may name releases older than the settled one.
+// mayBeOlder reports whether a pin names p, and pins may name releases below the version floor.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -278,15 +278,15 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 	s, g := u.state(), u.goal
 	if u.future != nil {
-		again = u.settleAt
+		again = u.floorAgain
 	}
 	run := g.run
 	if u.refused[run].err != nil {
 		run = deployments.Pointer{}
 	}
 	failed := !run.IsZero() && u.quarantined(run)
-	settles := s.Confirmed && !s.Unfinished && s.Running == u.toSettle && !u.toSettle.IsZero() &&
-		(u.settled != u.toSettle || u.future != nil && !now.Before(u.settleAt))
+	raises := s.Confirmed && !s.Unfinished && s.Running == u.nextFloor && !u.nextFloor.IsZero() &&
+		(u.floorRelease != u.nextFloor || u.future != nil && !now.Before(u.floorAgain))
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
 	// An interrupted deployment is finished first, as storage may be away; but not if the release before it is
 	// wanted, which is on disk.
@@ -296,8 +296,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{kind: jobLeave}, again
 	case u.recover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
-	case settles: // before any other deployment, which may be of an older release
-		return job{kind: jobSettle, release: u.toSettle}, again
+	case raises: // before any other deployment, which may be of an older release
+		return job{kind: jobRaiseFloor, release: u.nextFloor}, again
 	case u.forget:
 		return job{kind: jobForget}, again
 	case deploys:
@@ -415,8 +415,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		return a.fetch(ctx, u, j.release, a.prefetchSlot)
 	case jobProve:
 		return u.deploy.Prove(ctx)
-	case jobSettle:
-		return u.deploy.Settle()
+	case jobRaiseFloor:
+		return u.deploy.RaiseFloor()
 	case jobHeal:
 		return a.heal(ctx, u)
 	case jobObserve:
@@ -429,9 +429,9 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// settleAgain is the pause before a node settles once more on a release whose time is ahead of the node's clock: the
-// clock may have been behind, and may be right by then.
-const settleAgain = 10 * time.Minute
+// floorRetry is the pause before a node raises its floor once more to a release whose time is ahead of the node's
+// clock: the clock may have been behind, and may be right by then.
+const floorRetry = 10 * time.Minute
 
 // traced returns the context of a job's span and the root span of its trace; zero if the job isn't traced. a.mu is
 // held.

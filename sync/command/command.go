@@ -102,8 +102,8 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	return runAs(ctx, log, c, env, stdin, false)
 }
 
-// Check runs c as Run does, without a log. It kills what the command left running, including processes in sessions
-// of their own, as a check is tried again and again.
+// Check runs c as Run does, without a log. It kills what the command left running, including processes in sessions of
+// their own: a check is tried again and again, and they would pile up.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
 	env.Run = "check-" + rand.Text()
 	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
@@ -148,8 +148,8 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil)
 }
 
-// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, no
-// process of its group survives it, and none that has the mark in its environment.
+// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, no process
+// of cmd's group survives cmd, and none that has the mark in its environment.
 func execute(
 	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask,
 ) (Result, error) {
@@ -223,9 +223,8 @@ func execute(
 	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
-// endGroup ends the process group of leader, and returns when the leader is reaped. As a member may ignore
-// SIGTERM, or outlive the leader, it sends signals until the group is empty, and SIGKILL when the grace period is
-// over.
+// endGroup ends the process group of leader, and returns when the leader is reaped. A member may ignore SIGTERM, or
+// outlive the leader. So endGroup sends signals until the group is empty, and SIGKILL after the grace period.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)

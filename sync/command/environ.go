@@ -24,9 +24,9 @@ var private = []string{
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers are beginnings of variables that only commands of the agent's own user get, as they may give access to
-// something. So are variables whose names say that they are secret (deployments.SecretName), and those whose value
-// is a URL with a password, such as a proxy.
+// ownUsers are prefixes of variables that only commands of the agent's own user get, because such variables may be
+// credentials. The same holds for variables whose names say that they are secret (deployments.SecretName), and for
+// those whose value is a URL with a password, such as a proxy's.
 var ownUsers = []string{
 	"AWS_",
 	"CONSUL_",
@@ -49,7 +49,7 @@ var ownUsers = []string{
 	"XDG_RUNTIME_DIR",
 }
 
-// everyUsers are beginnings of variables that would match ownUsers but are no secrets.
+// everyUsers are prefixes of variables that would match ownUsers but are no secrets.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable.

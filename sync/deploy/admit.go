@@ -71,7 +71,7 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return u.within(r)
 }
 
-// trust returns an error if a manifest's bytes may not be parsed.
+// trust returns an error unless a manifest's bytes are signed as Trust demands. Only then may they be parsed.
 func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
 	if u.c.Trust == nil {
 		return nil

@@ -51,7 +51,7 @@ func (j *journal) forgetAttempts(digest deployments.Digest) {
 	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
 }
 
-// owner returns the release whose commands or checks the current step runs; zero: the step runs none.
+// owner returns the release whose commands or checks the current step runs; zero: the step runs neither.
 func (d *deployment) owner() deployments.Digest {
 	switch d.Step {
 	case stepPre, stepSwitch, stepPost, stepHealth, stepSuccess, stepFailure:
@@ -106,8 +106,8 @@ func (u *Unit) resume(ctx context.Context) error {
 	return err
 }
 
-// mayRun reports whether to run the command at a place in the step's list. If the command must not run twice, it
-// is journalled first.
+// mayRun reports whether to run the command at a place in the step's list. If the command must not run twice, mayRun
+// journals it first.
 func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {

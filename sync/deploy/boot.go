@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// BootID identifies this boot of the machine; empty if the kernel doesn't say. In a container the kernel's boot ID
-// is the host's. nspawn's replacement is invisible to a service with mounts of its own, so the ID includes the
-// start time of process 1.
+// BootID identifies this boot of the machine; empty if the kernel doesn't say. In a container the kernel's boot ID is
+// the host's. nspawn puts another boot ID in its place, but a service with mounts of its own doesn't see that one, so
+// BootID includes the start time of process 1.
 func BootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -43,7 +43,7 @@ func shuttingDown() bool {
 // Prove waits until the checks of the running release pass, if they haven't in this boot. It changes only
 // State.Proven. It does nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {
-	r, err := u.settled()
+	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {
 		return err
 	}

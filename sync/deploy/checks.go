@@ -83,7 +83,8 @@ func checkTCP(ctx context.Context, address string) error {
 	return conn.Close()
 }
 
-// checkSystemd passes while a unit is active. The identity is its invocation ID, which changes with a restart.
+// checkSystemd passes while a unit is active. The identity that it returns is the unit's invocation ID, which changes
+// with a restart.
 func checkSystemd(ctx context.Context, unit string) (string, error) {
 	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).
 		Output()

@@ -73,8 +73,8 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 	return found, nil
 }
 
-// adoptable compares a staged release with the tree at dest, while none of the unit's releases runs. nil: the tree
-// can't be taken over.
+// adoptable compares a staged release with the tree at dest, while none of the unit's releases runs. It returns nil if
+// the tree can't be adopted.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil
@@ -88,9 +88,9 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 		return nil, nil
 	}
 	if found.Adopted = found.Differs == 0; found.Adopted {
-		u.log.Info("dest is the release's already: it is adopted as it is, without commands", "dest", found.Dest)
+		u.log.Info("dest equals the release: it is adopted as it is, without commands", "dest", found.Dest)
 	} else {
-		u.log.Info("dest is not the release's, and is not adopted", "dest", found.Dest, "differs", found.Differs,
+		u.log.Info("dest differs from the release, and is not adopted", "dest", found.Dest, "differs", found.Differs,
 			"paths", found.Paths)
 	}
 	return found, nil

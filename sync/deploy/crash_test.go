@@ -31,8 +31,8 @@ type plan struct {
 	Die bool
 	// CutOff stands for maxCutOff.
 	CutOff int
-	// Settle has it settle on what runs, as a node with signers, after the recovery and after each release.
-	Settle bool
+	// RaiseFloor has it raise its version floor to what runs, as a node with signers, after the recovery and after each release.
+	RaiseFloor bool
 	// Leave has it leave what runs in the end for what was there before.
 	Leave bool
 }
@@ -69,7 +69,7 @@ func crashChild(file string) error {
 		Dir:     filepath.Join(p.Root, "state"),
 		Objects: object.New(object.Config{}),
 	}
-	if p.Settle {
+	if p.RaiseFloor {
 		c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
 		if c.Floors, err = OpenFloors(filepath.Join(p.Root, "floors.json"), quiet()); err != nil {
 			return err
@@ -79,12 +79,12 @@ func crashChild(file string) error {
 	if err != nil {
 		return err
 	}
-	settle := func() error {
-		if !p.Settle {
+	raiseFloor := func() error {
+		if !p.RaiseFloor {
 			return nil
 		}
-		if err := u.Settle(); err != nil && !errors.As(err, new(*FutureError)) {
-			return fmt.Errorf("settle: %w", err)
+		if err := u.RaiseFloor(); err != nil && !errors.As(err, new(*FutureError)) {
+			return fmt.Errorf("raise the floor: %w", err)
 		}
 		return nil
 	}
@@ -115,7 +115,7 @@ func crashChild(file string) error {
 	if err := u.Recover(context.Background()); err != nil && !errors.As(err, &failed) {
 		return fmt.Errorf("recover: %w", err)
 	}
-	if err := settle(); err != nil {
+	if err := raiseFloor(); err != nil {
 		return err
 	}
 	before, _ := os.ReadFile(done) // a byte for each release that is done with
@@ -125,7 +125,7 @@ func crashChild(file string) error {
 		if err != nil && !errors.As(err, &failed) && !errors.Is(err, ErrQuarantined) {
 			return fmt.Errorf("deploy: %w", err)
 		}
-		if err := settle(); err != nil {
+		if err := raiseFloor(); err != nil {
 			return err
 		}
 		if err := os.WriteFile(done, make([]byte, len(before)+i+1), 0o600); err != nil {

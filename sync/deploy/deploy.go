@@ -9,37 +9,37 @@
 //	stage      the release lies complete and verified on disk; nothing that runs is touched
 //	drain      /ready turns 503, Consul's maintenance mode goes on; then the manifest's drain time
 //	pre        commands
-//	switch     dest holds the release: the point from which a deployment is finished, not taken back
+//	switch     dest holds the release: the point from which a deployment is finished, not undone
 //	post       commands
 //	health     the checks; passing them confirms the release
 //	undrain    back in service
 //	success    commands, with the deployment's log on stdin
 //	tidy       old releases go
 //
-// A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest
-// is switched to the last good release, that one's post commands run so that it serves again, its health checks are
-// awaited, the node is back in service, and the failed release's failure commands run. While the good release's own
-// commands or checks fail, the unit stays out of service, and Recover tries them again. Where the first release fails,
-// and something else was at dest, that is put back, and the failure commands run before it is in service: no manifest
-// says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, the failed one
-// stays where it is, out of service. Trouble with storage, network or disk is no fault of the release: what was begun
-// is taken back, and nothing is quarantined.
+// If a command or check fails, the deployment goes back, whatever it had reached. The digest is quarantined, dest is
+// switched to the last good release, and that release's post commands run so that it serves again. Once its health
+// checks pass, the node is back in service, and the failed release's failure commands run. While the good release's own
+// commands or checks fail, the unit stays out of service, and Recover tries them again. If a first release fails and
+// something else was at dest, that is put back. The failure commands then run before it is in service, because no
+// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, the
+// failed release stays at dest, out of service. Failures of storage, network or disk are no fault of the release: what
+// was begun is undone, and nothing is quarantined.
 //
 // # Cut off
 //
-// Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by
-// the same code. A command whose end isn't journalled is run again, from the first command of its list: commands
-// must bear that. What the cut-off one left running is ended first (command.EndLeftovers). Post commands are also
-// run again where the machine was restarted before the health checks had passed, because services that they had
-// started are gone. A release in one of whose steps the agent or the machine ended three times counts as failed: it
-// may have ended them. A command with once is not run again after it was cut off.
+// Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off later, by the same
+// code. If the end of a command isn't journalled, its list is run again from the first command: commands must allow for
+// that. Processes that the cut-off command left running are ended first (command.EndLeftovers). Post commands are also
+// run again if the machine was restarted before the health checks had passed, because services that they had started
+// are gone. If the agent or the machine ended three times during a release's steps, the release counts as failed: it
+// may be the cause. A command with once is not run again after it was cut off.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is left to the next start.
 //
-// When Deploy's context ends before the switch, the deployment is taken back at once, within 30 s; later it is left to
-// the next Deploy, which supersedes it if it is for another release, or to Recover.
+// When Deploy's context ends before the switch, the deployment is undone at once, within 30 s. After the switch it is
+// left to Recover, or to the next Deploy, which supersedes it if that is for another release.
 //
-// A quarantine ends with Retry alone: the success of another release, as of a pin, says nothing of the one that failed.
+// Only Retry ends a quarantine: the success of another release, such as a pin's, says nothing of the one that failed.
 //
 // # On disk
 //
@@ -56,7 +56,7 @@
 // release's from then on: Verify doesn't name it, and Heal brings it back. A part that only the commands could make
 // again, as the content of a directory that is gone, is named and stays away until the release is deployed again.
 //
-// What the node has settled on is kept once for all units: see Floors.
+// The node's version floors are kept once for all units: see Floors.
 //
 // Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release
 // keeps the rest in DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's
@@ -104,8 +104,8 @@ type Config struct {
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	// Floors are the node's version floors; nil: only the unit's journal has one.
 	Floors *Floors
-	// Older reports whether a pointer may name a release older than the newest that the node settled on; it is
-	// used if Trust is set. Nil: none may.
+	// Older reports whether a pointer may name a release that was made before the node's version floor; it is used if
+	// Trust is set. Nil: none may.
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
@@ -252,8 +252,8 @@ func (u *Unit) State() State {
 	return s
 }
 
-// Recover finishes, or takes back, what a kill or power cut interrupted, by the same code as Deploy. *Failed means
-// that the deployment failed and went back. After any other error it is still unfinished: call Recover again.
+// Recover finishes or undoes the deployment that a kill or power cut interrupted, by the same code as Deploy. *Failed
+// means that the deployment failed and went back. After any other error it is still unfinished: call Recover again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
@@ -441,8 +441,8 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	return err == nil && u.switcher(r).IsLive(r)
 }
 
-// settled returns the running release; nil while a deployment is under way.
-func (u *Unit) settled() (*artifact.Release, error) {
+// liveRelease returns the running release; nil while a deployment is under way.
+func (u *Unit) liveRelease() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
 		return nil, nil
 	}

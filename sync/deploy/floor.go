@@ -21,10 +21,9 @@ import (
 // createdTolerance is how far ahead of the node's clock a signed release's Created may be.
 const createdTolerance = time.Hour
 
-// Floors are a node's version floors: the newest Created of the releases that it settled on, by unit, by the release's
-// name and by its dest. A node settles on a release once that has rolled out: from then on it takes none that was made
-// before. Floors survive when a unit is renamed, removed or loses its journal. Only the agent writes
-// their file. A nil *Floors stores none.
+// Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is the time at which the
+// newest release that has rolled out was made: the node refuses releases that were made before. Floors survive when a
+// unit is renamed, removed or loses its journal. Only the agent writes their file. A nil *Floors stores none.
 type Floors struct {
 	path string
 
@@ -116,8 +115,7 @@ func (f *Floors) raise(keys []string, made time.Time) error {
 	return nil
 }
 
-// OlderError means that a node with signers refuses a release that was made before one that the node has settled
-// on.
+// OlderError means that a node with signers refuses a release that was made before the node's version floor.
 type OlderError struct {
 	Created, Floor time.Time
 	Of             string // what has the floor: "name app", "dest /srv/app", "unit prod/web/app"
@@ -129,33 +127,33 @@ func (e *OlderError) Error() string {
 		made = "made at " + e.Created.Format(time.RFC3339)
 	}
 	// The text is short, as an error in a report has 300 bytes.
-	return fmt.Sprintf("%s, older than that of %s on which this node has settled for %s: "+
+	return fmt.Sprintf("%s, before this node's version floor %s for %s: "+
 		"publish it anew as a new version, or pin it where the agent has allow_older_pins",
 		made, e.Floor.Format(time.RFC3339), e.Of)
 }
 
-// FutureError means that a release that was settled on claims to be made later than the node's clock. Releases
-// made before Settled count as older than it.
-type FutureError struct{ Created, Settled time.Time }
+// FutureError means that a release claims to be made later than the node's clock. Its version floor is Floor, a time by
+// the node's clock, not Created.
+type FutureError struct{ Created, Floor time.Time }
 
 func (e *FutureError) Error() string {
 	return fmt.Sprintf("it says that it was made at %s, which is ahead of this node's clock: releases made before %s are "+
 		"refused from now on. Correct the clock of whoever publishes, or this node's",
-		e.Created.Format(time.RFC3339), e.Settled.Format(time.RFC3339))
+		e.Created.Format(time.RFC3339), e.Floor.Format(time.RFC3339))
 }
 
-// settledAt returns the floor for a release made at created, at a node's time: created, but never a time ahead of
+// floorAt returns the floor for a release made at created, at a node's time: created, but never a time ahead of
 // the clock, which would refuse everything that is published from then on.
-func settledAt(created, now time.Time) time.Time {
+func floorAt(created, now time.Time) time.Time {
 	if created.After(now.Add(createdTolerance)) {
 		return now.UTC().Truncate(time.Second)
 	}
 	return created
 }
 
-// order returns an error if a release is older than the newest that was settled on. An old signature stays valid,
-// so without this check whoever writes the store could bring back a release that was replaced because of a
-// vulnerability, under any name.
+// order returns an error if a release was made before the version floor. An old signature stays valid, so without this
+// check whoever writes the store could bring back a release that was replaced because of a vulnerability, under any
+// name.
 func (u *Unit) order(r *artifact.Release) error {
 	if u.c.Trust == nil {
 		return nil
@@ -172,21 +170,22 @@ func (u *Unit) order(r *artifact.Release) error {
 	return &OlderError{Created: created, Floor: floor, Of: of}
 }
 
-// Settle settles on the running release, if it has passed its health checks: if Trust is set, no older release is
-// admitted from now on, even after a restart. Call it only once the release's rollout can no longer turn back. A
-// *FutureError means that it is settled, but under the node's time, not under its own.
-func (u *Unit) Settle() error {
-	r, err := u.settled()
+// RaiseFloor raises the version floor to when the running release was made, if Trust is set and the release has passed
+// its health checks. From then on no older release is admitted, even after a restart. Call it only once the release's
+// rollout can no longer turn back. A *FutureError means that the floor was raised, but to the node's time, not to the
+// release's.
+func (u *Unit) RaiseFloor() error {
+	r, err := u.liveRelease()
 	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
 		return err
 	}
-	u.at("before settle")
+	u.at("before floor")
 	created := r.Manifest.Created
-	floor := settledAt(created, time.Now())
+	floor := floorAt(created, time.Now())
 	if !floor.Equal(created) {
 		if was := u.j.Ahead; was != nil && was.Digest == r.Pointer.Digest {
-			floor = was.Settled // a later start must not refuse what was published since
-		} else if err := u.save(func(j *journal) { j.Ahead = &ahead{r.Pointer.Digest, floor} }); err != nil {
+			floor = was.Floor // a later start must not refuse what was published since
+		} else if err := u.save(func(j *journal) { j.Ahead = &aheadOfClock{r.Pointer.Digest, floor} }); err != nil {
 			return err
 		}
 		u.at("ahead kept")
@@ -200,25 +199,25 @@ func (u *Unit) Settle() error {
 			return err
 		}
 	}
-	u.at("settled")
+	u.at("floor kept")
 	if !floor.Equal(created) {
-		return &FutureError{Created: created, Settled: floor}
+		return &FutureError{Created: created, Floor: floor}
 	}
 	return nil
 }
 
-// ahead is a release that was settled on although its Created is ahead of the node's clock.
-type ahead struct {
+// aheadOfClock is a release that raised the version floor although its Created is ahead of the node's clock.
+type aheadOfClock struct {
 	Digest deployments.Digest `json:"digest"`
-	// Settled is when the node settled on the release, by the node's clock.
-	Settled time.Time `json:"settled"`
+	// Floor is when the release first raised the floor, by the node's clock.
+	Floor time.Time `json:"settled"`
 }
 
 // newestFile is where earlier versions stored Newest beside the journal.
 const newestFile = "newest"
 
-// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version: for the
-// running release, if that is known. A time ahead of the clock is not believed.
+// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version. It adds it
+// also for the running release's name and dest, if that release is known. A time ahead of the clock is not believed.
 func (u *Unit) keepFloor() error {
 	newest := u.j.Newest
 	file := filepath.Join(u.c.Dir, newestFile)
@@ -231,7 +230,7 @@ func (u *Unit) keepFloor() error {
 	if info, err := os.Stat(filepath.Join(u.c.Dir, journalFile)); err == nil && info.ModTime().After(now) {
 		now = info.ModTime() // a machine without a battery-backed clock may not know the time yet
 	}
-	if newest = settledAt(newest, now); newest.Before(u.j.Newest) {
+	if newest = floorAt(newest, now); newest.Before(u.j.Newest) {
 		u.log.Warn("the version floor is ahead of this node's clock: lowering it", "was", u.j.Newest, "floor", newest)
 		if err := u.save(func(j *journal) { j.Newest = newest }); err != nil {
 			return err

@@ -10,10 +10,10 @@ import (
 	"kedge/deployments"
 )
 
-// A node that is killed before, between and after the writes that settle on a release settles on it at its next start:
-// whatever its journal knows to be settled on, its floors refuse anything older than under every name. A release from
-// the future is settled on once, at the time of the first try.
-func TestKilledWhileItSettles(t *testing.T) {
+// A node that is killed before, between and after the writes that raise its version floor raises it at its next start.
+// Whatever floor its journal has, its floors refuse anything older under every name. A release from the future raises
+// the floor once, to the time of the first try.
+func TestKilledWhileItRaisesFloors(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	now := time.Now().UTC().Truncate(time.Second)
@@ -31,7 +31,7 @@ func TestKilledWhileItSettles(t *testing.T) {
 		now.AddDate(5000, 0, 0),
 	)
 	s := story{world: w, releases: []deployments.Pointer{two, far}, cutOff: 1000}
-	data := s.planned(plan{Root: w.root, Releases: s.releases, Die: true, CutOff: s.cutOff, Settle: true})
+	data := s.planned(plan{Root: w.root, Releases: s.releases, Die: true, CutOff: s.cutOff, RaiseFloor: true})
 
 	refused := func(release deployments.Pointer) bool {
 		t.Helper()
@@ -45,7 +45,7 @@ func TestKilledWhileItSettles(t *testing.T) {
 		}
 		return err != nil
 	}
-	var first time.Time // when the release from the future was settled on
+	var first time.Time // the floor of the release from the future
 	for cut := true; cut; {
 		cmd := s.start(data)
 		cut = cmd.Wait() != nil
@@ -53,18 +53,18 @@ func TestKilledWhileItSettles(t *testing.T) {
 			t.Fatal(text)
 		}
 		u := w.open(w.signed)
-		if settled := u.j.Newest; !settled.IsZero() && !refused(old) {
+		if newest := u.j.Newest; !newest.IsZero() && !refused(old) {
 			t.Errorf(
-				"the journal has settled on what was made at %v, and an older release is admitted under another name",
-				settled,
+				"the journal has the floor %v, and an older release is admitted under another name",
+				newest,
 			)
 		}
 		if ahead := u.j.Ahead; ahead != nil {
 			if first.IsZero() {
-				first = ahead.Settled
+				first = ahead.Floor
 			}
-			if !ahead.Settled.Equal(first) {
-				t.Errorf("the release from the future was settled on at %v, and then at %v", first, ahead.Settled)
+			if !ahead.Floor.Equal(first) {
+				t.Errorf("the release from the future has the floor %v, and then %v", first, ahead.Floor)
 			}
 		}
 	}
@@ -75,7 +75,7 @@ func TestKilledWhileItSettles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, point := range []string{"before settle", "ahead kept", "floors raised", "settled"} {
+	for _, point := range []string{"before floor", "ahead kept", "floors raised", "floor kept"} {
 		if !strings.Contains(string(points), point+"\n") {
 			t.Errorf("it was never killed at %q", point)
 		}

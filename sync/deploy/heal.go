@@ -11,7 +11,7 @@ import (
 // nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
-	r, err := u.settled()
+	r, err := u.liveRelease()
 	if err != nil || r == nil {
 		return nil, err
 	}
@@ -27,7 +27,7 @@ func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Differ
 // way.
 func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
-	r, err := u.settled()
+	r, err := u.liveRelease()
 	if err != nil || r == nil {
 		return nil, err
 	}
@@ -43,8 +43,8 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	return left, nil
 }
 
-// recordBefore records how a release's tree differs before its commands run, and recordAfter what they changed. An
-// error in them fails no deployment: what isn't recorded is reported as drift.
+// recordBefore records how a release's tree differs before its commands run, and recordAfter what the commands changed.
+// Their errors fail no deployment: what isn't recorded is reported as drift.
 func (u *Unit) recordBefore(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil

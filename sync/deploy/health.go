@@ -130,9 +130,9 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 }
 
 // healthGate decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
-// then go on passing for stable, until each has been tried once more after that. Before the timeout, a check that
-// fails again only restarts the wait; after it, that is a failure. It has no clock: its times are monotonic, so
-// that a jump of the wall clock changes nothing.
+// then go on passing for stable, and each of them once more after that. Before the timeout, a check that fails again
+// only restarts the wait; after the timeout it is a failure. healthGate has no clock of its own. Its times are
+// monotonic, so that a jump of the wall clock changes nothing.
 type healthGate struct {
 	begin   time.Time
 	timeout time.Duration
@@ -171,7 +171,7 @@ func (v *healthGate) record(check int, identity string, err error, now time.Time
 	}
 }
 
-// result returns done with nil if the release is healthy, and with an error if the time for it is over.
+// result sets done once the release is healthy (a nil error), or once the timeout has passed (an error).
 func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {

@@ -42,10 +42,10 @@ type journal struct {
 	Unhealthy *unserved           `json:"unhealthy,omitempty"`
 	LastGood  deployments.Pointer `json:"last_good,omitzero"`
 	Staged    deployments.Pointer `json:"staged,omitzero"`
-	// Newest is the newest Created of the signed releases that this unit has settled on: see Unit.Settle. Floors has it as
-	// well.
-	Newest time.Time `json:"newest,omitzero"`
-	Ahead  *ahead    `json:"ahead,omitempty"`
+	// Newest is this unit's version floor, the newest Created of the signed releases that have rolled out here: see
+	// Unit.RaiseFloor. Floors has it as well.
+	Newest time.Time     `json:"newest,omitzero"`
+	Ahead  *aheadOfClock `json:"ahead,omitempty"`
 
 	Quarantined []Failure `json:"quarantined,omitempty"`
 	Drained     bool      `json:"drained,omitempty"`
@@ -66,7 +66,7 @@ type journal struct {
 // deployment is a deployment under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From is the release that ran when the deployment began: one that is taken back before its switch ends there.
+	// From is the release that ran when the deployment began: a deployment that is undone before its switch ends there.
 	// Back is the last good release: a deployment that fails goes back to it. Zero: there is none.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
@@ -159,9 +159,9 @@ func (u *Unit) load() error {
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// runningFromDest finds the running release without a journal: where the dest of the newest manifest leads. It can be
-// gone back to, but counts as unconfirmed, so that deploying it again checks it. If dest is no link of kedge's, the
-// running release is unknown.
+// runningFromDest finds the running release without a journal: where the dest of the newest manifest leads. A later
+// deployment can go back to it. It counts as unconfirmed, so that deploying it again checks it. If dest is no link of
+// kedge's, the running release is unknown.
 func (u *Unit) runningFromDest() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {

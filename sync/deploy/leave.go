@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// before is what was at dest before the unit's first release. It is kept until ForgetBefore, as long as the
-// rollout may go back to it, even when other releases replace the first one meanwhile.
+// before is what was at dest before the unit's first release. It is kept until ForgetBefore is called, even when other
+// releases replace the first one meanwhile: the rollout may still go back to it.
 type before struct {
 	// First is the first release. Its manifest says how to put back what was there.
 	First    deployments.Pointer  `json:"first"`
@@ -17,8 +17,8 @@ type before struct {
 	Strategy deployments.Strategy `json:"strategy"`
 }
 
-// restorableUnder reports whether what was there before can be put back while r is deployed: r has the same dest and
-// strategy.
+// restorableUnder reports whether what was at dest before the first release can be put back while r is deployed: r has
+// the same dest and strategy.
 func (b *before) restorableUnder(r *artifact.Release) bool {
 	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
 }
@@ -39,10 +39,11 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 	return &before{First: r.Pointer, Dest: r.Manifest.Dest, Strategy: r.Manifest.Strategy}, nil
 }
 
-// Leave puts back what was at dest before the unit's first release, after its rollout has stopped elsewhere:
-// drain, the switch, the failure commands of the release that is left, and undrain. No other commands and no
-// checks run, as what was there has no manifest. If it can't be put back any more, the unit keeps what it runs,
-// and State says so. Before the switch a cancelled ctx stops Leave; after it Recover finishes, as after a kill.
+// Leave puts back what was at dest before the unit's first release, after the release's rollout has stopped on another
+// node. Its steps are drain, the switch, the failure commands of the release that is left, and undrain. No other
+// commands and no checks run, because what was there has no manifest. If that can't be put back any more, the unit
+// keeps what it runs, and State says so. Before the switch a cancelled ctx stops Leave. After the switch Recover
+// finishes it, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -94,7 +95,8 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	return u.advance(ctx)
 }
 
-// leave does the switch of Leave.
+// leave does the step of Leave that puts back what was at dest before the first release. It returns the change of the
+// journal.
 func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 	if b := u.j.Before; b != nil {
 		first, err := u.need(ctx, b.First)

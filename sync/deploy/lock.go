@@ -195,7 +195,8 @@ func (l *destLock) begun() { l.note("") }
 
 func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }
 
-// note ignores errors: it only saves a waiting process from deploying the same release again.
+// note writes the lock file's content. It ignores errors: the content only saves a waiting process from deploying the
+// same release again.
 func (l *destLock) note(last string) {
 	if l == nil || l.file == nil {
 		return

@@ -77,7 +77,7 @@ type Monitor struct {
 // Monitor returns a monitor of the running release; nil if none is confirmed, if a deployment is under way, or if
 // the manifest has no checks that go on.
 func (u *Unit) Monitor() (*Monitor, error) {
-	r, err := u.settled()
+	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed {
 		return nil, err
 	}
@@ -106,8 +106,8 @@ func (u *Unit) Monitor() (*Monitor, error) {
 	return m, nil
 }
 
-// KeepHealth writes down whether the running release is healthy, as a Monitor found it, so that State tells it after a
-// restart, too. It does nothing if that is written already, or if a deployment is under way.
+// KeepHealth stores in the journal whether the running release is healthy, as a Monitor found, so that State has it
+// after a restart, too. It does nothing if the journal has it already, or if a deployment is under way.
 func (u *Unit) KeepHealth(h Health) error {
 	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.Unhealthy != nil) {
 		return nil
@@ -146,8 +146,8 @@ func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	}
 }
 
-// round tries each check once. A check that passes with another identity than before counts as failed, as the
-// service is not the same: it may be restarted again and again.
+// round tries each check once. A check that passes with another identity than before counts as failed: the service was
+// restarted, and may be restarted again and again.
 func (m *Monitor) round(ctx context.Context) round {
 	errs := make([]error, len(m.checks))
 	var tries sync.WaitGroup

@@ -113,7 +113,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	return err
 }
 
-// stageWithin stages r, trying as often and as long as limits allow. An error that another try can't cure ends it.
+// stageWithin stages r, trying as often and as long as limits allow. It stops at an error that another try can't cure.
 func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits FetchLimits) error {
 	if limits.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -180,10 +180,10 @@ func (u *Unit) adopt(r *artifact.Release) error {
 // maxInput bounds what ParseInput reads: Consul keeps 256 events of some 500 bytes.
 const maxInput = 4 << 20
 
-// ParseInput finds the manifest's URL in what kedge run reads on stdin: Consul events as JSON, where CONSUL_INDEX
-// is set or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. It
-// reads no more than that, as whoever writes may leave the pipe open. No events give "", nil: there is nothing to
-// do.
+// ParseInput finds the manifest's URL in what kedge run reads on stdin. If CONSUL_INDEX is set or the input begins with
+// [, that is the payload of the last of Consul's events, in JSON; otherwise it is the first line. ParseInput reads no
+// more than it needs, because the writer may leave the pipe open. Without any event it returns "", nil: there is
+// nothing to do.
 func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
 	limited := &io.LimitedReader{R: in, N: maxInput + 1}
 	r := bufio.NewReader(limited)

@@ -21,9 +21,9 @@ func (w *world) signed(c *Config) {
 	c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
 }
 
-// A node with signers goes to nothing older than what it has settled on, also after a restart; a release that it
-// has not settled on may be gone back from.
-func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
+// A node with signers goes to nothing older than its version floor, also after a restart. It may go back from a release
+// that hasn't raised the floor yet.
+func TestNothingOlderThanTheFloor(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	at := func(version string, hour int) deployments.Pointer {
@@ -40,9 +40,9 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 		c.Older = func(p deployments.Pointer) bool { return p == allowed }
 	}
 	u := w.open(signers)
-	settle := func() {
+	raiseFloor := func() {
 		t.Helper()
-		if err := u.Settle(); err != nil {
+		if err := u.RaiseFloor(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -56,17 +56,17 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 		w.wantVersion(live)
 	}
 	w.deploy(u, undated)
-	settle()
+	raiseFloor()
 	w.deploy(u, two)
-	settle()
+	raiseFloor()
 	refused(one, "2")
 	refused(undated, "2")
 
 	w.deploy(u, three)
-	w.deploy(u, two) // its rollout turned back before it was settled on
+	w.deploy(u, two) // its rollout turned back before it raised the floor
 
 	w.deploy(u, three)
-	settle()
+	raiseFloor()
 	u = w.reopen(signers)
 	refused(two, "3")
 
@@ -78,12 +78,12 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 		u = w.reopen(signers)
 		refused(two, "3")
 		w.deploy(u, three)
-		settle()
+		raiseFloor()
 	}
 
 	allowed = one
 	w.deploy(u, one)
-	settle()
+	raiseFloor()
 	allowed = deployments.Pointer{}
 	refused(two, "1")
 	w.deploy(u, three)
@@ -93,7 +93,7 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 }
 
 // An older release is refused under any name of a unit: for the name that it bears itself, and for its dest. That also
-// holds if the unit that settled on the newer one, its journal, or both are gone.
+// holds if the unit that raised the floor, its journal, or both are gone.
 func TestOldCodeUnderANewName(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -111,7 +111,7 @@ func TestOldCodeUnderANewName(t *testing.T) {
 	two := at("2", 2, nil)
 	u := w.open(w.signed)
 	w.deploy(u, two)
-	if err := u.Settle(); err != nil {
+	if err := u.RaiseFloor(); err != nil {
 		t.Fatal(err)
 	}
 	for name, lose := range map[string]string{"the unit is there": "", "its journal is lost": w.path("state", journalFile), "it is gone": w.path("state")} {
@@ -145,11 +145,11 @@ func TestOldCodeUnderANewName(t *testing.T) {
 	w.wantVersion("2")
 }
 
-// A release that says that it was made ahead of the node's clock doesn't lock out what is made after it was settled on:
-// neither by a restart, nor because an earlier version believed it.
+// A release that says that it was made ahead of the node's clock doesn't lock out what is made after it raised the
+// floor: neither by a restart, nor because an earlier version believed it.
 func TestMadeAheadOfTheClock(t *testing.T) {
 	t.Parallel()
-	for name, legacy := range map[string]bool{"settled on now": false, "believed by an earlier version": true} {
+	for name, legacy := range map[string]bool{"made now": false, "believed by an earlier version": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
@@ -160,10 +160,10 @@ func TestMadeAheadOfTheClock(t *testing.T) {
 			u := w.open(w.signed)
 			w.deploy(u, at("far", far))
 			var future *FutureError
-			if err := u.Settle(); !errors.As(err, &future) || !future.Created.Equal(far) {
-				t.Fatalf("settled on: %v, want a FutureError", err)
+			if err := u.RaiseFloor(); !errors.As(err, &future) || !future.Created.Equal(far) {
+				t.Fatalf("raise the floor: %v, want a FutureError", err)
 			}
-			first := future.Settled
+			first := future.Floor
 			if legacy {
 				if err := os.Remove(w.path("floors.json")); err != nil {
 					t.Fatal(err)
@@ -176,14 +176,14 @@ func TestMadeAheadOfTheClock(t *testing.T) {
 				}
 			}
 			u = w.reopen(w.signed)
-			if err := u.Settle(); !errors.As(err, &future) || !legacy && !future.Settled.Equal(first) {
-				t.Errorf("settled on again: %v, first at %v", err, first)
+			if err := u.RaiseFloor(); !errors.As(err, &future) || !legacy && !future.Floor.Equal(first) {
+				t.Errorf("raise the floor again: %v, first at %v", err, first)
 			}
 			if err := u.Deploy(t.Context(), Request{Release: at("old", time.Now().Add(-24*time.Hour))}); !errors.Is(err, ErrRefused) {
 				t.Errorf("an older release: %v, want ErrRefused", err)
 			}
 			w.deploy(u, at("next", time.Now().Add(2*time.Second)))
-			if err := u.Settle(); err != nil {
+			if err := u.RaiseFloor(); err != nil {
 				t.Error(err)
 			}
 			w.wantVersion("next")

@@ -40,7 +40,7 @@ func (d *deployment) failed() *Failed {
 	return f
 }
 
-// reverse turns d around before its switch. If no pre commands were begun, only the drain has to be taken back.
+// reverse makes d undo itself before its switch. If no pre commands were begun, only the drain has to be undone.
 func (d *deployment) reverse() {
 	if d.Step == stepDrain {
 		d.enter(stepBackUndrain)
@@ -49,7 +49,7 @@ func (d *deployment) reverse() {
 	}
 }
 
-// fail quarantines the deployment's release, and turns the deployment back for good.
+// fail quarantines the deployment's release. From then on the deployment goes back.
 func (j *journal) fail(err error) {
 	d := j.Deployment
 	if len(j.Quarantined) >= maxQuarantined {
@@ -68,8 +68,8 @@ func (j *journal) fail(err error) {
 	d.enter(stepBack)
 }
 
-// handleStepError handles a step's error. It returns nil if the deployment goes on, backwards; otherwise it was taken
-// back, or is to be finished later.
+// handleStepError handles a step's error. It returns nil if the deployment goes on, backwards. Otherwise the deployment
+// was undone, or is to be finished later.
 func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
@@ -80,17 +80,17 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
 		return fmt.Errorf("deploying %s was stopped in %s, and will be finished later: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
-		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
+		u.log.Warn("undoing the deployment", "release", d.Release.String(), "step", string(s), "error", err)
 		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
 			return errors.Join(err, failed)
 		}
-		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), takeBackWithin,
-			fmt.Errorf("it took longer than %s", takeBackWithin))
+		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), undoWithin,
+			fmt.Errorf("it took longer than %s", undoWithin))
 		defer cancel()
 		if failed := u.advance(ctx); failed != nil {
-			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
+			return fmt.Errorf("deploying %s was stopped in %s: %w; undoing it: %w", d.Release, s, err, failed)
 		}
-		return fmt.Errorf("deploying %s was stopped in %s, and taken back: %w", d.Release, s, err)
+		return fmt.Errorf("deploying %s was stopped in %s, and undone: %w", d.Release, s, err)
 	case u.ending():
 		return fmt.Errorf("deploying %s in %s: the machine is shutting down: %w", d.Release, s, err)
 	default:
@@ -99,7 +99,7 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 	}
 }
 
-// unserved says why a release isn't healthy: the one that a deployment went back to, or the running one.
+// unserved says why the release that a deployment went back to, or the running release, isn't healthy.
 type unserved struct {
 	Step  step      `json:"step"`
 	Check string    `json:"check,omitempty"` // the check that failed
@@ -107,7 +107,7 @@ type unserved struct {
 	Since time.Time `json:"since"`
 }
 
-// health returns what b says as a Health; nil: healthy.
+// health returns b as a Health. It is healthy if b is nil.
 func (b *unserved) health() Health {
 	if b == nil {
 		return Health{}
@@ -124,7 +124,7 @@ func (b *unserved) health() Health {
 // until they pass. The first time, stayOutOfService also runs the failure commands of the release that failed, so that
 // people learn of it.
 func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error) error {
-	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
+	u.log.Error("the release that the unit went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)
 	r, err := u.need(ctx, d.Release)
 	if err != nil {

@@ -26,7 +26,8 @@ type SecretReader interface {
 var ErrSecretUnavailable = errors.New("a secret can't be read")
 
 const (
-	// duringDeployment is a maximal age that lets all steps of a deployment use the values that it began with.
+	// duringDeployment is a maximum age of values by which all steps of a deployment use those that the deployment began
+	// with.
 	duringDeployment = 24 * time.Hour
 	// duringChecks is the maximal age of values for the checks of a live release.
 	duringChecks = 5 * time.Minute
@@ -73,8 +74,8 @@ func (u *Unit) withSecrets(
 	return env, nil
 }
 
-// exec returns the probe of a live release's exec check. It runs with current secrets. If a secret couldn't be
-// read since the agent started, the check is skipped: an outage of the secrets' source makes no node unhealthy.
+// exec returns the probe of a live release's exec check, which runs with current secrets. If a secret couldn't be read
+// since the agent started, the probe skips the check: an outage of the secrets' source makes no node unhealthy.
 func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) probe {
 	return func(ctx context.Context) (string, error) {
 		with, err := u.withSecrets(ctx, env, r, duringChecks)

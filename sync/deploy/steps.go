@@ -42,8 +42,8 @@ var (
 	backSteps    = []step{stepBack, stepBackPost, stepBackHealth, stepBackUndrain, stepFailure}
 )
 
-// takeBackWithin bounds the work of taking a deployment back after its context has ended.
-const takeBackWithin = 30 * time.Second
+// undoWithin bounds the work of undoing a deployment after its context has ended.
+const undoWithin = 30 * time.Second
 
 func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
 func (s step) goesBack() bool     { return slices.Contains(backSteps, s) }
@@ -59,9 +59,9 @@ func (s step) next() step {
 	return ""
 }
 
-// next returns the step after d's; "" after the last. If the deployment puts back what was at dest before the first
-// release, there is no manifest with commands and checks for it: the failure commands of the release that is left start
-// it, before the unit is in service.
+// next returns the step after d's; "" after the last. What was at dest before the first release has no manifest with
+// commands and checks. If the deployment puts that back, the failure commands of the release that is left start it,
+// before the unit is in service.
 func (d *deployment) next() step {
 	switch {
 	case d.Step == stepBack && d.Restored:
@@ -78,8 +78,8 @@ func (d *deployment) next() step {
 	return d.Step.next()
 }
 
-// target returns the release that the deployment ends on: before the switch, what ran when it is taken back; after
-// a failure, the good one. Zero: no release.
+// target returns the release that the deployment ends on: what ran before, if it is undone before its switch; after a
+// failure, the good one. Zero: no release.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
@@ -101,7 +101,7 @@ func (j *journal) pass() {
 		return
 	}
 	j.Deployment = nil
-	if d.Fault != nil || d.Restored || !d.Step.goesBack() { // otherwise it was taken back, and may be tried again
+	if d.Fault != nil || d.Restored || !d.Step.goesBack() { // otherwise it was undone, and may be tried again
 		j.forgetAttempts(d.Release.Digest)
 	}
 	if j.Running.IsZero() {
@@ -110,8 +110,8 @@ func (j *journal) pass() {
 	j.forgetAttempts(d.target().Digest)
 }
 
-// advance runs the steps of the deployment under way until it is over. It is the only code that does, for new
-// deployments and for interrupted ones.
+// advance runs the steps of the deployment under way until its end. Nothing else runs steps, of new deployments or of
+// interrupted ones.
 func (u *Unit) advance(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
@@ -263,7 +263,7 @@ func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.Unhealthy, j.LastGood, j.Proven = true, nil, j.Running, u.boot
 }
 
-// served is confirmed for the end of the way back.
+// served is confirmed for a deployment that has gone back: the release serves again.
 func (u *Unit) served(j *journal) {
 	u.confirmed(j)
 	j.Deployment.Unserved = nil
@@ -302,8 +302,8 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs one list of r's commands; the first that fails ends it. other is the release before or, on the way
-// back, the failed one.
+// commands runs one list of r's commands; the first that fails ends it. other is the release before or, if the
+// deployment goes back, the failed one.
 func (u *Unit) commands(
 	ctx context.Context,
 	d *deployment,
@@ -388,8 +388,8 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes the releases in drop, and all others except the newest others, the running, good and staged ones,
-// and those in keep.
+// prune removes the releases in drop. Of all others it keeps the newest, as many as others says, the running, good and
+// staged ones, and those in keep.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)

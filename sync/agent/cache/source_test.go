@@ -128,7 +128,7 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 	}
 }
 
-func TestPinsNeedASettledView(t *testing.T) {
+func TestPinsNeedASyncedView(t *testing.T) {
 	t.Parallel()
 	s := newRole("prod", "web").Pins
 	for _, entries := range [][]kv.Entry{nil, {{Key: "pins/prod/web/app", Value: []byte("hold")}}} {

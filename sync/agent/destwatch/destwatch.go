@@ -13,8 +13,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// linkSettle is the delay after a change beside dest, so that a rename that replaces dest isn't seen half done.
-const linkSettle = 50 * time.Millisecond
+// linkDelay is the delay after a change beside dest, so that a rename that replaces dest isn't seen half done.
+const linkDelay = 50 * time.Millisecond
 
 // Watcher receives file system events beside the dests of all units: a link is removed or replaced.
 type Watcher struct {
@@ -94,13 +94,13 @@ func (w *Watcher) Run(ctx context.Context) {
 			changed := w.changed[e.Name]
 			w.mu.Unlock()
 			if changed != nil {
-				time.AfterFunc(linkSettle, changed)
+				time.AfterFunc(linkDelay, changed)
 			}
 		case err := <-w.watcher.Errors:
 			w.log.Warn("watching dests", "error", err)
 			w.mu.Lock()
 			for _, changed := range w.changed { // events may have been missed
-				time.AfterFunc(linkSettle, changed)
+				time.AfterFunc(linkDelay, changed)
 			}
 			w.mu.Unlock()
 		}
