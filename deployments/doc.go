@@ -40,7 +40,7 @@
 // Its fields:
 //
 //	name, version  are shown wherever the release is shown. 1 to 128 letters, digits and . _ + ~ -
-//	created        orders signed releases: a node goes to none older than the one it settled on
+//	created        when a signed release was made: a node refuses one below its version floor
 //	src            the archive's URL, or a path relative to the manifest's; without it, commands alone
 //	checksum       the archive's md5, sha1, sha256 or sha512, told apart by length; needed unless index is there
 //	size           the archive's bytes
@@ -217,7 +217,7 @@
 //	no_commands        true: releases may have no commands (false)
 //	secrets            references, or their beginnings by whole path segments, that releases may have read here (none)
 //	signers            a file of SSH keys, of which one must have signed each release (none is asked for)
-//	allow_older_pins   true: a pin may name a release older than the one that the node settled on (false)
+//	allow_older_pins   true: a pin may name a release made before the node's version floor (false)
 //	allow_empty        true: a node without units is ready (false)
 //	observe            true, or the units, as STAGE/ROLE/UNIT, each a name or *: fetch their releases, compare them
 //	                   with what lies at dest, report that, and touch nothing (false)

@@ -10,8 +10,8 @@ import (
 // checksum. kedge publish or a person writes it; it is immutable once a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
-	// Created orders signed releases: a node with signers refuses a release that is older than the newest one it
-	// has settled on. Whole seconds, UTC. Zero counts as older than any other time.
+	// Created is when a signed release was made: a node with signers refuses a release below its version floor. Whole
+	// seconds, UTC. Zero counts as older than any other time.
 	Created time.Time
 
 	// Src is the archive's URL, made absolute against the manifest's own; empty: commands only.

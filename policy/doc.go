@@ -68,13 +68,13 @@
 //     TestBoundsNeedManifest). Pins don't come that way: only nodes bound those.
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
-//   - A signed manifest of an older release stays good, but a node with signers refuses what was made before the
-//     release that it has settled on, unless its own configuration lets a pin name it
-//     (TestNothingOlderThanWhatWasSettledOn in sync/deploy). That holds for the release's name and for its dest, under
+//   - A signed manifest of an older release stays good, but a node with signers refuses what was made before its
+//     version floor, unless its own configuration lets a pin name it
+//     (TestNothingOlderThanTheFloor in sync/deploy). That holds for the release's name and for its dest, under
 //     whatever unit (TestOldCodeUnderANewName). A release that claims to be made ahead of the node's clock counts as
-//     made when it was settled on (TestMadeAheadOfTheClock). A kill in the middle loses no floor
-//     (TestKilledWhileItSettles). Until a node has settled on a release that says when it was made, and after it lost
-//     its state, only a key's valid-before bounds that.
+//     made when it rolled out (TestMadeAheadOfTheClock). A kill in the middle loses no floor
+//     (TestKilledWhileItRaisesFloors). Until a release that says when it was made has rolled out on a node, and after
+//     the node lost its state, only a key's valid-before bounds that.
 //   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old
 //     releases, objects that were overwritten, and a node's own token used on the keys of others.
 //   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are

@@ -100,7 +100,7 @@ finishes or takes back what it had begun.`,
 	)
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool("allow-older-pins", false,
-		"with --signers, let pins go back to releases older than the one that this node has settled on")
+		"with --signers, let pins go back to releases made before this node's version floor")
 	f.Bool("allow-empty", false,
 		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
 	f.String(

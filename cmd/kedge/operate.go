@@ -301,8 +301,8 @@ func (a *app) rollbackCommand() *cobra.Command {
 		Long: `Pins a unit to the last release that stood before the one that it runs now. Each node still protects itself by the release's
 health checks. Where the unit has a rollout, the mirror admits its nodes within max_unavailable, unless --at-once is given.
 
-Nodes with --signers refuse a release that is older than the one that they have settled on, unless they have --allow-older-pins: they
-keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
+Nodes with --signers refuse a release that was made before their version floor, unless they have --allow-older-pins:
+they keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
 		Args: cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {

@@ -37,8 +37,8 @@ may be given there or here.
 
   kedge publish ./dist --to s3://acme-releases --name web --version 1.4.2 --dest /srv/web --manifest kedge-manifest.yaml
 
-With --sign the manifest says when it was made (created), as agents with signers go to no release that is older than the one that
-they have settled on. Published again, a version keeps the time that it has.
+With --sign the manifest says when it was made (created): agents with signers refuse a release that was made before
+their version floor. Published again, a version keeps the time that it has.
 
 For nodes that run one of the last releases it makes deltas: the last three below TO/NAME/, or as many as --deltas says. That takes
 the right to list there (s3:ListBucket); without it, and for gs:// (which kedge doesn't list), name them: --since POINTER, once for each. A delta

@@ -102,7 +102,7 @@ func TestThefts(t *testing.T) {
 	record(two)
 	w.live("app", "2", "web-1")
 	journal := filepath.Join(w.dir, "web-1", "state", "units", webApp.String(), "journal.json")
-	w.eventually("the node settles on it", func() error {
+	w.eventually("the node raises its version floor to it", func() error {
 		data, err := os.ReadFile(journal)
 		if err == nil && !bytes.Contains(data, []byte("2026-11-20T02:00:00Z")) {
 			err = errors.New("its journal does not say so")
@@ -145,7 +145,7 @@ func TestThefts(t *testing.T) {
 	}{
 		"a release without a signature":           {unsigned, "is not signed"},
 		"a release signed by the thief":           {own, "not signed by an allowed signer"},
-		"an old release, whose signature is good": {old, "older than that of 2026-11-20T02:00:00Z"},
+		"an old release, whose signature is good": {old, "before this node's version floor 2026-11-20T02:00:00Z"},
 	} {
 		t.Run("KV token, record: "+name, func(t *testing.T) {
 			record(theft.release)
@@ -197,7 +197,7 @@ func TestThefts(t *testing.T) {
 		if err := w.store.Commit(t.Context(), nil, kv.Put(kv.DesiredKey(webApp), data)); err != nil {
 			t.Fatal(err)
 		}
-		stays(t, "older than that of 2026-11-20T02:00:00Z")
+		stays(t, "before this node's version floor 2026-11-20T02:00:00Z")
 		recovers(t)
 	})
 	t.Run("KV token: an old release under another unit's name", func(t *testing.T) {
@@ -226,7 +226,7 @@ func TestThefts(t *testing.T) {
 		w.consul.CLI(operator, "", "kv", "delete", "kedge/pins/prod/web/app3")
 		stays(t, "")
 	})
-	// The last one, as the node then settles on what is newer: a delta is only a shorter way, which is left where it
+	// The last one, as the node then raises its floor: a delta is only a shorter way, which is left where it
 	// doesn't fit.
 	t.Run("S3 key: a delta is overwritten", func(t *testing.T) {
 		next := w.publish("app", "9", signed(key, 9), func(o *artifact.PublishOptions) { o.Since = []deployments.Pointer{two} })

@@ -230,7 +230,8 @@ func (a *Agent) setGoals(r *cache.Role) {
 
 // setGoal sets the worker's goal, and cancels a job that conflicts with it.
 func (u *unit) setGoal(g goal) {
-	if g.raiseFloor && !g.run.IsZero() && (u.floorRelease == u.nextFloor || u.deploy != nil && u.state().Running != u.nextFloor) {
+	if g.raiseFloor && !g.run.IsZero() &&
+		(u.floorRelease == u.nextFloor || u.deploy != nil && u.state().Running != u.nextFloor) {
 		u.nextFloor = g.run
 	}
 	if g == u.goal {

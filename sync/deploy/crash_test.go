@@ -31,7 +31,7 @@ type plan struct {
 	Die bool
 	// CutOff stands for maxCutOff.
 	CutOff int
-	// RaiseFloor has it raise its version floor to what runs, as a node with signers, after the recovery and after each release.
+	// RaiseFloor has it raise its version floor to what runs, as a node with signers, after the recovery and each release.
 	RaiseFloor bool
 	// Leave has it leave what runs in the end for what was there before.
 	Leave bool

@@ -302,7 +302,8 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row, a second apart, are logged: a late watch doesn't explain so many.
+// conflictsLogged is how many conflicts in a row, a second apart, lead to a log line: a late watch doesn't explain so
+// many.
 const conflictsLogged = 5
 
 // reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
