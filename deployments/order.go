@@ -11,7 +11,7 @@ import (
 
 // Order is what an operator tells the mirror about a rollout, at control/STAGE/ROLE/UNIT. The mirror consumes it.
 //
-// The way of an order, such as that of kedge promote: SendOrder writes it (sync/fleet/order.go). The mirror sees it
+// The path of an order, such as that of kedge promote: SendOrder writes it (sync/fleet/order.go). The mirror sees it
 // (sync/mirror/observe.go) and asks policy.Next for the next record, which applyOrder changes or leaves as it is
 // (policy/orders.go). The mirror writes that record and deletes the order in one transaction
 // (sync/mirror/reconcile.go). Nodes follow the record (policy/resolve.go).

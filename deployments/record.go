@@ -82,8 +82,8 @@ type Progress struct {
 	Serving bool `json:"serving,omitempty"`
 	// Since is when this phase, or the last step within it, began, by the mirror's clock.
 	Since time.Time `json:"since"`
-	// Reason is why the rollout stands where it does, with its Facts. Message is the same in words, for readers of
-	// the previous version; decisions never look at it.
+	// Reason is why the rollout is in its phase, with its Facts. Message is the same in words, for readers of the previous
+	// version; decisions never look at it.
 	Reason  Reason `json:"reason,omitempty"`
 	Facts   Facts  `json:"facts,omitempty"`
 	Message string `json:"message,omitempty"`

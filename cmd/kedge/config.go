@@ -312,8 +312,8 @@ func checkVariables(environment []string) error {
 	return errors.Join(errs...)
 }
 
-// warnOfVariables tells of variables that are nearly the name of a setting. Unlike a daemon's, the environment that
-// a person or a script runs other commands in has variables of its own, so that no other name is told of.
+// warnOfVariables warns of variables whose names are nearly those of a setting. It warns of no others: unlike a daemon,
+// a person or a script runs commands in an environment with variables of its own.
 func (a *app) warnOfVariables(environment []string) {
 	known := slices.Concat(slices.Collect(agentFields), otherVariables, commandVariables)
 	for name, near := range unknownVariables(environment, known) {

@@ -263,7 +263,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	return root
 }
 
-// describeCompletion says what the command that cobra adds, once it runs, is for.
+// describeCompletion sets the help of the completion command, which cobra adds at run time.
 func describeCompletion(root *cobra.Command) {
 	for _, c := range root.Commands() {
 		if c.Name() == "completion" {

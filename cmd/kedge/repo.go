@@ -160,9 +160,9 @@ func inFile(err error, file string) error {
 	return problems
 }
 
-// loadTree reads a work tree, or HEAD of a bare repo: read as a directory, a bare repo has no unit files, and would
-// always be valid. A work tree that contains the files of a bare repo is still a work tree: otherwise whoever may
-// push could have another tree checked than the mirror reads.
+// loadTree reads a work tree, or the commit at HEAD of a bare repo. Read as a directory, a bare repo would have no unit
+// files, and so always be valid. A work tree that also contains the files of a bare repo counts as a work tree:
+// otherwise whoever may push could have kedge check another tree than the mirror reads.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
 		return git.LoadDir(dir, path)

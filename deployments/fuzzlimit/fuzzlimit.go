@@ -21,8 +21,8 @@ const (
 	Memory = 256 << 20
 )
 
-// Run calls parse, and fails if it takes longer than Time or more than Memory, which somebody may not take who can have
-// data parsed. input is named in the failure.
+// Run calls parse, and fails if that takes longer than Time or more than Memory: whoever can have data parsed must not
+// be able to take more. The failure names input.
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()

@@ -16,8 +16,8 @@ const MaxValue = 4 << 10
 // hiddenText replaces a secret.
 const hiddenText = "…"
 
-// Clean returns s as one value of a log line, after URLs and Printable, of some MaxValue bytes. It says how many bytes
-// were left out.
+// Clean returns s for a log line: printable, without secrets in its URLs, and cut to about MaxValue bytes. If it is
+// cut, it ends with the number of bytes that were left out.
 func Clean(s string) string {
 	more := 0
 	if len(s) > 2*MaxValue {

@@ -37,7 +37,7 @@ type Backoff struct {
 	tries  int
 }
 
-// NewBackoff returns a Backoff whose pauses average first in the beginning, and limit in the end.
+// NewBackoff returns a Backoff. Its average pause begins at first, and grows up to limit.
 func NewBackoff(first, limit time.Duration) *Backoff {
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval, b.MaxInterval = first, limit

@@ -352,10 +352,10 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 		case ctx.Err() != nil:
 			return
 		case a.naming.saved != "":
-			a.c.Log.Debug("this node keeps its last known name", "node", a.naming.saved, "error", err)
+			a.c.Log.Debug("using this node's last known name", "node", a.naming.saved, "error", err)
 			return
 		case !retryable(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
-			a.c.Log.Info("this node takes its host's name", "node", a.Node(), "error", err)
+			a.c.Log.Info("using the host's name as this node's name", "node", a.Node(), "error", err)
 			return
 		}
 		if answers = a.storeAnswers(ctx); answers && !errors.Is(err, kv.ErrTokenUnknown) {
@@ -392,7 +392,7 @@ func (a *Agent) rename(name string) {
 		return
 	}
 	if name != was {
-		a.c.Log.Info("this node takes the name that the store's agent has for it", "node", name, "was", was)
+		a.c.Log.Info("using the name that the store's agent has for this node", "node", name, "was", was)
 	}
 	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
 		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)

@@ -79,7 +79,8 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 	return mux
 }
 
-// condition answers 200 if a condition of the node holds, as nothing speaks against it, and else 503 with what does.
+// condition returns a handler for a condition of the node. It answers 200 if the condition holds, and otherwise 503
+// with the reasons.
 func (a *Agent) condition(name string, against func() map[string]string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()

@@ -47,7 +47,7 @@ const (
 	slowFetch = 1 << 20
 )
 
-// holdTurn returns the turn once the fetch has ended, or turns out to be slow.
+// holdTurn gives up the unit's turn once the fetch has ended, or turns out to be slow.
 func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	defer func() { <-turn }()
 	look := time.NewTicker(slowAfter)
@@ -232,7 +232,7 @@ func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	return job{kind: jobObserve, release: p}, time.Time{}
 }
 
-// compare does jobObserve.
+// compare runs a jobObserve: it compares the tree at dest with a release, and changes nothing.
 func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) error {
 	select {
 	case a.fetchSlot <- struct{}{}:
@@ -263,7 +263,7 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// look does jobLook.
+// look runs a jobLook: it finds out whether something lies at dest before the unit's first release.
 func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error {
 	occupied, err := u.deploy.Look(ctx, p)
 	if err != nil {
@@ -326,8 +326,8 @@ func (w *healthWatch) start(ctx context.Context) {
 	}()
 }
 
-// keep writes down what the checks found, as a restarted agent must not take an unhealthy release for a healthy one
-// until its own checks have failed often enough. What can't be written is not tried again before it changes.
+// keep stores what the checks found: a restarted agent must not take an unhealthy release for a healthy one until its
+// own checks have failed often enough. After an error it tries again only when the result changes.
 func (w *healthWatch) keep() {
 	w.a.mu.Lock()
 	h, known := w.u.health, w.u.watched == w.u.deploy.State().Running

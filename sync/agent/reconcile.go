@@ -316,7 +316,7 @@ func (a *Agent) noteConvergence() {
 			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 		a.warnOfUnobserved()
 		if err := a.dir.Started(); err != nil {
-			a.c.Log.Debug("could not remove the note of this start", "error", err)
+			a.c.Log.Debug("could not remove the record of this start", "error", err)
 		}
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {

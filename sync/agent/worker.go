@@ -374,7 +374,7 @@ func (a *Agent) opening() bool {
 	return false
 }
 
-// do does a job.
+// do runs a job, according to its kind.
 func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) error {
 	switch j.kind {
 	case jobRecover:

@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// Limit bounds a server's connections: a new one beyond Max closes the oldest. Idle ones are the oldest, so that a load
-// balancer gets in whatever other clients do.
+// Limit bounds a server's connections: a new one beyond Max closes the oldest. Idle ones count as the oldest, so that a
+// load balancer can always connect, whatever other clients do.
 type Limit struct {
 	Max int
 
@@ -17,7 +17,7 @@ type Limit struct {
 	open []net.Conn // oldest first
 }
 
-// Note is a server's ConnState.
+// Note is for http.Server.ConnState: it keeps track of a connection's state.
 func (l *Limit) Note(conn net.Conn, state http.ConnState) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -9,7 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// Failure is a release that failed on this node. It stays in quarantine until Retry.
+// Failure is a release that failed on this node. Its quarantine begins with the failure (see fail), lasts through
+// restarts, and ends only with Retry.
 type Failure struct {
 	Digest deployments.Digest `json:"digest"`
 	// Key identifies the request that failed: see Request. Empty: an earlier version wrote the journal.

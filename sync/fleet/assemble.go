@@ -312,8 +312,8 @@ func (a *assembly) assign() {
 	}
 }
 
-// hide removes from each role the nodes that would make its units list more than maxListed nodes together. Those
-// stay that report on units, before those that report on none, and the live ones before the dead.
+// hide removes from each role the nodes that would make its units list more than maxListed nodes together. Nodes that
+// report on units stay rather than those that report on none, and live nodes rather than dead ones.
 func (a *assembly) hide(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {

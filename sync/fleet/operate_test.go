@@ -216,8 +216,8 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\n" +
 			"no node web-2 of prod/web/app has reported: did you mean web-1?"},
 		{"prod/web/base", "", ""},
-		{"prod/web/old", "", "before: hold until 2025-11-24 12:00 UTC, which is over"},
-		{"prod/web/old", "web-1", "before: hold until 2025-11-24 12:00 UTC, which is over"},
+		{"prod/web/old", "", "before: hold until 2025-11-24 12:00 UTC, which has ended"},
+		{"prod/web/old", "web-1", "before: hold until 2025-11-24 12:00 UTC, which has ended"},
 	} {
 		if c.unit == "prod/web/ap" {
 			if got := Follows(t.Context(), s, id(c.unit), ""); got != "" {

@@ -18,7 +18,7 @@ type Note struct {
 	About, Says Text
 }
 
-// unavailable returns which parts of the store can't be read now, and why. Mostly it is all of them, for one
+// unavailable returns which parts of the store can't be read now, and why. Mostly that is the whole store, for one
 // reason.
 func unavailable(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
@@ -290,7 +290,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	return all
 }
 
-// RolloutReason returns why a unit's rollout stands where it does; empty: none is under way, or it has no reason.
+// RolloutReason returns why a unit's rollout is in its phase; empty: no rollout is under way, or it has no reason.
 func (u *Unit) RolloutReason() string {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return ""
@@ -389,7 +389,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
 	}
 	if p.Expired(now) {
-		s[len(s)-1] += ", which is over"
+		s[len(s)-1] += ", which has ended"
 	}
 	if p.Reason != "" {
 		s = append(s, "("+message.OneLine(p.Reason)+")")

@@ -318,8 +318,8 @@ func (w *waiter) among(past string) bool {
 	})
 }
 
-// leapt reports whether the head changed during this wait to one whose Past doesn't reach back to the first head:
-// the commits between them are unknown. A head with a known way may have been pushed before the commit.
+// leapt reports whether the head changed during this wait to one whose Past doesn't reach back to the first head, so
+// that the commits between them are unknown. A head whose Past does reach back may have been pushed before the commit.
 func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }

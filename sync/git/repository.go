@@ -28,8 +28,7 @@ import (
 	"kedge/sync/git/transport"
 )
 
-// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or its name is
-// another.
+// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or it has another name.
 var ErrNoBranch = transport.ErrNoBranch
 
 // ErrGap means that commits are missing between a branch's head and the beginning of its history.

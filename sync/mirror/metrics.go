@@ -34,7 +34,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		refused: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_refused",
 			Help: "1 while the branch's newest commit is not taken."}),
 		polls: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_polls_total",
-			Help: "Looks at the branch, by result."}, []string{"result"}),
+			Help: "Reads of the branch in Git, by result."}, []string{"result"}),
 		commits: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_commits_total",
 			Help: "New commits, by whether they were taken."}, []string{"result"}),
 		keys: prometheus.NewCounter(prometheus.CounterOpts{Name: "kedge_mirror_keys_written_total",

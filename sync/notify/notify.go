@@ -237,7 +237,7 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 		c.again = time.Time{}
 		if synced {
 			if c.Units == nil {
-				n.takeForTold(c)
+				n.startAtPresent(c)
 			}
 			if err := step(c); err != nil {
 				return err
@@ -293,8 +293,8 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	c.stored = value
 }
 
-// takeForTold begins a cursor at the current state: a new receiver isn't notified of the past.
-func (n *Notifier) takeForTold(c *cursor) {
+// startAtPresent begins a cursor at the current state: a new receiver isn't notified of the past.
+func (n *Notifier) startAtPresent(c *cursor) {
 	units, refused := n.now()
 	c.Units, c.Refused = map[string]notified{}, refused.Refused
 	for _, u := range units {

@@ -55,7 +55,7 @@ func (f filter) address(path string) string {
 // active reports whether the filter leaves anything out.
 func (f filter) active() bool { return f.Stage+f.Role+f.State+f.Query != "" }
 
-// The states of units that can be selected, besides those of nodes.
+// States of units that a filter can select, in addition to the states of nodes.
 const (
 	stateWrong     = "wrong"
 	stateRollout   = "rollout"

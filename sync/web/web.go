@@ -68,7 +68,8 @@ type Web struct {
 // maxViewers bounds the browsers with an open stream.
 const maxViewers = 200
 
-// maxConns bounds the connections: a new one replaces the oldest. Browsers whose streams end so connect again.
+// maxConns bounds the connections: a new one replaces the oldest. If that ends a browser's stream, the browser connects
+// again.
 const maxConns = 1000
 
 // New listens. The error is the listener's, or the configuration's.

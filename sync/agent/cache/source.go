@@ -76,13 +76,13 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 	}
 }
 
-// bareWait is how long a record without a generation must stand before a node that knows a mirror's record takes
-// it: a running mirror restores its own within milliseconds.
+// bareWait is how long a record without a generation must be in the store before a node that knows a mirror's record
+// accepts it: a running mirror restores its own within milliseconds.
 const bareWait = 5 * time.Second
 
 // accept updates the entries from a view of the store, and reports whether those that decide have changed. Of a view
-// that isn't synced it uses only records, and of these only new ones and those of a higher generation. If nothing is
-// known at all, they are enough to begin with: that a record is missing never decides anything.
+// that isn't synced it uses only new records and those of a higher generation. If nothing is known at all, they are
+// enough to begin with: a missing record never decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -117,7 +117,7 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 
 // hold returns the entries of a synced view that may be acted on. A record of a lower generation than one that was
 // acted on comes from a restored backup of the store: what is known stays until a mirror that knows the higher
-// generation has written. A record without a generation, beside one that a mirror wrote, has to stand for bareWait.
+// generation has written. A record without a generation that replaces a mirror's record has to be there for bareWait.
 func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
@@ -154,7 +154,8 @@ func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 	return taken
 }
 
-// review takes records that have stood for long enough, and reports whether the entries that decide have changed.
+// review accepts records that have been in the store for long enough, and reports whether the entries that decide have
+// changed.
 func (s *Source) review(now time.Time, log *slog.Logger) bool {
 	if s.recheck.IsZero() || now.Before(s.recheck) {
 		return false

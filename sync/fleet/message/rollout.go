@@ -6,7 +6,7 @@ import (
 	"kedge/deployments"
 )
 
-// Transition returns why a rollout moved, or stands where it does, in words.
+// Transition returns why a rollout went on, or stays in its phase, in words.
 func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	switch reason { // these also name a node's state, with other words
 	case "":
@@ -27,7 +27,7 @@ func Phase(p deployments.Phase) string {
 	return OneLine(string(p))
 }
 
-// Rollout returns why a rollout stands where it does; empty: unknown.
+// Rollout returns why a rollout is in its phase; empty: unknown.
 func Rollout(p *deployments.Progress) string {
 	reason, facts := p.Reason, p.Facts
 	prefix := ""
@@ -50,7 +50,7 @@ func Rollout(p *deployments.Progress) string {
 
 const rolledBackPrefix = "rolled back: "
 
-// Progress returns a rollout's phase, and why it stands there.
+// Progress returns a rollout's phase, and why the rollout is in it.
 func Progress(p *deployments.Progress) string {
 	phase, text := Phase(p.Phase), strings.TrimPrefix(Rollout(p), rolledBackPrefix)
 	if strings.HasPrefix(text, phase+" ") { // as in frozen by, paused by

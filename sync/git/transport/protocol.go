@@ -26,8 +26,7 @@ type Query struct {
 	MaxFile int64
 }
 
-// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or its name is
-// another.
+// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or it has another name.
 var ErrNoBranch = errors.New("no such branch")
 
 // version2 is the first line of a server of protocol v2.
