@@ -96,13 +96,13 @@ finishes or takes back what it had begun.`,
 	f.String(
 		"secrets",
 		"",
-		"`references` of secrets that releases may have read here, or their beginnings, as in ssm:/prod/ (default: none)",
+		"`references` of secrets that releases may use here, or prefixes of them, as in ssm:/prod/ (default: none)",
 	)
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool("allow-older-pins", false,
 		"with --signers, let pins go back to releases made before this node's version floor")
 	f.Bool("allow-empty", false,
-		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
+		"be ready even if the stage and roles have no unit (default: that counts as a mistake)")
 	f.String(
 		"observe",
 		"",
@@ -113,7 +113,7 @@ finishes or takes back what it had begun.`,
 	f.Bool(
 		"adopt",
 		false,
-		"take over what lies at dest before a unit's first release, if it is the release's already; as adopt: true in its file",
+		"adopt what lies at dest before a unit's first release if it equals the release; same as adopt: true in its file",
 	)
 	f.Bool("maintenance", false,
 		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")

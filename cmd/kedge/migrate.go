@@ -188,7 +188,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 	f := c.Flags()
 	f.StringVar(&o.Repo, "repo", "", "`directory` of the deployments repo")
 	f.StringVar(&o.To, "to", "", "`prefix` to copy the manifests below (default PREFIX/kedge)")
-	f.BoolVar(&o.Fix, "fix", false, "copy them as kedge would have them: see kedge check --fix")
+	f.BoolVar(&o.Fix, "fix", false, "adapt the copies to kedge: see kedge check --fix")
 	f.BoolVar(&o.Archives, "archives", false, "look into their archives, too")
 	namingFlags(f, &o.Naming)
 	a.jsonFlag(c, "what became of each unit")
@@ -234,12 +234,13 @@ So old deploy scripts go on working while nodes change one by one. It runs on on
 
 Whoever may fire such events chooses what the bridge copies and names.` +
 			` With --sources it copies manifests from these prefixes alone.
-Of files of its own machine, and of http:// there, events name only what --sources does.
+From its own machine (files, and http:// there) it copies only what --sources names.
 
 Which unit it is for is told by --stage, --role and --unit, or by the manifest's name: see kedge import.
 A pin that an operator has set is not replaced.
 
-Exit code 0 when it is handed on, or when there is no event. Below consul watch (CONSUL_INDEX is set) a failure is logged and exits 0.`,
+Exit code 0 when it is handed on, or when there is no event. Run by consul watch (CONSUL_INDEX is set),
+it logs a failure and exits 0.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if o.To == "" {

@@ -134,7 +134,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		&signers,
 		"signers",
 		os.Getenv("KEDGE_SIGNERS"),
-		"allowed_signers `file`, as the agents have: with it, a commit waits whose releases bear no signature by one of them",
+		"allowed_signers `file` of the agents: with it, a commit waits until its releases are signed by one of them",
 	)
 	f.StringVar(
 		&c.CacheDir,
@@ -146,7 +146,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		"`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
 	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")
 	f.StringVar(&notifications, "notify", os.Getenv("KEDGE_NOTIFY"),
-		"`file` of who is told of what becomes of releases: kedge help notifications")
+		"`file` that says who is notified of rollouts: kedge help notifications")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
 	return command
 }

@@ -36,7 +36,7 @@ func (a *app) operateCommands() []*cobra.Command {
 			Long: fmt.Sprintf(`%s: %s.
 
 Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would change nothing is
-refused with the reason. Who and why stand in kedge history.
+refused with the reason. kedge history shows who gave the order, and why.
 
 The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s
 

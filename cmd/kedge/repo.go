@@ -127,7 +127,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 		"check this `manifest` instead: a file, a directory, a URL or a prefix; - for standard input; may be repeated",
 	)
 	f.BoolVar(&archives, "archives", false, "with --manifest: fetch and unpack the archives, too")
-	f.BoolVar(&fix, "fix", false, "with --manifest: write it as kedge would have it")
+	f.BoolVar(&fix, "fix", false, "with --manifest: adapt it to kedge")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
 	f.StringVar(&signers, "signers", "",
 		"allowed_signers `file`: read the releases, too, which must be signed by one of them")

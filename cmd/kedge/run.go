@@ -76,8 +76,8 @@ It takes stretcher's flags, and may stand in its place: called by that name, as 
 
   ln -s /usr/bin/kedge /usr/local/bin/stretcher
 
-Exit code 0 when it is deployed, or when there is no event; 1 on every failure. Below consul watch (CONSUL_INDEX is set) a failure is
-logged and exits 0, as with stretcher: the watch would end with it.`,
+Exit code 0 when it is deployed, or when there is no event; 1 on every failure. Run by consul watch
+(CONSUL_INDEX is set), it logs a failure and exits 0, as with stretcher: the watch would end with it.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if showVersion {
@@ -135,7 +135,7 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 		"URL `prefixes` that it may come from (default: any, but no http:// of other machines)")
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
 	f.StringSliceVar(&allowedSecrets, "secrets", nil,
-		"`references` of secrets that it may have read, or their beginnings, as in ssm:/prod/ (default: none)")
+		"`references` of secrets that it may use, or prefixes of them, as in ssm:/prod/ (default: none)")
 	f.Var((*seconds)(&fetch.Timeout), "timeout",
 		"bound of the time that fetching the archive takes, with its retries (default: none)")
 	f.IntVar(&fetch.Retry, "retry", 0,
