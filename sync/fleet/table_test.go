@@ -211,7 +211,8 @@ func TestTableOfAPinThatIsOver(t *testing.T) {
 	if err := WriteTable(&out, f, TableOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if row := f.Row(&f.Units[0]); row[3].Text != "-" || strings.Count(out.String(), "which has ended") != 2 || !strings.Contains(out.String(), "kedge resume prod/web/app") {
+	if row := f.Row(&f.Units[0]); row[3].Text != "-" || strings.Count(out.String(), "which has ended") != 2 ||
+		!strings.Contains(out.String(), "kedge resume prod/web/app") {
 		t.Errorf("pin %q in\n%s", row[3].Text, &out)
 	}
 }
