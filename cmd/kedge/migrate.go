@@ -225,7 +225,8 @@ func (a *app) bridgeCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "bridge [URL] --to PREFIX",
 		Short: "Hand stretcher's events on to agents, while a fleet goes over",
-		Long: `Reads what stretcher reads, a manifest's URL or Consul events, and makes of it what agents follow. The manifest is copied below --to,
+		Long: `Reads what stretcher reads, a manifest's URL or Consul events, and has agents follow it. The manifest is copied
+below --to,
 to a key that never changes. Its pointer becomes the unit's record or, where a mirror runs, a pin.
 So old deploy scripts go on working while nodes change one by one. It runs on one machine, or on several:
 

@@ -31,8 +31,8 @@ type Store struct {
 	tokens *tokenSource
 	addr   string // the address, for people
 	local  bool   // addr is on this machine
-	// earlierAfter and presencePoll are the constants of these names, which tests shorten.
-	earlierAfter, presencePoll time.Duration
+	// endEarlierAfter and presencePoll are the constants of these names, which tests shorten.
+	endEarlierAfter, presencePoll time.Duration
 	// strayed counts heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
 	strayed atomic.Int32
 	prefix  string // ends in "/"
@@ -111,16 +111,16 @@ func Open(c Config) (*Store, error) {
 		addr = config.Scheme + "://" + addr
 	}
 	return &Store{
-		client:       client,
-		config:       *config,
-		tokens:       tokens,
-		addr:         addr,
-		local:        local,
-		earlierAfter: earlierAfter,
-		presencePoll: presencePoll,
-		prefix:       prefix,
-		log:          c.Log,
-		http:         config.HttpClient,
+		client:          client,
+		config:          *config,
+		tokens:          tokens,
+		addr:            addr,
+		local:           local,
+		endEarlierAfter: endEarlierAfter,
+		presencePoll:    presencePoll,
+		prefix:          prefix,
+		log:             c.Log,
+		http:            config.HttpClient,
 	}, nil
 }
 

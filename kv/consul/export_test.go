@@ -9,7 +9,7 @@ import (
 )
 
 // SetEarlierAfter says when a presence ends what earlier processes of its name left.
-func SetEarlierAfter(s kv.Store, d time.Duration) { s.(*Store).earlierAfter = d }
+func SetEarlierAfter(s kv.Store, d time.Duration) { s.(*Store).endEarlierAfter = d }
 
 // SetPresencePoll says how often a presence looks after its entries.
 func SetPresencePoll(s kv.Store, d time.Duration) { s.(*Store).presencePoll = d }

@@ -29,9 +29,9 @@ const (
 	presencePoll = 60 * time.Second
 	// takenPoll is how often a presence checks whether another process still holds an entry that it took.
 	takenPoll = 5 * time.Second
-	// earlierAfter is how long a killed process's session is left alone once the node has a new one. By then the new
+	// endEarlierAfter is how long a killed process's session is left alone once the node has a new one. By then the new
 	// process has written all its entries. An entry without a holder would make the node look gone.
-	earlierAfter = 30 * time.Second
+	endEarlierAfter = 30 * time.Second
 )
 
 // presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is
@@ -240,7 +240,7 @@ func (p *presence) open(ctx context.Context) error {
 		p.opened(id, false, false)
 		if p.sweep == nil {
 			p.endEarlier(ctx, p.node, p.mine, 1)
-			p.sweep = time.AfterFunc(p.store.earlierAfter, func() {
+			p.sweep = time.AfterFunc(p.store.endEarlierAfter, func() {
 				p.putting.Lock()
 				node, mine := p.node, maps.Clone(p.mine)
 				p.putting.Unlock()

@@ -62,8 +62,8 @@ func (w *written) unconfirmed() bool {
 	return false
 }
 
-// lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. While a watch may
-// have yet to show the write, at is when that will be known.
+// lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. If the watch may still
+// be late to show the write, lostState can't tell yet; at is when it can.
 func (w *written) lostState(state observedState, now time.Time) (lost bool, at time.Time) {
 	if !state.current || w.stateAt.IsZero() || bytes.Equal(state.value, encodeStatus(w.state)) {
 		return false, at

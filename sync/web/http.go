@@ -99,7 +99,7 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first returns the fleet. Right after the start it waits a moment for it.
+// first returns the fleet. Right after the start it waits a moment until the fleet was read.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
