@@ -226,8 +226,7 @@ func (a *app) bridgeCommand() *cobra.Command {
 		Use:   "bridge [URL] --to PREFIX",
 		Short: "Hand stretcher's events on to agents, while a fleet goes over",
 		Long: `Reads what stretcher reads, a manifest's URL or Consul events, and has agents follow it. The manifest is copied
-below --to,
-to a key that never changes. Its pointer becomes the unit's record or, where a mirror runs, a pin.
+below --to, to a key that never changes. Its pointer becomes the unit's record or, where a mirror runs, a pin.
 So old deploy scripts go on working while nodes change one by one. It runs on one machine, or on several:
 
   consul watch -type event -name deploy_web_prod \
