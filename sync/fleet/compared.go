@@ -41,7 +41,7 @@ func comparedText(r deployments.UnitReport) string {
 	case c.Missing:
 		return "observes: would make dest, where nothing is"
 	case c.Differs == 0:
-		return "observes: dest equals the release byte by byte"
+		return "observes: dest equals the release byte for byte"
 	}
 	return "observes: dest differs in " + differs
 }

@@ -15,13 +15,18 @@ func TestComparedText(t *testing.T) {
 	for want, r := range map[string]deployments.UnitReport{
 		"":                                 {State: deployments.StateConverged},
 		"observes, and has yet to compare": observing(nil),
-		"observes: dest equals the release byte by byte": observing(&deployments.Compared{Dest: "/srv/app"}),
-		"observes: dest differs in 1 path (a)":           observing(&deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}}),
-		"observes: dest differs in 9 paths (a, b, …)":    observing(&deployments.Compared{Dest: "/srv/app", Differs: 9, Paths: []string{"a", "b"}}),
-		"observes: would make dest, where nothing is":    observing(&deployments.Compared{Dest: "/srv/app", Differs: 1, Missing: true, Paths: []string{"."}}),
-		"observes: would run commands alone":             observing(&deployments.Compared{}),
-		"adopted as it was at dest":                      {Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},
-		"was not adopted: dest differed in 1 path (a)":   {Compared: &deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}}},
+		"observes: dest equals the release byte for byte": observing(&deployments.Compared{Dest: "/srv/app"}),
+		"observes: dest differs in 1 path (a)": observing(
+			&deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}}),
+		"observes: dest differs in 9 paths (a, b, …)": observing(
+			&deployments.Compared{Dest: "/srv/app", Differs: 9, Paths: []string{"a", "b"}}),
+		"observes: would make dest, where nothing is": observing(
+			&deployments.Compared{Dest: "/srv/app", Differs: 1, Missing: true, Paths: []string{"."}}),
+		"observes: would run commands alone": observing(&deployments.Compared{}),
+		"adopted as it was at dest":          {Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},
+		"was not adopted: dest differed in 1 path (a)": {
+			Compared: &deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}},
+		},
 	} {
 		if got := comparedText(r); got != want {
 			t.Errorf("%+v: %q, want %q", r, got, want)
