@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -355,8 +356,13 @@ func TestKilledAtRandom(t *testing.T) {
 	reads := w.reader(ctx, dests...)
 	kills := 0
 	killed := make(chan struct{})
+	defer func() { stop(); <-killed }() // before the world ends
+	// Once all is pushed, kills become rarer: on a busy machine a process takes seconds to start, and may live for less.
+	const rarer = 20 * time.Millisecond // for each kill
+	var pushed atomic.Bool
 	go func() {
 		defer close(killed)
+		var extra time.Duration
 		for ctx.Err() == nil {
 			name := names[random.IntN(len(names))]
 			w.mu.Lock()
@@ -367,13 +373,17 @@ func TestKilledAtRandom(t *testing.T) {
 			restart[name]()
 			select {
 			case <-ctx.Done():
-			case <-time.After(time.Duration(100+random.IntN(500)) * time.Millisecond):
+			case <-time.After(time.Duration(100+random.IntN(500))*time.Millisecond + extra):
+			}
+			if pushed.Load() {
+				extra += rarer
 			}
 		}
 	}()
 	for i := 1; i <= releases; i++ {
 		w.release(fmt.Sprint(i), w.publish("app", fmt.Sprint(i)))
 	}
+	pushed.Store(true)
 	w.live("app", fmt.Sprint(releases), nodes[0])
 	stop()
 	<-killed
