@@ -242,7 +242,7 @@ func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 		m.Sum = &sum
 	}
 	data, err := readSmall(root, m.Path, maxChangeContent)
-	if err != nil || *kept+len(data) > maxChangesContent || m.Sum != nil && digestOf(data) != *m.Sum {
+	if err != nil || *kept+len(data) > maxChangesContent || m.Sum != nil && deployments.DigestOf(data) != *m.Sum {
 		return
 	}
 	*kept += len(data)

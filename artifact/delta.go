@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 
+	"kedge/deployments"
+
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -46,7 +48,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	if _, err := io.ReadFull(r, header); err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrDelta, err)
 	}
-	from := digestOf(oldIndex)
+	from := deployments.DigestOf(oldIndex)
 	if string(header[:len(deltaMagic)]) != deltaMagic || !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
 		return nil, nil, fmt.Errorf("%w: it starts from another release than the one here", ErrDelta)
 	}
@@ -64,7 +66,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	if err := d.apply(bytes.NewReader(oldIndex), int64(len(oldIndex)), &out, int64(size)); err != nil {
 		return nil, nil, err
 	}
-	if sum := digestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
+	if sum := deployments.DigestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
 		return nil, nil, fmt.Errorf("%w: its index has another hash than it says", ErrDelta)
 	}
 	return d, out.Bytes(), nil

@@ -57,7 +57,7 @@ func makeDelta(
 	if err != nil {
 		return err
 	}
-	jobs := m.choose()
+	jobs := choosePatches(oldX, newX)
 	total := int64(len(newIndex))
 	for _, job := range jobs {
 		total += newX.entries[job.entry].size
@@ -76,7 +76,7 @@ func makeDelta(
 }
 
 func digestSlice(data []byte) []byte {
-	d := digestOf(data)
+	d := deployments.DigestOf(data)
 	return d[:]
 }
 
@@ -87,42 +87,42 @@ type deltaMaker struct {
 	meter            *meter
 }
 
-// deltaJob is a file to patch: an entry of the new index, and one of the old index, or -1.
-type deltaJob struct{ entry, from int }
+// filePatch is a file to patch: an entry of the new index, and one of the old index, or -1.
+type filePatch struct{ entry, from int }
 
-// choose returns the files whose content the old release lacks. For each it picks the most similar old file: the
+// choosePatches returns the files whose content the old release lacks. For each it picks the most similar old file: the
 // one at the same path, else at the same path but for digits and hash-like parts (hashed assets, versioned
 // directories), else the one with the same name and the nearest size.
-func (m *deltaMaker) choose() []deltaJob {
+func choosePatches(old, new *index) []filePatch {
 	type key struct{ by, name string }
-	have := make(map[deployments.Digest]bool, len(m.old.entries))
-	like := make(map[key][]int)
-	for i := range m.old.entries {
-		e := &m.old.entries[i]
+	have := make(map[deployments.Digest]bool, len(old.entries))
+	similar := make(map[key][]int)
+	for i := range old.entries {
+		e := &old.entries[i]
 		if e.kind != kindFile || e.size == 0 {
 			continue
 		}
 		have[e.sum] = true
 		for _, k := range []key{{"shape", shapeOf(e.path)}, {"name", path.Base(e.path)}} {
-			like[k] = append(like[k], i)
+			similar[k] = append(similar[k], i)
 		}
 	}
-	var jobs []deltaJob
-	for i := range m.new.entries {
-		e := &m.new.entries[i]
+	var jobs []filePatch
+	for i := range new.entries {
+		e := &new.entries[i]
 		if e.kind != kindFile || e.size == 0 || e.size > maxPatched || have[e.sum] {
 			continue
 		}
-		job := deltaJob{i, m.old.find(e.path)}
-		if job.from >= 0 && m.old.entries[job.from].kind != kindFile {
+		job := filePatch{i, old.find(e.path)}
+		if job.from >= 0 && old.entries[job.from].kind != kindFile {
 			job.from = -1
 		}
 		for _, k := range []key{{"shape", shapeOf(e.path)}, {"name", path.Base(e.path)}} {
 			if job.from < 0 {
-				job.from = m.nearest(like[k], e.size)
+				job.from = old.nearest(similar[k], e.size)
 			}
 		}
-		if job.from >= 0 && m.old.entries[job.from].size > maxPatched {
+		if job.from >= 0 && old.entries[job.from].size > maxPatched {
 			continue
 		}
 		jobs = append(jobs, job)
@@ -130,10 +130,11 @@ func (m *deltaMaker) choose() []deltaJob {
 	return jobs
 }
 
-func (m *deltaMaker) nearest(entries []int, size int64) int {
+// nearest returns which of the entries is nearest to a size; -1: there are none.
+func (x *index) nearest(entries []int, size int64) int {
 	best := -1
 	for _, i := range entries[:min(len(entries), 64)] { // names like index.js occur everywhere
-		if best < 0 || distance(m.old.entries[i].size, size) < distance(m.old.entries[best].size, size) {
+		if best < 0 || distance(x.entries[i].size, size) < distance(x.entries[best].size, size) {
 			best = i
 		}
 	}
@@ -174,9 +175,9 @@ func isHex(c byte) bool {
 
 // run makes patches of small files in parallel, and of large ones one after the other, each on all cores. It
 // writes all in order.
-func (m *deltaMaker) run(ctx context.Context, jobs []deltaJob) error {
+func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 	type result struct {
-		job   deltaJob
+		job   filePatch
 		patch []byte
 		large bool
 		done  chan struct{}
@@ -252,7 +253,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []deltaJob) error {
 }
 
 // load reads a job's old and new file, and verifies both against their indexes.
-func (m *deltaMaker) load(job deltaJob) (old, new []byte, err error) {
+func (m *deltaMaker) load(job filePatch) (old, new []byte, err error) {
 	if job.from >= 0 {
 		if old, err = loadFile(m.oldRoot, &m.old.entries[job.from]); err != nil {
 			return nil, nil, err
@@ -267,8 +268,8 @@ func loadFile(root *os.Root, e *entry) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if digestOf(data) != e.sum {
-		return nil, fmt.Errorf("%s: %w: it is not what its index says", e.path, ErrDigest)
+	if deployments.DigestOf(data) != e.sum {
+		return nil, fmt.Errorf("%s: %w: it is not what its index says", e.path, deployments.ErrDigest)
 	}
 	return data, nil
 }

@@ -60,11 +60,11 @@ func TestDeltaThatDoesNotBeginAsItShould(t *testing.T) {
 			t.Errorf("%s: closed %d times", name, raw)
 		}
 		// A manifest may name it all the same: the archive has everything.
-		blob := deployments.Blob{URL: "file://" + filepath.Join(t.TempDir(), "delta"), Size: int64(len(c.data)), SHA256: digestOf(c.data)}
+		blob := deployments.Blob{URL: "file://" + filepath.Join(t.TempDir(), "delta"), Size: int64(len(c.data)), SHA256: deployments.DigestOf(c.data)}
 		if err := os.WriteFile(strings.TrimPrefix(blob.URL, "file://"), c.data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		new.manifest.Deltas = []deployments.Delta{{From: digestOf(old.index), Blob: blob}}
+		new.manifest.Deltas = []deployments.Delta{{From: deployments.DigestOf(old.index), Blob: blob}}
 		got := t.TempDir()
 		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); (requests == 1) != c.ok {
 			t.Errorf("%s: it took %d requests", name, requests)
@@ -219,7 +219,7 @@ func TestDeltaOfATreeThatChanged(t *testing.T) {
 		writeVersion(t, two, "2")
 		old, new := publishTree(t, one), publishTree(t, two)
 		flip(t, filepath.Join(map[string]string{"old": one, "new": two}[changed], "VERSION"), 0)
-		if err := makeDelta(t.Context(), one, old.index, two, new.index, io.Discard, nil); !errors.Is(err, ErrDigest) {
+		if err := makeDelta(t.Context(), one, old.index, two, new.index, io.Discard, nil); !errors.Is(err, deployments.ErrDigest) {
 			t.Errorf("the %s one: %v", changed, err)
 		}
 	}
@@ -253,8 +253,8 @@ func TestDeltaOfWhatIsThere(t *testing.T) {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		blob := deployments.Blob{URL: "file://" + path, Size: int64(len(data)), SHA256: digestOf(data)}
-		new.manifest.Deltas = []deployments.Delta{{From: digestOf(old.index), Blob: blob}}
+		blob := deployments.Blob{URL: "file://" + path, Size: int64(len(data)), SHA256: deployments.DigestOf(data)}
+		new.manifest.Deltas = []deployments.Delta{{From: deployments.DigestOf(old.index), Blob: blob}}
 		got := t.TempDir()
 		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); (requests == 1) != c.ok {
 			t.Errorf("%s: it took %d requests", name, requests)

@@ -92,7 +92,7 @@ func unpackBytes(t testing.TB, name string, data []byte) (dir string, err error)
 		t.Fatal(err)
 	}
 	dir = t.TempDir()
-	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String()}
 	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
 }
 
@@ -241,7 +241,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 		dir := t.TempDir()
 		m := &deployments.Manifest{
 			Src:      "file://" + path,
-			Checksum: strings.ToUpper(digestOf(data).String()),
+			Checksum: strings.ToUpper(deployments.DigestOf(data).String()),
 			Size:     int64(len(data)),
 			Strategy: c.strategy,
 			Owner:    c.owner,
@@ -277,7 +277,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 		return nil
 	}
 	for owner, want := range map[string]error{"": denied, "77": nil} {
-		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Owner: owner}
+		m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String(), Owner: owner}
 		if err := unpack(
 			t.Context(),
 			object.New(object.Config{}),
@@ -292,7 +292,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 			t.Errorf("with owner %q, where owners are bounded: %v", owner, err)
 		}
 	}
-	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Size: int64(len(data)) - 1}
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String(), Size: int64(len(data)) - 1}
 	if err := Unpack(
 		t.Context(),
 		object.New(object.Config{}),
@@ -301,7 +301,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 		StageOptions{},
 	); !errors.Is(
 		err,
-		ErrDigest,
+		deployments.ErrDigest,
 	) {
 		t.Errorf("of another size than the manifest says: %v", err)
 	}
@@ -330,7 +330,7 @@ func TestSingleFileOfASignedURL(t *testing.T) {
 	}))
 	defer server.Close()
 	dir := t.TempDir()
-	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: digestOf(data).String()}
+	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: deployments.DigestOf(data).String()}
 	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -422,13 +422,13 @@ func TestNothingStaysOfACutStage(t *testing.T) {
 	}
 	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
 	raw := []byte("manifest")
-	p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+	p := deployments.Pointer{URL: "file:///m", Digest: deployments.DigestOf(raw)}
 	if err := os.MkdirAll(filepath.Join(releases.private(), stagingPrefix+p.Digest.Short(), "stray"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	m := &deployments.Manifest{
 		Src:      "file://" + path,
-		Checksum: digestOf(tarOf(t, file("file", "content"))).String(),
+		Checksum: deployments.DigestOf(tarOf(t, file("file", "content"))).String(),
 		DestMode: 0o755,
 	}
 	rel, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
@@ -452,18 +452,18 @@ func TestNothingStaysOfABadArchive(t *testing.T) {
 		sum  string // of what the manifest wants
 		want error
 	}{
-		"cut off, as published":      {packedTar[:len(packedTar)/2], digestOf(packedTar[:len(packedTar)/2]).String(), nil},
-		"cut off on the way":         {packedTar[:len(packedTar)/2], digestOf(packedTar).String(), ErrDigest},
-		"a tar cut at an entry":      {plain[:1024], digestOf(plain).String(), ErrDigest},
-		"a flipped bit":              {flipped, digestOf(packedTar).String(), ErrDigest},
-		"an error page":              {page, digestOf(packedTar).String(), ErrDigest},
-		"another archive, by md5":    {zst(t, plain), fmt.Sprintf("%x", md5.Sum(packedTar)), ErrDigest},
-		"another archive, by sha1":   {zst(t, plain), fmt.Sprintf("%x", sha1.Sum(packedTar)), ErrDigest},
-		"another archive, by sha512": {zst(t, plain), fmt.Sprintf("%x", sha512.Sum512(packedTar)), ErrDigest},
-		"garbage behind the tar":     {append(bytes.Clone(plain), "garbage"...), digestOf(append(bytes.Clone(plain), "garbage"...)).String(), nil},
-		"garbage behind the gzip":    {append(bytes.Clone(packedTar), "garbage"...), digestOf(append(bytes.Clone(packedTar), "garbage"...)).String(), nil},
-		"nothing":                    {nil, digestOf(nil).String(), nil},
-		"an archive of nothing":      {make([]byte, 10240), digestOf(make([]byte, 10240)).String(), nil},
+		"cut off, as published":      {packedTar[:len(packedTar)/2], deployments.DigestOf(packedTar[:len(packedTar)/2]).String(), nil},
+		"cut off on the way":         {packedTar[:len(packedTar)/2], deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
+		"a tar cut at an entry":      {plain[:1024], deployments.DigestOf(plain).String(), deployments.ErrDigest},
+		"a flipped bit":              {flipped, deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
+		"an error page":              {page, deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
+		"another archive, by md5":    {zst(t, plain), fmt.Sprintf("%x", md5.Sum(packedTar)), deployments.ErrDigest},
+		"another archive, by sha1":   {zst(t, plain), fmt.Sprintf("%x", sha1.Sum(packedTar)), deployments.ErrDigest},
+		"another archive, by sha512": {zst(t, plain), fmt.Sprintf("%x", sha512.Sum512(packedTar)), deployments.ErrDigest},
+		"garbage behind the tar":     {append(bytes.Clone(plain), "garbage"...), deployments.DigestOf(append(bytes.Clone(plain), "garbage"...)).String(), nil},
+		"garbage behind the gzip":    {append(bytes.Clone(packedTar), "garbage"...), deployments.DigestOf(append(bytes.Clone(packedTar), "garbage"...)).String(), nil},
+		"nothing":                    {nil, deployments.DigestOf(nil).String(), nil},
+		"an archive of nothing":      {make([]byte, 10240), deployments.DigestOf(make([]byte, 10240)).String(), nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -473,7 +473,7 @@ func TestNothingStaysOfABadArchive(t *testing.T) {
 			}
 			releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
 			raw := []byte("manifest")
-			p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+			p := deployments.Pointer{URL: "file:///m", Digest: deployments.DigestOf(raw)}
 			m := &deployments.Manifest{Src: "file://" + path, Checksum: c.sum, DestMode: 0o755}
 			_, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
 			if err == nil || c.want != nil && !errors.Is(err, c.want) {
@@ -635,7 +635,7 @@ func TestArchiveOverABadLine(t *testing.T) {
 	}))
 	t.Cleanup(server.Close)
 	dir := t.TempDir()
-	m := &deployments.Manifest{Src: server.URL + "/app.tar", Checksum: digestOf(data).String()}
+	m := &deployments.Manifest{Src: server.URL + "/app.tar", Checksum: deployments.DigestOf(data).String()}
 	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -685,7 +685,7 @@ func FuzzExtract(f *testing.F) {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
+		m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String()}
 		from := object.Source{Client: client, URL: m.Src}
 		var err error
 		fuzzlimit.Run(t, data, func() { err = extract(t.Context(), from, m, dir, StageOptions{}, nil) })
@@ -727,7 +727,7 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 		}
 		m := &deployments.Manifest{
 			Src:      "file://" + src,
-			Checksum: digestOf(page).String(),
+			Checksum: deployments.DigestOf(page).String(),
 			Dest:     dest,
 			Strategy: c.strategy,
 			DestMode: 0o755,

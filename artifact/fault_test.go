@@ -93,11 +93,11 @@ func newRoutes(t testing.TB, large int) *routes {
 		if err != nil {
 			t.Fatal(err)
 		}
-		manifest := fmt.Sprintf("src: app.%s\nchecksum: %s\ndest: /srv/app\nsync_strategy: release\n", route, digestOf(data))
+		manifest := fmt.Sprintf("src: app.%s\nchecksum: %s\ndest: /srv/app\nsync_strategy: release\n", route, deployments.DigestOf(data))
 		if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(manifest), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		r.to[route] = deployments.Pointer{URL: r.gateway.URL("plain/" + route + "/" + manifestName), Digest: digestOf([]byte(manifest))}
+		r.to[route] = deployments.Pointer{URL: r.gateway.URL("plain/" + route + "/" + manifestName), Digest: deployments.DigestOf([]byte(manifest))}
 	}
 	return r
 }
@@ -234,13 +234,13 @@ var plays = map[string]play{
 			return p.Truncated(700)
 		}
 		return nil
-	}, ends: map[string]error{"": ErrDigest}},
+	}, ends: map[string]error{"": deployments.ErrDigest}},
 	"an object that is too long": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if isBody(r.Name) {
 			return p.Truncated(-700)
 		}
 		return nil
-	}, ends: map[string]error{"": ErrDigest}},
+	}, ends: map[string]error{"": deployments.ErrDigest}},
 	"a delta that is too short": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if strings.HasPrefix(r.Name, "delta-") {
 			return p.Truncated(1)
@@ -258,19 +258,19 @@ var plays = map[string]play{
 			return objecttest.Flip(900_000)
 		}
 		return nil
-	}, ends: map[string]error{"": ErrDigest, routeDelta: nil}},
+	}, ends: map[string]error{"": deployments.ErrDigest, routeDelta: nil}},
 	"a wrong byte on the way, once": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if isData(r.Name) && !r.Probe && r.N == 0 {
 			return objecttest.Flip(1500)
 		}
 		return nil
-	}, ends: map[string]error{routeGz: ErrDigest, routeZst: ErrDigest}},
+	}, ends: map[string]error{routeGz: deployments.ErrDigest, routeZst: deployments.ErrDigest}},
 	"a wrong byte in an index": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if r.Name == indexName {
 			return objecttest.Flip(700)
 		}
 		return nil
-	}, ends: map[string]error{routeCold: ErrDigest, routeWarm: ErrDigest}, on: []string{routeCold, routeWarm, routeDelta}},
+	}, ends: map[string]error{routeCold: deployments.ErrDigest, routeWarm: deployments.ErrDigest}, on: []string{routeCold, routeWarm, routeDelta}},
 	"a release that is withdrawn": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		switch {
 		case r.N == 0 && !r.Probe && isBody(r.Name):

@@ -240,7 +240,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			f.index, err = f.decode(data)
 			return err
 		})
-		if errors.Is(err, ErrDigest) && try == 0 {
+		if errors.Is(err, deployments.ErrDigest) && try == 0 {
 			continue // as with a frame, it may have been damaged on the way
 		}
 		if err == nil {
@@ -253,8 +253,8 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 
 // decode verifies an index against the manifest, and then decodes it.
 func (f *fetch) decode(data []byte) (*index, error) {
-	if digestOf(data) != f.manifest.Index.SHA256 {
-		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest,
+	if deployments.DigestOf(data) != f.manifest.Index.SHA256 {
+		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", deployments.ErrDigest,
 			deployments.ShownURL(f.manifest.Index.URL))
 	}
 	x, err := decodeIndex(data)

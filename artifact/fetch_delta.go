@@ -25,7 +25,7 @@ const deltaInMem = 4 << 20
 func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
 	f.meter.expect(blob.Size)
 	data, err := f.objects.ReadPinned(ctx, blob.URL, blob.Size, func(data []byte) error {
-		if digestOf(data) != blob.SHA256 {
+		if deployments.DigestOf(data) != blob.SHA256 {
 			return wrongDelta(blob)
 		}
 		return nil
@@ -38,7 +38,7 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 }
 
 func wrongDelta(blob deployments.Delta) error {
-	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
+	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", deployments.ErrDigest, deployments.ShownURL(blob.URL))
 }
 
 // deltaSuffix, followed by a part of the delta's digest, is appended to a directory's name to name the large delta
@@ -85,7 +85,7 @@ func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 		return err
 	}
 	f.fallBack("the delta can't be used", "error", err)
-	for _, useless := range []error{ErrDigest, ErrDelta, ErrIndex, syscall.ENOSPC} {
+	for _, useless := range []error{deployments.ErrDigest, ErrDelta, ErrIndex, syscall.ENOSPC} {
 		if errors.Is(err, useless) {
 			return dropDeltas(dir, "")
 		}

@@ -151,7 +151,7 @@ func newDecoder() (*zstd.Decoder, error) {
 // makes another request from there.
 func (f *fetch) readSpan(
 	ctx context.Context,
-	archive *archive,
+	archive *archiveSource,
 	s span,
 	wanted []bool,
 	buffers chan []byte,
@@ -223,8 +223,8 @@ func (f *fetch) tryReadSpan(
 		}
 		buffer = slices.Grow(buffer[:0], int(fr.size))[:fr.size]
 		_, err := io.ReadFull(body, buffer)
-		if err == nil && digestOf(buffer) != fr.sum {
-			err = fmt.Errorf("%w: frame %d is not the one that the index names", ErrDigest, i)
+		if err == nil && deployments.DigestOf(buffer) != fr.sum {
+			err = fmt.Errorf("%w: frame %d is not the one that the index names", deployments.ErrDigest, i)
 		}
 		if err != nil {
 			buffers <- buffer

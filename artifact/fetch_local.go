@@ -220,7 +220,7 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 		data := make([]byte, fr.length)
 		_, err = f.ReadAt(data, piece.at)
 		f.Close()
-		if err != nil || digestOf(data) != fr.content {
+		if err != nil || deployments.DigestOf(data) != fr.content {
 			missing++
 			continue
 		}
@@ -289,7 +289,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 	}
 	if e.size <= int64(len(old.buffer)) && share.noClone.Load() {
 		data := old.buffer[:e.size]
-		if safefs.ReadAll(from, data, 0) != nil || digestOf(data) != e.sum {
+		if safefs.ReadAll(from, data, 0) != nil || deployments.DigestOf(data) != e.sum {
 			return nil
 		}
 		return w.writeFile(i, data)
@@ -416,7 +416,7 @@ func (r *sourceReader) hash(fd int, size int64) (deployments.Digest, error) {
 	if size <= int64(len(r.buffer)) {
 		data := r.buffer[:size]
 		err := safefs.ReadAll(fd, data, 0)
-		return digestOf(data), err
+		return deployments.DigestOf(data), err
 	}
 	h := sha256.New()
 	err := r.read(fd, size, func(data []byte) bool { h.Write(data); return true })

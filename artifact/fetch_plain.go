@@ -49,7 +49,7 @@ func extractFrom(
 			err = extract(ctx, s, m, dir, streams, owners)
 		}
 		for _, fault := range []error{
-			ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
+			deployments.ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
 		} {
 			if errors.Is(err, fault) {
 				return err
@@ -87,7 +87,7 @@ func extract(
 		return fmt.Errorf("extract: %w", err)
 	}
 	if m.Size > 0 && o.Size != m.Size {
-		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, ErrDigest)
+		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, deployments.ErrDigest)
 	}
 	meter := newMeter("fetch", o.Size, opt.Progress)
 	stream, err := openPlain(ctx, from, o, m, dir, opt, meter)
@@ -198,5 +198,5 @@ func matches(sum hash.Hash, checksum string) bool {
 }
 
 func wrongChecksum(sum hash.Hash, checksum string) error {
-	return fmt.Errorf("%w: the manifest says %s, its bytes have %x", ErrDigest, checksum, sum.Sum(nil))
+	return fmt.Errorf("%w: the manifest says %s, its bytes have %x", deployments.ErrDigest, checksum, sum.Sum(nil))
 }

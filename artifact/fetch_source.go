@@ -10,8 +10,8 @@ import (
 	"kedge/deployments"
 )
 
-// archive is the place that a fetch currently reads its archive from. Several goroutines use it.
-type archive struct {
+// archiveSource is the place that a fetch currently reads its archive from. Several goroutines use it.
+type archiveSource struct {
 	objects *object.Client
 	size    int64
 
@@ -30,22 +30,22 @@ type place struct {
 func (p place) Mirror() bool { return p.source.Mirror() }
 
 // openArchive opens the archive at the first source that has it.
-func (f *fetch) openArchive(ctx context.Context) (*archive, error) {
-	a := &archive{objects: f.objects, size: f.index.archiveSize(), left: f.objects.Sources(f.manifest.Src)}
+func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
+	a := &archiveSource{objects: f.objects, size: f.index.archiveSize(), left: f.objects.Sources(f.manifest.Src)}
 	if err := a.open(ctx); err != nil {
 		return nil, err
 	}
 	return a, nil
 }
 
-func (a *archive) current() place {
+func (a *archiveSource) current() place {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.now
 }
 
 // nextSource goes on to the next source, unless another goroutine has left from already.
-func (a *archive) nextSource(ctx context.Context, from place, err error) error {
+func (a *archiveSource) nextSource(ctx context.Context, from place, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.now.source != from.source {
@@ -55,8 +55,8 @@ func (a *archive) nextSource(ctx context.Context, from place, err error) error {
 	return a.open(ctx)
 }
 
-// open goes to the next source that has the archive. If none has it, the error is that of its own place.
-func (a *archive) open(ctx context.Context) error {
+// open opens the next source that has the archive. If none has it, open returns the error of the archive's own URL.
+func (a *archiveSource) open(ctx context.Context) error {
 	err := errors.New("no place is left to read the archive from")
 	for len(a.left) > 0 {
 		s := a.left[0]
@@ -66,7 +66,7 @@ func (a *archive) open(ctx context.Context) error {
 		case failed != nil:
 		case o.Size != a.size:
 			failed = fmt.Errorf(
-				"%w: the archive %s has %d bytes, its index says %d", ErrDigest, deployments.ShownURL(o.URL), o.Size, a.size)
+				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest, deployments.ShownURL(o.URL), o.Size, a.size)
 		case s.Mirror() && !o.Ranges:
 			failed = fmt.Errorf("%w: it ignores Range", object.ErrUnavailable)
 		default:

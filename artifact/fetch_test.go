@@ -315,15 +315,15 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 	for _, name := range []string{"index", "archive.tar.zst"} {
 		for _, at := range []int64{5000, new.manifest.Index.Size - 1} {
 			flip(t, filepath.Join(new.store, name), at)
-			if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, ErrDigest) {
-				t.Errorf("byte %d of the %s is wrong: %v, want ErrDigest", at, name, err)
+			if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, deployments.ErrDigest) {
+				t.Errorf("byte %d of the %s is wrong: %v, want deployments.ErrDigest", at, name, err)
 			}
 			flip(t, filepath.Join(new.store, name), at)
 		}
 	}
 	os.Truncate(filepath.Join(new.store, "archive.tar.zst"), new.manifest.Size-1)
-	if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, ErrDigest) {
-		t.Errorf("the archive is cut: %v, want ErrDigest", err)
+	if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, deployments.ErrDigest) {
+		t.Errorf("the archive is cut: %v, want deployments.ErrDigest", err)
 	}
 }
 
@@ -349,7 +349,7 @@ func TestAnIndexThatLies(t *testing.T) {
 			x.frames = append(x.frames[:1], x.frames[2:]...)
 			last(x).length = maxFrame
 		}, false},
-		"an empty file with a content":          {func(x *index, _ *deployments.Manifest) { x.entries[0].sum = digestOf([]byte("x")) }, true},
+		"an empty file with a content":          {func(x *index, _ *deployments.Manifest) { x.entries[0].sum = deployments.DigestOf([]byte("x")) }, true},
 		"a list of hashes":                      {func(x *index, m *deployments.Manifest) { x.archive, x.frames, m.Size = false, nil, 0 }, false},
 		"an archive of another size":            {func(_ *index, m *deployments.Manifest) { m.Size++ }, false},
 		"more than an index may have":           {func(_ *index, m *deployments.Manifest) { m.Index.Size = maxIndex + 1 }, false},
@@ -368,7 +368,7 @@ func TestAnIndexThatLies(t *testing.T) {
 			if err := os.WriteFile(path, x.encode(), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			blob.URL, blob.SHA256 = "file://"+path, digestOf(x.encode())
+			blob.URL, blob.SHA256 = "file://"+path, deployments.DigestOf(x.encode())
 			if blob.Size <= maxIndex {
 				blob.Size = size(t, path)
 			}
@@ -381,7 +381,7 @@ func TestAnIndexThatLies(t *testing.T) {
 				treetest.Same(t, got, dir)
 				return
 			}
-			if !errors.Is(err, ErrIndex) && !errors.Is(err, ErrDigest) {
+			if !errors.Is(err, ErrIndex) && !errors.Is(err, deployments.ErrDigest) {
 				t.Errorf("%v", err)
 			}
 			if made := len(treetest.List(t, got)) > 0; made && !c.made {
@@ -653,7 +653,7 @@ func TestVerifyOfAFileThatChanges(t *testing.T) {
 	defer root.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	e := &entry{path: "file", size: 7, sum: digestOf([]byte("content"))}
+	e := &entry{path: "file", size: 7, sum: deployments.DigestOf([]byte("content"))}
 	for name, c := range map[string]struct {
 		change func() error
 		right  bool
@@ -688,7 +688,7 @@ func TestAListOfHashesIsABase(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := t.TempDir()
-	_, read := mustFetch(t, new.manifest, &base{dir: old.dir, index: list, digest: digestOf(list)}, got)
+	_, read := mustFetch(t, new.manifest, &base{dir: old.dir, index: list, digest: deployments.DigestOf(list)}, got)
 	treetest.Same(t, got, new.dir)
 	if read > new.manifest.Size*9/10 {
 		t.Errorf("it took %d bytes of %d", read, new.manifest.Size)

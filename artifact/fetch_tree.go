@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/safefs"
+	"kedge/deployments"
 )
 
 // builder makes an index's tree in a private directory.
@@ -263,7 +264,7 @@ func hashesTo(f io.ReaderAt, at int64, want frame) bool {
 	}
 	data := make([]byte, want.length)
 	n, _ := f.ReadAt(data, at)
-	return n == len(data) && digestOf(data) == want.content
+	return n == len(data) && deployments.DigestOf(data) == want.content
 }
 
 // missing returns the frames with content that neither the tree nor old has, and makes writeFrame write only that.

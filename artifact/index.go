@@ -3,7 +3,6 @@ package artifact
 import (
 	"bytes"
 	"cmp"
-	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -80,8 +79,6 @@ type index struct {
 	entries []entry
 	frames  []frame
 }
-
-func digestOf(data []byte) deployments.Digest { return sha256.Sum256(data) }
 
 // size returns the total size of the tree's files, and archiveSize that of the archive.
 func (x *index) size() (n int64) {

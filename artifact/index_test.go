@@ -19,7 +19,7 @@ import (
 
 // goodIndex is small, and valid.
 func goodIndex() *index {
-	sum := digestOf([]byte("x"))
+	sum := deployments.DigestOf([]byte("x"))
 	return &index{archive: true,
 		entries: []entry{
 			{path: "d", kind: kindDir, mode: 0o755},
@@ -33,7 +33,7 @@ func goodIndex() *index {
 
 // hashedFrame gives frames, of which one has a hash of its content.
 func hashedFrame(at, length int64) []frame {
-	sum := digestOf([]byte("x"))
+	sum := deployments.DigestOf([]byte("x"))
 	return []frame{{size: 60, length: at, sum: sum}, {size: 10, length: length, sum: sum, content: sum}, {size: 60, length: 4096, sum: sum}}
 }
 
@@ -152,7 +152,7 @@ func TestHostileIndexes(t *testing.T) {
 	}
 	// A frame whose content has a hash has one.
 	x := goodIndex()
-	x.frames[0].content = digestOf([]byte("content"))
+	x.frames[0].content = deployments.DigestOf([]byte("content"))
 	unknown := bytes.Replace(x.encode(), x.frames[0].content[:], make([]byte, 32), 1)
 	if _, err := decodeIndex(unknown); !errors.Is(err, ErrIndex) {
 		t.Error("a hash of zeros is accepted")

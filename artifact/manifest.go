@@ -10,10 +10,10 @@ import (
 )
 
 // ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
-// ErrDigest.
+// deployments.ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
-	if err != nil && !errors.Is(err, ErrDigest) {
+	if err != nil && !errors.Is(err, deployments.ErrDigest) {
 		return nil, fmt.Errorf("fetch the manifest: %w", err)
 	}
 	if err != nil {
@@ -25,7 +25,7 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 			"the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, "+
 				"or a bucket that keeps versions",
 			deployments.ShownURL(p.URL),
-			ErrDigest,
+			deployments.ErrDigest,
 		)
 	}
 	return raw, nil
@@ -34,8 +34,8 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 // hasDigest returns a check that bytes have a digest.
 func hasDigest(want deployments.Digest) func([]byte) error {
 	return func(data []byte) error {
-		if digestOf(data) != want {
-			return ErrDigest
+		if deployments.DigestOf(data) != want {
+			return deployments.ErrDigest
 		}
 		return nil
 	}
@@ -56,9 +56,9 @@ func olderVersion(ctx context.Context, objects *object.Client, p deployments.Poi
 		if err != nil {
 			return nil, err
 		}
-		if digestOf(raw) == p.Digest {
+		if deployments.DigestOf(raw) == p.Digest {
 			return raw, nil
 		}
 	}
-	return nil, ErrDigest
+	return nil, deployments.ErrDigest
 }

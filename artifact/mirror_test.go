@@ -195,7 +195,7 @@ func TestMirrorsWithoutTheirOrigin(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(new.store, "manifest.yaml"), manifest, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p := deployments.Pointer{URL: gone.URL + "/new/manifest.yaml", Digest: digestOf(manifest)}
+	p := deployments.Pointer{URL: gone.URL + "/new/manifest.yaml", Digest: deployments.DigestOf(manifest)}
 	if got, err := ReadManifest(t.Context(), objects, p); err != nil || !bytes.Equal(got, manifest) {
 		t.Errorf("the manifest: %q, %v", got, err)
 	}

@@ -29,7 +29,7 @@ const (
 )
 
 // emptyDigest is the SHA-256 of an empty file.
-var emptyDigest = digestOf(nil)
+var emptyDigest = deployments.DigestOf(nil)
 
 var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
@@ -318,7 +318,7 @@ func (w *packWorker) pack(ctx context.Context, job *packing) error {
 	default:
 	}
 	job.data = w.compressor.compress(w.raw.Bytes(), job.data[:0])
-	job.sum = digestOf(job.data)
+	job.sum = deployments.DigestOf(job.data)
 	return nil
 }
 
@@ -355,10 +355,10 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 	data := w.raw.Bytes()[begin:]
 	if !job.large {
-		e.sum = digestOf(data)
+		e.sum = deployments.DigestOf(data)
 		return nil
 	}
-	job.content = digestOf(data)
+	job.content = deployments.DigestOf(data)
 	select {
 	case run := <-job.before:
 		if part.from == 0 {

@@ -145,7 +145,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	}
 	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size, Index: int64(len(made.Index))}
 	m.Src, m.Checksum, m.Size = archiveName, made.SHA256.String(), made.Size
-	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: digestOf(made.Index)}
+	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: deployments.DigestOf(made.Index)}
 	if err := p.put(archiveName, archive, made.Size); err != nil {
 		return out, err
 	}

@@ -162,7 +162,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 // deltas makes and uploads a delta from each earlier release, if that costs its nodes less than the changed parts
 // of the archive. costs is what each release's nodes fetch.
 func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
-	index := digestOf(made.Index)
+	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)
 	if err != nil {
 		return nil, nil, err
@@ -208,11 +208,11 @@ func (p *publisher) delta(
 	}
 	defer func() { err = errors.Join(err, safefs.RemoveTree(tree)) }()
 	oldIndex, err := fetchPatched(p.ctx, p.objects, e.manifest,
-		&base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}, tree)
+		&base{dir: p.opt.Dir, index: made.Index, digest: deployments.DigestOf(made.Index)}, tree)
 	if err != nil {
 		return from, nil, cost, err
 	}
-	if from = digestOf(oldIndex); done[from] {
+	if from = deployments.DigestOf(oldIndex); done[from] {
 		return from, nil, cost, nil
 	}
 	f, err := os.CreateTemp(p.dir, "delta-")
@@ -271,7 +271,7 @@ func fetchPatched(
 	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, nil)}
 	f.only = func(old *index) []bool {
 		wanted := make([]bool, len(old.entries))
-		for _, job := range (&deltaMaker{old: old, new: newX}).choose() {
+		for _, job := range choosePatches(old, newX) {
 			if job.from >= 0 {
 				wanted[job.from] = true
 			}
@@ -302,7 +302,7 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 		return byRanges, byDelta, err
 	}
 	defer b.close()
-	for _, job := range (&deltaMaker{old: old.index, new: x}).choose() {
+	for _, job := range choosePatches(old.index, x) {
 		b.ready[job.entry] = true
 	}
 	old.match(x)

@@ -51,7 +51,9 @@ func TestPublishToS3(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt := PublishOptions{Dir: new, To: gateway.URL("one"), Manifest: template("2"), Since: []deployments.Pointer{first.Pointer},
-		Sign: func(manifest []byte) ([]byte, error) { return []byte("signed " + digestOf(manifest).String()), nil }}
+		Sign: func(manifest []byte) ([]byte, error) {
+			return []byte("signed " + deployments.DigestOf(manifest).String()), nil
+		}}
 	second, err := Publish(t.Context(), client, opt)
 	if err != nil {
 		t.Fatal(err)
@@ -207,7 +209,7 @@ func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 		http.Error(w, "no", http.StatusNotFound)
 	}))
 	defer stranger.Close()
-	index := digestOf(publishTree(t, two).index)
+	index := deployments.DigestOf(publishTree(t, two).index)
 	for name, c := range map[string]struct {
 		change func(m *deployments.Manifest)
 		deltas int

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/treetest"
+	"kedge/deployments"
 )
 
 // mountXFS gives a directory on a file system of its own, one that can clone files.
@@ -82,7 +83,7 @@ func TestUnchangedFilesAreCloned(t *testing.T) {
 	treetest.Same(t, three, new.dir)
 
 	// One that has grown since it was opened is not taken with what came behind: a clone has all of a file.
-	e := &entry{path: "file", size: 7, sum: digestOf([]byte("content"))}
+	e := &entry{path: "file", size: 7, sum: deployments.DigestOf([]byte("content"))}
 	for content, want := range map[string]bool{"content": true, "content, and more": false} {
 		from, err := os.Create(filepath.Join(disk, "from"))
 		if err != nil {

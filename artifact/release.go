@@ -20,12 +20,8 @@ import (
 	"kedge/deployments"
 )
 
-var (
-	// ErrDigest means that bytes differ from those that a pointer or manifest names. Trying again does not help.
-	ErrDigest = errors.New("wrong digest")
-	// ErrNoRelease means that a release is not complete on this disk.
-	ErrNoRelease = errors.New("no such release on this disk")
-)
+// ErrNoRelease means that a release is not complete on this disk.
+var ErrNoRelease = errors.New("no such release on this disk")
 
 // Releases manages one dest's releases in DEST.releases/, beside dest, so that both are on one file system.
 //
@@ -337,8 +333,8 @@ func (r *Releases) readIndex(name string, rec *record) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if digestOf(data) != rec.Index {
-		return nil, fmt.Errorf("%w: its index on this disk is damaged", ErrDigest)
+	if deployments.DigestOf(data) != rec.Index {
+		return nil, fmt.Errorf("%w: its index on this disk is damaged", deployments.ErrDigest)
 	}
 	return data, nil
 }

@@ -554,7 +554,7 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	p := publishVersions(t, t.TempDir(), "1")[0]
 	p.Digest[0] ^= 1
 	objects := object.New(object.Config{})
-	if _, _, err := fetchManifest(t.Context(), objects, p, nil); !errors.Is(err, ErrDigest) {
+	if _, _, err := fetchManifest(t.Context(), objects, p, nil); !errors.Is(err, deployments.ErrDigest) {
 		t.Errorf("%v", err)
 	}
 	right := p
@@ -563,7 +563,7 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(filepath.Join(t.TempDir(), "app"), objects, nil).Stage(t.Context(), p, m, raw, StageOptions{}); !errors.Is(err, ErrDigest) {
+	if _, err := Open(filepath.Join(t.TempDir(), "app"), objects, nil).Stage(t.Context(), p, m, raw, StageOptions{}); !errors.Is(err, deployments.ErrDigest) {
 		t.Errorf("stage: %v", err)
 	}
 }
@@ -573,7 +573,7 @@ func TestAManifestWithoutATree(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})
 	raw := []byte("manifest")
-	p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+	p := deployments.Pointer{URL: "file:///m", Digest: deployments.DigestOf(raw)}
 	releases := Open(filepath.Join(t.TempDir(), "app"), objects, nil)
 	if _, err := releases.Stage(t.Context(), p, &deployments.Manifest{DestMode: 0o755}, raw, StageOptions{}); err == nil || !strings.Contains(err.Error(), "commands only") {
 		t.Errorf("stage: %v", err)

@@ -13,6 +13,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
 	"kedge/artifact/treetest"
+	"kedge/deployments"
 )
 
 // Cut connections cost requests, and no bytes twice: within one fetch, and from a fetch that failed to the next.
@@ -98,7 +99,7 @@ func TestAFrameIsWrittenAfterAFailure(t *testing.T) {
 	content := []byte(treetest.Prose(1, 5000))
 	for range 30 { // whatever a select chooses
 		b, err := newBuilder(t.TempDir(), &index{archive: true,
-			entries: []entry{{path: "file", mode: 0o644, size: int64(len(content)), sum: digestOf(content), offset: 512}},
+			entries: []entry{{path: "file", mode: 0o644, size: int64(len(content)), sum: deployments.DigestOf(content), offset: 512}},
 			frames:  []frame{{size: 1, length: 6144}}})
 		if err != nil {
 			t.Fatal(err)

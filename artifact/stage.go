@@ -49,8 +49,8 @@ func (r *Releases) stage(
 	if opt.Log == nil {
 		opt.Log = r.log
 	}
-	if digestOf(raw) != p.Digest {
-		return nil, fmt.Errorf("the manifest %s: %w", deployments.ShownURL(p.URL), ErrDigest)
+	if deployments.DigestOf(raw) != p.Digest {
+		return nil, fmt.Errorf("the manifest %s: %w", deployments.ShownURL(p.URL), deployments.ErrDigest)
 	}
 	if m.Src == "" {
 		return nil, errors.New("the manifest has commands only, and no tree")
@@ -140,7 +140,7 @@ func (r *Releases) renew(
 			r.log.Warn("could not carry over what was written while the release was healed", "dir", dir, "error", err)
 		}
 	}
-	sum := digestOf(tree.index)
+	sum := deployments.DigestOf(tree.index)
 	rec, err := json.Marshal(record{Release: Release{Pointer: p, Manifest: m, Raw: raw}, Index: sum})
 	if err != nil {
 		return nil, err
@@ -363,7 +363,7 @@ func fill(
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
-		slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
+		slices.ContainsFunc([]error{syscall.ENOSPC, deployments.ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
 		return errors.Join(safefs.RemoveTree(staging), dropDeltas(staging, ""))
 	}
 	return nil

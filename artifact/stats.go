@@ -79,7 +79,7 @@ func (r *Releases) writeStats(name string, index deployments.Digest, stats []fil
 		data = binary.LittleEndian.AppendUint64(data, uint64(s.mtime))
 		data = binary.LittleEndian.AppendUint64(data, uint64(s.ctime))
 	}
-	sum := digestOf(data)
+	sum := deployments.DigestOf(data)
 	path := filepath.Join(r.private(), name+statsSuffix)
 	aside := filepath.Join(r.private(), unfinishedPrefix+name+statsSuffix)
 	if err := os.WriteFile(aside, append(data, sum[:]...), 0o600); err != nil {
@@ -96,7 +96,7 @@ func (r *Releases) readStats(name string, index deployments.Digest) []fileStat {
 	if err != nil || entries < 0 || end != len(statsMagic)+len(index)+entries*statSize {
 		return nil
 	}
-	sum := digestOf(data[:end])
+	sum := deployments.DigestOf(data[:end])
 	if !bytes.Equal(sum[:], data[end:]) || string(data[:len(statsMagic)]) != statsMagic ||
 		!bytes.Equal(data[len(statsMagic):][:len(index)], index[:]) {
 		return nil

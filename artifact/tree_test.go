@@ -48,7 +48,7 @@ func publishTree(t testing.TB, dir string, earlier ...*published) *published {
 		if err := os.WriteFile(filepath.Join(store, name), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return deployments.Blob{URL: url(name), Size: int64(len(data)), SHA256: digestOf(data)}
+		return deployments.Blob{URL: url(name), Size: int64(len(data)), SHA256: deployments.DigestOf(data)}
 	}
 	blob := write("index", result.Index)
 	p.manifest = &deployments.Manifest{Src: url("archive.tar.zst"), Size: result.Size, Index: &blob, Checksum: result.SHA256.String()}
@@ -58,7 +58,7 @@ func publishTree(t testing.TB, dir string, earlier ...*published) *published {
 			t.Fatal(err)
 		}
 		p.manifest.Deltas = append(p.manifest.Deltas,
-			deployments.Delta{From: digestOf(from.index), Blob: write(fmt.Sprintf("delta%d", i), out.Bytes())})
+			deployments.Delta{From: deployments.DigestOf(from.index), Blob: write(fmt.Sprintf("delta%d", i), out.Bytes())})
 	}
 	return p
 }
@@ -78,7 +78,7 @@ func (p *published) at(prefix string) *deployments.Manifest {
 }
 
 func (p *published) asBase(dir string) *base {
-	return &base{dir: dir, index: p.index, digest: digestOf(p.index)}
+	return &base{dir: dir, index: p.index, digest: deployments.DigestOf(p.index)}
 }
 
 func fetchTree(t testing.TB, ctx context.Context, m *deployments.Manifest, base *base, dir string) (requests, read int64, err error) {
@@ -86,7 +86,7 @@ func fetchTree(t testing.TB, ctx context.Context, m *deployments.Manifest, base 
 	objects := object.New(object.Config{})
 	tree, err := fetchIndexed(ctx, objects, m, base, dir, StageOptions{})
 	requests, read = objects.Requests()
-	if err == nil && digestOf(tree.index) != m.Index.SHA256 {
+	if err == nil && deployments.DigestOf(tree.index) != m.Index.SHA256 {
 		t.Fatal("fetchIndexed returned another index than the manifest's")
 	}
 	return requests, read, err

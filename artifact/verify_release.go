@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"kedge/artifact/safefs"
+	"kedge/deployments"
 )
 
 // Verify compares a release's tree with its index, or with the hashes that were taken when it was staged if it
@@ -45,7 +46,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 		return nil, err
 	}
 	index, err := r.readIndex(name, rec)
-	if errors.Is(err, ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
+	if errors.Is(err, deployments.ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
 		r.log.Warn("the release can't be compared with its index", "dir", rel.Dir, "error", err)
 		return []Difference{{Path: ".", What: "index"}}, nil
 	}

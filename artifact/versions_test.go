@@ -43,7 +43,7 @@ func TestOverwrittenManifest(t *testing.T) {
 	lost := write("plain/manifest.yml", "one")
 	write("plain/manifest.yml", "two")
 	_, err := ReadManifest(t.Context(), client, lost)
-	if !errors.Is(err, ErrDigest) || !strings.Contains(err.Error(), "a key of its own, or a bucket that keeps versions") {
+	if !errors.Is(err, deployments.ErrDigest) || !strings.Contains(err.Error(), "a key of its own, or a bucket that keeps versions") {
 		t.Errorf("overwritten: %v", err)
 	}
 
@@ -77,7 +77,7 @@ func TestOverwrittenManifest(t *testing.T) {
 		t.Error("a version was written")
 	}
 	one.Digest[0]++
-	if _, err := ReadManifest(t.Context(), client, one); !errors.Is(err, ErrDigest) {
+	if _, err := ReadManifest(t.Context(), client, one); !errors.Is(err, deployments.ErrDigest) {
 		t.Errorf("no version has it: %v", err)
 	}
 }

@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -18,6 +19,12 @@ import (
 
 // Digest is a SHA-256.
 type Digest [32]byte
+
+// ErrDigest means that bytes differ from those that a pointer, manifest or index names. Trying again does not help.
+var ErrDigest = errors.New("wrong digest")
+
+// DigestOf returns the SHA-256 of data.
+func DigestOf(data []byte) Digest { return sha256.Sum256(data) }
 
 // ParseDigest reads 64 hexadecimal digits, of either case.
 func ParseDigest(s string) (Digest, error) {

@@ -267,7 +267,7 @@ func reasonOf(err error) deployments.Reason {
 		return deployments.ReasonCreatedAhead
 	case errors.Is(err, policy.ErrUntrusted):
 		return deployments.ReasonUnsigned
-	case errors.Is(err, artifact.ErrDigest):
+	case errors.Is(err, deployments.ErrDigest):
 		return deployments.ReasonDigestMismatch
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return deployments.ReasonDiskFull

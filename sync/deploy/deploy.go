@@ -347,7 +347,7 @@ type Request struct {
 
 // Deploy converges to a release p by the steps stage, drain, pre, switch, post, health and success, each
 // journalled first. It does nothing if p runs already and is confirmed. *Failed means that it went back and p is
-// quarantined. ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's errors stay until p, or this node's
+// quarantined. ErrRefused, ErrQuarantined, deployments.ErrDigest and Trust's errors stay until p, or this node's
 // configuration, changes. Any other error is transient (network, storage, disk): nothing was changed, try again. A
 // cancelled ctx stops Deploy as soon as that is safe: before the switch everything is left as it was; after it the
 // next Recover or Deploy finishes the deployment.

@@ -452,7 +452,7 @@ func TestTrust(t *testing.T) {
 	wrong := p
 	wrong.Digest[0]++
 	switch err := w.open(nil).Deploy(t.Context(), Request{Release: wrong}); {
-	case !errors.Is(err, artifact.ErrDigest):
+	case !errors.Is(err, deployments.ErrDigest):
 		t.Errorf("a wrong digest: %v", err)
 	case strings.Contains(err.Error(), p.Digest.String()[:12]): // who may pin could guess files that root alone can read
 		t.Errorf("a wrong digest: the right one is told: %v", err)

@@ -126,7 +126,7 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 		switch {
 		case err != nil && ctx.Err() != nil:
 			return errors.Join(context.Cause(ctx), err)
-		case err == nil || try >= limits.Retry || errors.Is(err, artifact.ErrDigest):
+		case err == nil || try >= limits.Retry || errors.Is(err, deployments.ErrDigest):
 			return err
 		}
 		u.log.Warn("the release could not be fetched: trying again", "try", try+1, "of", limits.Retry,

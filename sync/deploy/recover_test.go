@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"kedge/artifact"
 	"kedge/deployments"
 )
 
@@ -264,13 +263,13 @@ func TestFailureCommandsOfWhatCannotBeStaged(t *testing.T) {
 	stage := func(key string) {
 		t.Helper()
 		err := u.Stage(t.Context(), p)
-		if !errors.Is(err, artifact.ErrDigest) {
+		if !errors.Is(err, deployments.ErrDigest) {
 			t.Fatalf("got %v", err)
 		}
 		called, cancel := context.WithCancel(t.Context())
 		cancel()
 		for _, ctx := range []context.Context{called, t.Context()} {
-			if told := u.StageFailed(ctx, Request{Release: p, Key: key}, err); !errors.Is(told, artifact.ErrDigest) {
+			if told := u.StageFailed(ctx, Request{Release: p, Key: key}, err); !errors.Is(told, deployments.ErrDigest) {
 				t.Fatalf("got %v", told)
 			}
 		}
