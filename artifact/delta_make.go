@@ -13,6 +13,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
+	"kedge/artifact/meter"
 	"kedge/deployments"
 )
 
@@ -29,7 +30,7 @@ func makeDelta(
 	newTree string,
 	newIndex []byte,
 	w io.Writer,
-	progress func(Progress),
+	progress func(meter.Progress),
 ) error {
 	oldX, err := decodeIndex(oldIndex)
 	if err != nil {
@@ -62,7 +63,7 @@ func makeDelta(
 	for _, job := range jobs {
 		total += newX.entries[job.entry].size
 	}
-	m.meter = newMeter("delta", total, progress)
+	m.meter = meter.New("delta", total, progress)
 	m.out.Write(binary.AppendUvarint(nil, uint64(len(newIndex))))
 	if err := m.writePatch(ctx, oldIndex, newIndex); err != nil {
 		return err
@@ -71,7 +72,7 @@ func makeDelta(
 		return fmt.Errorf("delta from %s to %s: %w", oldTree, newTree, err)
 	}
 	m.out.Write([]byte{0})
-	m.meter.done()
+	m.meter.Done()
 	return m.out.Close()
 }
 
@@ -84,7 +85,7 @@ type deltaMaker struct {
 	old, new         *index
 	oldRoot, newRoot *os.Root
 	out              *zstd.Encoder
-	meter            *meter
+	meter            *meter.Meter
 }
 
 // filePatch is a file to patch: an entry of the new index, and one of the old index, or -1.
@@ -245,7 +246,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 			if _, err := m.out.Write(r.patch); err != nil {
 				return err
 			}
-			m.meter.add(m.new.entries[r.job.entry].size)
+			m.meter.Add(m.new.entries[r.job.entry].size)
 		}
 		return nil
 	})
@@ -300,7 +301,7 @@ func (m *deltaMaker) writePatch(ctx context.Context, old, new []byte) error {
 				return err
 			}
 		}
-		m.meter.add(int64(min(cores*sectionSize, len(new)-from)))
+		m.meter.Add(int64(min(cores*sectionSize, len(new)-from)))
 	}
 	return nil
 }

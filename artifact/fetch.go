@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -63,12 +64,12 @@ func fetchIndexed(
 	if m.Index == nil {
 		return tree, fmt.Errorf("fetch %s: the manifest names no index", deployments.ShownURL(m.Src))
 	}
-	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, opt.Progress), log: opt.Log}
+	f := &fetch{objects: objects, manifest: m, meter: meter.New("fetch", 0, opt.Progress), log: opt.Log}
 	defer func() { err = errors.Join(err, f.close()) }()
 	if err := f.run(ctx, base, dir); err != nil {
 		return tree, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
-	f.meter.done()
+	f.meter.Done()
 	if err := dropDeltas(dir, ""); err != nil {
 		return tree, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
@@ -79,7 +80,7 @@ func fetchIndexed(
 type fetch struct {
 	objects  *object.Client
 	manifest *deployments.Manifest
-	meter    *meter
+	meter    *meter.Meter
 
 	index   *index
 	encoded []byte // of index
@@ -234,7 +235,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	if m.Index.Size > maxIndex {
 		return fmt.Errorf("%w: the manifest gives it %d bytes, at most %d are allowed", ErrIndex, m.Index.Size, maxIndex)
 	}
-	f.meter.expect(m.Index.Size)
+	f.meter.Expect(m.Index.Size)
 	for try := 0; ; try++ {
 		data, err := f.objects.ReadPinned(ctx, m.Index.URL, m.Index.Size, func(data []byte) (err error) {
 			f.index, err = f.decode(data)
@@ -245,7 +246,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 		}
 		if err == nil {
 			f.encoded = data
-			f.meter.add(int64(len(data)))
+			f.meter.Add(int64(len(data)))
 		}
 		return err
 	}

@@ -23,7 +23,7 @@ const deltaInMem = 4 << 20
 
 // openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
 func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
-	f.meter.expect(blob.Size)
+	f.meter.Expect(blob.Size)
 	data, err := f.objects.ReadPinned(ctx, blob.URL, blob.Size, func(data []byte) error {
 		if deployments.DigestOf(data) != blob.SHA256 {
 			return wrongDelta(blob)
@@ -33,7 +33,7 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 	if err != nil {
 		return nil, nil, err
 	}
-	f.meter.add(int64(len(data)))
+	f.meter.Add(int64(len(data)))
 	return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 }
 
@@ -137,7 +137,7 @@ func (f *fetch) fetchLargeFrom(
 		err = file.Truncate(had) // it holds more than the delta's size
 	}
 	if err == nil {
-		f.meter.expect(blob.Size - had)
+		f.meter.Expect(blob.Size - had)
 		err = f.copyRest(ctx, from, blob, had, io.MultiWriter(file, sum, f.meter))
 	}
 	if err == nil && deployments.Digest(sum.Sum(nil)) != blob.SHA256 {

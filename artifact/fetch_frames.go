@@ -56,7 +56,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	}
 	for _, s := range spans {
 		last := f.index.frames[s.to-1]
-		f.meter.expect(last.offset + last.size - f.index.frames[s.from].offset)
+		f.meter.Expect(last.offset + last.size - f.index.frames[s.from].offset)
 	}
 	archive, err := f.openArchive(ctx)
 	if err != nil {
@@ -212,7 +212,7 @@ func (f *fetch) tryReadSpan(
 			if _, err := io.CopyN(io.Discard, body, fr.size); err != nil {
 				return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
 			}
-			f.meter.add(fr.size)
+			f.meter.Add(fr.size)
 			continue
 		}
 		var buffer []byte
@@ -230,7 +230,7 @@ func (f *fetch) tryReadSpan(
 			buffers <- buffer
 			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
 		}
-		f.meter.add(fr.size)
+		f.meter.Add(fr.size)
 		select {
 		case out <- fetched{i, buffer}:
 		case <-ctx.Done():

@@ -17,6 +17,7 @@ import (
 	"path"
 	"strings"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
@@ -89,7 +90,7 @@ func extract(
 	if m.Size > 0 && o.Size != m.Size {
 		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, deployments.ErrDigest)
 	}
-	meter := newMeter("fetch", o.Size, opt.Progress)
+	meter := meter.New("fetch", o.Size, opt.Progress)
 	stream, err := openPlain(ctx, from, o, m, dir, opt, meter)
 	if err != nil {
 		return fmt.Errorf("extract %s: %w", src, err)
@@ -129,7 +130,7 @@ func extract(
 	if !matches(sum, m.Checksum) {
 		return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
 	}
-	meter.done()
+	meter.Done()
 	return nil
 }
 
@@ -142,7 +143,7 @@ func openPlain(
 	m *deployments.Manifest,
 	dir string,
 	opt StageOptions,
-	meter *meter,
+	meter *meter.Meter,
 ) (io.ReadCloser, error) {
 	var s spool
 	if opt.resumes {

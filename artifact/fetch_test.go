@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
@@ -728,12 +729,13 @@ func setuid(path string) error {
 func TestProgressEndsAtItsTotal(t *testing.T) {
 	t.Parallel()
 	old, new := twoReleases(t)
-	var last Progress
-	opt := StageOptions{Progress: func(p Progress) { last = p }}
+	var last meter.Progress
+	opt := StageOptions{Progress: func(p meter.Progress) { last = p }}
 	if _, err := fetchIndexed(t.Context(), object.New(object.Config{}), new.manifest, old.asBase(old.dir), t.TempDir(), opt); err != nil {
 		t.Fatal(err)
 	}
-	if want := (Progress{"fetch", new.manifest.Deltas[0].Size, new.manifest.Deltas[0].Size}); last != want {
+	size := new.manifest.Deltas[0].Size
+	if want := (meter.Progress{Phase: "fetch", Done: size, Total: size}); last != want {
 		t.Errorf("the last report was %v, want %v", last, want)
 	}
 	if err := makeDelta(t.Context(), old.dir, old.index, new.dir, new.index, io.Discard, opt.Progress); err != nil {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -51,7 +52,7 @@ func pack(
 	symlinks deployments.Symlinks,
 	compression Compression,
 	w io.Writer,
-	progress func(Progress),
+	progress func(meter.Progress),
 ) (packed, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
@@ -67,11 +68,11 @@ func pack(
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	p := &packer{top: top, index: x, compression: compression, out: w, archive: sha256.New(),
-		meter: newMeter("pack", x.size(), progress)}
+		meter: meter.New("pack", x.size(), progress)}
 	if err := p.run(ctx); err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
-	p.meter.done()
+	p.meter.Done()
 	result := packed{
 		Size:    x.archiveSize(),
 		SHA256:  deployments.Digest(p.archive.Sum(nil)),
@@ -165,7 +166,7 @@ type packer struct {
 	compression Compression
 	out         io.Writer
 	archive     hash.Hash
-	meter       *meter
+	meter       *meter.Meter
 	stream      int64 // bytes of the tar stream so far
 	// free has buffers of frames that were written, for reuse.
 	free chan []byte
@@ -275,7 +276,7 @@ func (p *packer) write(job *packing) error {
 	}
 	p.stream += job.length
 	for _, part := range job.parts {
-		p.meter.add(part.n)
+		p.meter.Add(part.n)
 	}
 	select {
 	case p.free <- job.data:

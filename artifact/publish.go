@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -44,7 +45,7 @@ type PublishOptions struct {
 	// is there already: one that an interrupted publish left, of a key whose signatures differ each time (ECDSA).
 	// Nil: only an equal signature is accepted.
 	Signed   func(manifest, signature []byte) error
-	Progress func(Progress)
+	Progress func(meter.Progress)
 	Log      *slog.Logger // nil: discard
 }
 
@@ -311,7 +312,7 @@ func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 func (p *publisher) upload(name string, body io.ReaderAt, size int64) error {
 	opt := object.PutOptions{ContentType: "application/octet-stream"}
 	if p.opt.Progress != nil {
-		opt.Progress = func(sent int64) { p.opt.Progress(Progress{Phase: "upload", Done: sent, Total: size}) }
+		opt.Progress = func(sent int64) { p.opt.Progress(meter.Progress{Phase: "upload", Done: sent, Total: size}) }
 	}
 	return p.objects.Put(p.ctx, p.url+name, body, size, opt)
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
@@ -268,7 +269,7 @@ func fetchPatched(
 	if err != nil {
 		return nil, err
 	}
-	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, nil)}
+	f := &fetch{objects: objects, manifest: m, meter: meter.New("fetch", 0, nil)}
 	f.only = func(old *index) []bool {
 		wanted := make([]bool, len(old.entries))
 		for _, job := range choosePatches(old, newX) {

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
 	"kedge/artifact/treetest"
@@ -130,7 +131,7 @@ func TestPublishCutOff(t *testing.T) {
 		opt := PublishOptions{Dir: tree, To: "file://" + store, Manifest: template("1")}
 		ctx, cancel := context.WithCancel(t.Context())
 		cut := opt
-		cut.Progress = func(p Progress) {
+		cut.Progress = func(p meter.Progress) {
 			if p.Phase == phase {
 				cancel()
 			}

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
@@ -75,7 +76,7 @@ type Release struct {
 
 // StageOptions are the options of Releases.Stage.
 type StageOptions struct {
-	Progress func(Progress) // called at most a few times a second; may be nil
+	Progress func(meter.Progress) // called at most a few times a second; may be nil
 	// Base is the release to take unchanged files from; zero: the current one.
 	Base deployments.Pointer
 	// Log gets, once per fetch, the reason why more is fetched than should be needed; nil: the log of the

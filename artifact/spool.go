@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 )
 
@@ -106,7 +107,7 @@ func (s spool) fetch(
 	from object.Source,
 	o object.Object,
 	checksum string,
-	meter *meter,
+	meter *meter.Meter,
 ) (*os.File, error) {
 	file, err := s.create(0)
 	if err != nil {
@@ -118,12 +119,12 @@ func (s spool) fetch(
 		err = file.Truncate(had) // of a longer one
 	}
 	if err == nil {
-		meter.add(had)
+		meter.Add(had)
 		err = copyFrom(ctx, from, o, had, io.MultiWriter(file, sum, meter))
 	}
 	if err == nil && !matches(sum, checksum) {
 		if err = wrongChecksum(sum, checksum); had > 0 { // what was there may have been spoiled by a loss of power
-			meter.add(-s.size)
+			meter.Add(-s.size)
 			if err := errors.Join(file.Close(), s.mark()); err != nil {
 				return nil, err
 			}

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/safetext"
@@ -247,7 +248,7 @@ type progressLine struct {
 
 func (a *app) progressLine() *progressLine { return &progressLine{a: a} }
 
-func (l *progressLine) show(p artifact.Progress) {
+func (l *progressLine) show(p meter.Progress) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.a.terminal() == 0 || time.Since(l.last) < 50*time.Millisecond {

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/safetext"
@@ -64,7 +64,7 @@ type observed struct {
 	busy         job
 	phase        deployments.State // StateFetching or StateSwitching during a deployment
 	announce     *announcement     // of the deployment under way; nil: none was made
-	progress     artifact.Progress
+	progress     meter.Progress
 	done         deployments.Pointer             // what the unit converged to in this process
 	floorRelease deployments.Pointer             // the release that last raised the version floor in this process
 	nextFloor    deployments.Pointer             // to raise the floor to once it runs, before any other deployment

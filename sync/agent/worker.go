@@ -11,7 +11,7 @@ import (
 	"slices"
 	"time"
 
-	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/policy"
@@ -109,7 +109,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Claim:    func(dest string) error { return a.claim(u, dest) },
-			Progress: func(s deployments.State, p artifact.Progress) { a.progress(u, s, p) },
+			Progress: func(s deployments.State, p meter.Progress) { a.progress(u, s, p) },
 			Stepped:  func(step string, began time.Time, err error) { a.traceStep(u, step, began, err) },
 			Log:      u.log,
 		})
@@ -170,7 +170,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	a.mu.Lock()
 	calledOff := ctx.Err() != nil
 	was := u.lastErr
-	u.busy, u.phase, u.progress, u.announce = job{}, "", artifact.Progress{}, nil
+	u.busy, u.phase, u.progress, u.announce = job{}, "", meter.Progress{}, nil
 	switch {
 	case failed != nil: // the unit's state has the details
 		u.lastErr = nil
@@ -249,7 +249,7 @@ func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 }
 
 // progress records a deployment's progress, which package deploy reports.
-func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
+func (a *Agent) progress(u *unit, s deployments.State, p meter.Progress) {
 	u.fetched.Store(p.Done)
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -358,7 +358,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	ctx, cancel := context.WithCancelCause(ctx)
 	j.cancel = cancel
 	j.span, j.root = a.traced(u, j)
-	u.busy, u.phase, u.progress, u.announce = j, "", artifact.Progress{}, nil
+	u.busy, u.phase, u.progress, u.announce = j, "", meter.Progress{}, nil
 	u.stamp(now)
 	return j, ctx, time.Time{}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/deployments"
 )
 
@@ -38,7 +39,7 @@ func (u *Unit) Observe(
 	if err := artifact.PruneTrees(u.treesDir(), append(u.keptDigests(), p.Digest)); err != nil {
 		u.log.Warn("could not remove a tree that was compared before", "error", err)
 	}
-	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
+	progress := func(p meter.Progress) { u.progress(deployments.StateFetching, p) }
 	if err := u.switcher(aside).Stage(ctx, aside, artifact.StageOptions{Progress: progress}); err != nil {
 		return nil, err
 	}

@@ -81,6 +81,7 @@ import (
 	"time"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
@@ -117,7 +118,7 @@ type Config struct {
 	// Nil: every dest is allowed.
 	Claim func(dest string) error
 	// Progress is called when a deployment's state or progress changes; may be nil.
-	Progress func(deployments.State, artifact.Progress)
+	Progress func(deployments.State, meter.Progress)
 	// Stepped is called after each step of a deployment, with the step's error; may be nil.
 	Stepped func(step string, began time.Time, err error)
 	// RsyncVerbose are rsync's options for its output; nil: -v.
@@ -303,8 +304,8 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 		return err
 	}
 	defer release()
-	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
-	progress(artifact.Progress{})
+	progress := func(p meter.Progress) { u.progress(deployments.StateFetching, p) }
+	progress(meter.Progress{})
 	u.at("before stage")
 	if err := u.remember(r); err != nil {
 		return err
@@ -457,7 +458,7 @@ func (u *Unit) name() string {
 	return u.c.ID.String()
 }
 
-func (u *Unit) progress(s deployments.State, p artifact.Progress) {
+func (u *Unit) progress(s deployments.State, p meter.Progress) {
 	if u.c.Progress != nil {
 		u.c.Progress(s, p)
 	}

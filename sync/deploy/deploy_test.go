@@ -15,6 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
@@ -28,7 +29,7 @@ func TestDeployUpdateAndNothingToDo(t *testing.T) {
 	var states []deployments.State
 	change := func(c *Config) {
 		c.Drain = d.drain
-		c.Progress = func(s deployments.State, _ artifact.Progress) { states = append(states, s) }
+		c.Progress = func(s deployments.State, _ meter.Progress) { states = append(states, s) }
 	}
 	u := w.open(change)
 

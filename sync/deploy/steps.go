@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/safetext"
@@ -126,7 +127,7 @@ func (u *Unit) advance(ctx context.Context) error {
 	}
 	defer release()
 	u.lock.begun()
-	u.progress(deployments.StateSwitching, artifact.Progress{})
+	u.progress(deployments.StateSwitching, meter.Progress{})
 	for {
 		d := u.j.Deployment
 		u.at("before " + string(d.Step))

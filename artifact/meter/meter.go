@@ -1,4 +1,5 @@
-package artifact
+// Package meter reports how far work on bytes is: fetching, verifying, packing, uploading.
+package meter
 
 import (
 	"sync"
@@ -11,8 +12,9 @@ type Progress struct {
 	Done, Total int64
 }
 
-// meter reports progress, at most four times a second and once at the end. With a nil report it does nothing.
-type meter struct {
+// Meter counts bytes and reports their progress, at most four times a second and once at the end. With a nil report it
+// does nothing. Several goroutines may use it.
+type Meter struct {
 	phase  string
 	report func(Progress)
 
@@ -21,11 +23,13 @@ type meter struct {
 	last       time.Time
 }
 
-func newMeter(phase string, total int64, report func(Progress)) *meter {
-	return &meter{phase: phase, total: total, report: report}
+// New returns a meter of a phase of total bytes; 0: not known yet.
+func New(phase string, total int64, report func(Progress)) *Meter {
+	return &Meter{phase: phase, total: total, report: report}
 }
 
-func (m *meter) add(n int64) {
+// Add counts n bytes as done.
+func (m *Meter) Add(n int64) {
 	if m.report == nil {
 		return
 	}
@@ -38,14 +42,15 @@ func (m *meter) add(n int64) {
 	}
 }
 
-// expect adds to the total.
-func (m *meter) expect(n int64) {
+// Expect adds n bytes to the total.
+func (m *Meter) Expect(n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.total += n
 }
 
-func (m *meter) done() {
+// Done reports the end.
+func (m *Meter) Done() {
 	if m.report == nil {
 		return
 	}
@@ -55,7 +60,7 @@ func (m *meter) done() {
 }
 
 // Write counts bytes; it writes nothing.
-func (m *meter) Write(data []byte) (int, error) {
-	m.add(int64(len(data)))
+func (m *Meter) Write(data []byte) (int, error) {
+	m.Add(int64(len(data)))
 	return len(data), nil
 }
