@@ -7,6 +7,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kedge/artifact/archive"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -51,7 +53,7 @@ func TestWriteback(t *testing.T) {
 // A disk that fails while files are fetched fails the fetch.
 func TestWritebackFailsTheFetch(t *testing.T) {
 	t.Parallel()
-	b, err := newBuilder(t.TempDir(), &index{entries: []entry{{path: "a", mode: 0o644, size: 3}}})
+	b, err := newBuilder(t.TempDir(), &archive.Index{Entries: []archive.Entry{{Path: "a", Mode: 0o644, Size: 3}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
 	"kedge/deployments"
@@ -89,7 +90,7 @@ func BenchmarkPeers(b *testing.B) {
 func BenchmarkPack(b *testing.B) {
 	tree := filepath.Join(benchTrees(b), "r1")
 	var ours, theirs []float64
-	var archive packed
+	var made archive.Packed
 	var stream int64
 	for range b.N {
 		start := time.Now()
@@ -103,7 +104,7 @@ func BenchmarkPack(b *testing.B) {
 			b.Fatal(err)
 		}
 		start = time.Now()
-		archive, err = pack(b.Context(), tree, deployments.SymlinksInside, CompressionDefault, io.Discard, nil)
+		made, err = archive.Pack(b.Context(), tree, deployments.SymlinksInside, archive.CompressionDefault, io.Discard, nil)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -112,9 +113,9 @@ func BenchmarkPack(b *testing.B) {
 	slices.Sort(ours)
 	slices.Sort(theirs)
 	b.Logf("kedge %.2f s, %.1f MB and an index of %.1f MB; tar | zstd %.2f s, %.1f MB", ours[len(ours)/2],
-		float64(archive.Size)/1e6, float64(len(archive.Index))/1e6, theirs[len(theirs)/2], float64(stream)/1e6)
+		float64(made.Size)/1e6, float64(len(made.Index))/1e6, theirs[len(theirs)/2], float64(stream)/1e6)
 	b.ReportMetric(ours[len(ours)/2]/theirs[len(theirs)/2], "pack/tar-zstd")
-	b.ReportMetric(float64(archive.Size)/float64(stream), "bytes/tar-zstd")
+	b.ReportMetric(float64(made.Size)/float64(stream), "bytes/tar-zstd")
 }
 
 func benchTrees(b *testing.B) string {

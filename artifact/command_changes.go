@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 	"kedge/deployments/durable"
@@ -117,7 +118,8 @@ func readChanges(file string) []commandChange {
 	if err != nil || json.Unmarshal(data, &of) != nil {
 		return nil
 	}
-	return slices.DeleteFunc(of.Made, func(m commandChange) bool { return m.Path != "." && checkPath(m.Path) != nil })
+	return slices.DeleteFunc(of.Made,
+		func(m commandChange) bool { return m.Path != "." && archive.CheckPath(m.Path) != nil })
 }
 
 func writeChanges(file string, made []commandChange) error {
@@ -348,7 +350,7 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 			found = append(found, d)
 		}
 	}
-	slices.SortStableFunc(found, func(a, b Difference) int { return comparePaths(a.Path, b.Path) })
+	slices.SortStableFunc(found, func(a, b Difference) int { return archive.ComparePaths(a.Path, b.Path) })
 	return found
 }
 

@@ -17,8 +17,10 @@ import (
 	"strings"
 	"time"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Bounds for an archive without an index, whose size isn't known beforehand.
@@ -26,6 +28,7 @@ const (
 	maxTarEntries = 4 << 20
 	maxUnpacked   = 256 << 30 // bytes
 	maxEntryName  = 4096      // bytes
+	shownName     = 120       // bytes of a name in an error
 	// maxNames bounds the bytes of directory and link names that are kept in memory.
 	maxNames = 256 << 20
 	// maxOwners bounds how many names of users and groups are kept in memory.
@@ -188,7 +191,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return err
 		}
 		if err := x.entry(t, h); err != nil {
-			return fmt.Errorf("entry %q: %w", clip(h.Name), err)
+			return fmt.Errorf("entry %q: %w", safetext.Cut(h.Name, shownName), err)
 		}
 	}
 	// After the end there are zeros, up to the block size of the tape.
@@ -215,7 +218,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			continue
 		}
 		if err := x.finish(name, x.dirs[name]); err != nil {
-			return fmt.Errorf("entry %q: %w", clip(name), err)
+			return fmt.Errorf("entry %q: %w", safetext.Cut(name, shownName), err)
 		}
 	}
 	if x.top == nil {
@@ -240,12 +243,13 @@ func (x *extractor) localName(name string) (string, error) {
 	if clean == "." {
 		return "", nil
 	}
-	if strings.Count(clean, "/") >= maxLevels {
-		return "", fmt.Errorf("more than %d directories deep", maxLevels)
+	if strings.Count(clean, "/") >= archive.MaxLevels {
+		return "", fmt.Errorf("more than %d directories deep", archive.MaxLevels)
 	}
 	for dir := path.Dir(clean); dir != "."; dir = path.Dir(dir) {
 		if x.links[dir] {
-			return "", fmt.Errorf("its path leads through the symbolic link %q of the same archive", clip(dir))
+			return "", fmt.Errorf("its path leads through the symbolic link %q of the same archive",
+				safetext.Cut(dir, shownName))
 		}
 	}
 	return clean, nil
@@ -317,7 +321,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	switch h.Typeflag {
 	case tar.TypeSymlink:
-		if err := checkTarget(name, h.Linkname, x.symlinks); err != nil {
+		if err := archive.CheckTarget(name, h.Linkname, x.symlinks); err != nil {
 			return err
 		}
 		name, err := x.keep(name)
@@ -332,11 +336,11 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	case tar.TypeLink:
 		target, err := x.localName(h.Linkname)
 		if err != nil {
-			return fmt.Errorf("a hard link to %q: %w", clip(h.Linkname), err)
+			return fmt.Errorf("a hard link to %q: %w", safetext.Cut(h.Linkname, shownName), err)
 		}
 		info, err := x.root.Lstat(target)
 		if err != nil || !info.Mode().IsRegular() {
-			return fmt.Errorf("a hard link to %q, which is no file of the archive so far", clip(h.Linkname))
+			return fmt.Errorf("a hard link to %q, which is no file of the archive so far", safetext.Cut(h.Linkname, shownName))
 		}
 		return x.root.Link(target, name)
 	}

@@ -292,7 +292,8 @@ func TestOwnersOfAnArchive(t *testing.T) {
 			t.Errorf("with owner %q, where owners are bounded: %v", owner, err)
 		}
 	}
-	m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String(), Size: int64(len(data)) - 1}
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String(),
+		Size: int64(len(data)) - 1}
 	if err := Unpack(
 		t.Context(),
 		object.New(object.Config{}),
@@ -330,7 +331,8 @@ func TestSingleFileOfASignedURL(t *testing.T) {
 	}))
 	defer server.Close()
 	dir := t.TempDir()
-	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: deployments.DigestOf(data).String()}
+	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b",
+		Checksum: deployments.DigestOf(data).String()}
 	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -452,18 +454,22 @@ func TestNothingStaysOfABadArchive(t *testing.T) {
 		sum  string // of what the manifest wants
 		want error
 	}{
-		"cut off, as published":      {packedTar[:len(packedTar)/2], deployments.DigestOf(packedTar[:len(packedTar)/2]).String(), nil},
-		"cut off on the way":         {packedTar[:len(packedTar)/2], deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
+		"cut off, as published": {packedTar[:len(packedTar)/2],
+			deployments.DigestOf(packedTar[:len(packedTar)/2]).String(), nil},
+		"cut off on the way": {packedTar[:len(packedTar)/2], deployments.DigestOf(packedTar).String(),
+			deployments.ErrDigest},
 		"a tar cut at an entry":      {plain[:1024], deployments.DigestOf(plain).String(), deployments.ErrDigest},
 		"a flipped bit":              {flipped, deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
 		"an error page":              {page, deployments.DigestOf(packedTar).String(), deployments.ErrDigest},
 		"another archive, by md5":    {zst(t, plain), fmt.Sprintf("%x", md5.Sum(packedTar)), deployments.ErrDigest},
 		"another archive, by sha1":   {zst(t, plain), fmt.Sprintf("%x", sha1.Sum(packedTar)), deployments.ErrDigest},
 		"another archive, by sha512": {zst(t, plain), fmt.Sprintf("%x", sha512.Sum512(packedTar)), deployments.ErrDigest},
-		"garbage behind the tar":     {append(bytes.Clone(plain), "garbage"...), deployments.DigestOf(append(bytes.Clone(plain), "garbage"...)).String(), nil},
-		"garbage behind the gzip":    {append(bytes.Clone(packedTar), "garbage"...), deployments.DigestOf(append(bytes.Clone(packedTar), "garbage"...)).String(), nil},
-		"nothing":                    {nil, deployments.DigestOf(nil).String(), nil},
-		"an archive of nothing":      {make([]byte, 10240), deployments.DigestOf(make([]byte, 10240)).String(), nil},
+		"garbage behind the tar": {append(bytes.Clone(plain), "garbage"...),
+			deployments.DigestOf(append(bytes.Clone(plain), "garbage"...)).String(), nil},
+		"garbage behind the gzip": {append(bytes.Clone(packedTar), "garbage"...),
+			deployments.DigestOf(append(bytes.Clone(packedTar), "garbage"...)).String(), nil},
+		"nothing":               {nil, deployments.DigestOf(nil).String(), nil},
+		"an archive of nothing": {make([]byte, 10240), deployments.DigestOf(make([]byte, 10240)).String(), nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -93,11 +93,13 @@ func newRoutes(t testing.TB, large int) *routes {
 		if err != nil {
 			t.Fatal(err)
 		}
-		manifest := fmt.Sprintf("src: app.%s\nchecksum: %s\ndest: /srv/app\nsync_strategy: release\n", route, deployments.DigestOf(data))
+		manifest := fmt.Sprintf("src: app.%s\nchecksum: %s\ndest: /srv/app\nsync_strategy: release\n", route,
+			deployments.DigestOf(data))
 		if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(manifest), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		r.to[route] = deployments.Pointer{URL: r.gateway.URL("plain/" + route + "/" + manifestName), Digest: deployments.DigestOf([]byte(manifest))}
+		r.to[route] = deployments.Pointer{URL: r.gateway.URL("plain/" + route + "/" + manifestName),
+			Digest: deployments.DigestOf([]byte(manifest))}
 	}
 	return r
 }
@@ -270,7 +272,8 @@ var plays = map[string]play{
 			return objecttest.Flip(700)
 		}
 		return nil
-	}, ends: map[string]error{routeCold: deployments.ErrDigest, routeWarm: deployments.ErrDigest}, on: []string{routeCold, routeWarm, routeDelta}},
+	}, ends: map[string]error{routeCold: deployments.ErrDigest, routeWarm: deployments.ErrDigest},
+		on: []string{routeCold, routeWarm, routeDelta}},
 	"a release that is withdrawn": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		switch {
 		case r.N == 0 && !r.Probe && isBody(r.Name):

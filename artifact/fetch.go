@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -31,13 +32,13 @@ type base struct {
 	name   string             // of its directory, if it is one of this dest's releases
 	known  *knownFiles        // nil: each file is hashed before it is used
 
-	decoded *index // nil: decode makes it
+	decoded *archive.Index // nil: decode makes it
 }
 
 // decode returns the decoded index.
-func (b *base) decode() (x *index, err error) {
+func (b *base) decode() (x *archive.Index, err error) {
 	if b.decoded == nil {
-		b.decoded, err = decodeIndex(b.index)
+		b.decoded, err = archive.DecodeIndex(b.index)
 	}
 	return b.decoded, err
 }
@@ -45,7 +46,7 @@ func (b *base) decode() (x *index, err error) {
 // filled is a tree that was put into a directory.
 type filled struct {
 	index   []byte
-	decoded *index
+	decoded *archive.Index
 	// stats has the files that were linked to verified ones, as they were then. The others' are zero.
 	stats []fileStat
 }
@@ -82,15 +83,15 @@ type fetch struct {
 	manifest *deployments.Manifest
 	meter    *meter.Meter
 
-	index   *index
+	index   *archive.Index
 	encoded []byte // of index
 	tree    *builder
-	old     *source // nil: none
-	delta   *delta  // nil: none
+	old     *source        // nil: none
+	delta   *archive.Delta // nil: none
 	// large is a delta to fetch once it is known that the disk has room for it and the tree; nil: none.
 	large *deployments.Delta
 	// only returns which files to make; the tree is then left unfinished. nil: all files.
-	only func(*index) []bool
+	only func(*archive.Index) []bool
 
 	log     *slog.Logger    // nil: nothing is logged
 	said    map[string]bool // what was logged already
@@ -232,8 +233,9 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 		}
 		f.fallBack("the old release's index can't be used", "error", err)
 	}
-	if m.Index.Size > maxIndex {
-		return fmt.Errorf("%w: the manifest gives it %d bytes, at most %d are allowed", ErrIndex, m.Index.Size, maxIndex)
+	if m.Index.Size > archive.MaxIndex {
+		return fmt.Errorf("%w: the manifest gives it %d bytes, at most %d are allowed", archive.ErrIndex, m.Index.Size,
+			archive.MaxIndex)
 	}
 	f.meter.Expect(m.Index.Size)
 	for try := 0; ; try++ {
@@ -253,35 +255,36 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 }
 
 // decode verifies an index against the manifest, and then decodes it.
-func (f *fetch) decode(data []byte) (*index, error) {
+func (f *fetch) decode(data []byte) (*archive.Index, error) {
 	if deployments.DigestOf(data) != f.manifest.Index.SHA256 {
 		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", deployments.ErrDigest,
 			deployments.ShownURL(f.manifest.Index.URL))
 	}
-	x, err := decodeIndex(data)
+	x, err := archive.DecodeIndex(data)
 	if err != nil {
 		return nil, err
 	}
-	if !x.archive {
-		return nil, fmt.Errorf("%w: it describes no archive", ErrIndex)
+	if !x.Archive {
+		return nil, fmt.Errorf("%w: it describes no archive", archive.ErrIndex)
 	}
-	if err := x.checkTargets(f.manifest.Symlinks); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrIndex, err)
+	if err := x.CheckTargets(f.manifest.Symlinks); err != nil {
+		return nil, fmt.Errorf("%w: %w", archive.ErrIndex, err)
 	}
-	if size := f.manifest.Size; size != 0 && size != x.archiveSize() {
-		return nil, fmt.Errorf("%w: its frames have %d bytes, the manifest's archive %d", ErrIndex, x.archiveSize(), size)
+	if size := f.manifest.Size; size != 0 && size != x.ArchiveSize() {
+		return nil, fmt.Errorf("%w: its frames have %d bytes, the manifest's archive %d", archive.ErrIndex, x.ArchiveSize(),
+			size)
 	}
 	return x, nil
 }
 
 // spaceOf returns the disk space of an entry in blocks of 4 KiB. A directory takes one; a symbolic link one if it
 // is too long for its inode.
-func spaceOf(e *entry) int64 {
+func spaceOf(e *archive.Entry) int64 {
 	switch {
-	case e.kind == kindDir, e.kind == kindSymlink && len(e.target) >= 60:
+	case e.Kind == archive.Dir, e.Kind == archive.Symlink && len(e.Target) >= 60:
 		return dirSize
-	case e.kind == kindFile:
-		return (e.size + 4095) &^ 4095
+	case e.Kind == archive.File:
+		return (e.Size + 4095) &^ 4095
 	}
 	return 0
 }
@@ -294,13 +297,13 @@ func (f *fetch) checkSpace(dir string, beside int64) error {
 	}
 	shares := f.manifest.Immutable || st.Type == unix.BTRFS_SUPER_MAGIC || st.Type == unix.XFS_SUPER_MAGIC
 	bytes, inodes := beside, int64(0)
-	for i := range f.index.entries {
-		e := &f.index.entries[i]
-		if f.tree.ready[i] || e.kind == kindFile && shares && f.old.has(i) {
+	for i := range f.index.Entries {
+		e := &f.index.Entries[i]
+		if f.tree.ready[i] || e.Kind == archive.File && shares && f.old.has(i) {
 			continue
 		}
 		bytes += spaceOf(e)
-		if e.kind != kindHardlink {
+		if e.Kind != archive.Hardlink {
 			inodes++
 		}
 	}
@@ -323,7 +326,7 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 	batches := make(chan int)
 	group.Go(func() error {
 		defer close(batches)
-		for from := 0; from < len(f.index.entries); from += batch {
+		for from := 0; from < len(f.index.Entries); from += batch {
 			select {
 			case batches <- from:
 			case <-ctx.Done():
@@ -343,7 +346,7 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 				defer reader.close()
 			}
 			for from := range batches {
-				to := min(from+batch, len(f.index.entries))
+				to := min(from+batch, len(f.index.Entries))
 				if err := f.tree.await(ctx, to-1); err != nil {
 					return err
 				}
@@ -352,7 +355,7 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 						return err
 					}
 					if f.old.has(i) && !f.tree.ready[i] {
-						f.spoiled.add(f.index.entries[i].path)
+						f.spoiled.add(f.index.Entries[i].Path)
 					}
 				}
 			}
@@ -367,7 +370,7 @@ func (f *fetch) takeChunks(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
 	for _, i := range f.tree.files {
-		if e := &f.index.entries[i]; e.size < largeFile || f.tree.ready[i] || f.old.has(i) {
+		if e := &f.index.Entries[i]; e.Size < archive.LargeFile || f.tree.ready[i] || f.old.has(i) {
 			continue
 		}
 		group.Go(func() error {

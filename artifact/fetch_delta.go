@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -22,7 +23,8 @@ import (
 const deltaInMem = 4 << 20
 
 // openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
-func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
+func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*archive.Delta, []byte,
+	error) {
 	f.meter.Expect(blob.Size)
 	data, err := f.objects.ReadPinned(ctx, blob.URL, blob.Size, func(data []byte) error {
 		if deployments.DigestOf(data) != blob.SHA256 {
@@ -34,11 +36,12 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 		return nil, nil, err
 	}
 	f.meter.Add(int64(len(data)))
-	return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
+	return archive.ReadDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 }
 
 func wrongDelta(blob deployments.Delta) error {
-	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", deployments.ErrDigest, deployments.ShownURL(blob.URL))
+	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", deployments.ErrDigest,
+		deployments.ShownURL(blob.URL))
 }
 
 // deltaSuffix, followed by a part of the delta's digest, is appended to a directory's name to name the large delta
@@ -85,7 +88,7 @@ func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 		return err
 	}
 	f.fallBack("the delta can't be used", "error", err)
-	for _, useless := range []error{deployments.ErrDigest, ErrDelta, ErrIndex, syscall.ENOSPC} {
+	for _, useless := range []error{deployments.ErrDigest, archive.ErrDelta, archive.ErrIndex, syscall.ENOSPC} {
 		if errors.Is(err, useless) {
 			return dropDeltas(dir, "")
 		}
@@ -107,7 +110,7 @@ func (f *fetch) fetchLarge(
 	blob deployments.Delta,
 	oldIndex []byte,
 	path string,
-) (*delta, []byte, error) {
+) (*archive.Delta, []byte, error) {
 	var file *os.File
 	err := f.objects.EachSource(ctx, blob.URL, func(s object.Source) (err error) {
 		file, err = f.fetchLargeFrom(ctx, s, blob, path)
@@ -116,7 +119,7 @@ func (f *fetch) fetchLarge(
 	if err != nil {
 		return nil, nil, err
 	}
-	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
+	return archive.ReadDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
 }
 
 // fetchLargeFrom is fetchLarge from one source. It resumes even what another source sent, and starts again if the
@@ -184,7 +187,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	defer old.close()
 	last := -1
 	for {
-		i, from, err := f.delta.next(last, len(f.index.entries), len(f.old.index.entries))
+		i, from, err := f.delta.Next(last, len(f.index.Entries), len(f.old.index.Entries))
 		if err != nil {
 			f.fallBack("the delta can't be used to its end", "error", err)
 		}
@@ -195,8 +198,8 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 		if err := f.tree.await(ctx, i); err != nil {
 			return err
 		}
-		e := &f.index.entries[i]
-		if e.kind != kindFile || e.size == 0 || f.old.has(i) {
+		e := &f.index.Entries[i]
+		if e.Kind != archive.File || e.Size == 0 || f.old.has(i) {
 			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
 			return nil // damaged: the rest comes from the archive
 		}
@@ -209,14 +212,14 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 
 // patch makes one file. It reports whether reading the delta can continue.
 func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
-	e := &f.index.entries[i]
+	e := &f.index.Entries[i]
 	var src io.ReaderAt = bytes.NewReader(nil)
 	var size int64
 	if from >= 0 {
 		file, err := old.openFile(from)
 		if err == nil {
 			defer file.Close()
-			src, size = file, old.index.entries[from].size
+			src, size = file, old.index.Entries[from].Size
 		} // otherwise nothing is read from the old file, and the patch is skipped below
 	}
 	out := &patched{}
@@ -228,22 +231,22 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		if err != nil {
 			return false, err
 		}
-		out.file = os.NewFile(uintptr(to), e.path)
+		out.file = os.NewFile(uintptr(to), e.Path)
 	}
 	sum := sha256.New()
-	broken := f.delta.apply(src, size, io.MultiWriter(out, sum), e.size)
-	readOn := broken == nil || errors.Is(broken, errMisfit)
+	broken := f.delta.Apply(src, size, io.MultiWriter(out, sum), e.Size)
+	readOn := broken == nil || errors.Is(broken, archive.ErrMisfit)
 	if out.file == nil {
 		return readOn, nil
 	}
 	err := errors.Join(out.err, out.file.Close())
-	if err == nil && broken == nil && deployments.Digest(sum.Sum(nil)) == e.sum {
+	if err == nil && broken == nil && deployments.Digest(sum.Sum(nil)) == e.Sum {
 		w.ready[i] = true
-		w.back.wrote(e.size)
+		w.back.wrote(e.Size)
 		return true, nil
 	}
-	f.spoiled.add(e.path)
-	return readOn, errors.Join(err, w.dirs.Remove(e.path))
+	f.spoiled.add(e.Path)
+	return readOn, errors.Join(err, w.dirs.Remove(e.Path))
 }
 
 // patched is the writer of a patch's output. It records whether an error came from writing, not from the patch.

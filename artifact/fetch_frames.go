@@ -13,6 +13,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/wait"
@@ -22,17 +23,17 @@ import (
 type span struct{ from, to int }
 
 // spansOf joins wanted frames into spans.
-func (x *index) spansOf(wanted []bool) []span {
+func spansOf(x *archive.Index, wanted []bool) []span {
 	var spans []span
 	for i, want := range wanted {
 		if !want {
 			continue
 		}
-		f := &x.frames[i]
+		f := &x.Frames[i]
 		if n := len(spans); n > 0 {
 			last := &spans[n-1]
-			end := x.frames[last.to-1]
-			if f.offset-(end.offset+end.size) <= spanGap && f.offset+f.size-x.frames[last.from].offset <= maxSpan {
+			end := x.Frames[last.to-1]
+			if f.Offset-(end.Offset+end.Size) <= spanGap && f.Offset+f.Size-x.Frames[last.from].Offset <= maxSpan {
 				last.to = i + 1
 				continue
 			}
@@ -50,20 +51,20 @@ type fetched struct {
 
 // fetchFrames fetches frames, and writes the files that are still missing from them.
 func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
-	spans := f.index.spansOf(wanted)
+	spans := spansOf(f.index, wanted)
 	if len(spans) == 0 {
 		return nil
 	}
 	for _, s := range spans {
-		last := f.index.frames[s.to-1]
-		f.meter.Expect(last.offset + last.size - f.index.frames[s.from].offset)
+		last := f.index.Frames[s.to-1]
+		f.meter.Expect(last.Offset + last.Size - f.index.Frames[s.from].Offset)
 	}
-	archive, err := f.openArchive(ctx)
+	source, err := f.openArchive(ctx)
 	if err != nil {
 		return err
 	}
 	readers := connections
-	if o := archive.current(); !o.Ranges { // one stream that skips what isn't wanted
+	if o := source.current(); !o.Ranges { // one stream that skips what isn't wanted
 		f.fallBack("the server ignores Range", "url", deployments.ShownURL(o.URL))
 		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
 		readers = 1
@@ -77,7 +78,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	var encoded, decoded int64
 	for i, want := range wanted {
 		if want {
-			encoded, decoded = max(encoded, f.index.frames[i].size), max(decoded, f.index.frames[i].length)
+			encoded, decoded = max(encoded, f.index.Frames[i].Size), max(decoded, f.index.Frames[i].Length)
 		}
 	}
 	buffers := make(chan []byte, readers+cores) // all buffers that will ever exist
@@ -101,7 +102,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		group.Go(func() error {
 			defer reading.Done()
 			for s := range todo {
-				if err := f.readSpan(ctx, archive, s, wanted, buffers, frames); err != nil {
+				if err := f.readSpan(ctx, source, s, wanted, buffers, frames); err != nil {
 					return err
 				}
 			}
@@ -124,11 +125,11 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 			defer decoder.Close()
 			raw := make([]byte, 0, decoded)
 			for job := range frames {
-				fr := &f.index.frames[job.frame]
+				fr := &f.index.Frames[job.frame]
 				raw, err = decoder.DecodeAll(job.data, raw[:0])
-				if err != nil || int64(len(raw)) != fr.length {
-					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame,
-						fr.length, err)
+				if err != nil || int64(len(raw)) != fr.Length {
+					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", archive.ErrIndex, job.frame,
+						fr.Length, err)
 				}
 				buffers <- job.data
 				if err := w.writeFrame(ctx, job.frame, raw); err != nil {
@@ -143,7 +144,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 
 // newDecoder returns a decoder for frames whose hash was verified.
 func newDecoder() (*zstd.Decoder, error) {
-	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxFrame),
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(archive.MaxFrame),
 		zstd.IgnoreChecksum(true))
 }
 
@@ -151,7 +152,7 @@ func newDecoder() (*zstd.Decoder, error) {
 // makes another request from there.
 func (f *fetch) readSpan(
 	ctx context.Context,
-	archive *archiveSource,
+	source *archiveSource,
 	s span,
 	wanted []bool,
 	buffers chan []byte,
@@ -159,7 +160,7 @@ func (f *fetch) readSpan(
 ) error {
 	pause := wait.NewBackoff(100*time.Millisecond, time.Minute)
 	for next, failed := s.from, 0; next < s.to; {
-		o := archive.current()
+		o := source.current()
 		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
 		if err == nil {
 			return nil
@@ -174,7 +175,7 @@ func (f *fetch) readSpan(
 		next, failed = reached, failed+1
 		if o.Mirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
 			errors.Is(err, object.ErrChanged) {
-			if archive.nextSource(ctx, o, err) != nil {
+			if source.nextSource(ctx, o, err) != nil {
 				return err
 			}
 			failed = 0
@@ -196,23 +197,23 @@ func (f *fetch) tryReadSpan(
 	buffers chan []byte,
 	out chan<- fetched,
 ) (int, error) {
-	first, last := f.index.frames[s.from], f.index.frames[s.to-1]
-	length := o.Size - first.offset
+	first, last := f.index.Frames[s.from], f.index.Frames[s.to-1]
+	length := o.Size - first.Offset
 	if o.Ranges {
-		length = last.offset + last.size - first.offset
+		length = last.Offset + last.Size - first.Offset
 	}
-	body, err := o.source.ReadRange(ctx, o.Object, first.offset, length)
+	body, err := o.source.ReadRange(ctx, o.Object, first.Offset, length)
 	if err != nil {
 		return s.from, err
 	}
 	defer body.Close()
 	for i := s.from; i < s.to; i++ {
-		fr := &f.index.frames[i]
+		fr := &f.index.Frames[i]
 		if !wanted[i] {
-			if _, err := io.CopyN(io.Discard, body, fr.size); err != nil {
-				return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
+			if _, err := io.CopyN(io.Discard, body, fr.Size); err != nil {
+				return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.Offset, err)
 			}
-			f.meter.Add(fr.size)
+			f.meter.Add(fr.Size)
 			continue
 		}
 		var buffer []byte
@@ -221,16 +222,16 @@ func (f *fetch) tryReadSpan(
 		case <-ctx.Done():
 			return i, ctx.Err()
 		}
-		buffer = slices.Grow(buffer[:0], int(fr.size))[:fr.size]
+		buffer = slices.Grow(buffer[:0], int(fr.Size))[:fr.Size]
 		_, err := io.ReadFull(body, buffer)
-		if err == nil && deployments.DigestOf(buffer) != fr.sum {
+		if err == nil && deployments.DigestOf(buffer) != fr.Sum {
 			err = fmt.Errorf("%w: frame %d is not the one that the index names", deployments.ErrDigest, i)
 		}
 		if err != nil {
 			buffers <- buffer
-			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
+			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.Offset, err)
 		}
-		f.meter.Add(fr.size)
+		f.meter.Add(fr.Size)
 		select {
 		case out <- fetched{i, buffer}:
 		case <-ctx.Done():

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -18,7 +19,7 @@ import (
 // source is a release on disk that files are taken from. Its index is not trusted: files are hashed before use.
 type source struct {
 	top   *os.File
-	index *index
+	index *archive.Index
 	// known are the files that need no hashing.
 	known *knownFiles
 	// files maps the SHA-256 of a file's content to the entry that has it. chunks maps the SHA-256 of a frame of a
@@ -44,28 +45,28 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	if b.known != nil && len(b.known.stats) != len(x.entries) {
-		b.known.stats = make([]fileStat, len(x.entries)) // filled as files are hashed
+	if b.known != nil && len(b.known.stats) != len(x.Entries) {
+		b.known.stats = make([]fileStat, len(x.Entries)) // filled as files are hashed
 	}
 	s := &source{
 		top:    top,
 		index:  x,
 		known:  cmp.Or(b.known, &knownFiles{}),
-		files:  make(map[deployments.Digest]int, len(x.entries)),
+		files:  make(map[deployments.Digest]int, len(x.Entries)),
 		chunks: map[deployments.Digest]chunk{},
 	}
-	for i := range x.entries {
-		e := &x.entries[i]
-		if e.kind != kindFile {
+	for i := range x.Entries {
+		e := &x.Entries[i]
+		if e.Kind != archive.File {
 			continue
 		}
-		if _, ok := s.files[e.sum]; !ok {
-			s.files[e.sum] = i
+		if _, ok := s.files[e.Sum]; !ok {
+			s.files[e.Sum] = i
 		}
-		from, to := x.framesOf(e)
-		for n := from; x.archive && n < to; n++ {
-			if f := &x.frames[n]; !f.content.IsZero() {
-				s.chunks[f.content] = chunk{i, f.start - e.offset}
+		from, to := x.FramesOf(e)
+		for n := from; x.Archive && n < to; n++ {
+			if f := &x.Frames[n]; !f.Content.IsZero() {
+				s.chunks[f.Content] = chunk{i, f.Start - e.Offset}
 			}
 		}
 	}
@@ -76,23 +77,23 @@ func (s *source) close() { s.top.Close() }
 
 // match looks for the contents of x's files. It prefers the file at the same path: neighbours then lie in one
 // directory, and files of equal content keep inodes of their own.
-func (s *source) match(x *index) {
-	s.matches = make([]int32, len(x.entries))
-	old := s.index.entries
-	for i := range x.entries {
-		e := &x.entries[i]
+func (s *source) match(x *archive.Index) {
+	s.matches = make([]int32, len(x.Entries))
+	old := s.index.Entries
+	for i := range x.Entries {
+		e := &x.Entries[i]
 		s.matches[i] = -1
-		if e.kind != kindFile || e.size == 0 { // an empty file has no content
+		if e.Kind != archive.File || e.Size == 0 { // an empty file has no content
 			continue
 		}
-		for len(old) > 0 && comparePaths(old[0].path, e.path) < 0 {
+		for len(old) > 0 && archive.ComparePaths(old[0].Path, e.Path) < 0 {
 			old = old[1:]
 		}
-		n, known := len(s.index.entries)-len(old), len(old) > 0 && old[0].path == e.path && old[0].kind == kindFile
-		if !known || old[0].sum != e.sum {
-			n, known = s.files[e.sum]
+		n, known := len(s.index.Entries)-len(old), len(old) > 0 && old[0].Path == e.Path && old[0].Kind == archive.File
+		if !known || old[0].Sum != e.Sum {
+			n, known = s.files[e.Sum]
 		}
-		if known && s.index.entries[n].size == e.size {
+		if known && s.index.Entries[n].Size == e.Size {
 			s.matches[i] = int32(n)
 		}
 	}
@@ -116,18 +117,18 @@ func (r *sourceReader) close() { r.dirs.Close() }
 
 // open opens an entry's file, which must be a regular file of the right size.
 func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
-	e := &r.index.entries[i]
+	e := &r.index.Entries[i]
 	// O_NONBLOCK, as opening a pipe would block for ever. O_NOATIME, as noting each time of access would write
 	// each inode.
-	fd, err = r.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
+	fd, err = r.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) { // the file belongs to another user
-		fd, err = r.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+		fd, err = r.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
 	if err != nil {
 		return -1, info, err
 	}
 	err = unix.Fstat(fd, &info)
-	if err == nil && (info.Mode&unix.S_IFMT != unix.S_IFREG || info.Size != e.size) {
+	if err == nil && (info.Mode&unix.S_IFMT != unix.S_IFREG || info.Size != e.Size) {
 		err = safefs.ErrChanging
 	}
 	if err != nil {
@@ -143,7 +144,7 @@ func (r *sourceReader) openFile(i int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return os.NewFile(uintptr(fd), r.index.entries[i].path), nil
+	return os.NewFile(uintptr(fd), r.index.Entries[i].Path), nil
 }
 
 // sharing says how a new file may share an old file's blocks: by a hard link, or by a clone.
@@ -165,19 +166,19 @@ func newSharing(m *deployments.Manifest) sharing {
 	return sharing{link: m.Immutable && err == nil, uid: uid, gid: gid, noClone: new(atomic.Bool)}
 }
 
-func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {
+func (s sharing) mayLink(info unix.Stat_t, e *archive.Entry) bool {
 	return s.link && info.Mode&unix.S_IFMT == unix.S_IFREG && int(info.Uid) == s.uid &&
 		(s.gid == -1 || int(info.Gid) == s.gid) &&
-		info.Mode&0o7777 == unixMode(e.mode)
+		info.Mode&0o7777 == archive.UnixMode(e.Mode)
 }
 
 // takeLocal makes entry i if that needs no fetching. It is no error if the old release lacks what it should have.
 func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
-	e := &w.index.entries[i]
+	e := &w.index.Entries[i]
 	switch {
-	case e.kind != kindFile:
-	case e.size == 0:
-		if !w.ready[i] && e.sum == emptyDigest {
+	case e.Kind != archive.File:
+	case e.Size == 0:
+		if !w.ready[i] && e.Sum == archive.EmptyDigest {
 			return w.writeFile(i, nil)
 		}
 	// ready is read last: if old has the content, no other goroutine uses it
@@ -198,16 +199,16 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 
 // takeChunks copies into a large file those frames whose content the old release has unchanged.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
-	e := &w.index.entries[i]
+	e := &w.index.Entries[i]
 	var to *os.File
-	from, end := w.index.framesOf(e)
+	from, end := w.index.FramesOf(e)
 	missing := 0
 	for n := from; n < end; n++ {
-		fr := w.index.frames[n]
+		fr := w.index.Frames[n]
 		if w.chunks[n] {
 			continue // an earlier call left it
 		}
-		piece, ok := old.chunks[fr.content]
+		piece, ok := old.chunks[fr.Content]
 		if !ok {
 			missing++
 			continue
@@ -217,22 +218,22 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 			missing++
 			continue
 		}
-		data := make([]byte, fr.length)
+		data := make([]byte, fr.Length)
 		_, err = f.ReadAt(data, piece.at)
 		f.Close()
-		if err != nil || deployments.DigestOf(data) != fr.content {
+		if err != nil || deployments.DigestOf(data) != fr.Content {
 			missing++
 			continue
 		}
 		if to == nil {
-			fd, err := w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
+			fd, err := w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT, 0o600)
 			if err != nil {
 				return err
 			}
-			to = os.NewFile(uintptr(fd), e.path)
+			to = os.NewFile(uintptr(fd), e.Path)
 			defer to.Close()
 		}
-		if _, err := to.WriteAt(data, fr.start-e.offset); err != nil {
+		if _, err := to.WriteAt(data, fr.Start-e.Offset); err != nil {
 			return err
 		}
 		w.chunks[n] = true
@@ -242,7 +243,7 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 		return nil
 	}
 	w.ready[i] = true
-	return to.Chmod(e.mode)
+	return to.Chmod(e.Mode)
 }
 
 // oldFile is an open file of the old release.
@@ -253,17 +254,17 @@ type oldFile struct {
 
 // holds reports whether an open file has e's content. It hashes the file unless it is unchanged since it was last
 // hashed.
-func (r *sourceReader) holds(f oldFile, e *entry) bool {
+func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true
 	}
-	sum, err := r.hash(f.fd, e.size)
-	return err == nil && sum == e.sum
+	sum, err := r.hash(f.fd, e.Size)
+	return err == nil && sum == e.Sum
 }
 
 // copyFrom makes entry i from a file that should have its content. If the content differs, it makes nothing.
 func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
-	e, from := &w.index.entries[i], f.fd
+	e, from := &w.index.Entries[i], f.fd
 	if w.partly(i) {
 		// It is hashed first, so that frames from an interrupted fetch are given up only for the complete file.
 		if !old.holds(f, e) {
@@ -287,9 +288,9 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 			return nil
 		}
 	}
-	if e.size <= int64(len(old.buffer)) && share.noClone.Load() {
-		data := old.buffer[:e.size]
-		if safefs.ReadAll(from, data, 0) != nil || deployments.DigestOf(data) != e.sum {
+	if e.Size <= int64(len(old.buffer)) && share.noClone.Load() {
+		data := old.buffer[:e.Size]
+		if safefs.ReadAll(from, data, 0) != nil || deployments.DigestOf(data) != e.Sum {
 			return nil
 		}
 		return w.writeFile(i, data)
@@ -299,43 +300,43 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		return err
 	}
 	right, err := copyContent(to, f, e, old, share)
-	if err = errors.Join(err, safefs.PathError("close", e.path, unix.Close(to))); err != nil || !right {
-		return errors.Join(err, w.dirs.Remove(e.path))
+	if err = errors.Join(err, safefs.PathError("close", e.Path, unix.Close(to))); err != nil || !right {
+		return errors.Join(err, w.dirs.Remove(e.Path))
 	}
 	w.ready[i] = true
 	if share.noClone.Load() { // a clone shares blocks that are on the disk
-		w.back.wrote(e.size)
+		w.back.wrote(e.Size)
 	}
 	return nil
 }
 
 // copyContent clones or copies, and reports whether the content is e's. Only a failure to write is an error.
-func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) (bool, error) {
+func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share sharing) (bool, error) {
 	from := f.fd
 	if !share.noClone.Load() {
 		if unix.IoctlFileClone(to, from) == nil {
 			// A service may have appended to the file since it was opened, and a clone copies all of it.
 			var cloned unix.Stat_t
-			if err := unix.Fstat(to, &cloned); err != nil || cloned.Size != e.size {
+			if err := unix.Fstat(to, &cloned); err != nil || cloned.Size != e.Size {
 				return false, nil
 			}
 			var after unix.Stat_t
 			if old.known.has(f.entry, &f.info) && unix.Fstat(from, &after) == nil && statOf(&after) == statOf(&f.info) {
 				return true, nil
 			}
-			sum, err := old.hash(to, e.size)
-			return err == nil && sum == e.sum, nil
+			sum, err := old.hash(to, e.Size)
+			return err == nil && sum == e.Sum, nil
 		}
 		share.noClone.Store(true)
 	}
 	h := sha256.New()
 	var failure error
-	err := old.read(from, e.size, func(data []byte) bool {
+	err := old.read(from, e.Size, func(data []byte) bool {
 		h.Write(data)
-		failure = safefs.PathError("write", e.path, safefs.WriteAll(to, data))
+		failure = safefs.PathError("write", e.Path, safefs.WriteAll(to, data))
 		return failure == nil
 	})
-	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.sum, failure
+	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
 // linkKnown links entry i to file n of the old release if that needs no hashing, and reports whether it did. It
@@ -344,14 +345,14 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 	if !share.link || w.partly(i) {
 		return false, nil
 	}
-	e := &w.index.entries[i]
-	from, oldName, err := old.dirs.At(old.index.entries[n].path)
+	e := &w.index.Entries[i]
+	from, oldName, err := old.dirs.At(old.index.Entries[n].Path)
 	if err != nil {
 		return false, nil
 	}
 	var before unix.Stat_t
 	if unix.Fstatat(from, oldName, &before, unix.AT_SYMLINK_NOFOLLOW) != nil || !share.mayLink(before, e) ||
-		before.Size != e.size || !old.known.has(n, &before) {
+		before.Size != e.Size || !old.known.has(n, &before) {
 		return false, nil
 	}
 	after, err := w.linkNamed(e, from, oldName, &before, share)
@@ -366,9 +367,9 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 
 // linkNamed gives the file at a name e's name, and returns its state after that. If another file has the old name by
 // then, or the file has changed, it makes nothing.
-func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.Stat_t,
+func (w *treeWorker) linkNamed(e *archive.Entry, from int, oldName string, before *unix.Stat_t,
 	share sharing) (*unix.Stat_t, error) {
-	dir, name, err := w.dirs.At(e.path)
+	dir, name, err := w.dirs.At(e.Path)
 	if err != nil {
 		return nil, err
 	}
@@ -377,15 +378,15 @@ func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.
 	}
 	var after unix.Stat_t
 	err = unix.Fstatat(dir, name, &after, unix.AT_SYMLINK_NOFOLLOW)
-	if err != nil || !share.mayLink(after, e) || after.Size != e.size || !statOf(before).sameContent(statOf(&after)) {
-		return nil, w.dirs.Remove(e.path)
+	if err != nil || !share.mayLink(after, e) || after.Size != e.Size || !statOf(before).sameContent(statOf(&after)) {
+		return nil, w.dirs.Remove(e.Path)
 	}
 	return &after, nil
 }
 
 // link gives an open file, whose content was hashed, e's name.
-func (w *treeWorker) link(from int, e *entry) error {
-	dir, name, err := w.dirs.At(e.path)
+func (w *treeWorker) link(from int, e *archive.Entry) error {
+	dir, name, err := w.dirs.At(e.Path)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"path"
 	"strings"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
@@ -60,7 +61,7 @@ func extractFrom(
 		return nil
 	}
 	var err error
-	if len(m.Checksum) < len(emptyDigest.String()) {
+	if len(m.Checksum) < len(archive.EmptyDigest.String()) {
 		err = try(object.Source{Client: objects, URL: m.Src})
 	} else {
 		err = objects.EachSource(ctx, m.Src, try)

@@ -31,7 +31,7 @@ func (p place) Mirror() bool { return p.source.Mirror() }
 
 // openArchive opens the archive at the first source that has it.
 func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
-	a := &archiveSource{objects: f.objects, size: f.index.archiveSize(), left: f.objects.Sources(f.manifest.Src)}
+	a := &archiveSource{objects: f.objects, size: f.index.ArchiveSize(), left: f.objects.Sources(f.manifest.Src)}
 	if err := a.open(ctx); err != nil {
 		return nil, err
 	}
@@ -66,7 +66,8 @@ func (a *archiveSource) open(ctx context.Context) error {
 		case failed != nil:
 		case o.Size != a.size:
 			failed = fmt.Errorf(
-				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest, deployments.ShownURL(o.URL), o.Size, a.size)
+				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest,
+				deployments.ShownURL(o.URL), o.Size, a.size)
 		case s.Mirror() && !o.Ranges:
 			failed = fmt.Errorf("%w: it ignores Range", object.ErrUnavailable)
 		default:

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
@@ -134,7 +135,7 @@ func TestWithoutADeltaOnlyChangedFramesAreFetched(t *testing.T) {
 func TestALargeFileOfOldFrames(t *testing.T) {
 	t.Parallel()
 	oldDir, newDir, got := t.TempDir(), t.TempDir(), t.TempDir()
-	one, two := treetest.Noise(1, largeFrame), treetest.Noise(2, largeFrame)
+	one, two := treetest.Noise(1, archive.LargeFrame), treetest.Noise(2, archive.LargeFrame)
 	treetest.Tree{"file": {Mode: 0o644, Data: one + two}}.Write(t, oldDir)
 	treetest.Tree{"file": {Mode: 0o755, Data: two + one}}.Write(t, newDir)
 	old, new := publishTree(t, oldDir), publishTree(t, newDir)
@@ -149,7 +150,8 @@ func TestALargeFileOfOldFrames(t *testing.T) {
 func TestALargeFileOfLeftAndOldFrames(t *testing.T) {
 	t.Parallel()
 	oldDir, newDir, got := t.TempDir(), t.TempDir(), t.TempDir()
-	left, kept, other := treetest.Noise(1, largeFrame), treetest.Noise(2, largeFrame), treetest.Noise(3, largeFrame)
+	left, kept, other := treetest.Noise(1, archive.LargeFrame), treetest.Noise(2, archive.LargeFrame), treetest.Noise(3,
+		archive.LargeFrame)
 	treetest.Tree{"file": {Mode: 0o644, Data: other + kept}}.Write(t, oldDir)
 	treetest.Tree{"file": {Mode: 0o755, Data: left + kept}}.Write(t, newDir)
 	old, new := publishTree(t, oldDir), publishTree(t, newDir)
@@ -333,32 +335,47 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 func TestAnIndexThatLies(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	treetest.Tree{"empty": {Mode: 0o644}, "large": {Mode: 0o644, Data: treetest.Noise(1, largeFrame+1000)},
+	treetest.Tree{"empty": {Mode: 0o644}, "large": {Mode: 0o644, Data: treetest.Noise(1, archive.LargeFrame+1000)},
 		"small": {Mode: 0o644, Data: "small"}}.Write(t, dir)
 	p := publishTree(t, dir)
-	last := func(x *index) *frame { return &x.frames[len(x.frames)-1] }
+	last := func(x *archive.Index) *archive.Frame { return &x.Frames[len(x.Frames)-1] }
 	for name, c := range map[string]struct {
-		lie func(x *index, m *deployments.Manifest)
+		lie func(x *archive.Index, m *deployments.Manifest)
 		// made says that fetching comes to make files.
 		made bool
 	}{
-		"the truth":                        {func(*index, *deployments.Manifest) {}, true},
-		"a frame that decodes to more":     {func(x *index, _ *deployments.Manifest) { last(x).length++ }, true},
-		"a frame that decodes to less":     {func(x *index, _ *deployments.Manifest) { last(x).length-- }, true},
-		"a frame that decodes to far less": {func(x *index, _ *deployments.Manifest) { x.frames[0].length /= 2; last(x).length = maxFrame }, true},
-		"a frame that is left out": {func(x *index, _ *deployments.Manifest) {
-			x.frames = append(x.frames[:1], x.frames[2:]...)
-			last(x).length = maxFrame
+		"the truth":                    {func(*archive.Index, *deployments.Manifest) {}, true},
+		"a frame that decodes to more": {func(x *archive.Index, _ *deployments.Manifest) { last(x).Length++ }, true},
+		"a frame that decodes to less": {func(x *archive.Index, _ *deployments.Manifest) { last(x).Length-- }, true},
+		"a frame that decodes to far less": {func(x *archive.Index, _ *deployments.Manifest) {
+			x.Frames[0].Length /= 2
+			last(x).Length = archive.MaxFrame
+		}, true},
+		"a frame that is left out": {func(x *archive.Index, _ *deployments.Manifest) {
+			x.Frames = append(x.Frames[:1], x.Frames[2:]...)
+			last(x).Length = archive.MaxFrame
 		}, false},
-		"an empty file with a content":          {func(x *index, _ *deployments.Manifest) { x.entries[0].sum = deployments.DigestOf([]byte("x")) }, true},
-		"a list of hashes":                      {func(x *index, m *deployments.Manifest) { x.archive, x.frames, m.Size = false, nil, 0 }, false},
-		"an archive of another size":            {func(_ *index, m *deployments.Manifest) { m.Size++ }, false},
-		"more than an index may have":           {func(_ *index, m *deployments.Manifest) { m.Index.Size = maxIndex + 1 }, false},
-		"a file that begins before its content": {func(x *index, _ *deployments.Manifest) { x.entries[1].size += 512; last(x).length = maxFrame }, true},
+		"an empty file with a content": {func(x *archive.Index,
+			_ *deployments.Manifest) {
+			x.Entries[0].Sum = deployments.DigestOf([]byte("x"))
+		}, true},
+		"a list of hashes": {func(x *archive.Index, m *deployments.Manifest) {
+			x.Archive, x.Frames,
+				m.Size = false, nil, 0
+		}, false},
+		"an archive of another size": {func(_ *archive.Index, m *deployments.Manifest) { m.Size++ }, false},
+		"more than an index may have": {func(_ *archive.Index,
+			m *deployments.Manifest) {
+			m.Index.Size = archive.MaxIndex + 1
+		}, false},
+		"a file that begins before its content": {func(x *archive.Index, _ *deployments.Manifest) {
+			x.Entries[1].Size += 512
+			last(x).Length = archive.MaxFrame
+		}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			x, err := decodeIndex(p.index)
+			x, err := archive.DecodeIndex(p.index)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -366,11 +383,11 @@ func TestAnIndexThatLies(t *testing.T) {
 			m.Index = &blob
 			c.lie(x, &m)
 			path := filepath.Join(t.TempDir(), "index")
-			if err := os.WriteFile(path, x.encode(), 0o600); err != nil {
+			if err := os.WriteFile(path, x.Encode(), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			blob.URL, blob.SHA256 = "file://"+path, deployments.DigestOf(x.encode())
-			if blob.Size <= maxIndex {
+			blob.URL, blob.SHA256 = "file://"+path, deployments.DigestOf(x.Encode())
+			if blob.Size <= archive.MaxIndex {
 				blob.Size = size(t, path)
 			}
 			got := t.TempDir()
@@ -382,7 +399,7 @@ func TestAnIndexThatLies(t *testing.T) {
 				treetest.Same(t, got, dir)
 				return
 			}
-			if !errors.Is(err, ErrIndex) && !errors.Is(err, deployments.ErrDigest) {
+			if !errors.Is(err, archive.ErrIndex) && !errors.Is(err, deployments.ErrDigest) {
 				t.Errorf("%v", err)
 			}
 			if made := len(treetest.List(t, got)) > 0; made && !c.made {
@@ -437,7 +454,7 @@ func TestACutFetchIsResumed(t *testing.T) {
 // made anew. A release may have a file of the name that a fetch tries modes with.
 func TestACutFetchLeavesAFile(t *testing.T) {
 	t.Parallel()
-	tree := treetest.Tree{"large": {Mode: 0o644, Data: treetest.Noise(1, 2*largeFrame)},
+	tree := treetest.Tree{"large": {Mode: 0o644, Data: treetest.Noise(1, 2*archive.LargeFrame)},
 		".kedge-mode": {Mode: 0o600, Data: "x"}}
 	dir := t.TempDir()
 	tree.Write(t, dir)
@@ -445,10 +462,11 @@ func TestACutFetchLeavesAFile(t *testing.T) {
 	for name, left := range map[string]func(file string) error{
 		"nothing": os.Remove,
 		"all":     func(string) error { return nil },
-		"a half":  func(file string) error { return os.Truncate(file, largeFrame) },
-		"more":    func(file string) error { return os.Truncate(file, 3*largeFrame) },
+		"a half":  func(file string) error { return os.Truncate(file, archive.LargeFrame) },
+		"more":    func(file string) error { return os.Truncate(file, 3*archive.LargeFrame) },
 		"another's": func(file string) error {
-			return errors.Join(os.Truncate(file, largeFrame), os.Link(file, filepath.Join(filepath.Dir(filepath.Dir(file)), "live")))
+			return errors.Join(os.Truncate(file, archive.LargeFrame),
+				os.Link(file, filepath.Join(filepath.Dir(filepath.Dir(file)), "live")))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -463,7 +481,7 @@ func TestACutFetchLeavesAFile(t *testing.T) {
 			}
 			mustFetch(t, p.manifest, nil, got)
 			treetest.Same(t, got, dir)
-			if live := filepath.Join(filepath.Dir(got), "live"); name == "another's" && size(t, live) != largeFrame {
+			if live := filepath.Join(filepath.Dir(got), "live"); name == "another's" && size(t, live) != archive.LargeFrame {
 				t.Error("the live release's file was written to")
 			}
 		})
@@ -493,14 +511,15 @@ func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(got, "bin"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+treetest.Noise(9, largeFrame)),
+			if err := os.WriteFile(filepath.Join(got, "bin/server"),
+				[]byte(server[:archive.LargeFrame]+treetest.Noise(9, archive.LargeFrame)),
 				0o600); err != nil {
 				t.Fatal(err)
 			}
 			_, read := mustFetch(t, p.manifest, p.asBase(dir), got)
 			treetest.Same(t, got, want)
 			if !c.damaged && read > 0 || read > 1<<20 {
-				t.Errorf("it took %d bytes, and had the first %d, which don't compress", read, largeFrame)
+				t.Errorf("it took %d bytes, and had the first %d, which don't compress", read, archive.LargeFrame)
 			}
 		})
 	}
@@ -518,7 +537,8 @@ func TestACutFetchIsFinishedByADelta(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := t.TempDir()
-			if err := errors.Join(os.Mkdir(filepath.Join(got, "bin"), 0o700), os.WriteFile(filepath.Join(got, "bin/server"), left[:largeFrame], 0o600)); err != nil {
+			if err := errors.Join(os.Mkdir(filepath.Join(got, "bin"), 0o700),
+				os.WriteFile(filepath.Join(got, "bin/server"), left[:archive.LargeFrame], 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			if damaged {
@@ -654,7 +674,7 @@ func TestVerifyOfAFileThatChanges(t *testing.T) {
 	defer root.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	e := &entry{path: "file", size: 7, sum: deployments.DigestOf([]byte("content"))}
+	e := &archive.Entry{Path: "file", Size: 7, Sum: deployments.DigestOf([]byte("content"))}
 	for name, c := range map[string]struct {
 		change func() error
 		right  bool
@@ -672,9 +692,10 @@ func TestVerifyOfAFileThatChanges(t *testing.T) {
 		if err := errors.Join(os.Remove(path), c.change()); err != nil {
 			t.Fatal(err)
 		}
-		v := &verifier{root: root, index: &index{entries: []entry{*e}}, stats: make([]fileStat, 1), buffer: make([]byte, 64<<10)}
+		v := &verifier{root: root, index: &archive.Index{Entries: []archive.Entry{*e}}, stats: make([]fileStat, 1),
+			buffer: make([]byte, 64<<10)}
 		sum, err := v.hash(ctx, 0, info)
-		if (err == nil && sum == e.sum) != c.right || ctx.Err() != nil {
+		if (err == nil && sum == e.Sum) != c.right || ctx.Err() != nil {
 			t.Errorf("%s: %v, %v", name, sum, err)
 		}
 	}
@@ -711,7 +732,7 @@ func TestPackRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out bytes.Buffer
-			_, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, &out, nil)
+			_, err := archive.Pack(t.Context(), dir, deployments.SymlinksInside, archive.CompressionDefault, &out, nil)
 			if err == nil || !strings.Contains(err.Error(), dir) {
 				t.Errorf("pack says %v", err)
 			}
@@ -738,7 +759,8 @@ func TestProgressEndsAtItsTotal(t *testing.T) {
 	if want := (meter.Progress{Phase: "fetch", Done: size, Total: size}); last != want {
 		t.Errorf("the last report was %v, want %v", last, want)
 	}
-	if err := makeDelta(t.Context(), old.dir, old.index, new.dir, new.index, io.Discard, opt.Progress); err != nil {
+	if err := archive.MakeDelta(t.Context(), old.dir, old.index, new.dir, new.index, io.Discard,
+		opt.Progress); err != nil {
 		t.Fatal(err)
 	}
 	if last.Phase != "delta" || last.Done != last.Total || last.Total <= int64(len(new.index)) {

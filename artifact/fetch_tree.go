@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -24,7 +25,7 @@ import (
 type builder struct {
 	root  *os.Root
 	top   *os.File // root, as dirs needs it
-	index *index
+	index *archive.Index
 	files []int // entries with content, in the order of the tar stream
 	// withheld has the permission bits that a new file doesn't get, because of the umask or a default ACL.
 	withheld uint32
@@ -58,7 +59,7 @@ type largeOpen struct {
 
 const gateWidth = 256
 
-func newBuilder(dir string, x *index) (*builder, error) {
+func newBuilder(dir string, x *archive.Index) (*builder, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, err
@@ -68,12 +69,12 @@ func newBuilder(dir string, x *index) (*builder, error) {
 		root.Close()
 		return nil, err
 	}
-	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.entries)),
-		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{},
-		stats: make([]fileStat, len(x.entries)),
+	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.Entries)),
+		fetching: make([]bool, len(x.Entries)), chunks: make([]bool, len(x.Frames)), open: map[int]*largeOpen{},
+		stats: make([]fileStat, len(x.Entries)),
 		back:  newBackgroundSync(int(top.Fd()))}
-	for i := range x.entries {
-		if x.entries[i].kind == kindFile && x.entries[i].size > 0 {
+	for i := range x.Entries {
+		if x.Entries[i].Kind == archive.File && x.Entries[i].Size > 0 {
 			b.files = append(b.files, i)
 		}
 		if i%gateWidth == 0 {
@@ -120,18 +121,18 @@ func (b *builder) prepare(ctx context.Context) error {
 func (b *builder) makeDirs(ctx context.Context) error {
 	dirs := &safefs.Dirs{Top: b.top}
 	defer dirs.Close()
-	for i := range b.index.entries {
+	for i := range b.index.Entries {
 		if i%gateWidth == 0 && i > 0 {
 			close(b.made[i/gateWidth-1])
 			if err := ctx.Err(); err != nil {
 				return err
 			}
 		}
-		e := &b.index.entries[i]
-		if e.kind != kindDir {
+		e := &b.index.Entries[i]
+		if e.Kind != archive.Dir {
 			continue
 		}
-		err := dirs.Mkdir(e.path, uint32(e.mode.Perm()|0o700))
+		err := dirs.Mkdir(e.Path, uint32(e.Mode.Perm()|0o700))
 		if errors.Is(err, fs.ErrExist) {
 			b.ready[i] = false
 			continue
@@ -139,7 +140,7 @@ func (b *builder) makeDirs(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		b.ready[i] = e.mode == e.mode.Perm()|0o700 && b.gets(e.mode)
+		b.ready[i] = e.Mode == e.Mode.Perm()|0o700 && b.gets(e.Mode)
 	}
 	if n := len(b.made); n > 0 {
 		close(b.made[n-1])
@@ -198,11 +199,11 @@ func (b *builder) sweep() (kept []int, err error) {
 		if err != nil || p == "." {
 			return err
 		}
-		i := b.index.find(p)
+		i := b.index.Find(p)
 		switch {
-		case i >= 0 && d.IsDir() && b.index.entries[i].kind == kindDir:
+		case i >= 0 && d.IsDir() && b.index.Entries[i].Kind == archive.Dir:
 			return b.root.Chmod(p, 0o700)
-		case i >= 0 && d.Type().IsRegular() && b.index.entries[i].kind == kindFile:
+		case i >= 0 && d.Type().IsRegular() && b.index.Entries[i].Kind == archive.File:
 			kept = append(kept, i)
 			return nil
 		}
@@ -219,10 +220,10 @@ func (b *builder) sweep() (kept []int, err error) {
 
 // examine keeps a file that is right, or the right frames of a large one, and removes the rest.
 func (b *builder) examine(i int) error {
-	e := &b.index.entries[i]
-	f, err := b.root.Open(e.path)
+	e := &b.index.Entries[i]
+	f, err := b.root.Open(e.Path)
 	if errors.Is(err, fs.ErrPermission) { // its owner may not read it by its mode
-		return b.root.Remove(e.path)
+		return b.root.Remove(e.Path)
 	}
 	if err != nil {
 		return err
@@ -232,18 +233,18 @@ func (b *builder) examine(i int) error {
 	if err != nil {
 		return err
 	}
-	if info.Size() == e.size {
-		if sum, err := hashFile(f); err == nil && sum == e.sum {
+	if info.Size() == e.Size {
+		if sum, err := hashFile(f); err == nil && sum == e.Sum {
 			b.ready[i] = true
-			return f.Chmod(e.mode)
+			return f.Chmod(e.Mode)
 		}
 	}
 	useful := false
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 &&
-		info.Size() <= e.size { // otherwise it may be hard-linked to a live release's file
-		from, to := b.index.framesOf(e)
+		info.Size() <= e.Size { // otherwise it may be hard-linked to a live release's file
+		from, to := b.index.FramesOf(e)
 		for n := from; n < to; n++ {
-			if hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
+			if hashesTo(f, b.index.Frames[n].Start-e.Offset, b.index.Frames[n]) {
 				b.chunks[n] = true
 				b.partial.Store(true)
 				useful = true
@@ -253,29 +254,29 @@ func (b *builder) examine(i int) error {
 	if useful {
 		return f.Chmod(0o600)
 	}
-	return b.root.Remove(e.path)
+	return b.root.Remove(e.Path)
 }
 
 // hashesTo reports whether a file has a frame's content at offset at. It returns false if the index has no hash of
 // that content.
-func hashesTo(f io.ReaderAt, at int64, want frame) bool {
-	if want.content.IsZero() {
+func hashesTo(f io.ReaderAt, at int64, want archive.Frame) bool {
+	if want.Content.IsZero() {
 		return false
 	}
-	data := make([]byte, want.length)
+	data := make([]byte, want.Length)
 	n, _ := f.ReadAt(data, at)
-	return n == len(data) && deployments.DigestOf(data) == want.content
+	return n == len(data) && deployments.DigestOf(data) == want.Content
 }
 
 // missing returns the frames with content that neither the tree nor old has, and makes writeFrame write only that.
 func (b *builder) missing(old *source) []bool {
-	wanted := make([]bool, len(b.index.frames))
+	wanted := make([]bool, len(b.index.Frames))
 	for _, i := range b.files {
-		e := &b.index.entries[i]
+		e := &b.index.Entries[i]
 		if b.fetching[i] = !b.ready[i] && !old.has(i); !b.fetching[i] {
 			continue
 		}
-		from, to := b.index.framesOf(e)
+		from, to := b.index.FramesOf(e)
 		for n := from; n < to; n++ {
 			wanted[n] = !b.chunks[n]
 		}
@@ -287,27 +288,27 @@ func (b *builder) missing(old *source) []bool {
 func (b *builder) finish() error {
 	dirs := &safefs.Dirs{Top: b.top}
 	defer dirs.Close()
-	for i := range b.index.entries {
-		e := &b.index.entries[i]
+	for i := range b.index.Entries {
+		e := &b.index.Entries[i]
 		var err error
-		switch e.kind {
-		case kindFile:
+		switch e.Kind {
+		case archive.File:
 			if !b.ready[i] {
-				err = fmt.Errorf("%w: the archive lacks a part of %q", ErrIndex, e.path)
+				err = fmt.Errorf("%w: the archive lacks a part of %q", archive.ErrIndex, e.Path)
 			}
-		case kindSymlink:
-			err = dirs.Symlink(e.target, e.path)
-		case kindHardlink:
-			err = b.root.Link(b.index.entries[e.original].path, e.path)
-			b.stats[e.original] = fileStat{} // its ctime has changed
+		case archive.Symlink:
+			err = dirs.Symlink(e.Target, e.Path)
+		case archive.Hardlink:
+			err = b.root.Link(b.index.Entries[e.Original].Path, e.Path)
+			b.stats[e.Original] = fileStat{} // its ctime has changed
 		}
 		if err != nil {
 			return err
 		}
 	}
-	for i, e := range slices.Backward(b.index.entries) {
-		if e.kind == kindDir && !b.ready[i] {
-			if err := dirs.Chmod(e.path, unixMode(e.mode)); err != nil {
+	for i, e := range slices.Backward(b.index.Entries) {
+		if e.Kind == archive.Dir && !b.ready[i] {
+			if err := dirs.Chmod(e.Path, archive.UnixMode(e.Mode)); err != nil {
 				return err
 			}
 		}
@@ -327,20 +328,20 @@ func (w *treeWorker) close() { w.dirs.Close() }
 
 // writeFrame decodes a frame, and writes the files that still lack its content.
 func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
-	f := &w.index.frames[n]
-	first, _ := slices.BinarySearchFunc(w.files, f.start, func(i int, start int64) int {
-		if e := &w.index.entries[i]; e.offset+e.size <= start {
+	f := &w.index.Frames[n]
+	first, _ := slices.BinarySearchFunc(w.files, f.Start, func(i int, start int64) int {
+		if e := &w.index.Entries[i]; e.Offset+e.Size <= start {
 			return -1
 		}
 		return 1
 	})
 	for _, i := range w.files[first:] {
-		e := &w.index.entries[i]
-		if e.offset >= f.start+f.length {
+		e := &w.index.Entries[i]
+		if e.Offset >= f.Start+f.Length {
 			break
 		}
-		from, to := max(e.offset, f.start), min(e.offset+e.size, f.start+f.length)
-		content := raw[from-f.start : to-f.start]
+		from, to := max(e.Offset, f.Start), min(e.Offset+e.Size, f.Start+f.Length)
+		content := raw[from-f.Start : to-f.Start]
 		if !w.fetching[i] {
 			continue
 		}
@@ -352,8 +353,8 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		}
 		switch {
 		case err != nil:
-		case int64(len(content)) < e.size:
-			err = w.writeChunk(i, from-e.offset, content)
+		case int64(len(content)) < e.Size:
+			err = w.writeChunk(i, from-e.Offset, content)
 		default:
 			err = w.writeFile(i, content)
 		}
@@ -366,29 +367,29 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 
 // writeFile makes a file from its whole content.
 func (w *treeWorker) writeFile(i int, content []byte) error {
-	e := &w.index.entries[i]
+	e := &w.index.Entries[i]
 	fd, err := w.create(e)
 	if err != nil {
 		return err
 	}
-	err = safefs.PathError("write", e.path, safefs.WriteAll(fd, content))
-	if err := errors.Join(err, safefs.PathError("close", e.path, unix.Close(fd))); err != nil {
+	err = safefs.PathError("write", e.Path, safefs.WriteAll(fd, content))
+	if err := errors.Join(err, safefs.PathError("close", e.Path, unix.Close(fd))); err != nil {
 		return err
 	}
 	w.ready[i] = true
-	w.back.wrote(e.size)
+	w.back.wrote(e.Size)
 	return nil
 }
 
 // create creates a file, with its mode whatever the umask.
-func (w *treeWorker) create(e *entry) (fd int, err error) {
-	fd, err = w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.mode.Perm()))
-	if err != nil || w.gets(e.mode) {
+func (w *treeWorker) create(e *archive.Entry) (fd int, err error) {
+	fd, err = w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.Mode.Perm()))
+	if err != nil || w.gets(e.Mode) {
 		return fd, err
 	}
-	if err := unix.Fchmod(fd, unixMode(e.mode)); err != nil {
+	if err := unix.Fchmod(fd, archive.UnixMode(e.Mode)); err != nil {
 		unix.Close(fd)
-		return -1, safefs.PathError("chmod", e.path, err)
+		return -1, safefs.PathError("chmod", e.Path, err)
 	}
 	return fd, nil
 }
@@ -398,21 +399,21 @@ func (b *builder) partly(i int) bool {
 	if !b.partial.Load() {
 		return false
 	}
-	e := &b.index.entries[i]
-	from, to := b.index.framesOf(e)
+	e := &b.index.Entries[i]
+	from, to := b.index.FramesOf(e)
 	return slices.Contains(b.chunks[from:to], true)
 }
 
 // discard removes the frames of a large file that prepare kept.
 func (w *treeWorker) discard(i int) error {
-	e := &w.index.entries[i]
-	from, to := w.index.framesOf(e)
+	e := &w.index.Entries[i]
+	from, to := w.index.FramesOf(e)
 	for n := from; n < to; n++ {
 		if w.chunks[n] { // otherwise it may be hard-linked elsewhere, and is only read
 			w.chunks[n] = false
 		}
 	}
-	return w.dirs.Remove(e.path)
+	return w.dirs.Remove(e.Path)
 }
 
 // writeChunk writes a part of a large file. The last part closes it.
@@ -432,7 +433,7 @@ func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	}
 	delete(w.open, i)
 	w.ready[i] = true
-	return errors.Join(l.file.Chmod(w.index.entries[i].mode), l.file.Close())
+	return errors.Join(l.file.Chmod(w.index.Entries[i].Mode), l.file.Close())
 }
 
 func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
@@ -441,13 +442,13 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 	if l, ok := w.open[i]; ok {
 		return l, nil
 	}
-	e := &w.index.entries[i]
-	fd, err := w.dirs.OpenFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
+	e := &w.index.Entries[i]
+	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	l := &largeOpen{file: os.NewFile(uintptr(fd), e.path)}
-	from, to := w.index.framesOf(e)
+	l := &largeOpen{file: os.NewFile(uintptr(fd), e.Path)}
+	from, to := w.index.FramesOf(e)
 	for n := from; n < to; n++ {
 		if !w.chunks[n] {
 			l.left++

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
@@ -161,7 +162,7 @@ func TestLinksWithoutPrivileges(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(from)
-	if err := withoutPrivileges(func() error { return w.link(from, &entry{path: "new"}) }); err != nil {
+	if err := withoutPrivileges(func() error { return w.link(from, &archive.Entry{Path: "new"}) }); err != nil {
 		t.Fatal(err)
 	}
 	old, _ := os.Stat(filepath.Join(dir, "old"))

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 )
 
@@ -27,7 +28,7 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 			}
 			return nil
 		}
-		if d.IsDir() && strings.Count(p, "/") >= maxLevels {
+		if d.IsDir() && strings.Count(p, "/") >= archive.MaxLevels {
 			return fs.SkipDir // no release is so deep: its owner made it
 		}
 		info, err := d.Info()

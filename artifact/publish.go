@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -37,7 +38,7 @@ type PublishOptions struct {
 	// below To/NAME/. A release that can't be found or read gets no delta, and the log says why. 0: none.
 	Find int
 	// Compression is the archive's compression.
-	Compression Compression
+	Compression archive.Compression
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is stored beside it as
 	// manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
@@ -128,16 +129,16 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	m.Created = there.created(m.Created)
 	// A manifest that no node would take is refused before anything is uploaded.
 	draft := m
-	draft.Src, draft.Checksum = archiveName, emptyDigest.String()
+	draft.Src, draft.Checksum = archiveName, archive.EmptyDigest.String()
 	if _, err := p.text(draft); err != nil {
 		return out, err
 	}
-	archive, err := os.Create(filepath.Join(p.dir, archiveName))
+	file, err := os.Create(filepath.Join(p.dir, archiveName))
 	if err != nil {
 		return out, err
 	}
-	defer archive.Close()
-	made, err := pack(p.ctx, p.opt.Dir, m.Symlinks, p.opt.Compression, archive, p.opt.Progress)
+	defer file.Close()
+	made, err := archive.Pack(p.ctx, p.opt.Dir, m.Symlinks, p.opt.Compression, file, p.opt.Progress)
 	if err != nil {
 		return out, err
 	}
@@ -147,7 +148,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size, Index: int64(len(made.Index))}
 	m.Src, m.Checksum, m.Size = archiveName, made.SHA256.String(), made.Size
 	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: deployments.DigestOf(made.Index)}
-	if err := p.put(archiveName, archive, made.Size); err != nil {
+	if err := p.put(archiveName, file, made.Size); err != nil {
 		return out, err
 	}
 	if err := p.put(indexName, bytes.NewReader(made.Index), int64(len(made.Index))); err != nil {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
@@ -162,7 +163,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 
 // deltas makes and uploads a delta from each earlier release, if that costs its nodes less than the changed parts
 // of the archive. costs is what each release's nodes fetch.
-func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
+func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)
 	if err != nil {
@@ -195,12 +196,12 @@ func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []Pub
 // errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes and uploads the delta from an earlier release; it returns nil if a delta is of no use, and the
+// archive.Delta makes and uploads the delta from an earlier release; it returns nil if a delta is of no use, and the
 // digest of the earlier release's index. It fetches only those files of the earlier release that files of this one
 // are patched from.
 func (p *publisher) delta(
 	e earlier,
-	made packed,
+	made archive.Packed,
 	done map[deployments.Digest]bool,
 ) (from deployments.Digest, d *deployments.Delta, cost PublishedDelta, err error) {
 	tree, err := os.MkdirTemp(p.dir, "from-")
@@ -223,7 +224,8 @@ func (p *publisher) delta(
 	defer f.Close()
 	defer os.Remove(f.Name())
 	sum := sha256.New()
-	if err := makeDelta(p.ctx, tree, oldIndex, p.opt.Dir, made.Index, io.MultiWriter(f, sum), p.opt.Progress); err != nil {
+	err = archive.MakeDelta(p.ctx, tree, oldIndex, p.opt.Dir, made.Index, io.MultiWriter(f, sum), p.opt.Progress)
+	if err != nil {
 		return from, nil, cost, err
 	}
 	info, err := f.Stat()
@@ -250,8 +252,8 @@ func (p *publisher) delta(
 
 func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
 
-// fetchPatched fills dir with the files of m's tree that makeDelta reads, and returns the tree's index. It takes
-// most of them from new, the tree that is being published.
+// fetchPatched fills dir with the files of m's tree that archive.MakeDelta reads, and returns the tree's index. It
+// takes most of them from new, the tree that is being published.
 func fetchPatched(
 	ctx context.Context,
 	objects *object.Client,
@@ -270,11 +272,11 @@ func fetchPatched(
 		return nil, err
 	}
 	f := &fetch{objects: objects, manifest: m, meter: meter.New("fetch", 0, nil)}
-	f.only = func(old *index) []bool {
-		wanted := make([]bool, len(old.entries))
-		for _, job := range choosePatches(old, newX) {
-			if job.from >= 0 {
-				wanted[job.from] = true
+	f.only = func(old *archive.Index) []bool {
+		wanted := make([]bool, len(old.Entries))
+		for _, job := range archive.ChoosePatches(old, newX) {
+			if job.From >= 0 {
+				wanted[job.From] = true
 			}
 		}
 		return wanted
@@ -294,7 +296,7 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 		return byRanges, byDelta, err
 	}
 	defer old.close()
-	x, err := decodeIndex(newIndex)
+	x, err := archive.DecodeIndex(newIndex)
 	if err != nil {
 		return byRanges, byDelta, err
 	}
@@ -303,33 +305,33 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 		return byRanges, byDelta, err
 	}
 	defer b.close()
-	for _, job := range choosePatches(old.index, x) {
-		b.ready[job.entry] = true
+	for _, job := range archive.ChoosePatches(old.index, x) {
+		b.ready[job.Entry] = true
 	}
 	old.match(x)
-	byDelta = x.costOf(b.missing(old))
+	byDelta = costOf(x, b.missing(old))
 	byDelta.Bytes += delta
 	byDelta.Requests++
 	clear(b.ready)
-	for n := range x.frames {
-		_, b.chunks[n] = old.chunks[x.frames[n].content]
+	for n := range x.Frames {
+		_, b.chunks[n] = old.chunks[x.Frames[n].Content]
 	}
-	byRanges = x.costOf(b.missing(old))
+	byRanges = costOf(x, b.missing(old))
 	byRanges.Bytes += int64(len(newIndex))
 	byRanges.Requests++
 	return byRanges, byDelta, nil
 }
 
 // costOf returns the bytes and requests for fetching the wanted frames.
-func (x *index) costOf(wanted []bool) (cost PublishedDelta) {
-	spans := x.spansOf(wanted)
+func costOf(x *archive.Index, wanted []bool) (cost PublishedDelta) {
+	spans := spansOf(x, wanted)
 	if len(spans) == 0 {
 		return cost
 	}
 	cost.Requests = 1 + len(spans) // one request opens the archive
 	for _, s := range spans {
-		last := x.frames[s.to-1]
-		cost.Bytes += last.offset + last.size - x.frames[s.from].offset
+		last := x.Frames[s.to-1]
+		cost.Bytes += last.Offset + last.Size - x.Frames[s.from].Offset
 	}
 	return cost
 }

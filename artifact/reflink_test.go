@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
@@ -83,7 +84,7 @@ func TestUnchangedFilesAreCloned(t *testing.T) {
 	treetest.Same(t, three, new.dir)
 
 	// One that has grown since it was opened is not taken with what came behind: a clone has all of a file.
-	e := &entry{path: "file", size: 7, sum: deployments.DigestOf([]byte("content"))}
+	e := &archive.Entry{Path: "file", Size: 7, Sum: deployments.DigestOf([]byte("content"))}
 	for content, want := range map[string]bool{"content": true, "content, and more": false} {
 		from, err := os.Create(filepath.Join(disk, "from"))
 		if err != nil {

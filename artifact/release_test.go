@@ -563,7 +563,8 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(filepath.Join(t.TempDir(), "app"), objects, nil).Stage(t.Context(), p, m, raw, StageOptions{}); !errors.Is(err, deployments.ErrDigest) {
+	releases := Open(filepath.Join(t.TempDir(), "app"), objects, nil)
+	if _, err := releases.Stage(t.Context(), p, m, raw, StageOptions{}); !errors.Is(err, deployments.ErrDigest) {
 		t.Errorf("stage: %v", err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
 	"kedge/artifact/treetest"
@@ -98,9 +99,11 @@ func TestAFrameIsWrittenAfterAFailure(t *testing.T) {
 	cancel()
 	content := []byte(treetest.Prose(1, 5000))
 	for range 30 { // whatever a select chooses
-		b, err := newBuilder(t.TempDir(), &index{archive: true,
-			entries: []entry{{path: "file", mode: 0o644, size: int64(len(content)), sum: deployments.DigestOf(content), offset: 512}},
-			frames:  []frame{{size: 1, length: 6144}}})
+		b, err := newBuilder(t.TempDir(), &archive.Index{Archive: true,
+			Entries: []archive.Entry{{
+				Path: "file", Mode: 0o644, Size: int64(len(content)), Sum: deployments.DigestOf(content), Offset: 512,
+			}},
+			Frames: []archive.Frame{{Size: 1, Length: 6144}}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
@@ -20,16 +21,16 @@ func TestDirectoriesTakeSpace(t *testing.T) {
 	treetest.NeedRoot(t)
 	disk := t.TempDir()
 	treetest.MountTmpfs(t, disk, "size=64m,nr_inodes=0")
-	x := &index{}
+	x := &archive.Index{}
 	for i := range 200_000 {
-		x.entries = append(x.entries, entry{kind: kindDir, path: fmt.Sprint(i), mode: 0o755})
+		x.Entries = append(x.Entries, archive.Entry{Kind: archive.Dir, Path: fmt.Sprint(i), Mode: 0o755})
 	}
-	f := &fetch{manifest: &deployments.Manifest{}, index: x, tree: &builder{ready: make([]bool, len(x.entries))}}
+	f := &fetch{manifest: &deployments.Manifest{}, index: x, tree: &builder{ready: make([]bool, len(x.Entries))}}
 	if err := f.checkSpace(disk, 0); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("200,000 directories on 64 MB: %v", err)
 	}
-	for want, e := range map[int64]*entry{
-		4096: {kind: kindFile, size: 1}, 8192: {kind: kindFile, size: 4097}, 0: {kind: kindHardlink, path: "x"},
+	for want, e := range map[int64]*archive.Entry{
+		4096: {Kind: archive.File, Size: 1}, 8192: {Kind: archive.File, Size: 4097}, 0: {Kind: archive.Hardlink, Path: "x"},
 	} {
 		if got := spaceOf(e); got != want {
 			t.Errorf("%+v takes %d bytes, want %d", e, got, want)

@@ -98,7 +98,8 @@ func plainRelease(url, dest string, checksum [md5.Size]byte, strategy deployment
 	m := &deployments.Manifest{Src: url + "/app.tar", Checksum: hex.EncodeToString(checksum[:]), Dest: dest,
 		DestMode: 0o755, Strategy: strategy}
 	raw := fmt.Appendf(nil, "src: %s\nchecksum: %s\ndest: %s\nsync_strategy: %s\n", m.Src, m.Checksum, dest, strategy)
-	return &Release{Pointer: deployments.Pointer{URL: url + "/m.yml", Digest: deployments.DigestOf(raw)}, Manifest: m, Raw: raw}
+	p := deployments.Pointer{URL: url + "/m.yml", Digest: deployments.DigestOf(raw)}
+	return &Release{Pointer: p, Manifest: m, Raw: raw}
 }
 
 // spoolsIn returns the spools below a directory.

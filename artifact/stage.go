@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
@@ -179,12 +180,12 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (s
 			x := tree.decoded
 			if x == nil {
 				var err error
-				if x, err = decodeIndex(tree.index); err != nil {
+				if x, err = archive.DecodeIndex(tree.index); err != nil {
 					return err
 				}
 			}
 			if stats = tree.stats; stats == nil {
-				stats = make([]fileStat, len(x.entries))
+				stats = make([]fileStat, len(x.Entries))
 			}
 			return addStats(ctx, staging, x, stats)
 		})
@@ -363,7 +364,9 @@ func fill(
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
-		slices.ContainsFunc([]error{syscall.ENOSPC, deployments.ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
+		slices.ContainsFunc([]error{
+			syscall.ENOSPC, deployments.ErrDigest, archive.ErrIndex, object.ErrNotFound, object.ErrChanged,
+		}, useless) {
 		return errors.Join(safefs.RemoveTree(staging), dropDeltas(staging, ""))
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -124,13 +125,13 @@ func (r *Releases) forgetStats() error {
 
 // statTree returns the stats of a tree's files that have content. A file whose type, size or mode differs from its
 // index has none.
-func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
-	stats := make([]fileStat, len(x.entries))
+func statTree(ctx context.Context, dir string, x *archive.Index) ([]fileStat, error) {
+	stats := make([]fileStat, len(x.Entries))
 	return stats, addStats(ctx, dir, x, stats)
 }
 
 // addStats is statTree for those files whose stats are still zero.
-func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error {
+func addStats(ctx context.Context, dir string, x *archive.Index, stats []fileStat) error {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
 		return err
@@ -138,16 +139,16 @@ func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error
 	defer top.Close()
 	dirs := &safefs.Dirs{Top: top}
 	defer dirs.Close()
-	for i := range x.entries {
-		e := &x.entries[i]
-		if e.kind != kindFile || e.size == 0 || stats[i] != (fileStat{}) {
+	for i := range x.Entries {
+		e := &x.Entries[i]
+		if e.Kind != archive.File || e.Size == 0 || stats[i] != (fileStat{}) {
 			continue
 		}
 		if i%1024 == 0 && ctx.Err() != nil {
 			return ctx.Err()
 		}
 		var st unix.Stat_t
-		at, name, err := dirs.At(e.path)
+		at, name, err := dirs.At(e.Path)
 		if err == nil {
 			err = unix.Fstatat(at, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 		}
@@ -157,7 +158,7 @@ func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error
 		if err != nil {
 			return err
 		}
-		if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == e.size {
+		if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == e.Size {
 			stats[i] = statOf(&st)
 		}
 	}
@@ -170,7 +171,7 @@ type keptStats struct {
 	r     *Releases
 	name  string
 	rec   *record
-	index *index
+	index *archive.Index
 	stats []fileStat
 }
 
@@ -183,12 +184,12 @@ func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	k := &keptStats{r: r, name: filepath.Base(live.Dir), rec: rec}
 	data, err := r.readIndex(k.name, rec)
 	if err == nil {
-		k.index, err = decodeIndex(data)
+		k.index, err = archive.DecodeIndex(data)
 	}
 	if err != nil {
 		return nil
 	}
-	if k.stats = r.readStats(k.name, rec.Index); len(k.stats) != len(k.index.entries) {
+	if k.stats = r.readStats(k.name, rec.Index); len(k.stats) != len(k.index.Entries) {
 		return nil
 	}
 	now, err := statTree(context.Background(), filepath.Join(r.top(), k.name), k.index)

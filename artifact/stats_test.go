@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
@@ -83,7 +84,7 @@ func (w *statsWorld) known(t *testing.T) map[string]bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x, err := decodeIndex(data)
+	x, err := archive.DecodeIndex(data)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,9 +94,9 @@ func (w *statsWorld) known(t *testing.T) map[string]bool {
 	}
 	kept := r.readStats(name, rec.Index)
 	known := map[string]bool{}
-	for i := range x.entries {
-		if e := &x.entries[i]; e.kind == kindFile && e.size > 0 {
-			known[e.path] = kept != nil && kept[i] != fileStat{} && kept[i] == now[i]
+	for i := range x.Entries {
+		if e := &x.Entries[i]; e.Kind == archive.File && e.Size > 0 {
+			known[e.Path] = kept != nil && kept[i] != fileStat{} && kept[i] == now[i]
 		}
 	}
 	return known
@@ -195,7 +196,7 @@ func TestKnownFilesAreNotRead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x, _ := decodeIndex(data)
+		x, _ := archive.DecodeIndex(data)
 		stats, err := statTree(t.Context(), w.live.Dir, x)
 		if err == nil {
 			err = r.writeStats(filepath.Base(w.live.Dir), rec.Index, stats)
@@ -281,7 +282,7 @@ func TestLinkByNameTakesNothingElse(t *testing.T) {
 			t.Fatal(err)
 		}
 		w := &treeWorker{dirs: safefs.Dirs{Top: to}}
-		e := &entry{path: "new", kind: kindFile, mode: 0o644, size: before.Size}
+		e := &archive.Entry{Path: "new", Kind: archive.File, Mode: 0o644, Size: before.Size}
 		after, err := w.linkNamed(e, int(from.Fd()), "file", &before, newSharing(&deployments.Manifest{Immutable: true}))
 		if err != nil || (after != nil) != c.linked {
 			t.Errorf("%s: linked %v, %v, want %v", name, after != nil, err, c.linked)

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -30,7 +31,7 @@ func verifyTree(
 	limit int64,
 	skip ...string,
 ) (found []Difference, stats []fileStat, err error) {
-	x, err := decodeIndex(data)
+	x, err := archive.DecodeIndex(data)
 	if err != nil {
 		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
 	}
@@ -41,12 +42,12 @@ func verifyTree(
 	return v.found, v.stats, nil
 }
 
-func newVerifier(x *index, limit int64, skip []string) *verifier {
+func newVerifier(x *archive.Index, limit int64, skip []string) *verifier {
 	v := &verifier{
 		index:  x,
 		skip:   skip,
-		stats:  make([]fileStat, len(x.entries)),
-		seen:   make([]fs.FileInfo, len(x.entries)),
+		stats:  make([]fileStat, len(x.Entries)),
+		seen:   make([]fs.FileInfo, len(x.Entries)),
 		buffer: make([]byte, 64<<10),
 	}
 	if limit > 0 {
@@ -65,14 +66,14 @@ func (v *verifier) verify(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	slices.SortFunc(v.found, func(a, b Difference) int {
-		return cmp.Or(comparePaths(a.Path, b.Path), cmp.Compare(a.What, b.What))
+		return cmp.Or(archive.ComparePaths(a.Path, b.Path), cmp.Compare(a.What, b.What))
 	})
 	return nil
 }
 
 type verifier struct {
 	root  *os.Root
-	index *index
+	index *archive.Index
 	skip  []string
 	seen  []fs.FileInfo
 	stats []fileStat
@@ -106,7 +107,7 @@ func (v *verifier) run(ctx context.Context) error {
 			}
 			return nil
 		}
-		i := v.index.find(p)
+		i := v.index.Find(p)
 		if i < 0 && d.IsDir() && isAbove(p, v.skip) {
 			return nil // it leads to a shared path
 		}
@@ -131,8 +132,8 @@ func (v *verifier) run(ctx context.Context) error {
 		return err
 	}
 	for i, info := range v.seen {
-		if info == nil && !isBelow(v.index.entries[i].path, v.skip) {
-			v.differs(v.index.entries[i].path, "missing")
+		if info == nil && !isBelow(v.index.Entries[i].Path, v.skip) {
+			v.differs(v.index.Entries[i].Path, "missing")
 		}
 	}
 	return nil
@@ -159,35 +160,35 @@ func (v *verifier) differs(path, what string) {
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
-	e := &v.index.entries[i]
-	want := map[kind]fs.FileMode{kindDir: fs.ModeDir, kindSymlink: fs.ModeSymlink}[e.kind]
+	e := &v.index.Entries[i]
+	want := map[archive.Kind]fs.FileMode{archive.Dir: fs.ModeDir, archive.Symlink: fs.ModeSymlink}[e.Kind]
 	if info.Mode().Type() != want {
-		v.differs(e.path, "type")
+		v.differs(e.Path, "type")
 		return nil
 	}
 	kept := dirBits | fs.ModeSetgid
-	if e.kind == kindDir && e.mode&fs.ModeSetgid == 0 {
+	if e.Kind == archive.Dir && e.Mode&fs.ModeSetgid == 0 {
 		kept = dirBits
 	}
-	if (e.kind == kindFile || e.kind == kindDir) && info.Mode()&kept != e.mode {
-		v.differs(e.path, "mode")
+	if (e.Kind == archive.File || e.Kind == archive.Dir) && info.Mode()&kept != e.Mode {
+		v.differs(e.Path, "mode")
 	}
-	switch e.kind {
-	case kindSymlink:
-		if target, err := v.root.Readlink(e.path); err != nil || target != e.target {
-			v.differs(e.path, "link")
+	switch e.Kind {
+	case archive.Symlink:
+		if target, err := v.root.Readlink(e.Path); err != nil || target != e.Target {
+			v.differs(e.Path, "link")
 		}
-	case kindHardlink:
-		if first := v.seen[e.original]; first == nil || !os.SameFile(first, info) {
-			v.differs(e.path, "link")
+	case archive.Hardlink:
+		if first := v.seen[e.Original]; first == nil || !os.SameFile(first, info) {
+			v.differs(e.Path, "link")
 		}
-	case kindFile:
+	case archive.File:
 		sum, err := v.hash(ctx, i, info)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !unreadable(err) {
 			return err
 		}
-		if err != nil || sum != e.sum {
-			v.differs(e.path, "content")
+		if err != nil || sum != e.Sum {
+			v.differs(e.Path, "content")
 		}
 	}
 	return nil
@@ -200,15 +201,15 @@ func unreadable(err error) bool {
 }
 
 func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deployments.Digest, error) {
-	e := &v.index.entries[i]
-	if info.Size() != e.size {
+	e := &v.index.Entries[i]
+	if info.Size() != e.Size {
 		return deployments.Digest{}, nil
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && v.known != nil && v.known[i] != (fileStat{}) &&
 		v.known[i].sameContent(fileStat{inode: st.Ino, mtime: st.Mtim.Nano()}) {
-		return e.sum, nil
+		return e.Sum, nil
 	}
-	f, err := v.root.OpenFile(e.path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
+	f, err := v.root.OpenFile(e.Path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {
 		return deployments.Digest{}, err
 	}
@@ -217,9 +218,9 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	if err := unix.Fstat(int(f.Fd()), &before); err != nil || before.Mode&unix.S_IFMT != unix.S_IFREG {
 		return deployments.Digest{}, err
 	}
-	sum, err := hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit,
+	sum, err := hashSlowly(ctx, io.LimitReader(f, e.Size+1), v.limit,
 		v.buffer) // otherwise it might grow as long as it is read
-	if err == nil && sum == e.sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
+	if err == nil && sum == e.Sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
 		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
 		v.stats[i] = statOf(&after)
 	}
@@ -254,7 +255,7 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 		return nil, fmt.Errorf("list of hashes: %w", err)
 	}
 	defer top.Close()
-	entries, err := scan(ctx, top)
+	entries, err := archive.Scan(ctx, top)
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 	}
@@ -262,19 +263,19 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	defer dirs.Close()
 	for i := range entries {
 		e := &entries[i]
-		if e.kind != kindFile || e.size == 0 {
+		if e.Kind != archive.File || e.Size == 0 {
 			continue
 		}
-		fd, err := dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+		fd, err := dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 		}
-		f := os.NewFile(uintptr(fd), e.path)
-		e.sum, err = hashSlowly(ctx, f, nil, buffer)
+		f := os.NewFile(uintptr(fd), e.Path)
+		e.Sum, err = hashSlowly(ctx, f, nil, buffer)
 		f.Close()
 		if err != nil {
 			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 		}
 	}
-	return (&index{entries: entries}).encode(), nil
+	return (&archive.Index{Entries: entries}).Encode(), nil
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
 )
@@ -53,7 +54,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	if err != nil {
 		return nil, err
 	}
-	x, err := decodeIndex(index)
+	x, err := archive.DecodeIndex(index)
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +64,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	v := newVerifier(x, how.limit, append(skip, rel.Manifest.Shared...))
 	if how.quick {
-		if known := r.readStats(name, rec.Index); len(known) == len(x.entries) {
+		if known := r.readStats(name, rec.Index); len(known) == len(x.Entries) {
 			v.known = known
 		}
 	}

@@ -43,7 +43,8 @@ func TestOverwrittenManifest(t *testing.T) {
 	lost := write("plain/manifest.yml", "one")
 	write("plain/manifest.yml", "two")
 	_, err := ReadManifest(t.Context(), client, lost)
-	if !errors.Is(err, deployments.ErrDigest) || !strings.Contains(err.Error(), "a key of its own, or a bucket that keeps versions") {
+	const hint = "a key of its own, or a bucket that keeps versions"
+	if !errors.Is(err, deployments.ErrDigest) || !strings.Contains(err.Error(), hint) {
 		t.Errorf("overwritten: %v", err)
 	}
 

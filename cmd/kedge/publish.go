@@ -93,7 +93,7 @@ as it is: another level takes another version.`,
 				opt.Since = append(opt.Since, p)
 			}
 			var err error
-			if opt.Compression, err = artifact.ParseCompression(compression); err != nil {
+			if err := opt.Compression.Parse(compression); err != nil {
 				return usagef("--compression %w", err)
 			}
 			if opt.Find < 0 {
@@ -147,7 +147,7 @@ as it is: another level takes another version.`,
 	f.IntVar(&opt.Find, "deltas", 3, "`how many` of the releases that were published last get a delta; 0: none")
 	f.StringArrayVar(&since, "since", nil,
 		"`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated")
-	f.StringVar(&compression, "compression", artifact.CompressionDefault.String(),
+	f.StringVar(&compression, "compression", opt.Compression.String(),
 		"`level` of the archive: fastest, fast, default, best, or one of zstd's numbers, 1 to 22")
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
 	f.StringVar(

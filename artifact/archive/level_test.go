@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"bytes"
@@ -12,18 +12,20 @@ import (
 	"kedge/deployments"
 )
 
-func TestParseCompression(t *testing.T) {
+func TestCompressionByName(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
 		"": "default", "default": "default", "fastest": "fastest", "fast": "fast", "best": "best",
 		"1": "fastest", "2": "fastest", "3": "fast", "5": "fast", "6": "default", "9": "default", "10": "best", "22": "best",
 	} {
-		if got, err := ParseCompression(text); err != nil || got.String() != want {
+		got := Compression(1)
+		if err := got.Parse(text); err != nil || got.String() != want {
 			t.Errorf("%q: %v, %v, want %s", text, got, err, want)
 		}
 	}
 	for _, text := range []string{"0", "23", "-3", "max", "3.5", " 3"} {
-		if got, err := ParseCompression(text); err == nil || !strings.Contains(err.Error(), "1 to 22") {
+		var got Compression
+		if err := got.Parse(text); err == nil || !strings.Contains(err.Error(), "1 to 22") {
 			t.Errorf("%q: %v, %v", text, got, err)
 		}
 	}
@@ -49,11 +51,11 @@ func TestPackIsAsSmallAsZstd(t *testing.T) {
 	}
 	before := int64(0)
 	for _, text := range []string{"best", "default", "fast", "fastest"} {
-		c, err := ParseCompression(text)
-		if err != nil {
+		var c Compression
+		if err := c.Parse(text); err != nil {
 			t.Fatal(err)
 		}
-		made, err := pack(t.Context(), dir, deployments.SymlinksInside, c, io.Discard, nil)
+		made, err := Pack(t.Context(), dir, deployments.SymlinksInside, c, io.Discard, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"encoding/binary"
@@ -46,7 +46,7 @@ func (m *matcher) slot(data []byte) uint64 {
 	return (a ^ bits.RotateLeft64(b, 31)) * 0x9E3779B185EBCA87 >> m.shift
 }
 
-// find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal
+// Find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal
 // from there.
 func (m *matcher) find(data []byte) (at, length int) {
 	slot := m.slots[m.slot(data)]

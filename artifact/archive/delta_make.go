@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"context"
@@ -21,9 +21,9 @@ import (
 // the archive.
 const maxPatched = 1 << 30
 
-// makeDelta writes a delta from one release to another, both unpacked. It is an error if a tree doesn't match its
+// MakeDelta writes a delta from one release to another, both unpacked. It is an error if a tree doesn't match its
 // index.
-func makeDelta(
+func MakeDelta(
 	ctx context.Context,
 	oldTree string,
 	oldIndex []byte,
@@ -32,11 +32,11 @@ func makeDelta(
 	w io.Writer,
 	progress func(meter.Progress),
 ) error {
-	oldX, err := decodeIndex(oldIndex)
+	oldX, err := DecodeIndex(oldIndex)
 	if err != nil {
 		return fmt.Errorf("delta from %s: %w", oldTree, err)
 	}
-	newX, err := decodeIndex(newIndex)
+	newX, err := DecodeIndex(newIndex)
 	if err != nil {
 		return fmt.Errorf("delta to %s: %w", newTree, err)
 	}
@@ -58,10 +58,10 @@ func makeDelta(
 	if err != nil {
 		return err
 	}
-	jobs := choosePatches(oldX, newX)
+	jobs := ChoosePatches(oldX, newX)
 	total := int64(len(newIndex))
 	for _, job := range jobs {
-		total += newX.entries[job.entry].size
+		total += newX.Entries[job.Entry].Size
 	}
 	m.meter = meter.New("delta", total, progress)
 	m.out.Write(binary.AppendUvarint(nil, uint64(len(newIndex))))
@@ -82,48 +82,48 @@ func digestSlice(data []byte) []byte {
 }
 
 type deltaMaker struct {
-	old, new         *index
+	old, new         *Index
 	oldRoot, newRoot *os.Root
 	out              *zstd.Encoder
 	meter            *meter.Meter
 }
 
-// filePatch is a file to patch: an entry of the new index, and one of the old index, or -1.
-type filePatch struct{ entry, from int }
+// FilePatch is a file to patch: an entry of the new index, and one of the old index, or -1.
+type FilePatch struct{ Entry, From int }
 
-// choosePatches returns the files whose content the old release lacks. For each it picks the most similar old file: the
+// ChoosePatches returns the files whose content the old release lacks. For each it picks the most similar old file: the
 // one at the same path, else at the same path but for digits and hash-like parts (hashed assets, versioned
 // directories), else the one with the same name and the nearest size.
-func choosePatches(old, new *index) []filePatch {
+func ChoosePatches(old, new *Index) []FilePatch {
 	type key struct{ by, name string }
-	have := make(map[deployments.Digest]bool, len(old.entries))
+	have := make(map[deployments.Digest]bool, len(old.Entries))
 	similar := make(map[key][]int)
-	for i := range old.entries {
-		e := &old.entries[i]
-		if e.kind != kindFile || e.size == 0 {
+	for i := range old.Entries {
+		e := &old.Entries[i]
+		if e.Kind != File || e.Size == 0 {
 			continue
 		}
-		have[e.sum] = true
-		for _, k := range []key{{"shape", shapeOf(e.path)}, {"name", path.Base(e.path)}} {
+		have[e.Sum] = true
+		for _, k := range []key{{"shape", shapeOf(e.Path)}, {"name", path.Base(e.Path)}} {
 			similar[k] = append(similar[k], i)
 		}
 	}
-	var jobs []filePatch
-	for i := range new.entries {
-		e := &new.entries[i]
-		if e.kind != kindFile || e.size == 0 || e.size > maxPatched || have[e.sum] {
+	var jobs []FilePatch
+	for i := range new.Entries {
+		e := &new.Entries[i]
+		if e.Kind != File || e.Size == 0 || e.Size > maxPatched || have[e.Sum] {
 			continue
 		}
-		job := filePatch{i, old.find(e.path)}
-		if job.from >= 0 && old.entries[job.from].kind != kindFile {
-			job.from = -1
+		job := FilePatch{i, old.Find(e.Path)}
+		if job.From >= 0 && old.Entries[job.From].Kind != File {
+			job.From = -1
 		}
-		for _, k := range []key{{"shape", shapeOf(e.path)}, {"name", path.Base(e.path)}} {
-			if job.from < 0 {
-				job.from = old.nearest(similar[k], e.size)
+		for _, k := range []key{{"shape", shapeOf(e.Path)}, {"name", path.Base(e.Path)}} {
+			if job.From < 0 {
+				job.From = old.nearest(similar[k], e.Size)
 			}
 		}
-		if job.from >= 0 && old.entries[job.from].size > maxPatched {
+		if job.From >= 0 && old.Entries[job.From].Size > maxPatched {
 			continue
 		}
 		jobs = append(jobs, job)
@@ -132,10 +132,10 @@ func choosePatches(old, new *index) []filePatch {
 }
 
 // nearest returns which of the entries is nearest to a size; -1: there are none.
-func (x *index) nearest(entries []int, size int64) int {
+func (x *Index) nearest(entries []int, size int64) int {
 	best := -1
 	for _, i := range entries[:min(len(entries), 64)] { // names like index.js occur everywhere
-		if best < 0 || distance(x.entries[i].size, size) < distance(x.entries[best].size, size) {
+		if best < 0 || distance(x.Entries[i].Size, size) < distance(x.Entries[best].Size, size) {
 			best = i
 		}
 	}
@@ -176,9 +176,9 @@ func isHex(c byte) bool {
 
 // run makes patches of small files in parallel, and of large ones one after the other, each on all cores. It
 // writes all in order.
-func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
+func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 	type result struct {
-		job   filePatch
+		job   FilePatch
 		patch []byte
 		large bool
 		done  chan struct{}
@@ -191,7 +191,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 		defer close(order)
 		defer close(todo)
 		for _, job := range jobs {
-			r := &result{job: job, large: m.new.entries[job.entry].size > sectionSize, done: make(chan struct{})}
+			r := &result{job: job, large: m.new.Entries[job.Entry].Size > sectionSize, done: make(chan struct{})}
 			to := []chan *result{order, todo}
 			if r.large {
 				to = to[:1]
@@ -222,9 +222,9 @@ func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 	group.Go(func() error {
 		last := -1
 		for r := range order {
-			head := binary.AppendUvarint(nil, uint64(r.job.entry-last))
-			head = binary.AppendUvarint(head, uint64(r.job.from+1))
-			last = r.job.entry
+			head := binary.AppendUvarint(nil, uint64(r.job.Entry-last))
+			head = binary.AppendUvarint(head, uint64(r.job.From+1))
+			last = r.job.Entry
 			if _, err := m.out.Write(head); err != nil {
 				return err
 			}
@@ -246,7 +246,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 			if _, err := m.out.Write(r.patch); err != nil {
 				return err
 			}
-			m.meter.Add(m.new.entries[r.job.entry].size)
+			m.meter.Add(m.new.Entries[r.job.Entry].Size)
 		}
 		return nil
 	})
@@ -254,23 +254,23 @@ func (m *deltaMaker) run(ctx context.Context, jobs []filePatch) error {
 }
 
 // load reads a job's old and new file, and verifies both against their indexes.
-func (m *deltaMaker) load(job filePatch) (old, new []byte, err error) {
-	if job.from >= 0 {
-		if old, err = loadFile(m.oldRoot, &m.old.entries[job.from]); err != nil {
+func (m *deltaMaker) load(job FilePatch) (old, new []byte, err error) {
+	if job.From >= 0 {
+		if old, err = loadFile(m.oldRoot, &m.old.Entries[job.From]); err != nil {
 			return nil, nil, err
 		}
 	}
-	new, err = loadFile(m.newRoot, &m.new.entries[job.entry])
+	new, err = loadFile(m.newRoot, &m.new.Entries[job.Entry])
 	return old, new, err
 }
 
-func loadFile(root *os.Root, e *entry) ([]byte, error) {
-	data, err := root.ReadFile(e.path)
+func loadFile(root *os.Root, e *Entry) ([]byte, error) {
+	data, err := root.ReadFile(e.Path)
 	if err != nil {
 		return nil, err
 	}
-	if deployments.DigestOf(data) != e.sum {
-		return nil, fmt.Errorf("%s: %w: it is not what its index says", e.path, deployments.ErrDigest)
+	if deployments.DigestOf(data) != e.Sum {
+		return nil, fmt.Errorf("%s: %w: it is not what its index says", e.Path, deployments.ErrDigest)
 	}
 	return data, nil
 }

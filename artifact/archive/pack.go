@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"archive/tar"
@@ -22,71 +22,71 @@ import (
 )
 
 const (
-	largeFile  = 1 << 20   // files from this size on have frames of their own
-	largeFrame = 2 << 20   // bytes of content in a large file's frame
+	LargeFile  = 1 << 20   // files from this size on have frames of their own
+	LargeFrame = 2 << 20   // bytes of content in a large file's frame
 	minGroup   = 768 << 10 // least bytes in a frame of small files
 	maxGroup   = 2 << 20   // most bytes in a frame of small files
 	packWindow = 2 << 20   // the encoder's window: a whole frame
 )
 
-// emptyDigest is the SHA-256 of an empty file.
-var emptyDigest = deployments.DigestOf(nil)
+// EmptyDigest is the SHA-256 of an empty file.
+var EmptyDigest = deployments.DigestOf(nil)
 
 var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// packed is the result of pack.
-type packed struct {
+// Packed is what Pack has made.
+type Packed struct {
 	Size    int64 // of the archive, in bytes
 	SHA256  deployments.Digest
-	Index   []byte
-	Entries int // files, directories and links
+	Index   []byte // as it is stored
+	Entries int    // files, directories and links
 	Files   int
 	Tree    int64 // bytes of the tree
 }
 
-// pack writes the tree in dir as an archive. It is an error if a file changes meanwhile, or if a symbolic link
+// Pack writes the tree in dir as an archive. It is an error if a file changes meanwhile, or if a symbolic link
 // leads where symlinks doesn't allow.
-func pack(
+func Pack(
 	ctx context.Context,
 	dir string,
 	symlinks deployments.Symlinks,
 	compression Compression,
 	w io.Writer,
 	progress func(meter.Progress),
-) (packed, error) {
+) (Packed, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
-		return packed{}, fmt.Errorf("pack: %w", err)
+		return Packed{}, fmt.Errorf("pack: %w", err)
 	}
 	defer top.Close()
-	entries, err := scan(ctx, top)
+	entries, err := Scan(ctx, top)
 	if err != nil {
-		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+		return Packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
-	x := &index{archive: true, entries: entries}
-	if err := x.checkTargets(symlinks); err != nil {
-		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	x := &Index{Archive: true, Entries: entries}
+	if err := x.CheckTargets(symlinks); err != nil {
+		return Packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	p := &packer{top: top, index: x, compression: compression, out: w, archive: sha256.New(),
-		meter: meter.New("pack", x.size(), progress)}
+		meter: meter.New("pack", x.TreeSize(), progress)}
 	if err := p.run(ctx); err != nil {
-		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+		return Packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	p.meter.Done()
-	result := packed{
-		Size:    x.archiveSize(),
+	result := Packed{
+		Size:    x.ArchiveSize(),
 		SHA256:  deployments.Digest(p.archive.Sum(nil)),
-		Index:   x.encode(),
+		Index:   x.Encode(),
 		Entries: len(entries),
-		Tree:    x.size(),
+		Tree:    x.TreeSize(),
 	}
 	for i := range entries {
-		if entries[i].kind == kindFile {
+		if entries[i].Kind == File {
 			result.Files++
 		}
 	}
-	if _, err := decodeIndex(result.Index); err != nil { // an index that no node would read must not be published
-		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	if _, err := DecodeIndex(result.Index); err != nil { // an index that no node would read must not be published
+		return Packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	return result, nil
 }
@@ -107,7 +107,7 @@ type part struct {
 }
 
 // sections yields the sections, decided by names and sizes alone.
-func (x *index) sections(yield func(section) bool) {
+func (x *Index) sections(yield func(section) bool) {
 	var group section
 	var size int64
 	flush := func() bool {
@@ -115,37 +115,37 @@ func (x *index) sections(yield func(section) bool) {
 		group, size = section{}, 0
 		return len(s.parts) == 0 || yield(s)
 	}
-	for i := range x.entries {
-		e := &x.entries[i]
+	for i := range x.Entries {
+		e := &x.Entries[i]
 		header := int64(512)
-		if len(e.path) > 100 || len(e.target) > 100 { // PAX: an estimate that is never too low
-			header += 2048 + 2*int64(len(e.path)+len(e.target))
+		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: an estimate that is never too low
+			header += 2048 + 2*int64(len(e.Path)+len(e.Target))
 		}
 		content := header
-		if e.size < largeFile {
-			content += e.size
+		if e.Size < LargeFile {
+			content += e.Size
 		}
-		if (size >= minGroup && borders(e.path) || size+content > maxGroup) && !flush() {
+		if (size >= minGroup && borders(e.Path) || size+content > maxGroup) && !flush() {
 			return
 		}
 		group.parts = append(group.parts, part{entry: i, header: true})
 		size += content
 		switch {
-		case e.size == 0:
-		case e.size < largeFile:
-			group.parts = append(group.parts, part{entry: i, n: e.size, pad: true})
+		case e.Size == 0:
+		case e.Size < LargeFile:
+			group.parts = append(group.parts, part{entry: i, n: e.Size, pad: true})
 		default:
 			if !flush() {
 				return
 			}
-			for from := int64(0); from < e.size; from += largeFrame {
-				n := min(largeFrame, e.size-from)
+			for from := int64(0); from < e.Size; from += LargeFrame {
+				n := min(LargeFrame, e.Size-from)
 				if !yield(section{parts: []part{{entry: i, from: from, n: n}}, large: true}) {
 					return
 				}
 			}
-			if e.size%512 != 0 {
-				group.parts = append(group.parts, part{entry: i, from: e.size, pad: true})
+			if e.Size%512 != 0 {
+				group.parts = append(group.parts, part{entry: i, from: e.Size, pad: true})
 			}
 		}
 	}
@@ -162,7 +162,7 @@ func borders(path string) bool {
 // packer compresses sections into frames on all cores, and writes them in order.
 type packer struct {
 	top         *os.File
-	index       *index
+	index       *Index
 	compression Compression
 	out         io.Writer
 	archive     hash.Hash
@@ -268,11 +268,11 @@ func (p *packer) write(job *packing) error {
 		return err
 	}
 	p.archive.Write(job.data)
-	f := frame{offset: p.index.archiveSize(), size: int64(len(job.data)), start: p.stream, length: job.length,
-		sum: job.sum, content: job.content}
-	p.index.frames = append(p.index.frames, f)
+	f := Frame{Offset: p.index.ArchiveSize(), Size: int64(len(job.data)), Start: p.stream, Length: job.length,
+		Sum: job.sum, Content: job.content}
+	p.index.Frames = append(p.index.Frames, f)
 	for _, o := range job.offsets {
-		p.index.entries[o.entry].offset = p.stream + o.at
+		p.index.Entries[o.entry].Offset = p.stream + o.at
 	}
 	p.stream += job.length
 	for _, part := range job.parts {
@@ -308,7 +308,7 @@ func (w *packWorker) pack(ctx context.Context, job *packing) error {
 			}
 		}
 		if part.pad {
-			if over := w.index.entries[part.entry].size % 512; over != 0 {
+			if over := w.index.Entries[part.entry].Size % 512; over != 0 {
 				w.raw.Write(make([]byte, 512-over))
 			}
 		}
@@ -324,28 +324,28 @@ func (w *packWorker) pack(ctx context.Context, job *packing) error {
 }
 
 func (w *packWorker) header(i int) error {
-	e := &w.index.entries[i]
-	h := &tar.Header{Name: e.path, Mode: int64(unixMode(e.mode)), ModTime: packedTime}
-	switch e.kind {
-	case kindFile:
-		h.Typeflag, h.Size = tar.TypeReg, e.size
-	case kindDir:
+	e := &w.index.Entries[i]
+	h := &tar.Header{Name: e.Path, Mode: int64(UnixMode(e.Mode)), ModTime: packedTime}
+	switch e.Kind {
+	case File:
+		h.Typeflag, h.Size = tar.TypeReg, e.Size
+	case Dir:
 		h.Typeflag = tar.TypeDir
 		h.Name += "/"
-	case kindSymlink:
-		h.Typeflag, h.Linkname = tar.TypeSymlink, e.target
-	case kindHardlink:
-		h.Typeflag, h.Linkname = tar.TypeLink, w.index.entries[e.original].path
+	case Symlink:
+		h.Typeflag, h.Linkname = tar.TypeSymlink, e.Target
+	case Hardlink:
+		h.Typeflag, h.Linkname = tar.TypeLink, w.index.Entries[e.Original].Path
 	}
 	return tar.NewWriter(&w.raw).WriteHeader(h)
 }
 
-// content reads a part of a file and hashes it. Parts of a large file are hashed in order.
+// Content reads a part of a file and hashes it. Parts of a large file are hashed in order.
 func (w *packWorker) content(ctx context.Context, job *packing, part part) error {
 	if part.n == 0 {
 		return nil
 	}
-	e := &w.index.entries[part.entry]
+	e := &w.index.Entries[part.entry]
 	begin := w.raw.Len()
 	if part.from == 0 {
 		job.offsets = append(job.offsets, offset{part.entry, int64(begin)})
@@ -356,7 +356,7 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 	data := w.raw.Bytes()[begin:]
 	if !job.large {
-		e.sum = deployments.DigestOf(data)
+		e.Sum = deployments.DigestOf(data)
 		return nil
 	}
 	job.content = deployments.DigestOf(data)
@@ -366,11 +366,11 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 			run.written = written
 		}
 		if run.written != written {
-			return safefs.PathError("read", e.path, safefs.ErrChanging)
+			return safefs.PathError("read", e.Path, safefs.ErrChanging)
 		}
 		run.Write(data)
-		if part.from+part.n == e.size {
-			e.sum = deployments.Digest(run.Sum(nil))
+		if part.from+part.n == e.Size {
+			e.Sum = deployments.Digest(run.Sum(nil))
 		}
 		job.after <- run
 		return nil
@@ -380,29 +380,29 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 }
 
 // read reads a part of a file, and returns the file's mtime from before the read.
-func (w *packWorker) read(e *entry, part part) (written unix.Timespec, err error) {
-	fd, err := w.dirs.OpenFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+func (w *packWorker) read(e *Entry, part part) (written unix.Timespec, err error) {
+	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return written, err
 	}
 	defer unix.Close(fd)
 	var before, after unix.Stat_t
 	if err := unix.Fstat(fd, &before); err != nil {
-		return written, safefs.PathError("stat", e.path, err)
+		return written, safefs.PathError("stat", e.Path, err)
 	}
-	if before.Mode&unix.S_IFMT != unix.S_IFREG || before.Size != e.size {
-		return written, safefs.PathError("read", e.path, safefs.ErrChanging)
+	if before.Mode&unix.S_IFMT != unix.S_IFREG || before.Size != e.Size {
+		return written, safefs.PathError("read", e.Path, safefs.ErrChanging)
 	}
 	w.raw.Grow(int(part.n))
 	data := w.raw.AvailableBuffer()[:part.n]
 	if err := safefs.ReadAll(fd, data, part.from); err != nil {
-		return written, safefs.PathError("read", e.path, err)
+		return written, safefs.PathError("read", e.Path, err)
 	}
 	if err := unix.Fstat(fd, &after); err != nil {
-		return written, safefs.PathError("stat", e.path, err)
+		return written, safefs.PathError("stat", e.Path, err)
 	}
 	if after.Size != before.Size || after.Mtim != before.Mtim {
-		return written, safefs.PathError("read", e.path, safefs.ErrChanging)
+		return written, safefs.PathError("read", e.Path, safefs.ErrChanging)
 	}
 	w.raw.Write(data) // no copy: it is the buffer's own memory
 	return before.Mtim, nil

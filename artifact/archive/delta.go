@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"bufio"
@@ -22,23 +22,24 @@ const (
 	sectionSize = 4 << 20 // bytes that one section of a patch produces
 )
 
-// delta is an open delta whose hash was verified, read up to its first file.
-type delta struct {
+// Delta is an open delta whose hash was verified, read up to its first file.
+type Delta struct {
 	raw    io.Closer
 	zstd   *zstd.Decoder
 	stream *bufio.Reader
 }
 
-func (d *delta) Close() error {
+// Close frees the decoder, and closes what the delta is read from.
+func (d *Delta) Close() error {
 	if d.zstd != nil {
 		d.zstd.Close()
 	}
 	return d.raw.Close()
 }
 
-// readDelta opens a delta and applies its patch of the index. It closes raw on an error.
-func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex []byte, err error) {
-	d := &delta{raw: raw}
+// ReadDelta opens a delta and applies its patch of the index. It closes raw on an error.
+func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex []byte, err error) {
+	d := &Delta{raw: raw}
 	defer func() {
 		if err != nil {
 			d.Close()
@@ -58,12 +59,12 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 		return nil, nil, err
 	}
 	d.stream = bufio.NewReaderSize(d.zstd, 64<<10)
-	size, err := d.number(maxIndex)
+	size, err := d.number(MaxIndex)
 	if err != nil {
 		return nil, nil, err
 	}
 	var out bytes.Buffer // grows with the bytes that come, not with the size that is announced
-	if err := d.apply(bytes.NewReader(oldIndex), int64(len(oldIndex)), &out, int64(size)); err != nil {
+	if err := d.Apply(bytes.NewReader(oldIndex), int64(len(oldIndex)), &out, int64(size)); err != nil {
 		return nil, nil, err
 	}
 	if sum := deployments.DigestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
@@ -73,7 +74,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 }
 
 // number reads a varint of at most max.
-func (d *delta) number(max uint64) (uint64, error) {
+func (d *Delta) number(max uint64) (uint64, error) {
 	n, err := binary.ReadUvarint(d.stream)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrDelta, noEOF(err))
@@ -91,9 +92,9 @@ func noEOF(err error) error {
 	return err
 }
 
-// next returns the next file's entry in the new index, and the entry of the old index that it patches, or -1 for
+// Next returns the next file's entry in the new index, and the entry of the old index that it patches, or -1 for
 // none. Both are -1 at the end.
-func (d *delta) next(last, entries, old int) (entry, from int, err error) {
+func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {
 		return -1, -1, err
@@ -102,9 +103,9 @@ func (d *delta) next(last, entries, old int) (entry, from int, err error) {
 	return last + int(gap), int(n) - 1, err
 }
 
-// apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match
-// old, the error wraps errMisfit, and reading the delta can continue after the patch.
-func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
+// Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match
+// old, the error wraps ErrMisfit, and reading the delta can continue after the patch.
+func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
 	var out []byte
 	var misfit error
@@ -119,7 +120,7 @@ func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 			continue
 		}
 		if out, err = s.apply(src, out[:0], int(n)); err != nil {
-			misfit = fmt.Errorf("%w: %w", errMisfit, err)
+			misfit = fmt.Errorf("%w: %w", ErrMisfit, err)
 			continue
 		}
 		if _, err := w.Write(out); err != nil {
@@ -129,7 +130,8 @@ func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 	return misfit
 }
 
-var errMisfit = errors.New("the patch does not match the old file")
+// ErrMisfit means that a patch does not match the file that it is applied to.
+var ErrMisfit = errors.New("the patch does not match the old file")
 
 // patchSection is one section, split into its four parts.
 type patchSection struct {
@@ -139,7 +141,7 @@ type patchSection struct {
 }
 
 // section reads the next section, which must produce n bytes.
-func (d *delta) section(n int) (*patchSection, error) {
+func (d *Delta) section(n int) (*patchSection, error) {
 	// The sections that kedge makes stay below these bounds: an op produces more bytes than it takes, a run at
 	// least one byte for two.
 	bounds := [4]int{n + 32, 2*n + 32, n, n}

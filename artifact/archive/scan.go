@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"context"
@@ -13,8 +13,8 @@ import (
 	"kedge/deployments"
 )
 
-// scan lists a tree in the order of the archive, without hashes and offsets.
-func scan(ctx context.Context, top *os.File) ([]entry, error) {
+// Scan lists a tree in the order of the archive, without hashes and offsets.
+func Scan(ctx context.Context, top *os.File) ([]Entry, error) {
 	s := &scanner{ctx: ctx, seen: map[inode]int{}}
 	// a descriptor with a read position of its own
 	dir, err := safefs.OpenAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
@@ -29,7 +29,7 @@ type inode struct{ dev, ino uint64 }
 
 type scanner struct {
 	ctx     context.Context
-	entries []entry
+	entries []Entry
 	seen    map[inode]int // the first entry of a file that has several names
 }
 
@@ -46,7 +46,7 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 	slices.Sort(names)
 	for _, name := range names {
 		p := prefix + name
-		if err := checkPath(p); err != nil {
+		if err := CheckPath(p); err != nil {
 			return err
 		}
 		if len(s.entries) == maxEntries {
@@ -57,7 +57,7 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 			return err
 		}
 		s.entries = append(s.entries, e)
-		if e.kind != kindDir {
+		if e.Kind != Dir {
 			continue
 		}
 		fd, err := safefs.OpenAt(int(dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
@@ -71,39 +71,39 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 	return nil
 }
 
-func (s *scanner) entry(dir int, name, p string) (entry, error) {
+func (s *scanner) entry(dir int, name, p string) (Entry, error) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return entry{}, safefs.PathError("stat", p, err)
+		return Entry{}, safefs.PathError("stat", p, err)
 	}
-	e := entry{path: p, mode: fs.FileMode(st.Mode & 0o777)}
+	e := Entry{Path: p, Mode: fs.FileMode(st.Mode & 0o777)}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
-		e.kind, e.mode = kindDir, modeOf(st.Mode)
+		e.Kind, e.Mode = Dir, modeOf(st.Mode)
 	case unix.S_IFLNK:
-		e.kind, e.mode = kindSymlink, fs.ModePerm
+		e.Kind, e.Mode = Symlink, fs.ModePerm
 		target := make([]byte, maxPath+1)
 		n, err := unix.Readlinkat(dir, name, target)
 		if err != nil {
-			return entry{}, safefs.PathError("readlink", p, err)
+			return Entry{}, safefs.PathError("readlink", p, err)
 		}
-		e.target = string(target[:n])
-		return e, checkTargetText(p, e.target)
+		e.Target = string(target[:n])
+		return e, checkTargetText(p, e.Target)
 	case unix.S_IFREG:
 		if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
-			return entry{}, fmt.Errorf("%q is setuid or setgid, which a release may not have", p)
+			return Entry{}, fmt.Errorf("%q is setuid or setgid, which a release may not have", p)
 		}
-		e.size, e.sum = st.Size, emptyDigest
+		e.Size, e.Sum = st.Size, EmptyDigest
 		if st.Nlink > 1 {
 			key := inode{uint64(st.Dev), st.Ino}
 			if first, ok := s.seen[key]; ok {
-				e.kind, e.original, e.size, e.sum = kindHardlink, first, 0, deployments.Digest{}
+				e.Kind, e.Original, e.Size, e.Sum = Hardlink, first, 0, deployments.Digest{}
 			} else {
 				s.seen[key] = len(s.entries)
 			}
 		}
 	default:
-		return entry{}, fmt.Errorf("%q is neither a file, a directory nor a symbolic link (%s)", p, typeOf(st.Mode))
+		return Entry{}, fmt.Errorf("%q is neither a file, a directory nor a symbolic link (%s)", p, typeOf(st.Mode))
 	}
 	return e, nil
 }

@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"bytes"
@@ -24,94 +24,97 @@ var ErrIndex = errors.New("bad index")
 const (
 	indexMagic = "kedgeix\x01"
 
-	maxIndex   = 512 << 20
+	MaxIndex   = 512 << 20 // bytes of an index
 	maxEntries = 4 << 20
-	maxPath    = 4096
-	maxName    = 255
-	maxLevels  = 128 // directories above a path, in an archive without an index, too
+	maxPath    = 4096 // bytes
+	maxName    = 255  // bytes
+	MaxLevels  = 128  // directories above a path, in an archive without an index, too
 	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound all paths together: paths share the
 	// beginning of the path before, so that an entry of six bytes can stand for a path of 4,096.
 	maxPaths   = 64 << 20
 	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
-	maxFrame   = 4 << 20 // bytes that one frame decodes to
+	MaxFrame   = 4 << 20 // bytes that one frame decodes to
 )
 
 // maxEncoded bounds a frame's size in the archive by what it decodes to: zstd stores what it can't compress.
 func maxEncoded(raw int64) int64 { return raw + raw>>7 + 1024 }
 
-type kind uint8
+// Kind is what an entry is.
+type Kind uint8
 
+// The kinds of entries, by their numbers in an index.
 const (
-	kindFile kind = iota
-	kindDir
-	kindSymlink
-	kindHardlink
+	File Kind = iota
+	Dir
+	Symlink
+	Hardlink
 )
 
-// entry is one path of a tree.
-type entry struct {
-	path string
-	kind kind
-	mode fs.FileMode // permission bits, and those of dirOnly
-	size int64       // of a file
-	sum  deployments.Digest
-	// offset is where a file's content begins in the tar stream.
-	offset int64
-	// target is the target of a symbolic link. original is the number of the entry that a hard link is another
+// Entry is one path of a tree.
+type Entry struct {
+	Path string
+	Kind Kind
+	Mode fs.FileMode        // permission bits, and a directory's sticky and set-group-id bits
+	Size int64              // of a file
+	Sum  deployments.Digest // of a file's content
+	// Offset is where a file's content begins in the tar stream.
+	Offset int64
+	// Target is the target of a symbolic link. Original is the number of the entry that a hard link is another
 	// name of.
-	target   string
-	original int
+	Target   string
+	Original int
 }
 
-// frame is one zstd frame of the archive.
-type frame struct {
-	offset, size  int64 // in the archive
-	start, length int64 // in the tar stream
-	sum           deployments.Digest
-	// content is the SHA-256 of what the frame decodes to if all of that is one file's content, else zero.
-	content deployments.Digest
+// Frame is one zstd frame of the archive.
+type Frame struct {
+	Offset, Size  int64 // in the archive
+	Start, Length int64 // in the tar stream
+	Sum           deployments.Digest
+	// Content is the SHA-256 of what the frame decodes to if all of that is one file's content, else zero.
+	Content deployments.Digest
 }
 
-// index describes a tree, and where its bytes lie in an archive.
-type index struct {
-	archive bool // false: a list of hashes, without frames
-	entries []entry
-	frames  []frame
+// Index describes a tree, and where its bytes lie in an archive.
+type Index struct {
+	Archive bool // false: a list of hashes of a tree that came without an index; it has no frames
+	Entries []Entry
+	Frames  []Frame
 }
 
-// size returns the total size of the tree's files, and archiveSize that of the archive.
-func (x *index) size() (n int64) {
-	for i := range x.entries {
-		n += x.entries[i].size
+// TreeSize returns the total size of the tree's files, in bytes.
+func (x *Index) TreeSize() (n int64) {
+	for i := range x.Entries {
+		n += x.Entries[i].Size
 	}
 	return n
 }
 
-func (x *index) archiveSize() int64 {
-	if len(x.frames) == 0 {
+// ArchiveSize returns the size of the archive, in bytes.
+func (x *Index) ArchiveSize() int64 {
+	if len(x.Frames) == 0 {
 		return 0
 	}
-	last := x.frames[len(x.frames)-1]
-	return last.offset + last.size
+	last := x.Frames[len(x.Frames)-1]
+	return last.Offset + last.Size
 }
 
-// framesOf returns the range of frames that hold a file's content.
-func (x *index) framesOf(e *entry) (from, to int) {
-	if e.size == 0 {
+// FramesOf returns the range of frames that hold a file's content.
+func (x *Index) FramesOf(e *Entry) (from, to int) {
+	if e.Size == 0 {
 		return 0, 0
 	}
-	at := func(f frame, offset int64) int { return cmp.Compare(f.start+f.length, offset) }
-	from, found := slices.BinarySearchFunc(x.frames, e.offset, at)
+	at := func(f Frame, offset int64) int { return cmp.Compare(f.Start+f.Length, offset) }
+	from, found := slices.BinarySearchFunc(x.Frames, e.Offset, at)
 	if found { // it ends where the content begins
 		from++
 	}
-	to, _ = slices.BinarySearchFunc(x.frames, e.offset+e.size, at)
+	to, _ = slices.BinarySearchFunc(x.Frames, e.Offset+e.Size, at)
 	return from, to + 1
 }
 
-// comparePaths orders paths as a walk visits them: a directory, then its content, then its next sibling.
-func comparePaths(a, b string) int {
+// ComparePaths orders paths as a walk visits them: a directory, then its content, then its next sibling.
+func ComparePaths(a, b string) int {
 	n := min(len(a), len(b))
 	for i := range n {
 		if a[i] != b[i] {
@@ -127,62 +130,62 @@ func comparePaths(a, b string) int {
 	return cmp.Compare(len(a), len(b))
 }
 
-// find returns the number of the entry at p, or -1.
-func (x *index) find(p string) int {
-	i, ok := slices.BinarySearchFunc(x.entries, p, func(e entry, p string) int { return comparePaths(e.path, p) })
+// Find returns the number of the entry at p, or -1.
+func (x *Index) Find(p string) int {
+	i, ok := slices.BinarySearchFunc(x.Entries, p, func(e Entry, p string) int { return ComparePaths(e.Path, p) })
 	if !ok {
 		return -1
 	}
 	return i
 }
 
-func (x *index) encode() []byte {
-	out := make([]byte, 0, len(indexMagic)+64*len(x.entries)+40*len(x.frames)+16)
+func (x *Index) Encode() []byte {
+	out := make([]byte, 0, len(indexMagic)+64*len(x.Entries)+40*len(x.Frames)+16)
 	out = append(out, indexMagic...)
 	flags := uint64(0)
-	if x.archive {
+	if x.Archive {
 		flags = 1
 	}
 	out = binary.AppendUvarint(out, flags)
-	out = binary.AppendUvarint(out, uint64(len(x.entries)))
-	out = binary.AppendUvarint(out, uint64(len(x.frames)))
+	out = binary.AppendUvarint(out, uint64(len(x.Entries)))
+	out = binary.AppendUvarint(out, uint64(len(x.Frames)))
 	last, end := "", int64(0)
-	for i := range x.entries {
-		e := &x.entries[i]
-		shared := commonPrefix(last, e.path)
-		out = append(out, byte(e.kind))
+	for i := range x.Entries {
+		e := &x.Entries[i]
+		shared := commonPrefix(last, e.Path)
+		out = append(out, byte(e.Kind))
 		out = binary.AppendUvarint(out, uint64(shared))
-		out = appendString(out, e.path[shared:])
-		out = binary.AppendUvarint(out, uint64(unixMode(e.mode)))
-		last = e.path
-		switch e.kind {
-		case kindFile:
-			out = binary.AppendUvarint(out, uint64(e.size))
-			out = append(out, e.sum[:]...)
+		out = appendString(out, e.Path[shared:])
+		out = binary.AppendUvarint(out, uint64(UnixMode(e.Mode)))
+		last = e.Path
+		switch e.Kind {
+		case File:
+			out = binary.AppendUvarint(out, uint64(e.Size))
+			out = append(out, e.Sum[:]...)
 			switch {
-			case !x.archive:
-			case e.size == 0: // it has no place in the stream
+			case !x.Archive:
+			case e.Size == 0: // it has no place in the stream
 				out = binary.AppendUvarint(out, 0)
 			default:
-				out = binary.AppendUvarint(out, uint64(e.offset-end))
-				end = e.offset + e.size
+				out = binary.AppendUvarint(out, uint64(e.Offset-end))
+				end = e.Offset + e.Size
 			}
-		case kindSymlink:
-			out = appendString(out, e.target)
-		case kindHardlink:
-			out = binary.AppendUvarint(out, uint64(e.original))
+		case Symlink:
+			out = appendString(out, e.Target)
+		case Hardlink:
+			out = binary.AppendUvarint(out, uint64(e.Original))
 		}
 	}
-	for i := range x.frames {
-		f := &x.frames[i]
-		out = binary.AppendUvarint(out, uint64(f.size))
-		if f.content.IsZero() {
-			out = binary.AppendUvarint(out, uint64(f.length)<<1)
-			out = append(out, f.sum[:]...)
+	for i := range x.Frames {
+		f := &x.Frames[i]
+		out = binary.AppendUvarint(out, uint64(f.Size))
+		if f.Content.IsZero() {
+			out = binary.AppendUvarint(out, uint64(f.Length)<<1)
+			out = append(out, f.Sum[:]...)
 		} else {
-			out = binary.AppendUvarint(out, uint64(f.length)<<1|1)
-			out = append(out, f.sum[:]...)
-			out = append(out, f.content[:]...)
+			out = binary.AppendUvarint(out, uint64(f.Length)<<1|1)
+			out = append(out, f.Sum[:]...)
+			out = append(out, f.Content[:]...)
 		}
 	}
 	return out
@@ -205,8 +208,8 @@ func commonPrefix(a, b string) int {
 // dirOnly are mode bits that a release's directories may have, and its files may not.
 const dirOnly = fs.ModeSticky | fs.ModeSetgid
 
-// unixMode returns a mode's bits for chmod: the permission bits, and those of dirOnly.
-func unixMode(m fs.FileMode) uint32 {
+// UnixMode returns a mode's bits for chmod: the permission bits, and those of dirOnly.
+func UnixMode(m fs.FileMode) uint32 {
 	bits := uint32(m.Perm())
 	if m&fs.ModeSticky != 0 {
 		bits |= unix.S_ISVTX
@@ -217,7 +220,7 @@ func unixMode(m fs.FileMode) uint32 {
 	return bits
 }
 
-// modeOf is the reverse of unixMode.
+// modeOf returns the mode of which UnixMode gives these bits.
 func modeOf(bits uint32) fs.FileMode {
 	m := fs.FileMode(bits & 0o777)
 	if bits&unix.S_ISVTX != 0 {
@@ -229,11 +232,11 @@ func modeOf(bits uint32) fs.FileMode {
 	return m
 }
 
-// decodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a
+// DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a
 // small multiple of their length, and its result keeps every rule of the package comment.
-func decodeIndex(data []byte) (*index, error) {
-	if len(data) > maxIndex {
-		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), maxIndex)
+func DecodeIndex(data []byte) (*Index, error) {
+	if len(data) > MaxIndex {
+		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), MaxIndex)
 	}
 	rest, ok := bytes.CutPrefix(data, []byte(indexMagic))
 	if !ok {
@@ -247,8 +250,8 @@ func decodeIndex(data []byte) (*index, error) {
 	if r.err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrIndex, r.err)
 	}
-	x := &index{archive: flags == 1, entries: make([]entry, entries), frames: make([]frame, frames)}
-	if !x.archive && frames > 0 {
+	x := &Index{Archive: flags == 1, Entries: make([]Entry, entries), Frames: make([]Frame, frames)}
+	if !x.Archive && frames > 0 {
 		return nil, fmt.Errorf("%w: it lists frames, though it is of no archive", ErrIndex)
 	}
 	end, err := x.decodeEntries(r)
@@ -267,15 +270,15 @@ func decodeIndex(data []byte) (*index, error) {
 const pathsAtOnce = 64 << 10
 
 // decodeEntries returns where the last file's content ends in the tar stream.
-func (x *index) decodeEntries(r *cursor) (end int64, err error) {
+func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 	var last []byte
 	var paths strings.Builder // holds the paths of many entries in one allocation
 	var tree int64
 	left := maxPaths + pathGrowth*len(r.rest)
 	dirs := []string{""} // the directories that the next entry may lie in
-	for i := range x.entries {
-		e := &x.entries[i]
-		e.kind = kind(r.number(uint64(kindHardlink)))
+	for i := range x.Entries {
+		e := &x.Entries[i]
+		e.Kind = Kind(r.number(uint64(Hardlink)))
 		shared := r.number(uint64(len(last)))
 		suffix := r.bytes(r.number(maxPath))
 		mode := r.number(0o3777)
@@ -291,62 +294,62 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			paths.Grow(min(len(r.rest), pathsAtOnce) + len(last))
 		}
 		paths.Write(last)
-		e.path = paths.String()[paths.Len()-len(last):]
-		if e.mode = modeOf(uint32(mode)); e.mode&dirOnly != 0 && e.kind != kindDir {
-			return 0, fmt.Errorf("entry %d: %q is sticky or setgid, which only a directory may be", i, e.path)
+		e.Path = paths.String()[paths.Len()-len(last):]
+		if e.Mode = modeOf(uint32(mode)); e.Mode&dirOnly != 0 && e.Kind != Dir {
+			return 0, fmt.Errorf("entry %d: %q is sticky or setgid, which only a directory may be", i, e.Path)
 		}
-		parent := safefs.Parent(e.path)
+		parent := safefs.Parent(e.Path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
 			dirs = dirs[:len(dirs)-1]
 		}
 		// Of most paths the directory has been checked, and only the name is new.
-		if parent == "" || len(dirs) == 0 || len(dirs) > maxLevels || len(e.path) > maxPath ||
-			!isName(e.path[len(parent)+1:]) {
-			if err := checkPath(e.path); err != nil {
+		if parent == "" || len(dirs) == 0 || len(dirs) > MaxLevels || len(e.Path) > maxPath ||
+			!isName(e.Path[len(parent)+1:]) {
+			if err := CheckPath(e.Path); err != nil {
 				return 0, fmt.Errorf("entry %d: %w", i, err)
 			}
 		}
 		if i > 0 {
-			before := x.entries[i-1].path
-			same := commonPrefix(before, e.path)
-			if comparePaths(before[same:], e.path[same:]) >= 0 {
-				return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
+			before := x.Entries[i-1].Path
+			same := commonPrefix(before, e.Path)
+			if ComparePaths(before[same:], e.Path[same:]) >= 0 {
+				return 0, fmt.Errorf("entry %d: %q is not in order", i, e.Path)
 			}
 			if uint64(same) != shared {
-				return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.path)
+				return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.Path)
 			}
 		}
 		if len(dirs) == 0 {
-			return 0, fmt.Errorf("entry %d: %q does not lie in a directory of the tree", i, e.path)
+			return 0, fmt.Errorf("entry %d: %q does not lie in a directory of the tree", i, e.Path)
 		}
-		switch e.kind {
-		case kindDir:
-			dirs = append(dirs, e.path)
-		case kindFile:
-			e.size = int64(r.number(maxTree))
-			r.digest(&e.sum)
-			if x.archive {
+		switch e.Kind {
+		case Dir:
+			dirs = append(dirs, e.Path)
+		case File:
+			e.Size = int64(r.number(maxTree))
+			r.digest(&e.Sum)
+			if x.Archive {
 				gap := int64(r.number(maxTree))
-				if e.size == 0 && gap > 0 {
-					return 0, fmt.Errorf("entry %d: %q is empty and yet has an offset", i, e.path)
+				if e.Size == 0 && gap > 0 {
+					return 0, fmt.Errorf("entry %d: %q is empty and yet has an offset", i, e.Path)
 				}
-				e.offset = end + gap
-				end = e.offset + e.size
+				e.Offset = end + gap
+				end = e.Offset + e.Size
 			}
-			if tree += e.size; tree > maxTree || end > 2*maxTree {
+			if tree += e.Size; tree > maxTree || end > 2*maxTree {
 				return 0, fmt.Errorf("entry %d: the tree has more than %d bytes", i, int64(maxTree))
 			}
-		case kindSymlink:
-			e.target = string(r.bytes(r.number(maxPath)))
+		case Symlink:
+			e.Target = string(r.bytes(r.number(maxPath)))
 			if r.err == nil {
-				if err := checkTargetText(e.path, e.target); err != nil {
+				if err := checkTargetText(e.Path, e.Target); err != nil {
 					return 0, fmt.Errorf("entry %d: %w", i, err)
 				}
 			}
-		case kindHardlink:
-			e.original = int(r.number(maxEntries))
-			if e.original >= i || x.entries[e.original].kind != kindFile {
-				return 0, fmt.Errorf("entry %d: %q is a hard link to what is not a file before it", i, e.path)
+		case Hardlink:
+			e.Original = int(r.number(maxEntries))
+			if e.Original >= i || x.Entries[e.Original].Kind != File {
+				return 0, fmt.Errorf("entry %d: %q is a hard link to what is not a file before it", i, e.Path)
 			}
 		}
 		if r.err != nil {
@@ -356,52 +359,53 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 	return end, nil
 }
 
-func (x *index) decodeFrames(r *cursor, end int64) error {
+func (x *Index) decodeFrames(r *cursor, end int64) error {
 	var offset, start int64
 	within := 0 // the first entry that ends after start
-	for i := range x.frames {
-		f := &x.frames[i]
-		f.offset, f.start = offset, start
-		f.size = int64(r.number(math.MaxInt32))
-		length := r.number(2*maxFrame + 1)
-		f.length = int64(length >> 1)
-		r.digest(&f.sum)
+	for i := range x.Frames {
+		f := &x.Frames[i]
+		f.Offset, f.Start = offset, start
+		f.Size = int64(r.number(math.MaxInt32))
+		length := r.number(2*MaxFrame + 1)
+		f.Length = int64(length >> 1)
+		r.digest(&f.Sum)
 		if length&1 == 1 {
-			r.digest(&f.content)
+			r.digest(&f.Content)
 		}
 		switch {
 		case r.err != nil:
 			return fmt.Errorf("frame %d: %w", i, r.err)
-		case f.size == 0 || f.length == 0 || f.size > maxEncoded(f.length):
-			return fmt.Errorf("frame %d: %d bytes that decode to %d", i, f.size, f.length)
-		case length&1 == 1 && f.content.IsZero():
+		case f.Size == 0 || f.Length == 0 || f.Size > maxEncoded(f.Length):
+			return fmt.Errorf("frame %d: %d bytes that decode to %d", i, f.Size, f.Length)
+		case length&1 == 1 && f.Content.IsZero():
 			return fmt.Errorf("frame %d: no hash of its content", i)
 		}
 		if length&1 == 1 {
-			for within < len(x.entries) && (x.entries[within].kind != kindFile || x.entries[within].offset+x.entries[within].size <= start) {
+			ended := func(e *Entry) bool { return e.Kind != File || e.Offset+e.Size <= start }
+			for within < len(x.Entries) && ended(&x.Entries[within]) {
 				within++
 			}
-			if within == len(x.entries) || start < x.entries[within].offset ||
-				start+f.length > x.entries[within].offset+x.entries[within].size {
+			if within == len(x.Entries) || start < x.Entries[within].Offset ||
+				start+f.Length > x.Entries[within].Offset+x.Entries[within].Size {
 				return fmt.Errorf("frame %d: it has a hash of its content, which is not one file's", i)
 			}
 		}
-		offset += f.size
-		start += f.length
+		offset += f.Size
+		start += f.Length
 	}
-	if x.archive && end > start {
+	if x.Archive && end > start {
 		return fmt.Errorf("the files end at byte %d of the tar stream, the frames at %d", end, start)
 	}
 	return nil
 }
 
-// checkPath returns an error unless a path is clean, relative, and stays in the tree.
-func checkPath(p string) error {
+// CheckPath returns an error unless a path is clean, relative, and stays in the tree.
+func CheckPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
 	}
-	if strings.Count(p, "/") >= maxLevels {
-		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), maxLevels)
+	if strings.Count(p, "/") >= MaxLevels {
+		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), MaxLevels)
 	}
 	for part := range strings.SplitSeq(p, "/") {
 		if !isName(part) {
@@ -417,11 +421,11 @@ func isName(part string) bool {
 	return part != "" && part != "." && part != ".." && len(part) <= maxName && strings.IndexByte(part, 0) < 0
 }
 
-// checkTargets returns an error unless the symbolic links lead where they may.
-func (x *index) checkTargets(allowed deployments.Symlinks) error {
-	for i := range x.entries {
-		if e := &x.entries[i]; e.kind == kindSymlink {
-			if err := checkTarget(e.path, e.target, allowed); err != nil {
+// CheckTargets returns an error unless the symbolic links lead where they may.
+func (x *Index) CheckTargets(allowed deployments.Symlinks) error {
+	for i := range x.Entries {
+		if e := &x.Entries[i]; e.Kind == Symlink {
+			if err := CheckTarget(e.Path, e.Target, allowed); err != nil {
 				return err
 			}
 		}
@@ -437,10 +441,10 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// checkTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. It need not
+// CheckTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. It need not
 // resolve other links on the target's way: the target's ".." come first, and there can be no more of them than real
 // directories above the link.
-func checkTarget(p, target string, allowed deployments.Symlinks) error {
+func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err
 	}

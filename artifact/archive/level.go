@@ -1,4 +1,4 @@
-package artifact
+package archive
 
 import (
 	"fmt"
@@ -33,16 +33,13 @@ var compressions = []compression{
 	{"best", 22, zstd.SpeedBestCompression, zstd.SpeedDefault},
 }
 
-// ParseCompression parses a name (fastest, fast, default or best) or one of zstd's levels, from 1 to 22. Empty is
-// the default.
-func ParseCompression(s string) (Compression, error) {
+// Parse sets c by a name (fastest, fast, default or best) or one of zstd's levels, from 1 to 22. Empty is the default.
+func (c *Compression) Parse(s string) error {
 	if s == "" {
-		return CompressionDefault, nil
+		*c = CompressionDefault
+		return nil
 	}
-	if i := slices.IndexFunc(compressions, func(c compression) bool { return c.name == s }); i >= 0 {
-		return Compression(i), nil
-	}
-	found := -1
+	found := slices.IndexFunc(compressions, func(c compression) bool { return c.name == s })
 	if n, err := strconv.Atoi(s); err == nil && n >= 1 {
 		for i, c := range compressions {
 			if n <= c.upTo && (found < 0 || c.upTo < compressions[found].upTo) {
@@ -51,9 +48,10 @@ func ParseCompression(s string) (Compression, error) {
 		}
 	}
 	if found < 0 {
-		return 0, fmt.Errorf("%q: want fastest, fast, default, best, or a number from 1 to 22, as zstd has them", s)
+		return fmt.Errorf("%q: want fastest, fast, default, best, or a number from 1 to 22, as zstd has them", s)
 	}
-	return Compression(found), nil
+	*c = Compression(found)
+	return nil
 }
 
 // String returns the name.

@@ -1,0 +1,82 @@
+// Package archive has the formats of a release: it makes and reads archives, their indexes, and deltas between them. It
+// knows no storage; package artifact publishes and fetches what is made here.
+//
+// # The archive
+//
+// An archive is a tar stream in zstd, so that `tar --zstd -xf` opens it. What makes it more than that is where its
+// zstd frames begin and end: each can be fetched, checked and decoded alone.
+//
+//   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. Names too long
+//     for ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory,
+//     sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and
+//     symbolic links that leave the tree are refused when packing.
+//   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
+//     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at
+//     least 768 KiB, which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders
+//     follow names, and so stay where they were when one file grows.
+//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
+//     same compression, whatever the number of cores.
+//
+// A reader asks no more of frames than these 4 MiB, and that they lie in the index as below: how content is cut, and
+// how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for small files. An
+// agent of either kind reads both.
+//
+// Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs
+// a few files only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with
+// the former compression; one stream of zstd -3 has 159.4 MB.
+//
+// # The index
+//
+// The index says what is in the archive and where, and is what a manifest pins: from its SHA-256 every other byte
+// is checked. It is not compressed, as half of it is hashes, so that the same tree has the same index whatever
+// compressor wrote it. All numbers are unsigned varints (encoding/binary) unless said otherwise.
+//
+//	"kedgeix\x01"
+//	flags         1: of an archive; 0: a list of hashes, taken from a tree that came without an index
+//	entries, frames   their numbers
+//	each entry, in the archive's order:
+//	  kind        0 file, 1 directory, 2 symbolic link, 3 hard link
+//	  shared      how many bytes its path shares with the path before it, as many as it can
+//	  length, the rest of the path
+//	  mode
+//	  file:       size, SHA-256 (32 bytes), and, of an archive, gap: the bytes of the tar stream between the end of the
+//	              content before it and its own content; 0 for an empty file
+//	  symbolic:   length, target
+//	  hard:       number of the entry, a file before it, that it is another name of
+//	each frame, in the archive's order:
+//	  size        of the frame in the archive
+//	  2n or 2n+1  it decodes to n bytes
+//	  SHA-256     of the frame as it lies in the archive
+//	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
+//
+// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A
+// symbolic link's target is relative, its ".." come first and do not climb above the top. Bounds: a path has at
+// most 4,096 bytes and a part of it 255; all paths together at most 64 MiB more than 32 times the index; an index
+// at most 4 million entries and 512 MiB. A reader refuses everything else before it makes a file.
+//
+// # The delta
+//
+// A delta turns the index and tree of one release into those of another. It starts with
+//
+//	"kedgedl\x01"
+//	SHA-256 of the index that it starts from, SHA-256 of the index that it makes (32 bytes each)
+//
+// and goes on as one zstd frame with a window of at most 8 MiB, of
+//
+//	size of the new index, and its patch against the old one
+//	for each file: 1 + how many entries of the new index were passed over since the last; 1 + the number of the old
+//	index's entry that is patched, or 0 for none; its patch
+//	0
+//
+// Files whose content the old release has, under whatever name, are not in it; others may be missing as well, and
+// come from the archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
+//
+//	lengths of four parts, then the parts:
+//	  ops         seek (signed varint: from where the last op stopped reading the old file), add, extra
+//	  runs        of the added bytes: same, differ, same, differ … until all are counted
+//	  differ      what to add, modulo 256, to the old bytes that differ
+//	  extra       bytes that the old file has not
+//
+// Each op copies add bytes of the old file, changed by the next runs, then extra bytes of the last part. What a
+// patch makes is used only if its SHA-256 is the new index's; otherwise the file comes from the archive.
+package archive
