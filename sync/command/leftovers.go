@@ -83,12 +83,36 @@ func markedOf(list func() ([]int, error), run string, since uint64) ([]int, erro
 		if pid == self || since > 0 && beganAt(pid) < since {
 			continue
 		}
-		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		if err == nil && bytes.Contains(append([]byte{0}, env...), mark) {
+		if bytes.Contains(append([]byte{0}, environOf(pid)...), mark) {
 			pids = append(pids, pid)
 		}
 	}
 	return pids, nil
+}
+
+// environOf returns the environment that a process was started with; none: it was given none, has ended, or is another
+// user's. In the middle of execve(2) a process shows an empty one, so that is waited out for up to execLast.
+func environOf(pid int) []byte {
+	for begin := time.Now(); ; time.Sleep(execPoll) {
+		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if err != nil || len(env) > 0 || noEnviron(pid) || time.Since(begin) > execLast {
+			return env
+		}
+	}
+}
+
+const (
+	execPoll = 200 * time.Microsecond
+	execLast = time.Second // reading a program may wait for a disk
+)
+
+// noEnviron reports whether a process has no environment for good: it was given none, is exiting, or is a thread of the
+// kernel. In the middle of execve(2) the place of its environment isn't set yet. See proc(5), stat.
+func noEnviron(pid int) bool {
+	const exiting, kernel = 0x4, 0x200000 // PF_EXITING and PF_KTHREAD of linux/sched.h
+	stat := statOf(pid)
+	start, end := stat.field(50), stat.field(51)
+	return stat.field(9)&(exiting|kernel) != 0 || start == end && end != 0 || stat == nil
 }
 
 // processes lists all processes.
@@ -143,21 +167,29 @@ func lastNumber() (int, bool) {
 	return last, err == nil
 }
 
-// beganAt returns when a process began, in clock ticks since the machine's boot; 0: it has ended. See proc(5),
-// stat.
-func beganAt(pid int) uint64 {
-	const startTime = 22 - 3 // the name, which may contain anything, ends at the last parenthesis
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+// beganAt returns when a process began, in clock ticks since the machine's boot; 0: it has ended.
+func beganAt(pid int) uint64 { return statOf(pid).field(22) }
+
+// stat is what proc(5) says of stat, from field 3 on; nil: the process has ended.
+type stat [][]byte
+
+func statOf(pid int) stat {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	// Field 2, the name, may contain anything; it ends at the last parenthesis.
+	return bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
+}
+
+// field returns a number of s by proc(5)'s count, from 4 on; 0 if there is none.
+func (s stat) field(number int) uint64 {
+	if len(s) <= number-3 {
+		return 0
+	}
+	n, err := strconv.ParseUint(string(s[number-3]), 10, 64)
 	if err != nil {
 		return 0
 	}
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(fields) <= startTime {
-		return 0
-	}
-	ticks, err := strconv.ParseUint(string(fields[startTime]), 10, 64)
-	if err != nil {
-		return 0
-	}
-	return ticks
+	return n
 }

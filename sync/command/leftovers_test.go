@@ -1,6 +1,7 @@
 package command
 
 import (
+	"bytes"
 	"os"
 	"os/exec"
 	"slices"
@@ -55,5 +56,51 @@ func TestBegunSince(t *testing.T) {
 		if !slices.Contains(pids, 1) || !slices.Contains(pids, os.Getpid()) {
 			t.Errorf("%s: %v", what, pids)
 		}
+	}
+}
+
+// A process in the middle of execve(2) shows no environment for a moment: it has its mark all the same.
+func TestMarkedInExec(t *testing.T) {
+	t.Parallel()
+	const mark = "in-exec"
+	cmd := exec.Command("/bin/sh", "-c", `exec /bin/sh -c "$SCRIPT"`)
+	cmd.Env = []string{`SCRIPT=exec /bin/sh -c "$SCRIPT"`, runMark + mark}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	only := func() ([]int, error) { return []int{cmd.Process.Pid}, nil }
+	for i := range 2000 {
+		if pids, err := markedOf(only, mark, 0); err != nil || len(pids) != 1 {
+			t.Fatalf("look %d: %v, %v", i, pids, err)
+		}
+	}
+}
+
+// What has no environment for good isn't waited for: threads of the kernel, what has exited, and what was given none.
+func TestNoEnviron(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command("/bin/sleep", "1000")
+	cmd.Env = []string{}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	pid := cmd.Process.Pid
+	if env := environOf(pid); len(env) != 0 || !noEnviron(pid) {
+		t.Errorf("what was given no environment has %q, or is waited for", env)
+	}
+	cmd.Process.Kill()
+	for !bytes.Equal(statOf(pid)[0], []byte("Z")) { // a zombie stays until somebody waits for it
+		time.Sleep(time.Millisecond)
+	}
+	if !noEnviron(pid) {
+		t.Error("what has exited is waited for")
+	}
+	if name, _ := os.ReadFile("/proc/2/comm"); string(name) == "kthreadd\n" && !noEnviron(2) {
+		t.Error("a thread of the kernel is waited for")
+	}
+	if cmd.Wait(); !noEnviron(pid) {
+		t.Error("what is gone is waited for")
 	}
 }
