@@ -3,6 +3,7 @@ package destwatch
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -53,7 +54,8 @@ func (w *Watcher) Watch(dest string, changed func()) {
 	if w.open(); w.watcher == nil {
 		return
 	}
-	if err := w.watcher.Add(filepath.Dir(dest)); err != nil {
+	err := w.watcher.Add(filepath.Dir(dest))
+	if err != nil && !errors.Is(err, fsnotify.ErrClosed) { // closed: the agent is ending
 		w.log.Warn("changes of dest will be seen by the periodic check only", "dest", dest, "error", err)
 	}
 }
@@ -74,8 +76,17 @@ func (w *Watcher) Forget(dest string) {
 	}
 }
 
+func (w *Watcher) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.watcher != nil {
+		w.watcher.Close()
+	}
+}
+
 // Run handles events until ctx ends.
 func (w *Watcher) Run(ctx context.Context) {
+	defer w.close()
 	select {
 	case <-ctx.Done():
 		return
@@ -84,7 +95,6 @@ func (w *Watcher) Run(ctx context.Context) {
 	if w.watcher == nil {
 		return
 	}
-	defer w.watcher.Close()
 	for {
 		select {
 		case <-ctx.Done():

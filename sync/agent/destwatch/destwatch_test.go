@@ -1,0 +1,29 @@
+package destwatch
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"testing"
+)
+
+// An agent that ends while it opens a unit doesn't warn of a watch that it no longer needs.
+func TestNoWarningAtTheEnd(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	w := New(slog.New(slog.NewTextHandler(&log, nil)))
+	w.Watch(t.TempDir()+"/first", func() {})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	w.Run(ctx)
+	w.Watch(t.TempDir()+"/second", func() {})
+	if log.Len() > 0 {
+		t.Errorf("it logs %s", log.String())
+	}
+	w = New(slog.New(slog.NewTextHandler(&log, nil)))
+	w.Watch(t.TempDir()+"/missing/dest", func() {})
+	if !strings.Contains(log.String(), "periodic check only") {
+		t.Errorf("of a directory that can't be watched it logs %q", log.String())
+	}
+	w.Run(ctx)
+}
