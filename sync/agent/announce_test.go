@@ -154,6 +154,44 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	}
 }
 
+// A node that goes back has done so since its release failed, however often its agent restarts: a rollback waits for it
+// for one deadline.
+func TestAWayBackBeganOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1", func(m *deployments.Manifest) {
+		m.Health = deployments.Health{Timeout: time.Hour, Checks: []deployments.Check{
+			{Exec: "! test -e " + w.path("sick"), Interval: 50 * time.Millisecond, Timeout: time.Second},
+		}}
+	})
+	two := w.publish("app", "2", post("touch "+w.path("sick")+"; exit 1"))
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 2,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
+	goesBack := func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateSwitching && u.RollingBack && u.Failed == two.Digest
+	}
+	before := a.awaitUnit(app, "goes back", goesBack)
+	if before.Since.IsZero() {
+		t.Error("it goes back since no time")
+	}
+	for range 2 {
+		a.stop()
+		a = w.start()
+		if again := a.awaitUnit(app, "goes back", goesBack); !again.Since.Equal(before.Since) {
+			t.Errorf("it goes back since %s, and since %s after a restart of the agent", before.Since, again.Since)
+		}
+	}
+	if err := os.Remove(w.path("sick")); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitUnit(app, "is back", func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateQuarantined && u.Running == one && !u.RollingBack
+	})
+}
+
 // A record admits a node by the number of its first report, once the store holds that report: a mirror that has yet
 // to see it counts another node, which joined later.
 func TestARecordSpeaksToWhoHasReported(t *testing.T) {

@@ -296,7 +296,10 @@ func (u *unit) standing() standing {
 		}
 		return standing{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
 	case s.Unfinished && u.failedHere(target):
-		return u.failed(deployments.StateSwitching, target)
+		back := u.failed(deployments.StateSwitching, target)
+		f, _ := u.failure(target)
+		back.since = f.At
+		return back
 	case s.Unfinished:
 		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
@@ -390,7 +393,8 @@ func (u *unit) failed(state deployments.State, target deployments.Pointer) stand
 }
 
 // stamp sets the time of the state if the state changed, and returns the standing. A unit that is unhealthy has been so
-// since its checks first failed, even before the agent restarted: otherwise each restart would begin another deadline.
+// since its checks first failed, and one that goes back since its release failed, even before the agent restarted:
+// otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) standing {
 	s := u.standing()
 	switch {
