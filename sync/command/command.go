@@ -93,7 +93,7 @@ const (
 )
 
 // ErrTimeout means that the command ran longer than its timeout, and was ended.
-var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
+var ErrTimeout = errors.New("it was ended, as it ran longer than its timeout")
 
 // Run runs c with stdin, which may be nil. When ctx ends or c.Timeout is over, its process group gets SIGTERM, and
 // 5 s later SIGKILL. The error names the command and says how it ended. It wraps ErrTimeout, or ctx's cause, if
