@@ -246,15 +246,9 @@ func (e *lateError) Unwrap() error { return e.err }
 func byRole(ctx context.Context, store kv.Store, kind string, entries []kv.Entry) (
 	read []kv.Entry, failed map[string]error, err error,
 ) {
-	roles := map[deployments.RoleID]bool{}
-	for _, e := range entries {
-		if key, err := kv.ParseKey(e.Key); err == nil && key.Kind == kv.DesiredPrefix {
-			roles[key.UnitID().RoleID()] = true
-		}
-	}
 	failed = map[string]error{}
 	size := 0
-	for role := range roles {
+	for role := range unitsByRole(entries) {
 		prefix := kv.RolePrefix(kind, role.Stage, role.Role)
 		some, err := store.List(ctx, prefix)
 		switch {

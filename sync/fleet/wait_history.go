@@ -11,26 +11,24 @@ import (
 	"kedge/kv"
 )
 
-// wasTaken looks for the commit in what the mirror wrote of the roles that have records. The history of a large fleet
-// is more than is read at once, so it is read by role, and by unit if there is too much of a role. It tries until all
-// was read, and tells unread what can't be; read is false if ctx ended first.
+// wasTaken looks for the commit in what the mirror wrote of all units, gone or not. The history of a large fleet is
+// more than is read at once: then it is read by role, and by unit if there is too much of a role, of the units that
+// have records. It tries until all was read, and tells unread what can't be; read is false if ctx ended first.
 func (w *waiter) wasTaken(ctx context.Context, store kv.Store, unread func(error)) (taken, read bool) {
-	records, err := w.list(ctx, store, w.filter.prefix(kv.DesiredPrefix), unread)
-	if err != nil {
-		return false, false
-	}
-	units := map[deployments.RoleID][]deployments.UnitID{}
-	for _, e := range records {
-		if key, err := kv.ParseKey(e.Key); err == nil {
-			units[key.Role] = append(units[key.Role], key.UnitID())
-		}
-	}
 	names := func(past []kv.Entry) bool {
 		return slices.ContainsFunc(past, func(e kv.Entry) bool {
 			return strings.HasPrefix(readHistory(e).Commit, w.commit)
 		})
 	}
-	for role := range units {
+	past, err := w.list(ctx, store, w.filter.prefix(kv.HistoryPrefix), nil)
+	if !errors.Is(err, kv.ErrTooLarge) {
+		return names(past), err == nil
+	}
+	records, err := w.list(ctx, store, w.filter.prefix(kv.DesiredPrefix), unread)
+	if err != nil {
+		return false, false
+	}
+	for role, units := range unitsByRole(records) {
 		past, err := w.list(ctx, store, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role), nil)
 		switch {
 		case err == nil && names(past):
@@ -40,7 +38,7 @@ func (w *waiter) wasTaken(ctx context.Context, store kv.Store, unread func(error
 		case !errors.Is(err, kv.ErrTooLarge):
 			return false, false
 		}
-		for _, id := range units[role] {
+		for _, id := range units {
 			past, err := w.list(ctx, store, kv.HistoryPrefixOf(id), unread)
 			if err != nil {
 				return false, false
@@ -51,6 +49,17 @@ func (w *waiter) wasTaken(ctx context.Context, store kv.Store, unread func(error
 		}
 	}
 	return false, true
+}
+
+// unitsByRole returns the units that have a record among entries.
+func unitsByRole(entries []kv.Entry) map[deployments.RoleID][]deployments.UnitID {
+	units := map[deployments.RoleID][]deployments.UnitID{}
+	for _, e := range entries {
+		if key, err := kv.ParseKey(e.Key); err == nil && key.Kind == kv.DesiredPrefix {
+			units[key.Role] = append(units[key.Role], key.UnitID())
+		}
+	}
+	return units
 }
 
 // tooLargeInterval is the time between two tries of a read that brought too much: each is a large one.

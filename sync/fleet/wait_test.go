@@ -131,6 +131,16 @@ func TestWaitForACommit(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("it was superseded before, and all of its units are gone", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}),
+			reportOf("web-1", runs("app", "1")),
+			put("history/prod/db/main/0000000001", deployments.History{Generation: 1, Commit: second}))
+		if err := ends(t, waiting(t, s, second)); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
