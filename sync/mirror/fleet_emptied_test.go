@@ -17,7 +17,7 @@ func TestConsulEmptiedUnderAHundredAgents(t *testing.T) {
 	t.Parallel()
 	const size, budget = 100, 20
 	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{Clients: []string{"c1", "c2"}, ACL: true})
-	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir()}
+	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir(), post: shortCommand}
 	one, two := f.release("1"), f.release("2")
 	file := func(p deployments.Pointer) map[string]string {
 		text := fmt.Sprintf("release: %s\nrollout: {canary: 2, max_unavailable: %d}\n", p, budget)

@@ -24,22 +24,26 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// fleet is many real agents in this process, each with its own store and token. Their releases only run commands,
-// so that a switch is cheap.
+// fleet is many real agents in this process, each with its own store and token. Their releases have no files, so that a
+// switch is cheap.
 type fleet struct {
 	t      *testing.T
 	id     deployments.UnitID
 	dir    string
+	post   []deployments.Command // of each release
 	agents []*agent.Agent
 
 	// switching counts the agents that switch now, as their drains show; most is its maximum.
 	switching, most atomic.Int64
 }
 
-// release makes a release of a command.
+// shortCommand makes a switch take as long as a shell takes.
+var shortCommand = []deployments.Command{{Run: ":", Timeout: time.Minute}}
+
+// release makes a release.
 func (f *fleet) release(version string) deployments.Pointer {
 	f.t.Helper()
-	m := deployments.Manifest{Name: "app", Version: version, Commands: deployments.Commands{Post: []deployments.Command{{Run: ":", Timeout: time.Minute}}}}
+	m := deployments.Manifest{Name: "app", Version: version, Commands: deployments.Commands{Post: f.post}}
 	data, err := m.Encode()
 	if err != nil {
 		f.t.Fatal(err)
@@ -149,7 +153,7 @@ func TestFleetWithLostLeaders(t *testing.T) {
 	t.Parallel()
 	const size, budget = fleetSize, fleetSize / 5
 	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"c1", "c2", "c3"}, ACL: true})
-	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir()}
+	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir(), post: shortCommand}
 	one, two := f.release("1"), f.release("2")
 	file := func(p deployments.Pointer) map[string]string {
 		return map[string]string{"prod/web/app.yaml": fmt.Sprintf("release: %s\nrollout:\n  canary: 2%%\n  max_unavailable: %d\n", p, budget)}
