@@ -271,8 +271,8 @@ func (r *restorer) share(p string) error {
 	return safefs.PathError("link", p, err)
 }
 
-// keepOwners copies owners from the live tree to each path of the same type in the new one. In a release that
-// names no owner, commands may have changed them.
+// keepOwners gives each path of a new tree the owner of the same path in the live one, if both are of the same type.
+// It is for releases that name no owner: their commands may have set owners.
 func keepOwners(dir, live string) error {
 	tree, err := os.OpenRoot(dir)
 	if err != nil {

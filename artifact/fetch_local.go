@@ -339,8 +339,8 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
-// linkKnown links entry i to file n of the old release if that needs no hashing, and reports whether it did. It
-// works with the names of both, which takes half of the system calls of the way with an open file.
+// linkKnown makes entry i a hard link to file n of the old release if that file is known to be unchanged, so that it
+// needs no hashing. It reports whether it did. It opens neither file: that halves the system calls.
 func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool, error) {
 	if !share.link || w.partly(i) {
 		return false, nil
@@ -365,8 +365,8 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 	return true, nil
 }
 
-// linkNamed gives the file at a name e's name, and returns its state after that. If another file has the old name by
-// then, or the file has changed, it makes nothing.
+// linkNamed makes entry e a hard link to the old release's file oldName, which was seen in the state before, and
+// returns its state afterwards. If that is another file by then, or has changed, it leaves no link and returns nil.
 func (w *treeWorker) linkNamed(e *archive.Entry, from int, oldName string, before *unix.Stat_t,
 	share sharing) (*unix.Stat_t, error) {
 	dir, name, err := w.dirs.At(e.Path)

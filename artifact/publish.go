@@ -3,7 +3,6 @@ package artifact
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -170,7 +169,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 		return out, err
 	}
 	out.Again = bytes.Equal(there.raw, text)
-	out.Pointer = deployments.Pointer{URL: p.url + manifestName, Digest: sha256.Sum256(text)}
+	out.Pointer = deployments.Pointer{URL: p.url + manifestName, Digest: deployments.DigestOf(text)}
 	return out, nil
 }
 

@@ -158,7 +158,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 		return earlier{}, errors.New("its archive and index don't lie beside its manifest")
 	}
 	m.Deltas = nil // one of them may begin at this tree, and lie anywhere
-	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: sha256.Sum256(raw)}, manifest: m}, nil
+	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: deployments.DigestOf(raw)}, manifest: m}, nil
 }
 
 // deltas makes and uploads a delta from each earlier release, if that costs its nodes less than the changed parts

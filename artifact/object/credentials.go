@@ -24,8 +24,8 @@ type slowCredentials struct {
 func (c *slowCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {
 	timer := time.AfterFunc(credentialsPatience, func() {
 		if c.told.CompareAndSwap(false, true) {
-			c.log.Info("waiting for AWS credentials: neither environment nor files have any, so the machine's role is asked " +
-				"for, which takes some 20 s to fail")
+			c.log.Info("waiting for AWS credentials: if there are none in the environment, in files or in a role of the " +
+				"machine, it takes some 20 s until that is known")
 		}
 	})
 	defer timer.Stop()

@@ -350,14 +350,14 @@ func (c *Client) same(ctx context.Context, url string, b *body) error {
 		return err
 	}
 	defer r.Close()
-	there, ours := sha256.New(), sha256.New()
-	if _, err := io.Copy(there, r); err != nil {
+	stored, ours := sha256.New(), sha256.New()
+	if _, err := io.Copy(stored, r); err != nil {
 		return err
 	}
 	if _, err := io.Copy(ours, b.reader()); err != nil {
 		return fmt.Errorf("reading what to write: %w", err)
 	}
-	if !bytes.Equal(there.Sum(nil), ours.Sum(nil)) {
+	if !bytes.Equal(stored.Sum(nil), ours.Sum(nil)) {
 		return ErrExists
 	}
 	return nil

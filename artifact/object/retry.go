@@ -94,8 +94,8 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	return r, nil
 }
 
-// resuming is a stream that makes a new request where the last one broke. Its retries start anew with every
-// progress.
+// resuming is an object's body. Where a connection breaks, it requests the rest. Whenever bytes have come, its count of
+// tries begins anew.
 type resuming struct {
 	client *Client
 	ctx    context.Context

@@ -302,12 +302,12 @@ func checkVariables(environment []string) error {
 		known = append(known, commandVariables...) // a release's command started this process
 	}
 	var errs []error
-	for name, near := range unknownVariables(environment, known) {
-		if near == "" {
+	for name, meant := range unknownVariables(environment, known) {
+		if meant == "" {
 			errs = append(errs, fmt.Errorf("unknown variable %s", name))
 			continue
 		}
-		errs = append(errs, fmt.Errorf("unknown variable %s: did you mean %s?", name, near))
+		errs = append(errs, fmt.Errorf("unknown variable %s: did you mean %s?", name, meant))
 	}
 	return errors.Join(errs...)
 }
@@ -316,9 +316,9 @@ func checkVariables(environment []string) error {
 // a person or a script runs commands in an environment with variables of its own.
 func (a *app) warnOfVariables(environment []string) {
 	known := slices.Concat(slices.Collect(agentFields), otherVariables, commandVariables)
-	for name, near := range unknownVariables(environment, known) {
-		if near != "" {
-			a.tell("kedge: warning: %s has no effect: did you mean %s?", name, near)
+	for name, meant := range unknownVariables(environment, known) {
+		if meant != "" {
+			a.tell("kedge: warning: %s has no effect: did you mean %s?", name, meant)
 		}
 	}
 }
@@ -326,7 +326,7 @@ func (a *app) warnOfVariables(environment []string) {
 // unknownVariables yields the variables that begin with KEDGE_ and aren't known, and the known one that is meant, or
 // "".
 func unknownVariables(environment, known []string) iter.Seq2[string, string] {
-	return func(yield func(name, near string) bool) {
+	return func(yield func(name, meant string) bool) {
 		for _, variable := range environment {
 			name, _, _ := strings.Cut(variable, "=")
 			field, ours := strings.CutPrefix(name, "KEDGE_")
@@ -334,11 +334,11 @@ func unknownVariables(environment, known []string) iter.Seq2[string, string] {
 			if !ours || slices.Contains(known, field) || strings.HasPrefix(field, "test_") {
 				continue
 			}
-			near := deployments.Nearest(field, slices.Values(known))
-			if near != "" {
-				near = "KEDGE_" + strings.ToUpper(near)
+			meant := deployments.Nearest(field, slices.Values(known))
+			if meant != "" {
+				meant = "KEDGE_" + strings.ToUpper(meant)
 			}
-			if !yield(name, near) {
+			if !yield(name, meant) {
 				return
 			}
 		}

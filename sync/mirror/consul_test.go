@@ -306,7 +306,7 @@ func TestFloodOfPins(t *testing.T) {
 	view := func() int {
 		count := 0
 		var parse func(kv.Entry) (deployments.Pin, error)
-		o.pinned, parse = o.pinned.Next(len(entries), func(value []byte) (deployments.Pin, error) {
+		o.parsedPins, parse = o.parsedPins.Next(len(entries), func(value []byte) (deployments.Pin, error) {
 			count++
 			return deployments.ParsePin(value)
 		})
@@ -326,8 +326,8 @@ func TestFloodOfPins(t *testing.T) {
 	}
 	all := entries
 	entries = entries[:10]
-	if view(); len(o.pinned) != len(entries) {
-		t.Errorf("%d are kept of %d", len(o.pinned), len(entries))
+	if view(); len(o.parsedPins) != len(entries) {
+		t.Errorf("%d are kept of %d", len(o.parsedPins), len(entries))
 	}
 	entries = all
 	if n := view(); n != len(all)-10 {

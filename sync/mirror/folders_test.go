@@ -84,7 +84,7 @@ func TestConflictsThatRepeatAreTold(t *testing.T) {
 	})
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	m.status(func(s deployments.MirrorState) bool {
-		return strings.Contains(s.Error, "something else than its watch shows")
+		return strings.Contains(s.Error, "differ from what its watch shows")
 	})
 	store.setRefuse(nil)
 	m.at(head)

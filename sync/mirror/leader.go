@@ -309,12 +309,12 @@ const conflictsLogged = 5
 // reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // once a minute
-		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
+		l.c.Log.Warn("the store's keys differ from what its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
 	l.written.writeError(
 		ctx,
-		fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
-			"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err),
+		fmt.Sprintf("the store keeps refusing what the commit asks for: its keys differ from what its watch shows (%v); "+
+			"look for another writer below desired/ and control/, and for lost folder keys", err),
 		time.Now(),
 	)
 }

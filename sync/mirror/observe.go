@@ -28,15 +28,15 @@ type observer struct {
 	now observed
 
 	// Each watch calls its method one call at a time: only that method uses these fields.
-	recorded kv.Parsed[deployments.Record]
-	pinned   kv.Parsed[deployments.Pin]
-	ordered  kv.Parsed[deployments.Order]
-	reports  reports.Reader
-	listed   map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
-	outages  map[string]outages   // by key in status/
-	left     map[string]time.Time // when each key in status/ vanished that is not back
-	hook     uint64               // the last version of kv.MirrorHook that was passed on
-	complain rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
+	parsedRecords kv.Parsed[deployments.Record]
+	parsedPins    kv.Parsed[deployments.Pin]
+	parsedOrders  kv.Parsed[deployments.Order]
+	reports       reports.Reader
+	listed        map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
+	outages       map[string]outages   // by key in status/
+	left          map[string]time.Time // when each key in status/ vanished that is not back
+	hook          uint64               // the last version of kv.MirrorHook that was passed on
+	complain      rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
 }
 
 // outages are the units of a node that are unhealthy or roll back, by name.
@@ -105,7 +105,7 @@ func (o *observer) update(f func(*observed)) {
 // records stores a view of desired/, parsed.
 func (o *observer) records(v kv.View) {
 	var parse func(kv.Entry) (deployments.Record, error)
-	o.recorded, parse = o.recorded.Next(len(v.Entries), deployments.ParseRecord)
+	o.parsedRecords, parse = o.parsedRecords.Next(len(v.Entries), deployments.ParseRecord)
 	cells := make(map[deployments.UnitID]cell, len(v.Entries))
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
@@ -124,7 +124,7 @@ func (o *observer) records(v kv.View) {
 // orders stores a view of control/, parsed.
 func (o *observer) orders(v kv.View) {
 	var parse func(kv.Entry) (deployments.Order, error)
-	o.ordered, parse = o.ordered.Next(len(v.Entries), deployments.ParseOrder)
+	o.parsedOrders, parse = o.parsedOrders.Next(len(v.Entries), deployments.ParseOrder)
 	good, bad := parseOrders(v, parse)
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
@@ -247,7 +247,7 @@ func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	shown := map[deployments.UnitID][]deployments.PastPin{}
 	var parse func(kv.Entry) (deployments.Pin, error)
-	o.pinned, parse = o.pinned.Next(len(v.Entries), deployments.ParsePin)
+	o.parsedPins, parse = o.parsedPins.Next(len(v.Entries), deployments.ParsePin)
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
