@@ -38,7 +38,7 @@ func TestReleaseFromCI(t *testing.T) {
 		cmd := exec.Command("sh", "../../deployments/ci/release.sh")
 		cmd.Env = append(os.Environ(), w.consul.Env(w.token("operator", deployments.RuleVars{}))...)
 		cmd.Env = append(cmd.Env, w.s3.Env()...)
-		cmd.Env = append(cmd.Env, "KEDGE_PLAY=1", "PATH="+bin+":"+os.Getenv("PATH"), "DIR="+filepath.Join(dir, "dist"), "VERSION="+version,
+		cmd.Env = append(cmd.Env, "PATH="+bin+":"+os.Getenv("PATH"), "DIR="+filepath.Join(dir, "dist"), "VERSION="+version,
 			"UNITS=prod/web/app", "MANIFEST="+filepath.Join(dir, "kedge.yaml"), "DEPLOYMENTS="+w.git.bare, "WAIT=60s",
 			"KEDGE_PUBLISH_TO="+w.s3.URL("releases"), "GITHUB_OUTPUT="+filepath.Join(dir, "out"), "GITHUB_STEP_SUMMARY="+filepath.Join(dir, "summary"))
 		out, err := cmd.CombinedOutput()

@@ -148,7 +148,7 @@ func (f *compatFleet) kedge(args ...string) string {
 	f.t.Helper()
 	f.program = ""
 	cmd := exec.CommandContext(f.t.Context(), f.self(), args...)
-	cmd.Env = append(baseEnv(), "KEDGE_PLAY=1", "KEDGE_KV="+f.url)
+	cmd.Env = append(baseEnv(), "KEDGE_KV="+f.url)
 	var words bytes.Buffer
 	cmd.Stderr = &words
 	out, err := cmd.Output()

@@ -47,12 +47,8 @@ func startOnTerminal(t *testing.T, args ...string) *terminalFor {
 		t.Fatal(err)
 	}
 	defer slave.Close()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &terminalFor{master: master, cmd: exec.Command(self, args...)}
-	s.cmd.Env = append(baseEnv(), "KEDGE_PLAY=1", "TERM=xterm")
+	s := &terminalFor{master: master, cmd: exec.Command(testedProgram(t), args...)}
+	s.cmd.Env = append(baseEnv(), "TERM=xterm")
 	s.cmd.Env = append(s.cmd.Env, "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
 	s.cmd.Stdin, s.cmd.Stdout, s.cmd.Stderr = slave, slave, slave
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
@@ -149,13 +145,9 @@ func TestDemoTakesKeys(t *testing.T) {
 // The demo walks through a day by itself, every step with its time, and keeps the directory that it was given.
 func TestDemoWalks(t *testing.T) {
 	t.Parallel()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := filepath.Join(t.TempDir(), "demo")
-	c := exec.Command(self, "demo", "--once", "--dir", dir)
-	c.Env = append(baseEnv(), "KEDGE_PLAY=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
+	c := exec.Command(testedProgram(t), "demo", "--once", "--dir", dir)
+	c.Env = append(baseEnv(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
 	out, err := c.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -188,11 +180,7 @@ func TestCompletionInBash(t *testing.T) {
 	}
 	store, _ := operateStore(t)
 	bin := t.TempDir()
-	self, err := os.Executable()
-	if err == nil {
-		err = os.Symlink(self, bin+"/kedge")
-	}
-	if err != nil {
+	if err := os.Symlink(testedProgram(t), bin+"/kedge"); err != nil {
 		t.Fatal(err)
 	}
 	script, _, _ := cli(t, "", "completion", "bash")
@@ -210,7 +198,7 @@ func TestCompletionInBash(t *testing.T) {
 		c := exec.Command(bash, "--norc", "-c", lib+script+fmt.Sprintf(
 			"\nCOMP_WORDS=(%[1]s); COMP_CWORD=%[2]d; COMP_LINE='%[1]s'; COMP_POINT=${#COMP_LINE}; COMP_TYPE=9\n"+
 				"__start_kedge; echo ${COMPREPLY[@]}", strings.Join(words, " "), len(words)-1))
-		c.Env = append(baseEnv(), "KEDGE_PLAY=1", "PATH="+bin+":"+os.Getenv("PATH"))
+		c.Env = append(baseEnv(), "PATH="+bin+":"+os.Getenv("PATH"))
 		c.Env = append(c.Env, "KEDGE_KV="+strings.TrimPrefix(store, "--kv="))
 		out, err := c.Output()
 		if got := strings.TrimSpace(string(out)); err != nil || got != want {

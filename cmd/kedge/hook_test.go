@@ -16,7 +16,7 @@ import (
 func (w *world) hook(name, args string) {
 	w.t.Helper()
 	script := "#!/bin/sh\n"
-	for _, v := range append(w.consul.Env(w.token("operator", deployments.RuleVars{})), "KEDGE_PLAY=1") {
+	for _, v := range w.consul.Env(w.token("operator", deployments.RuleVars{})) {
 		script += "export '" + v + "'\n"
 	}
 	if err := os.WriteFile(filepath.Join(w.git.bare, "hooks", name), fmt.Appendf(nil, "%sexec %s %s\n", script, w.self(), args), 0o755); err != nil {

@@ -40,7 +40,7 @@ func (f *oldFleet) startWatch(name string, env []string, handler ...string) {
 	cmd := exec.Command(tooltest.Path(f.t, "consul"),
 		slices.Concat([]string{"watch", "-type", "event", "-name", "deploy_web_prod"}, handler)...)
 	log := new(bytes.Buffer)
-	cmd.Env = slices.Concat(baseEnv(), f.s3.Env(), env, []string{"KEDGE_PLAY=1", "HOME=" + f.dir})
+	cmd.Env = slices.Concat(baseEnv(), f.s3.Env(), env, []string{"HOME=" + f.dir})
 	cmd.Dir = f.dir
 	cmd.Stdout, cmd.Stderr = lockedWriter{&f.mu, log}, lockedWriter{&f.mu, log}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

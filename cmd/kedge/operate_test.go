@@ -197,12 +197,8 @@ func TestMistypedVariablesAreToldOf(t *testing.T) {
 		{"KEDGE_DASHBOARD=https://kedge.acme.example", ""},
 		{"KEDGE_VERSION=1.4.2", ""},
 	} {
-		self, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := exec.CommandContext(t.Context(), self, "status", "--json", store)
-		c.Env = append(baseEnv(), "KEDGE_PLAY=1", test.variable)
+		c := exec.CommandContext(t.Context(), testedProgram(t), "status", "--json", store)
+		c.Env = append(baseEnv(), test.variable)
 		var errs strings.Builder
 		c.Stderr = &errs
 		out, err := c.Output()
@@ -269,12 +265,8 @@ func TestJSONShowsNoControlCharacters(t *testing.T) {
 // firstLine runs a command that goes on until it is ended, and returns the first line that it prints.
 func firstLine(t *testing.T, args ...string) string {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := exec.CommandContext(t.Context(), self, args...)
-	c.Env = append(baseEnv(), "KEDGE_PLAY=1")
+	c := exec.CommandContext(t.Context(), testedProgram(t), args...)
+	c.Env = baseEnv()
 	out, err := c.StdoutPipe()
 	if err == nil {
 		err = c.Start()

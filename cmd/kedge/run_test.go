@@ -74,16 +74,12 @@ func (r oldRelease) deployed() bool {
 // asStretcher makes kedge's process, called by a link of stretcher's name.
 func asStretcher(t *testing.T, env []string, args ...string) *exec.Cmd {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	link := filepath.Join(t.TempDir(), "stretcher")
-	if err := os.Symlink(self, link); err != nil {
+	if err := os.Symlink(testedProgram(t), link); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(link, args...)
-	cmd.Env = append(append(baseEnv(), "KEDGE_PLAY=1"), env...)
+	cmd.Env = append(baseEnv(), env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return cmd
 }

@@ -26,45 +26,59 @@ import (
 	"kedge/kv/kvtest"
 )
 
-// TestMain lets the test binary play kedge itself: the processes of the end-to-end tests are built as the tests
-// are, with -race.
+// TestMain removes the programs that tests had built.
 func TestMain(m *testing.M) {
-	if os.Getenv("KEDGE_PLAY") != "" {
-		os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr))
-	}
 	code := m.Run()
-	if dir := released.dir; dir != "" {
-		os.RemoveAll(dir)
+	for _, p := range []*program{&asTested, &asReleased} {
+		os.RemoveAll(p.dir) // "": none was built
 	}
 	os.Exit(code)
 }
 
-// released is kedge's program as it is released, built once for all tests that start it.
-var released struct {
+// program is kedge's program, built once for all tests that start it.
+type program struct {
 	once sync.Once
 	dir  string
 	err  error
 }
 
+var asTested, asReleased program
+
+// testedProgram returns the path of kedge's program, with the race detector if the tests have it.
+func testedProgram(t testing.TB) string {
+	t.Helper()
+	if kvtest.RaceDetector {
+		return asTested.build(t, []string{"-race"})
+	}
+	return releasedProgram(t)
+}
+
 // releasedProgram returns the path of kedge's program as it is released: without the race detector, which takes most
 // of the time of a process that ends at once.
-func releasedProgram(t *testing.T) string {
+func releasedProgram(t testing.TB) string {
 	t.Helper()
-	released.once.Do(func() {
-		if released.dir, released.err = os.MkdirTemp("", "kedge-released-"); released.err != nil {
+	return asReleased.build(t, nil, "CGO_ENABLED=0")
+}
+
+func (p *program) build(t testing.TB, flags []string, env ...string) string {
+	t.Helper()
+	p.once.Do(func() {
+		if p.dir, p.err = os.MkdirTemp("", "kedge-program-"); p.err != nil {
 			return
 		}
-		build := exec.Command("go", "build", "-o", filepath.Join(released.dir, "kedge"), ".")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		build := exec.Command("go", slices.Concat([]string{"build"}, flags, []string{"-o", p.path(), "."})...)
+		build.Env = append(os.Environ(), env...)
 		if out, err := build.CombinedOutput(); err != nil {
-			released.err = fmt.Errorf("%w\n%s", err, out)
+			p.err = fmt.Errorf("%w\n%s", err, out)
 		}
 	})
-	if released.err != nil {
-		t.Fatalf("build kedge: %v", released.err)
+	if p.err != nil {
+		t.Fatalf("build kedge: %v", p.err)
 	}
-	return filepath.Join(released.dir, "kedge")
+	return p.path()
 }
+
+func (p *program) path() string { return filepath.Join(p.dir, "kedge") }
 
 // world is a whole installation of real parts: a Consul server with default deny and a client agent a node, an S3
 // server, a bare Git repo behind HTTPS, and kedge's mirror and agents as processes with the tokens that
@@ -77,7 +91,7 @@ type world struct {
 	objects *object.Client
 	git     *gitHost
 	work    string // the clone that is pushed from
-	program string // what its processes run; empty: this test binary, as kedge
+	program string // what its processes run; empty: testedProgram
 	store   kv.Store
 
 	pushing   sync.Mutex // for tests that push side by side
@@ -147,7 +161,7 @@ func (w *world) start(name string, env []string, args ...string) *process {
 	if err := os.MkdirAll(temp, 0o755); err != nil {
 		w.t.Fatal(err)
 	}
-	p.cmd.Env = slices.Concat(baseEnv(), env, []string{"KEDGE_PLAY=1", "TMPDIR=" + temp})
+	p.cmd.Env = slices.Concat(baseEnv(), env, []string{"TMPDIR=" + temp})
 	p.cmd.Stdout, p.cmd.Stderr = lockedWriter{p.mu, p.log}, lockedWriter{p.mu, p.log}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
@@ -168,11 +182,7 @@ func (w *world) self() string {
 	if w.program != "" {
 		return w.program
 	}
-	self, err := os.Executable()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return self
+	return testedProgram(w.t)
 }
 
 // baseEnv is this process's environment without what would reach another Consul or S3.
@@ -478,7 +488,7 @@ func (w *world) kedge(args ...string) (stdout, stderr string, code int) {
 func (w *world) kedgeWith(env []string, args ...string) (stdout, stderr string, code int) {
 	w.t.Helper()
 	c := exec.CommandContext(w.t.Context(), w.self(), args...)
-	c.Env = slices.Concat(baseEnv(), env, w.s3.Env(), []string{"KEDGE_PLAY=1"})
+	c.Env = slices.Concat(baseEnv(), env, w.s3.Env())
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs
 	err := c.Run()
