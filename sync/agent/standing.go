@@ -1,0 +1,215 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/deployments/safetext"
+	"kedge/policy"
+	"kedge/sync/deploy"
+)
+
+// reported is the unit's last state, and since when it has been in that state.
+type reported struct {
+	state deployments.State
+	since time.Time
+}
+
+// standing is a unit's state, the code of its reason, and the error, if any.
+type standing struct {
+	state  deployments.State
+	reason deployments.Reason
+	facts  deployments.Facts
+	err    error
+	since  time.Time // zero: since the state was first seen
+}
+
+// words returns the standing as people read it.
+func (s standing) words() string {
+	if s.err == nil {
+		return string(s.state)
+	}
+	return string(s.state) + ": " + oneLine(s.err)
+}
+
+// at returns the standing of a state with an error; nil: none.
+func at(state deployments.State, err error) standing {
+	s := standing{state: state, err: err}
+	if err != nil {
+		s.reason, s.facts = reasonOf(err), factsOf(err)
+	}
+	return s
+}
+
+// factsOf returns the facts of an error's reason.
+func factsOf(err error) deployments.Facts {
+	facts := deployments.Facts{"error": oneLine(err)}
+	if older := new(deploy.OlderError); errors.As(err, &older) {
+		return facts.With("created", older.Created.Format(time.RFC3339)).
+			With("floor", older.Floor.Format(time.RFC3339)).
+			With("of", older.Of)
+	}
+	if foreign := new(foreignError); errors.As(err, &foreign) {
+		return facts.With("dest", foreign.dest).With("found", foreign.found)
+	}
+	if future := new(deploy.FutureError); errors.As(err, &future) {
+		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Floor.Format(time.RFC3339))
+	}
+	return facts
+}
+
+// reasonOf returns the code of an error's reason; empty: it has none.
+func reasonOf(err error) deployments.Reason {
+	switch {
+	case errors.As(err, new(*destInUseError)):
+		return deployments.ReasonDestInUse
+	case errors.As(err, new(*foreignError)):
+		return deployments.ReasonForeignDeployment
+	case errors.As(err, new(*deploy.OlderError)):
+		return deployments.ReasonOlderThanFloor
+	case errors.As(err, new(*deploy.FutureError)):
+		return deployments.ReasonCreatedAhead
+	case errors.Is(err, policy.ErrUntrusted):
+		return deployments.ReasonUnsigned
+	case errors.Is(err, deployments.ErrDigest):
+		return deployments.ReasonDigestMismatch
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return deployments.ReasonDiskFull
+	case errors.Is(err, deploy.ErrSecretUnavailable):
+		return deployments.ReasonSecretUnavailable
+	case errors.Is(err, object.ErrUnavailable): // an object that is missing or denied doesn't count as unavailable
+		return deployments.ReasonStorageUnavailable
+	}
+	return ""
+}
+
+// standing returns the unit's standing.
+func (u *unit) standing() standing {
+	s := u.state()
+	target := u.decision.Target
+	switch {
+	case u.observes && u.decided:
+		return u.observing()
+	case u.busy.switches() && u.phase != "" && !s.Unfinished:
+		return at(u.phase, u.lastErr)
+	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
+		facts := s.Health.Facts
+		err := fmt.Errorf("the release that it went back to is unhealthy: %s: %s", facts["check"], facts["error"])
+		if f, _ := u.failure(target); u.failedHere(target) {
+			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
+		}
+		return standing{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
+	case s.Unfinished && u.failedHere(target):
+		back := u.failed(deployments.StateSwitching, target)
+		f, _ := u.failure(target)
+		back.since = f.At
+		return back
+	case s.Unfinished:
+		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
+	case !u.decided:
+		return at(deployments.StateWaiting, u.lastErr)
+	case u.contends:
+		return at(deployments.StateSwitching, u.lastErr)
+	case u.decision.Action == policy.ActHold:
+		return at(deployments.StateHeld, u.decision.Invalid)
+	case target.IsZero() && u.decision.Invalid != nil:
+		return u.invalid()
+	case target.IsZero() && u.refused[u.goal.stage].err != nil:
+		return at(deployments.StateInvalid, u.refused[u.goal.stage].err)
+	case target.IsZero() && u.lastErr != nil && (u.goal.leave || !u.goal.stage.IsZero()):
+		return at(deployments.StateRetrying, u.lastErr)
+	case u.goal.leave:
+		return at(deployments.StateSwitching, nil)
+	case u.decision.Reason == deployments.ReasonRestored && !s.Restored.IsZero() && u.lastErr == nil:
+		return standing{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
+	case target.IsZero():
+		return at(deployments.StateWaiting, u.lastErr)
+	case u.failedHere(target):
+		return u.failed(deployments.StateQuarantined, target)
+	case u.refused[target].err != nil:
+		return at(deployments.StateInvalid, u.refused[target].err)
+	case u.done == target:
+		return u.converged()
+	case u.blocked.why != "":
+		blocked := at(deployments.StateWaiting, u.lastErr)
+		if u.cycle != "" {
+			blocked = at(deployments.StateInvalid, errors.New(u.blocked.why))
+		}
+		blocked.reason = deployments.ReasonDependency
+		blocked.facts = deployments.Facts{"unit": u.blocked.unit, "error": u.blocked.why}
+		return blocked
+	case u.lastErr != nil:
+		return at(deployments.StateRetrying, u.lastErr)
+	default:
+		return at(deployments.StateFetching, u.decision.Invalid)
+	}
+}
+
+// converged returns the standing of a unit that runs what it should.
+func (u *unit) converged() standing {
+	switch {
+	case u.unhealthy():
+		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError(), u.health.Since}
+	case u.lastErr != nil: // an error with what is fetched ahead
+		return at(deployments.StateConverged, u.lastErr)
+	case u.foreign != "":
+		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
+	case u.refused[u.goal.stage].err != nil:
+		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
+	case u.future != nil && u.floorRelease == u.done:
+		return at(deployments.StateConverged, u.future)
+	}
+	return at(deployments.StateConverged, u.decision.Invalid)
+}
+
+// invalid returns the standing of a unit whose record or pin can't be used.
+func (u *unit) invalid() standing {
+	s := at(deployments.StateInvalid, u.decision.Invalid)
+	switch {
+	case u.pins[0].Err != nil || u.pins[1].Err != nil:
+		s.reason = deployments.ReasonInvalidPin
+	case u.record.Err != nil:
+		s.reason = deployments.ReasonInvalidRecord
+	case errors.Is(u.decision.Invalid, policy.ErrNoRecord):
+		s.reason = deployments.ReasonNoRecord
+	}
+	return s
+}
+
+// observing returns the standing of a unit that the node only observes: a rollout counts it as held.
+func (u *unit) observing() standing {
+	s := at(deployments.StateHeld, u.lastErr)
+	if refused := u.refused[u.goal.observe].err; refused != nil {
+		s = at(deployments.StateHeld, refused)
+	}
+	s.reason = deployments.ReasonObserving
+	if c := u.comparison; c != nil {
+		s.facts = s.facts.With("differs", fmt.Sprint(c.Differs))
+	}
+	return s
+}
+
+// failed returns the standing of a unit whose target failed here.
+func (u *unit) failed(state deployments.State, target deployments.Pointer) standing {
+	f, _ := u.failure(target)
+	err := f.Err(target)
+	return standing{state: state, reason: err.Reason, facts: err.Facts, err: err}
+}
+
+// stamp sets the time of the state if the state changed, and returns the standing. A unit that is unhealthy has been so
+// since its checks first failed, and one that goes back since its release failed, even before the agent restarted:
+// otherwise each restart would begin another deadline.
+func (u *unit) stamp(now time.Time) standing {
+	s := u.standing()
+	switch {
+	case !s.since.IsZero():
+		u.reported = reported{s.state, s.since}
+	case s.state != u.reported.state:
+		u.reported = reported{s.state, now}
+	}
+	return s
+}
