@@ -339,6 +339,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		StartDelay:     conf.StartDelay,
 		VerifyEvery:    conf.VerifyEvery,
 		HashAlways:     conf.Verify == "always",
+		FreeMemory:     debug.FreeOSMemory,
 		Version:        version(),
 		Metrics:        metrics,
 		Trace:          traces,

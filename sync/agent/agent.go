@@ -122,6 +122,9 @@ type Config struct {
 	// HashAlways makes the agent hash files of the running release before it shares them with the next, even if
 	// they look untouched.
 	HashAlways bool
+	// FreeMemory is called some time after a job that changed something, as an idle agent doesn't need what a deployment
+	// allocated; for example debug.FreeOSMemory. nil: nothing is called.
+	FreeMemory func()
 	Version    string
 	Metrics    *prometheus.Registry // nil: none
 	// Trace sends the spans of deployments; nil: nothing is traced. The caller runs it.
@@ -159,6 +162,7 @@ type Agent struct {
 	snapshot sync.Once // starts useSnapshot
 
 	mu      sync.Mutex
+	freeing *time.Timer // calls Config.FreeMemory; nil: nothing has changed yet
 	cache   *cache.Cache
 	making  map[*cache.Source]bool // whose folder keys are being made: see makeFolder
 	units   map[deployments.UnitID]*unit

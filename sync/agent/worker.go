@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -236,8 +235,25 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	a.metrics.ended(u.id, string(j.kind), j.kind == jobDeploy, err, calledOff, took)
 	a.changed.Set()
 	if changed {
-		debug.FreeOSMemory() // an idle agent doesn't need what the deployment allocated
+		a.freeMemory()
 	}
+}
+
+// freeDelay is how long no job has changed anything when memory is freed. A switch that follows a
+// fetch must not wait for that.
+const freeDelay = time.Second
+
+// freeMemory has memory freed in freeDelay, or later if it is called again until then.
+func (a *Agent) freeMemory() {
+	if a.c.FreeMemory == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.freeing != nil {
+		a.freeing.Stop()
+	}
+	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
 // mayBeOlder reports whether a pin names p, and pins may name releases below the version floor.
