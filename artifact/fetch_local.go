@@ -310,7 +310,8 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 	return nil
 }
 
-// copyContent clones or copies, and reports whether the content is e's. Only a failure to write is an error.
+// copyContent clones or copies the old file f into to, and reports whether to has e's content then. It returns an error
+// only if to can't be written. If f can't be read, or has other content, it returns false.
 func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share sharing) (bool, error) {
 	from := f.fd
 	if !share.noClone.Load() {

@@ -200,9 +200,9 @@ func (b before) created(now time.Time) time.Time {
 	return now
 }
 
-// deltas returns the deltas that an earlier run published with this very tree; ok is false if there was none, and
-// publish has to make its own. A release is immutable, though other releases may exist by now. Deltas by anybody
-// are safe, as their results are verified.
+// deltas returns the deltas of the manifest that an earlier run published for the same tree. A new search could find
+// other bases, and the manifest of a release must not change. ok is false if there is no such manifest, Since is set or
+// Find is 0. The manifest needn't be trusted: a node verifies what a delta makes.
 func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {

@@ -108,8 +108,8 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 	return &bounded
 }
 
-// enter opens the directories of dest for one call, and returns Releases whose paths lead there, whatever is
-// moved. The error is ErrNoRelease if there are none and create is false.
+// enter opens the directories of dest for one call. in has paths through these open directories, so that renaming a
+// parent redirects nothing; leave closes them. Without create, missing directories are ErrNoRelease.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.held != nil {
 		return r, func() {}, nil

@@ -350,7 +350,7 @@
 //	running       the pointer of what dest leads to
 //	version       its manifest's
 //	want          the pointer of what should run
-//	why           why it should, in words
+//	message       why want is what should run, in words
 //	generation    the record's from which that was resolved, or one before for which the node had to do something
 //	staged        the digest of a release that lies ready on disk
 //	quarantined   digests that failed on this node

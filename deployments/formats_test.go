@@ -431,6 +431,21 @@ func TestAmountOf(t *testing.T) {
 	}
 }
 
+// An agent of the previous version says why under another JSON name.
+func TestReportOfThePreviousVersion(t *testing.T) {
+	t.Parallel()
+	for value, want := range map[string]string{
+		`{"units":{"app":{"state":"waiting","why":"waits for base"},"base":{"state":"converged"}}}`:        "waits for base",
+		`{"units":{"app":{"state":"waiting","message":"a pin","why":"old"},"base":{"state":"converged"}}}`: "a pin",
+		`{"units":{"app":{"state":"waiting","message":"a pin"},"base":{"state":"converged","why":[]}}}`:    "a pin",
+	} {
+		r, err := ParseReport([]byte(value))
+		if err != nil || len(r.Units) != 2 || r.Units["app"].Message != want || r.Units["app"].State != StateWaiting {
+			t.Errorf("%s: %+v, %v", value, r, err)
+		}
+	}
+}
+
 // A node that makes up units has a report with as many as a role may have, or none.
 func TestReportsOfTooManyUnits(t *testing.T) {
 	t.Parallel()

@@ -1,6 +1,8 @@
 package deployments
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -34,9 +36,9 @@ type UnitReport struct {
 	// Running is the release that dest leads to, and Version its manifest's version.
 	Running Pointer `json:"running,omitzero"`
 	Version string  `json:"version,omitempty"`
-	// Want is the release that policy.Resolve last answered, and Why its reason in words.
-	Want Pointer `json:"want,omitzero"`
-	Why  string  `json:"why,omitempty"`
+	// Want is the release that policy.Resolve last answered, and Message why, in words.
+	Want    Pointer `json:"want,omitzero"`
+	Message string  `json:"message,omitempty"`
 	// Generation is the generation of the record that Want was resolved from. A converged node that has nothing to
 	// do for a newer record reports its generation only with its next change.
 	Generation int64 `json:"generation,omitempty"`
@@ -144,5 +146,24 @@ func ParseReport(value []byte) (Report, error) {
 	if n := len(r.Units); n > MaxRoleUnits {
 		return Report{}, fmt.Errorf("the report names %d units, at most %d are allowed", n, MaxRoleUnits)
 	}
+	if bytes.Contains(value, []byte(`"why":`)) {
+		r.readWhy(value)
+	}
 	return r, nil
+}
+
+// readWhy reads each unit's Message under the JSON name that the previous version used.
+func (r *Report) readWhy(value []byte) {
+	var old struct {
+		Units map[string]struct {
+			Why string `json:"why"`
+		} `json:"units"`
+	}
+	if json.Unmarshal(value, &old) != nil {
+		return // "why" is something else
+	}
+	for name, u := range r.Units {
+		u.Message = cmp.Or(u.Message, old.Units[name].Why)
+		r.Units[name] = u
+	}
 }

@@ -328,10 +328,10 @@ func (d *Decision) allow(f ResolveInputs) {
 // quarantine adds to the trace which of the releases that the node should run, stage, or run without its pin
 // failed on it.
 func (d *Decision) quarantine(f ResolveInputs) {
-	failed := func(p deployments.Pointer, named string) deployments.Step {
+	quarantineStep := func(p deployments.Pointer, namedBy string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}
-		if named != "" {
-			facts["named_by"] = named
+		if namedBy != "" {
+			facts["named_by"] = namedBy
 		}
 		return deployments.Step{What: "quarantine", Reason: deployments.ReasonQuarantined, Facts: facts}
 	}
@@ -339,7 +339,7 @@ func (d *Decision) quarantine(f ResolveInputs) {
 	for _, p := range []deployments.Pointer{d.Target, d.Stage} {
 		if !p.IsZero() && p.Digest != f.Running.Digest && slices.Contains(f.Quarantined, p.Digest) {
 			clear = false
-			s := failed(p, "")
+			s := quarantineStep(p, "")
 			s.Blocks = p == d.Target
 			d.note(s)
 		}
@@ -349,11 +349,11 @@ func (d *Decision) quarantine(f ResolveInputs) {
 		slices.Contains(f.Quarantined, r.Digest)
 	switch pinned := d.Source == FromNodePin || d.Source == FromUnitPin; {
 	case named && pinned:
-		s := failed(r, "record")
+		s := quarantineStep(r, "record")
 		s.Facts["pinned"] = "true"
 		d.note(s)
 	case named:
-		d.note(failed(r, "record"))
+		d.note(quarantineStep(r, "record"))
 	case clear && !d.Target.IsZero():
 		d.note(deployments.Step{What: "quarantine"})
 	}

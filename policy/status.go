@@ -16,10 +16,10 @@ type NodeStatus struct {
 	Agent   string    `json:"agent"`
 	Started time.Time `json:"started"`
 	Ready   bool      `json:"ready"`
-	// Why says what keeps the node from being ready, by ROLE/UNIT or ROLE.
-	Why     map[string]string             `json:"why,omitempty"`
-	Sources []SourceStatus                `json:"sources"`
-	Roles   map[string]deployments.Report `json:"roles"`
+	// Messages say what keeps the node from being ready, by ROLE/UNIT or ROLE.
+	Messages map[string]string             `json:"messages,omitempty"`
+	Sources  []SourceStatus                `json:"sources"`
+	Roles    map[string]deployments.Report `json:"roles"`
 	// Decisions are by ROLE/UNIT.
 	Decisions map[string]DecisionStatus `json:"decisions"`
 }
@@ -61,9 +61,24 @@ type DecisionStatus struct {
 	Source   Source                   `json:"source"`
 	Reason   deployments.Reason       `json:"reason,omitempty"`
 	Facts    deployments.Facts        `json:"facts,omitempty"`
-	Why      string                   `json:"why"` // Reason and Facts in words
+	Message  string                   `json:"message"` // Reason and Facts in words
 	Invalid  string                   `json:"invalid,omitempty"`
 	Recheck  time.Time                `json:"recheck,omitzero"`
 	WaitsFor string                   `json:"waits,omitempty"` // the unit that has to converge before, and why
 	Trace    []deployments.StepStatus `json:"trace,omitempty"`
+}
+
+// UnmarshalJSON also reads Message under the JSON name that the previous version used.
+func (s *DecisionStatus) UnmarshalJSON(data []byte) error {
+	type plain DecisionStatus
+	var both struct {
+		plain
+		Why string `json:"why"`
+	}
+	if err := json.Unmarshal(data, &both); err != nil {
+		return err
+	}
+	*s = DecisionStatus(both.plain)
+	s.Message = cmp.Or(s.Message, both.Why)
+	return nil
 }

@@ -23,4 +23,10 @@ func TestStatusOfThePreviousVersion(t *testing.T) {
 			t.Errorf("%s: %+v, %v", text, got, err)
 		}
 	}
+	for _, text := range []string{`{"action":"run","why":"a pin"}`, `{"action":"run","message":"a pin"}`} {
+		var d DecisionStatus
+		if err := json.Unmarshal([]byte(text), &d); err != nil || d.Message != "a pin" || d.Action != ActRun {
+			t.Errorf("%s: %+v, %v", text, d, err)
+		}
+	}
 }

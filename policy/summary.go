@@ -99,8 +99,9 @@ func (in *inputs) dueBack(st state, n *Node) time.Time {
 // a deleted status key again within a minute.
 const shortList = 2 * time.Minute
 
-// unlisted returns how many nodes have lost their entries in status/, and until when they count: a live node
-// writes its entry again within a minute. known is how many nodes there were before this mirror began to watch.
+// unlisted returns how many nodes without an entry in status/ still take room in the budget, and when the first stops
+// to: a live node would have written its entry again by then. known is how many nodes there were before this mirror
+// began to watch.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	if in.Unit.Rollout == nil {
 		return 0, time.Time{}

@@ -64,8 +64,8 @@ func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 		URI   string `json:"token_uri"`
 	}
 	if err := json.Unmarshal(data, &key); err != nil {
-		// the inner error quotes no part of the key
-		return nil, fmt.Errorf("%s is no JSON: %w", file, errors.Unwrap(err))
+		// the error itself may quote a part of the key
+		return nil, fmt.Errorf("%s isn't JSON: want the key file of a service account", file)
 	}
 	if key.Type != "service_account" {
 		return nil, fmt.Errorf("%s holds credentials of type %q: want a service_account's key", file, key.Type)

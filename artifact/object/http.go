@@ -47,7 +47,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 				return Object{}, &transientError{err: err}
 			}
 			if r.ContentLength > maxUncounted {
-				return Object{}, fmt.Errorf("%w: the server doesn't say how large it is, and it has more than %d bytes",
+				return Object{}, fmt.Errorf("%w: the server doesn't say how large the object is, and it has more than %d bytes",
 					ErrTooLarge, int64(maxUncounted))
 			}
 		}
@@ -74,7 +74,7 @@ func sizeIn(contentRange string) (int64, error) {
 	n, err := strconv.ParseInt(size, 10, 64)
 	if !ok || err != nil || n < 1 {
 		return 0, fmt.Errorf(
-			"the server doesn't say how large it is: asked for the first byte, it answered with %q",
+			"the server doesn't say how large the object is: want Content-Range: bytes 0-0/SIZE, got %q",
 			contentRange,
 		)
 	}
@@ -84,7 +84,7 @@ func sizeIn(contentRange string) (int64, error) {
 // found returns the Object that an answer's headers describe.
 func found(r *http.Response) (Object, error) {
 	if r.ContentLength < 0 {
-		return Object{}, errors.New("the server doesn't say how large it is")
+		return Object{}, errors.New("the server doesn't say how large the object is")
 	}
 	o := Object{Size: r.ContentLength, Ranges: r.Header.Get("Accept-Ranges") != "none"}
 	// A weak ETag guarantees nothing about bytes, and isn't valid in If-Match.

@@ -18,7 +18,7 @@ const (
 	maxPause   = 5 * time.Second
 )
 
-// transientError is an error that a later try may not meet. After is the pause that the server asked for.
+// transientError is an error that is worth another try. after is the pause that the server asked for; 0: none.
 type transientError struct {
 	err   error
 	after time.Duration

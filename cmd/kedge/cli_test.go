@@ -184,7 +184,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"run"}, exitUsage, []string{"standard input is empty"}},
 		{[]string{"verify", dir}, exitFailed, []string{"is no release of kedge's"}},
 		{[]string{"wait", "--ready", "127.0.0.1:1", "--timeout", "300ms"}, exitNotConverged, []string{"not converged in time", "refused"}},
-		{[]string{"mirror", empty, "--lease-ttl", "2s", "--kv", "consul"}, exitUsage, []string{"Consul takes 10s to 24h"}},
+		{[]string{"mirror", empty, "--lease-ttl", "2s", "--kv", "consul"}, exitUsage, []string{"Consul accepts 10s to 24h"}},
 		{[]string{"wait", "--commit", "main", store}, exitUsage, []string{"want its hash"}},
 		{[]string{"wait", "--timeout", "-1s", store}, exitUsage, []string{"want a time to wait"}},
 		{[]string{"publish", dir, "--name", "a", "--version", "1", "--dest", "/d"}, exitUsage, []string{"--to is missing"}},

@@ -59,7 +59,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 				return usageError{err}
 			}
 			if a.onConsul() && (c.LeaseTTL < 10*time.Second || c.LeaseTTL > 24*time.Hour) {
-				return usagef("--lease-ttl %s: Consul takes 10s to 24h", c.LeaseTTL)
+				return usagef("--lease-ttl %s: Consul accepts 10s to 24h", c.LeaseTTL)
 			}
 			if err := checkAddress(c.Listen); err != nil {
 				return usagef("--listen %w", err)

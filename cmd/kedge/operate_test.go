@@ -224,7 +224,7 @@ func TestJSONShowsNoControlCharacters(t *testing.T) {
 		"pins/prod/web/app":         `{"release": "` + pointers["1.0.0"] + `", "by": "` + evil + `", "reason": "` + evil + `"}`,
 		"history/prod/web/app/0002": `{"generation": 2, "release": "` + pointers["1.1.0"] + `", "author": ` + string(quoted) + `, "note": ` + string(quoted) + `}`,
 		"status/prod/web/web-1": `{"node": "web-1", "ready": false, "units": {"app": {"state": ` + string(quoted) + `, "running": "` + pointers["1.1.0"] + `", "version": ` + string(quoted) +
-			`, "error": ` + string(quoted) + `, "why": ` + string(quoted) + `, "drift": [` + string(quoted) + `]}}}`,
+			`, "error": ` + string(quoted) + `, "message": ` + string(quoted) + `, "drift": [` + string(quoted) + `]}}}`,
 		"mirror/state": `{"holder": ` + string(quoted) + `, "head": "x", "error": ` + string(quoted) + `}`,
 	} {
 		path := filepath.Join(dir, key)

@@ -71,7 +71,7 @@ as it is: another level takes another version.`,
 				switch {
 				case f.value == "":
 				case *f.field != "" && *f.field != f.value:
-					return usagef("--%s %s: %s says otherwise, and would be kept: give it in one place", f.name, f.value, template)
+					return usagef("--%s %s: %s sets another %[1]s: give it in one place", f.name, f.value, template)
 				default:
 					*f.field = f.value
 				}
@@ -207,8 +207,11 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 		}
 		lines = append(lines, line)
 	}
-	return append(lines,
-		fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)))
+	others := "nodes"
+	if len(p.Deltas) > 0 {
+		others = "nodes that run none of these"
+	}
+	return append(lines, fmt.Sprintf("%s fetch what changed, at most %s", others, bytesText(p.Archive+p.Index)))
 }
 
 // createdAt parses the time at which a release was made, in whole seconds as in a manifest; empty: now.

@@ -69,7 +69,8 @@ func processorTime() time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// allocated returns how many bytes were ever allocated. Unlike runtime.ReadMemStats it stops nothing.
+// allocated returns the bytes allocated since the process started. Unlike runtime.ReadMemStats it doesn't stop the
+// world.
 func allocated() uint64 {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(sample)

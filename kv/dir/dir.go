@@ -26,8 +26,8 @@ import (
 //	DIR/.kedge/sessions/ID        flock'ed as long as the process that made it lives
 //	DIR/.kedge/held/KEY           the session that holds a key, with @ for /
 //
-// Folders are directories. As long as DIR exists, their absence is certain. Temporary files of editors are
-// ignored.
+// A folder key (see package kv) is a directory. While DIR exists, a key without a file is certainly absent. Temporary
+// files of editors are ignored.
 type Store struct {
 	dir string
 	log *slog.Logger

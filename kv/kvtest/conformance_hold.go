@@ -152,8 +152,8 @@ func testPresence(t *testing.T, b Backend) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if then, _, err := other.Join(t.Context(), "status/prod/db/node-2", nil); err != nil || then <= joined {
-		t.Fatalf("another process joined later, at %d, %v, the one before at %d", then, err, joined)
+	if later, _, err := other.Join(t.Context(), "status/prod/db/node-2", nil); err != nil || later <= joined {
+		t.Fatalf("another process joined later, at %d, %v, the one before at %d", later, err, joined)
 	}
 	if err := other.Close(t.Context()); err != nil {
 		t.Fatal(err)

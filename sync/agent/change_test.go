@@ -31,7 +31,7 @@ func TestUnitsConvergeInOrder(t *testing.T) {
 	}
 	a := w.start()
 	w.desire(app, records["app"])
-	u := a.awaitUnit(app, "waiting", func(u deployments.UnitReport) bool { return strings.Contains(u.Why, "base") })
+	u := a.awaitUnit(app, "waiting", func(u deployments.UnitReport) bool { return strings.Contains(u.Message, "base") })
 	if u.State != deployments.StateWaiting || !u.Running.IsZero() {
 		t.Errorf("a unit whose base has no record: %+v", u)
 	}
@@ -61,7 +61,7 @@ func TestAFailedUnitHoldsUpThoseAfterIt(t *testing.T) {
 	a.awaitState(base, deployments.StateQuarantined)
 	w.desire(app, deployments.Record{Target: two, Generation: 2, After: []string{"base"}})
 	u := a.awaitState(app, deployments.StateWaiting)
-	if !strings.Contains(u.Why, "base") || !strings.Contains(u.Why, "quarantined") {
+	if !strings.Contains(u.Message, "base") || !strings.Contains(u.Message, "quarantined") {
 		t.Errorf("it doesn't say why it waits: %+v", u)
 	}
 	steadily(t, "it waits", func() (bool, string) { return w.live("app") == "1", w.live("app") })

@@ -84,10 +84,10 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 func (a *Agent) condition(name string, against func() map[string]string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
-		why := against()
+		messages := against()
 		a.mu.Unlock()
-		if len(why) > 0 {
-			writeJSON(w, http.StatusServiceUnavailable, map[string]any{name: false, "why": why})
+		if len(messages) > 0 {
+			writeJSON(w, http.StatusServiceUnavailable, map[string]any{name: false, "messages": messages})
 			return
 		}
 		writeJSON(w, http.StatusOK, map[string]any{name: true})

@@ -215,7 +215,8 @@ func TestConvergedDoesNotWaitForAPerson(t *testing.T) {
 			case <-time.After(patience):
 				t.Fatal("it waits")
 			}
-			if u := a.unit(app); u.State != deployments.StateWaiting || !u.Running.IsZero() || !strings.Contains(u.Why, "base") {
+			u := a.unit(app)
+			if u.State != deployments.StateWaiting || !u.Running.IsZero() || !strings.Contains(u.Message, "base") {
 				t.Errorf("what comes after it: %+v", u)
 			}
 		})

@@ -103,7 +103,7 @@ func TestObserveOneUnit(t *testing.T) {
 	})
 	a.awaitState(tool, deployments.StateConverged)
 	a.awaitUnit(app, "waiting for base", func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateWaiting && strings.Contains(u.Why, "base, which is only observed here")
+		return u.State == deployments.StateWaiting && strings.Contains(u.Message, "base, which is only observed here")
 	})
 	write(t, w.path("srv", "base", "VERSION"), "1") // somebody else deploys it
 	a.awaitState(app, deployments.StateConverged)

@@ -218,7 +218,7 @@ func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 		u.Errors = nil
 		r.Units[name] = u
 		if u.State == deployments.StateConverged && !a.awaited(deployments.UnitID{Stage: a.c.Stage, Role: role, Unit: name}) {
-			u.Generation, u.Why, u.Staged = 0, "", deployments.Digest{}
+			u.Generation, u.Message, u.Staged = 0, "", deployments.Digest{}
 			r.Units[name] = u
 		}
 	}

@@ -21,9 +21,9 @@ func (a *Agent) Status() policy.NodeStatus {
 	defer a.mu.Unlock()
 	s := policy.NodeStatus{
 		Node: a.c.Node, Stage: a.c.Stage, Agent: a.c.Version, Started: a.started.UTC(), Roles: roles,
-		Decisions: map[string]policy.DecisionStatus{}, Why: a.unready(),
+		Decisions: map[string]policy.DecisionStatus{}, Messages: a.unready(),
 	}
-	s.Ready = len(s.Why) == 0
+	s.Ready = len(s.Messages) == 0
 	for _, r := range a.cache.Roles() {
 		for _, src := range r.Sources() {
 			st := policy.SourceStatus{Prefix: src.Prefix}
@@ -41,7 +41,7 @@ func (a *Agent) Status() policy.NodeStatus {
 		d := u.decision
 		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
 			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
-			Why: message.Decision(d.Reason, d.Facts), Invalid: errorText(d.Invalid),
+			Message: message.Decision(d.Reason, d.Facts), Invalid: errorText(d.Invalid),
 			Recheck: d.Recheck, WaitsFor: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
 		}
 	}
@@ -97,7 +97,7 @@ func (u *unit) report() deployments.UnitReport {
 	}
 	r := deployments.UnitReport{
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: safetext.Cut(s.Version, 128),
-		Want: u.decision.Target, Why: safetext.Cut(message.Decision(u.decision.Reason, u.decision.Facts), 300),
+		Want: u.decision.Target, Message: safetext.Cut(message.Decision(u.decision.Reason, u.decision.Facts), 300),
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		RollingBack: s.RollingBack, Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin ||
 			u.decision.Source == policy.FromUnitPin,
@@ -110,7 +110,7 @@ func (u *unit) report() deployments.UnitReport {
 		r.Compared = u.comparison
 	}
 	if now.reason == deployments.ReasonDependency {
-		r.Why = u.blocked.why
+		r.Message = u.blocked.why
 	}
 	if want := u.decision.Target; s.Unfinished && want.Digest != s.Running.Digest && u.failedHere(want) {
 		r.Failed = want.Digest
@@ -148,7 +148,7 @@ func fitReport(r *deployments.Report) (left int) {
 	}
 	for i := len(names) - 1; i >= 0 && total > maxUnitsSize; i-- {
 		u := r.Units[names[i]]
-		u.Drift, u.Errors, u.Facts, u.Why = nil, nil, nil, ""
+		u.Drift, u.Errors, u.Facts, u.Message = nil, nil, nil, ""
 		r.Units[names[i]] = u
 		was := sizes[names[i]]
 		sizes[names[i]] = size(names[i])

@@ -299,11 +299,11 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 			return fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
 		}
 	}
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer unlock()
 	progress := func(p meter.Progress) { u.progress(deployments.StateFetching, p) }
 	progress(meter.Progress{})
 	u.at("before stage")
@@ -375,11 +375,11 @@ func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 }
 
 func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) error {
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer unlock()
 	u.log.Info("deploying", "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err

@@ -31,11 +31,11 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	if err != nil || r == nil {
 		return nil, err
 	}
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	defer release()
+	defer unlock()
 	if left, err = u.switcher(r).Heal(ctx, r); err != nil {
 		return nil, fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}
@@ -49,12 +49,14 @@ func (u *Unit) recordBefore(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil
 	}
-	return u.note(ctx, "could not record the tree before its commands", u.switcher(r).RecordBefore(ctx, r))
+	return u.note(ctx, "could not record the tree before the commands run: what they change counts as drift",
+		u.switcher(r).RecordBefore(ctx, r))
 }
 
 func (u *Unit) recordAfter(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil
 	}
-	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).RecordAfter(ctx, r))
+	return u.note(ctx, "could not record what the release's commands changed: it counts as drift",
+		u.switcher(r).RecordAfter(ctx, r))
 }

@@ -61,11 +61,11 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer unlock()
 	switch d := u.j.Deployment; {
 	case failed != nil:
 	case d != nil && d.Step.beforeSwitch():

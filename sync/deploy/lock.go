@@ -124,8 +124,8 @@ func (l *destLock) close() {
 	}
 }
 
-// hold takes the lock of r's dest until release is called. It does nothing if this unit holds it already.
-func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), err error) {
+// hold takes the lock of r's dest until unlock is called. It does nothing if this unit holds it already.
+func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {
 		return func() {}, nil

@@ -79,11 +79,11 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	if err != nil {
 		return err
 	}
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer unlock()
 	if l := u.lock; l != nil && l.waited && l.last == r.Pointer.Digest.String() && u.switcher(r).IsLive(r) {
 		u.log.Info("another deployment has made the release live meanwhile", "release", r.Pointer.String())
 		return nil

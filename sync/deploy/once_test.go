@@ -411,9 +411,9 @@ func TestLockIsAFileOfItsOwn(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := &artifact.Release{Manifest: &deployments.Manifest{Src: "file:///x", Dest: dest, Strategy: deployments.StrategyRsync}}
-		if release, err := u.hold(t.Context(), r); err == nil {
+		if unlock, err := u.hold(t.Context(), r); err == nil {
 			u.lock.begun()
-			release()
+			unlock()
 			t.Errorf("%s: it is taken for a lock", name)
 		}
 		if got, err := os.ReadFile(other); err != nil || string(got) != "precious" {

@@ -121,11 +121,11 @@ func (u *Unit) advance(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	release, err := u.hold(ctx, r)
+	unlock, err := u.hold(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer unlock()
 	u.lock.begun()
 	u.progress(deployments.StateSwitching, meter.Progress{})
 	for {

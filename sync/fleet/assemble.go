@@ -358,13 +358,13 @@ func (a *assembly) nodes(u *Unit) {
 			continue
 		}
 		decision := policy.Resolve(facts)
-		n.Want, n.Why = decision.Target, message.Decision(decision.Reason, decision.Facts)
+		n.Want, n.Message = decision.Target, message.Decision(decision.Reason, decision.Facts)
 		switch {
 		case r.err != nil:
-			n.Why = "its report can't be used"
+			n.Message = "its report can't be used"
 			n.Report.Error = r.err.Error()
-		case !reports && facts.Record.Present: // without a record the node reports nothing, and Why says so
-			n.Why = "has yet to report on it"
+		case !reports && facts.Record.Present: // without a record the node reports nothing, and Message says so
+			n.Message = "has yet to report on it"
 		case !reports:
 		default:
 			n.Converged = converged(decision, report)

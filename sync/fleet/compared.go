@@ -39,7 +39,7 @@ func comparedText(r deployments.UnitReport) string {
 	case c.Dest == "":
 		return "observes: would run commands alone"
 	case c.Missing:
-		return "observes: would make dest, where nothing is"
+		return "observes: dest doesn't exist, and would be made"
 	case c.Differs == 0:
 		return "observes: dest equals the release byte for byte"
 	}

@@ -20,7 +20,7 @@ func TestComparedText(t *testing.T) {
 			&deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}}),
 		"observes: dest differs in 9 paths (a, b, …)": observing(
 			&deployments.Compared{Dest: "/srv/app", Differs: 9, Paths: []string{"a", "b"}}),
-		"observes: would make dest, where nothing is": observing(
+		"observes: dest doesn't exist, and would be made": observing(
 			&deployments.Compared{Dest: "/srv/app", Differs: 1, Missing: true, Paths: []string{"."}}),
 		"observes: would run commands alone": observing(&deployments.Compared{}),
 		"adopted as it was at dest":          {Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},

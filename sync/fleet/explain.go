@@ -17,8 +17,8 @@ import (
 // in the rollout, and what the node reports.
 type Decision struct {
 	policy.Decision
-	Why   string
-	Trace []Step
+	Message string
+	Trace   []Step
 }
 
 // Step is one line of a Decision's chain.
@@ -31,7 +31,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 		return Decision{}, err
 	}
 	resolved := policy.Resolve(f.facts(u, *n))
-	d := Decision{Decision: resolved, Why: message.Decision(resolved.Reason, resolved.Facts)}
+	d := Decision{Decision: resolved, Message: message.Decision(resolved.Reason, resolved.Facts)}
 	if s, bad := storeStep(f, id); bad {
 		d.Trace = append(d.Trace, s)
 	}
@@ -248,7 +248,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	case n.Gone:
 		s.Says, s.Hint = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
 	case r.State == "":
-		s.Says, s.Hint = join(n.Why, trouble), "see whether its agent runs, with this stage and role"
+		s.Says, s.Hint = join(n.Message, trouble), "see whether its agent runs, with this stage and role"
 	case behind:
 		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
 		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
@@ -269,7 +269,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Why), "for another unit"), trouble)
+		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Message), "for another unit"), trouble)
 		if r.Reason == deployments.ReasonDependency {
 			s.Says = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), trouble)
 		}
@@ -314,7 +314,7 @@ type Explanation struct {
 	Source    policy.Source          `json:"source"`
 	Reason    deployments.Reason     `json:"reason,omitempty"`
 	Facts     deployments.Facts      `json:"facts,omitempty"`
-	Why       string                 `json:"why"`
+	Message   string                 `json:"message"`
 	Invalid   string                 `json:"invalid,omitempty"`
 	Recheck   time.Time              `json:"recheck,omitzero"`
 	Converged bool                   `json:"converged"`
@@ -339,7 +339,7 @@ func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d Decision) (Ex
 		Source:    d.Source,
 		Reason:    d.Reason,
 		Facts:     d.Facts,
-		Why:       d.Why,
+		Message:   d.Message,
 		Recheck:   d.Recheck,
 		Converged: n.Converged,
 		Gone:      n.Gone,

@@ -33,7 +33,7 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 	}
 	t := NodeExplanation{Verdict: summarize(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
 	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
-	add("because", message.OneLine(d.Why))
+	add("because", message.OneLine(d.Message))
 	if d.Invalid != nil && !mentions(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
 		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{message.OneLine(d.Invalid.Error()), Bad}})
 	}
@@ -221,8 +221,8 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	if r.Want != n.Want && !r.Want.IsZero() && !mentions(d, r.Want.String(), anyStep) {
 		add("wants", u.Release(r.Want))
 	}
-	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !mentions(d, r.Why, anyStep) {
-		add("reason", message.OneLine(r.Why))
+	if r.Message != n.Message && r.State == deployments.StateWaiting && !n.Gone && !mentions(d, r.Message, anyStep) {
+		add("reason", message.OneLine(r.Message))
 	}
 	var quarantined []string
 	for _, q := range r.Quarantined {

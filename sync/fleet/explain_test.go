@@ -196,12 +196,16 @@ func TestExplainLocal(t *testing.T) {
 			{Prefix: "desired/prod/api/", From: "store", Since: noon},
 		},
 		Roles: map[string]deployments.Report{
-			"web": {Units: map[string]deployments.UnitReport{"app": {State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Why: "waits for base",
-				Reason: deployments.ReasonDependency, Facts: deployments.Facts{"unit": "base", "error": "waits for base"}, Generation: 2, Since: noon.Add(-time.Minute)}}},
+			"web": {Units: map[string]deployments.UnitReport{"app": {
+				State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Message: "waits for base",
+				Reason:     deployments.ReasonDependency,
+				Facts:      deployments.Facts{"unit": "base", "error": "waits for base"},
+				Generation: 2, Since: noon.Add(-time.Minute),
+			}}},
 			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
 		},
 		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2,
-			Source: policy.FromTarget, Why: "Git commit 4f2c91a", WaitsFor: "waits for base",
+			Source: policy.FromTarget, Message: "Git commit 4f2c91a", WaitsFor: "waits for base",
 			Trace: []Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
 	}
 	for _, name := range []string{"app", "web/app"} {

@@ -125,7 +125,7 @@ type Node struct {
 	// Converged is set if the node runs what it should by policy.Resolve, as far as the store shows.
 	Converged bool                `json:"converged"`
 	Want      deployments.Pointer `json:"want,omitzero"`
-	Why       string              `json:"why"`
+	Message   string              `json:"message"`
 	joined    uint64              // Report.Joined of the whole report
 }
 

@@ -64,7 +64,7 @@ func TestConvergedIsSeenFromHere(t *testing.T) {
 		entries := append(c.entries, says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
 		u := unitOf(t, Assemble(entries, noon), "prod/web/app")
 		if u.Nodes[0].Converged != c.want || (u.Converged == 1) != c.want {
-			t.Errorf("%s: converged %v, want %v (%s)", name, u.Nodes[0].Converged, c.want, u.Nodes[0].Why)
+			t.Errorf("%s: converged %v, want %v (%s)", name, u.Nodes[0].Converged, c.want, u.Nodes[0].Message)
 		}
 	}
 }
@@ -92,7 +92,7 @@ func TestJoinedNodesAreSeenAsAdmitted(t *testing.T) {
 		e.Session = "alive"
 		n := unitOf(t, Assemble([]kv.Entry{put(kv.DesiredKey(app), c.record), e}, noon), "prod/web/app").Nodes[0]
 		if n.Want != c.want || n.Converged != (c.want == release("app", "1")) {
-			t.Errorf("%s: it wants %s (%s), converged %v", name, n.Want, n.Why, n.Converged)
+			t.Errorf("%s: it wants %s (%s), converged %v", name, n.Want, n.Message, n.Converged)
 		}
 	}
 }

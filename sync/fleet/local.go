@@ -44,7 +44,8 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	}
 	id := found[0]
 	report, said := s.Roles[id.Role].Units[id.Unit], s.Decisions[id.Role+"/"+id.Unit]
-	d := Decision{Why: said.Why, Decision: policy.Decision{Action: said.Action, Target: said.Target, Stage: said.Stage,
+	d := Decision{Message: said.Message, Decision: policy.Decision{
+		Action: said.Action, Target: said.Target, Stage: said.Stage,
 		Source: said.Source, Reason: said.Reason, Facts: said.Facts, Recheck: said.Recheck}}
 	if said.Invalid != "" {
 		d.Invalid = errors.New(said.Invalid)
@@ -54,7 +55,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 		Report:    report,
 		Converged: report.State == deployments.StateConverged && report.Running.Digest == said.Target.Digest,
 		Want:      said.Target,
-		Why:       said.Why,
+		Message:   said.Message,
 	}
 	u := Unit{ID: id, Nodes: []Node{n}}
 	f := &Fleet{At: at, Units: []Unit{u}, Unassigned: []Unassigned{}}

@@ -263,7 +263,7 @@ func TestExplain(t *testing.T) {
 	f := Assemble(busyFleet(), noon)
 	for node, want := range map[string]policy.Source{"web-1": policy.FromTarget, "web-3": policy.FromTarget, "web-4": policy.FromNodePin, "web-9": policy.FromTarget} {
 		d, err := Explain(f, app, node)
-		if err != nil || d.Source != want || len(d.Trace) == 0 || d.Why == "" {
+		if err != nil || d.Source != want || len(d.Trace) == 0 || d.Message == "" {
 			t.Errorf("%s: %+v, %v; want it decided by the %s", node, d, err, want)
 		}
 	}
@@ -318,17 +318,34 @@ func TestExplainText(t *testing.T) {
 		d    Decision
 		opt  TableOptions
 	}{
-		"explain-quarantine.txt": {"web-3", Decision{Decision: policy.Decision{Action: policy.ActRun, Target: target}, Why: "Git, commit 4f2c91a", Trace: append(slices.Clone(none),
-			Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
-			Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again", Hint: "push another release, or kedge retry prod/web/app"})},
-			TableOptions{Width: 80}},
-		"explain-hold.txt": {"web-2", Decision{Decision: policy.Decision{Action: policy.ActHold, Recheck: noon.Add(2 * time.Hour)}, Why: "hold: unit pin by alice (incident 812)",
-			Trace: []Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Hint: "kedge unpin prod/web/app"}}}, TableOptions{Width: 80, Color: true}},
-		"explain-invalid.txt": {"web-1", Decision{Decision: policy.Decision{Action: policy.ActKeep, Invalid: errors.New("the pin is neither a pointer nor hold")}, Why: "the node pin doesn't parse: nothing is changed",
-			Trace: []Step{{What: "node pin", Says: "doesn't parse", Decides: true}}}, TableOptions{}},
-		"explain-pin.txt": {"web-4", Decision{Decision: policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1")}, Why: "pinned, this node alone",
-			Trace: []Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true, Hint: "kedge unpin prod/web/app --node web-4"}}}, TableOptions{Width: 80}},
-		"explain-gone.txt": {"web-9", Decision{Decision: policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target}, Why: "not admitted yet", Trace: none}, TableOptions{Width: 80}},
+		"explain-quarantine.txt": {"web-3", Decision{
+			Decision: policy.Decision{Action: policy.ActRun, Target: target},
+			Message:  "Git, commit 4f2c91a",
+			Trace: append(slices.Clone(none),
+				Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
+				Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again",
+					Hint: "push another release, or kedge retry prod/web/app"}),
+		}, TableOptions{Width: 80}},
+		"explain-hold.txt": {"web-2", Decision{
+			Decision: policy.Decision{Action: policy.ActHold, Recheck: noon.Add(2 * time.Hour)},
+			Message:  "hold: unit pin by alice (incident 812)",
+			Trace:    []Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Hint: "kedge unpin prod/web/app"}},
+		}, TableOptions{Width: 80, Color: true}},
+		"explain-invalid.txt": {"web-1", Decision{
+			Decision: policy.Decision{Action: policy.ActKeep, Invalid: errors.New("the pin is neither a pointer nor hold")},
+			Message:  "the node pin doesn't parse: nothing is changed",
+			Trace:    []Step{{What: "node pin", Says: "doesn't parse", Decides: true}},
+		}, TableOptions{}},
+		"explain-pin.txt": {"web-4", Decision{
+			Decision: policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1")},
+			Message:  "pinned, this node alone",
+			Trace: []Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true,
+				Hint: "kedge unpin prod/web/app --node web-4"}},
+		}, TableOptions{Width: 80}},
+		"explain-gone.txt": {"web-9", Decision{
+			Decision: policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target},
+			Message:  "not admitted yet", Trace: none,
+		}, TableOptions{Width: 80}},
 	} {
 		var out bytes.Buffer
 		if err := WriteExplain(&out, f, app, c.node, c.d, c.opt); err != nil {

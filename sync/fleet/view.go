@@ -310,7 +310,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	runs := "runs nothing"
 	switch {
 	case r.State == "":
-		runs = message.OneLine(n.Why)
+		runs = message.OneLine(n.Message)
 	case r.Reason == deployments.ReasonRestored:
 		runs = message.Text(r.Reason, r.Facts)
 	case r.Serves:

@@ -225,7 +225,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
 	}
 	for _, u := range units {
-		if err := w.useless(&u, f.At); err != nil {
+		if err := w.checkHopeless(&u, f.At); err != nil {
 			return "", err
 		}
 	}
@@ -324,8 +324,8 @@ func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
-// useless returns an error if waiting for a unit can't help.
-func (w *waiter) useless(u *Unit, now time.Time) error {
+// checkHopeless returns an error if no wait can bring a unit to what it should run.
+func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
 			w.before[nodeUnit{u.ID, n.Name}] = n.Report.Since
@@ -395,7 +395,7 @@ func lacking(u *Unit, now time.Time) string {
 		what := string(n.Report.State)
 		switch {
 		case what == "":
-			what = n.Why
+			what = n.Message
 		case n.Report.State == deployments.StateConverged:
 			what = "has yet to see what it should run"
 		}

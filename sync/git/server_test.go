@@ -240,7 +240,7 @@ func TestRedirects(t *testing.T) {
 	front(h, to(plain.URL))
 	fails(t, b, "to plain http", "plain http")
 	front(h, to(strings.TrimSuffix(other.URL, "/"+filepath.Base(o.Bare))))
-	fails(t, b, "to another host", "redirects to "+strings.Split(other.URL, "/")[2], "name the repository's address there")
+	fails(t, b, "to another host", "redirects to "+strings.Split(other.URL, "/")[2], "credentials aren't sent there")
 	// Redirects within the host are followed.
 	front(h, func(w http.ResponseWriter, r *http.Request, _ []byte) bool {
 		if path, moved := strings.CutPrefix(r.URL.RequestURI(), "/old"); moved {

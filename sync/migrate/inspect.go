@@ -207,7 +207,7 @@ func Find(ctx context.Context, objects *object.Client, text string, in io.Reader
 		found = append(found, Source{Name: name, URL: o.URL, Raw: raw})
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("below %s is no object that is called .yml or .yaml", text)
+		return nil, fmt.Errorf("there is no .yml or .yaml object below %s", text)
 	}
 	return found, nil
 }

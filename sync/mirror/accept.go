@@ -197,9 +197,9 @@ type candidate struct {
 	// rules are the rules in from, if there is one: a commit must not lift the rules that it breaks.
 	rules deployments.MirrorRules
 	to    *git.Commit
-	// descends is set if from is among to's ancestors.
+	// descends is set if the commit in to descends from the one in from.
 	descends bool
-	// accepted is set if Config.Accept names to.
+	// accepted is set if the commit in to is the one that Config.Accept names.
 	accepted bool
 }
 

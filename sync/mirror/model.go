@@ -230,8 +230,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal returns the release that a record is about. A record that was rolled back has another Target, but is still
-// about want if want is the release that failed.
+// goal returns the release that a record was written to bring out: its Target, or want if the record is of a rollback
+// from want. The Target of a rollback's record is the stable release.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want

@@ -39,7 +39,7 @@ type inputs struct {
 	// fleet has what each role's nodes report. blind is set until that is known: rollouts stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
-	// fleetSince is since when fleet has been up to date, without a gap.
+	// fleetSince is the time from which fleet has been up to date without a gap.
 	fleetSince time.Time
 	// leftSince returns when entries of a role's nodes vanished, and since when this has been watched; nil: always.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)

@@ -29,7 +29,7 @@ type change struct {
 }
 
 const (
-	// maxChanges is for how many units the last change is shown.
+	// maxChanges bounds the units whose newest change one load reads.
 	maxChanges = 2000
 	// changesWithin bounds one reading of histories, changesAtOnce how many are read in parallel.
 	changesWithin = 20 * time.Second

@@ -44,7 +44,7 @@ func TestFiguresOfALargeFleet(t *testing.T) {
 			addresses = append(addresses, "prod/web/app", "prod/web/app/web-05000")
 		}
 		w := offline(t, s)
-		now, _ := w.now()
+		now, _ := w.latest()
 		before := map[string]*rendered{}
 		for _, address := range addresses {
 			var r *rendered
@@ -75,7 +75,7 @@ func TestFiguresOfALargeFleet(t *testing.T) {
 		i := slices.IndexFunc(s.entries, func(e kv.Entry) bool { return e.Key == changedIn[name].Key })
 		s.entries[i] = changedIn[name]
 		w.show(s.assemble())
-		now, _ = w.now()
+		now, _ = w.latest()
 		for _, address := range addresses {
 			event, err := encodePatch(patchOf(before[address], w.render(t.Context(), now, address, nil)))
 			if err != nil {

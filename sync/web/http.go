@@ -105,7 +105,7 @@ func (w *Web) first(ctx context.Context) *snapshot {
 	defer cancel()
 	w.asked()
 	for {
-		s, changed := w.now()
+		s, changed := w.latest()
 		if s != nil {
 			return s
 		}

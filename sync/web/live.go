@@ -136,7 +136,7 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	known := w.remembered(filterOf(query).address("/"+path), tag)
 	drawn := time.Time{}
 	for {
-		s, changed := w.now()
+		s, changed := w.latest()
 		began := time.Now()
 		event := "event: beat\ndata:\n\n"
 		if page := w.render(r.Context(), s, path, query); page.tag != tag {

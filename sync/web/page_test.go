@@ -37,7 +37,7 @@ func wordsScene(text string) scene {
 	broken.State, broken.Want, broken.Quarantined, broken.Error = deployments.StateQuarantined, release("2"),
 		[]deployments.Digest{release("2").Digest}, text
 	pinned := runs("1")
-	pinned.Version, pinned.Why, pinned.Pinned, pinned.Drift = text, text, true, []string{text}
+	pinned.Version, pinned.Message, pinned.Pinned, pinned.Drift = text, text, true, []string{text}
 	return scene{name: "words", entries: []kv.Entry{
 		entry(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text,
 			Holder: text, Refused: text, Error: text}),
@@ -122,7 +122,7 @@ func page(t *testing.T, w *Web, address string) (int, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, _ := w.now()
+	s, _ := w.latest()
 	r := w.render(t.Context(), s, strings.Trim(u.Path, "/"), u.Query())
 	return r.code, markup(document(r))
 }
@@ -259,7 +259,7 @@ func TestUnitSaysItsFreeze(t *testing.T) {
 func TestFilters(t *testing.T) {
 	t.Parallel()
 	w := offline(t, bigScene())
-	s, _ := w.now()
+	s, _ := w.latest()
 	for query, want := range map[string]int{
 		"": 200, "stage=staging": 50, "role=web": 8, "stage=prod&role=web": 2, "q=prod-eu/": 50,
 		"q=unit:app+stage:staging": 25, "state=wrong": 3,
@@ -299,7 +299,7 @@ func TestFilters(t *testing.T) {
 func TestProblemsSayThePhaseOnce(t *testing.T) {
 	t.Parallel()
 	for _, s := range []scene{bigScene(), appScene(40, deployments.PhaseRollingBack)} {
-		now, _ := offline(t, s).now()
+		now, _ := offline(t, s).latest()
 		for _, u := range now.all() {
 			if p := u.problem; p != nil && strings.HasPrefix(p.Why, p.What) {
 				t.Errorf("%s: %s %s", s.name, p.What, p.Why)
@@ -324,7 +324,7 @@ func hostileScene() scene {
 		units[fmt.Sprintf("u%04d", i)] = r
 	}
 	r := failed("1", long)
-	r.Version, r.Why, r.Drift, r.State = long, long, []string{long, long}, deployments.State(long)
+	r.Version, r.Message, r.Drift, r.State = long, long, []string{long, long}, deployments.State(long)
 	units["app"] = r
 	var all []kv.Entry
 	for i := range 3000 {
@@ -409,7 +409,7 @@ func TestPatchesAreSmall(t *testing.T) {
 			s = appScene(10_000, deployments.PhaseRolling)
 		}
 		w := offline(t, s)
-		now, _ := w.now()
+		now, _ := w.latest()
 		before := w.render(t.Context(), now, address, nil)
 		role := deployments.RoleID{Stage: "prod", Role: "cache"}
 		changed := reportIn(role, nodeName(role, 5), map[string]deployments.UnitReport{"app": runs("1.4.9"),
@@ -420,7 +420,7 @@ func TestPatchesAreSmall(t *testing.T) {
 		i := slices.IndexFunc(s.entries, func(e kv.Entry) bool { return e.Key == changed.Key })
 		s.entries[i] = changed
 		w.show(s.assemble())
-		now, _ = w.now()
+		now, _ = w.latest()
 		p := patchOf(before, w.render(t.Context(), now, address, nil))
 		data, err := encodePatch(p)
 		if err != nil {
@@ -438,10 +438,10 @@ func TestPatchesAreSmall(t *testing.T) {
 func TestPatches(t *testing.T) {
 	t.Parallel()
 	w := offline(t, smallScene())
-	now, _ := w.now()
+	now, _ := w.latest()
 	small := w.render(t.Context(), now, "prod/web/app", nil)
 	w.show(appScene(200, deployments.PhaseRolling).assemble())
-	now, _ = w.now()
+	now, _ = w.latest()
 	large := w.render(t.Context(), now, "prod/web/app", nil)
 	for _, pair := range [][2]*rendered{{nil, small}, {small, large}, {large, small}, {small, small}} {
 		html := map[string]string{}

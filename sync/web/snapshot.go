@@ -97,7 +97,7 @@ type unit struct {
 	name func(deployments.Pointer) string
 	// target is what most of the unit should run: a pin's release, or the record's target.
 	target deployments.Pointer
-	// shares are sorted by count: the first maxShares releases, then all others in one.
+	// shares are how many live nodes run each release: the maxShares most common ones, then one for all others.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int

@@ -168,8 +168,9 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// again returns a new snapshot of the same fleet, for changes outside of the fleet.
-func (s *snapshot) again() *snapshot {
+// copied returns a copy of a snapshot, nil of nil, for pages to be made anew after a change that the fleet doesn't
+// hold: the store went away or came back, or the units' newest changes were read.
+func (s *snapshot) copied() *snapshot {
 	if s == nil {
 		return nil
 	}
@@ -178,8 +179,8 @@ func (s *snapshot) again() *snapshot {
 	return same
 }
 
-// now returns the current snapshot, or nil before the first read, and a channel that is closed at its next change.
-func (w *Web) now() (*snapshot, <-chan struct{}) {
+// latest returns the current snapshot, or nil before the first read, and a channel that is closed at its next change.
+func (w *Web) latest() (*snapshot, <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.current, w.changed
@@ -193,8 +194,8 @@ func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 			return
 		case <-news.C():
 		}
-		if s, _ := w.now(); s != nil && w.log.load(ctx, w.c.Store, s.Fleet) {
-			w.replace((*snapshot).again)
+		if s, _ := w.latest(); s != nil && w.log.load(ctx, w.c.Store, s.Fleet) {
+			w.replace((*snapshot).copied)
 		}
 	}
 }
@@ -227,7 +228,7 @@ func (w *Web) probe(ctx context.Context) {
 		w.mu.Lock()
 		idle := len(w.viewers) == 0 && time.Since(w.used) > probeFor
 		w.mu.Unlock()
-		s, _ := w.now()
+		s, _ := w.latest()
 		if idle || s == nil {
 			continue
 		}
@@ -244,7 +245,7 @@ func (w *Web) probe(ctx context.Context) {
 		}
 		if ctx.Err() == nil && why != s.away {
 			w.replace(func(old *snapshot) *snapshot {
-				s := old.again()
+				s := old.copied()
 				s.away = why
 				return s
 			})

@@ -138,8 +138,8 @@ func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 			}
 			if bare || g > 0 && g < floor {
 				if held[e.Key] = h; !seen && g > 0 {
-					log.Error("a record is older than the one that this node has acted on: "+
-						"it waits for a mirror that knows the newer one",
+					log.Error("ignoring a record that is older than the one this node has acted on: the unit stays as it is "+
+						"until a mirror writes a newer one; was the store restored from a backup?",
 						"key", e.Key, "generation", g, "acted_on", floor)
 				}
 				if ok {

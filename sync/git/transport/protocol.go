@@ -202,7 +202,7 @@ func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	case n <= uint64(endPkt-flushPkt):
 		return flushPkt + pkt(n), "", nil
 	case n < 4 || n > maxPkt:
-		return 0, "", fmt.Errorf("it sends a packet of %d bytes", n)
+		return 0, "", fmt.Errorf("the server sent a packet of %d bytes: Git's protocol has 4 to %d", n, maxPkt)
 	}
 	data := make([]byte, n-4)
 	if _, err := io.ReadFull(r, data); err != nil {

@@ -39,8 +39,8 @@ func (e *Refusal) Error() string {
 // hint returns what to do about a refusal.
 func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
-		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+
-			"there)", asked.Host, e.Host)
+		return fmt.Sprintf(" (%s redirects to %s, and credentials aren't sent there: give the repository's address on "+
+			"that host)", asked.Host, e.Host)
 	}
 	switch e.Status {
 	case 0:

@@ -179,7 +179,8 @@ func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	return session, err
 }
 
-// start begins a session before starting ends; the session itself lives as long as running.
+// start begins a session, and fails if the context starting ends first. Once begun, the session lives until the context
+// running ends.
 func (s *sshServer) start(starting, running context.Context) (*sshSession, error) {
 	conn := s.conn
 	hang := context.AfterFunc(starting, func() { conn.Close() })
