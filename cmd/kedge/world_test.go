@@ -399,10 +399,13 @@ func (w *world) eventually(what string, try func() error) {
 	await(w.t, what, try)
 }
 
+// await pauses for at least as long as a try takes: one that starts a process would else keep a processor busy, while
+// what it waits for needs it.
 func await(t testing.TB, what string, try func() error) {
 	t.Helper()
 	deadline := time.Now().Add(60 * time.Second)
 	for {
+		begun := time.Now()
 		err := try()
 		if err == nil {
 			return
@@ -413,7 +416,7 @@ func await(t testing.TB, what string, try func() error) {
 		select {
 		case <-t.Context().Done():
 			t.Fatal(t.Context().Err())
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(min(max(2*time.Since(begun), 25*time.Millisecond), time.Second)):
 		}
 	}
 }
