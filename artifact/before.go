@@ -24,7 +24,7 @@ func (t treeSwitcher) forget() error {
 	return safefs.RemoveTree(t.c.Before)
 }
 
-// keptTree is the copy of what was at dest before the strategy rsync wrote over it.
+// keptTree returns the path of the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
 // Keep copies what is at dest, except what rsync leaves alone there: excluded files and mounts.
@@ -97,8 +97,8 @@ func (s rsyncSwitcher) checkCopy(ctx context.Context, dir string, args []string)
 
 var transferSize = regexp.MustCompile(`(?m)^Total transferred file size: ([0-9]+) bytes$`)
 
-// Restore has rsync make dest as it was before the first release. What is excluded or mounted there was never
-// changed.
+// Restore has rsync make dest equal to the copy that Keep made, and returns false if there is no copy. Excluded files
+// and mounts are left alone: they aren't in the copy, and the releases never changed them.
 func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if s.c.Before == "" || !safefs.Exists(s.keptTree()) {
 		return false, nil
@@ -208,7 +208,8 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes a release that failed. Mounts in it remain, and don't prevent the restore.
+// discard removes the failed release at aside. If something is mounted in it, and a log is configured, discard only
+// logs that: a mount shall not prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
 	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {

@@ -26,8 +26,8 @@ import (
 const (
 	// maxChanges bounds how many paths made by a release's commands are recorded.
 	maxChanges = 65_536
-	// The content of a file that commands made is recorded for healing up to maxChangeContent bytes, and that of all
-	// files up to maxChangesContent.
+	// maxChangeContent bounds, in bytes, a file that commands made and whose content is recorded for healing.
+	// maxChangesContent bounds the content of all these files of a release together.
 	maxChangeContent  = 64 << 10
 	maxChangesContent = 4 << 20
 )
@@ -44,12 +44,12 @@ type commandChange struct {
 	UID    int         `json:"uid"`
 	GID    int         `json:"gid"`
 	Target string      `json:"target,omitempty"`
-	// Sum is set if the path is a file of the archive whose content was changed.
+	// Sum is set if the path is a file of the archive whose content was changed: it is the new content's digest.
 	Sum *deployments.Digest `json:"sum,omitempty"`
 	// Content is the content of a small file. Kept is set if it was recorded.
 	Content []byte `json:"content,omitempty"`
 	Kept    bool   `json:"kept,omitempty"`
-	// Inode and Changed, its mtime, tell whether something has written to the path since.
+	// Inode and Changed, the mtime in nanoseconds, tell whether something has written to the path since it was recorded.
 	Inode   uint64 `json:"inode,omitempty"`
 	Changed int64  `json:"changed,omitempty"`
 }
@@ -63,7 +63,7 @@ const (
 	typeOther fileType = "other"
 )
 
-// whole reports whether everything below the path was made by the commands, too.
+// whole reports whether the commands made, replaced or removed the path with everything below it, not only changed it.
 func (m *commandChange) whole() bool {
 	return m.What == "extra" || m.What == "type" || m.What == "missing"
 }
@@ -84,8 +84,8 @@ func (m *commandChange) comesAndGoes() bool {
 // changeFiles are the two files that record what a release's commands made.
 type changeFiles struct {
 	made string
-	// before records the differences from before the commands ran, which are not theirs. It exists until they are
-	// done.
+	// before records the differences from before the commands ran, which the commands didn't make. It exists until the
+	// commands are done.
 	before string
 }
 
@@ -98,7 +98,7 @@ func (r *Releases) changeFiles(name string) changeFiles {
 	return changeFiles{filepath.Join(r.private(), name+changesSuffix), filepath.Join(r.private(), name+beforeSuffix)}
 }
 
-// forget removes both.
+// forget removes both files, if they exist.
 func (f changeFiles) forget() error {
 	var err error
 	for _, p := range []string{f.made, f.before} {
@@ -145,8 +145,8 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
-// recordAfter records what commands made in a tree: its differences now, without those of before. It returns how many
-// things exceeded the bounds.
+// recordAfter records what commands made in the tree at dir: the current differences without those of recordBefore. It
+// returns the number of paths beyond maxChanges, which are not recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -175,8 +175,8 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 	return left, nil
 }
 
-// describe returns what lies at the paths of differences: one thing for a path, and none below a path that is
-// whole.
+// describe returns the current state of each path of differences, once for each path. Paths below one that is whole
+// are left out. keep makes it record the content of small files.
 func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -233,8 +233,8 @@ func changeAt(root *os.Root, p string) commandChange {
 	return m
 }
 
-// keepContent records a file's content if it is small. changed says that the archive has other content: then its
-// digest is recorded.
+// keepContent records a file's content if it is small, and adds the content's size to kept. If changed says that the
+// archive has other content, the digest is recorded, too, whatever the file's size.
 func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 	if changed {
 		sum, err := sumOf(root, m.Path)
@@ -294,7 +294,8 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// differs returns how a thing differs from how the commands left it; empty: it doesn't.
+// differs returns how m's path differs from how the commands left it, as one of the words of Difference.What. It is
+// empty if nothing differs.
 func (m *commandChange) differs(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {
@@ -322,8 +323,8 @@ func (m *commandChange) differs(root *os.Root) string {
 	return ""
 }
 
-// withoutChanges returns the differences of a tree that its release's commands did not make, and changes of what they
-// made.
+// withoutChanges returns the differences of a tree that its release's commands didn't cause, by the record in made. It
+// adds how the paths in made have changed since the commands left them.
 func withoutChanges(root *os.Root, made []commandChange, differences []Difference) []Difference {
 	if len(made) == 0 {
 		return differences
@@ -373,8 +374,8 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid returns withoutChanges of a directory's differences, or the differences themselves if they only say that
-// the tree can't be compared.
+// overlaid returns withoutChanges of the differences of the tree at dir. If no changes by commands are recorded, it
+// returns all differences.
 func (f changeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
 	made := readChanges(f.made)
 	if len(made) == 0 {

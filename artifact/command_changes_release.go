@@ -25,8 +25,8 @@ func uncompared(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
 
-// RecordBefore records how a release's tree differs from its index before its commands run: these differences aren't
-// theirs.
+// RecordBefore records how a release's tree differs from its index before its commands run, so that these differences
+// aren't taken for the commands' own. It does nothing if they are recorded already.
 func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

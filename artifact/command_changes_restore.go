@@ -12,14 +12,14 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// restorer restores what a release's commands made in a newly unpacked tree. It takes it from the live tree, by
-// hard links, and the rest from what was recorded.
+// restorer restores what a release's commands made in a newly unpacked tree. Paths of the live tree that are as the
+// commands left them are carried over, files by hard links. All others are made from what was recorded.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing
-	// late makes it restore only what isn't in the tree yet.
+	// late makes carry leave paths alone that the new tree has already.
 	late bool
-	// inPlace says that both trees are the same: what is as it was left stays.
+	// inPlace is set if both trees are the same: a path that is as the commands left it stays.
 	inPlace bool
 }
 
@@ -59,8 +59,8 @@ func restoreChanges(dir, live string, made []commandChange) error {
 	return nil
 }
 
-// restoreLate restores what was written into the commands' directories while the new tree was about to become
-// live.
+// restoreLate is called when the new tree at dir has become live, and the tree that it replaced lies at old. It
+// carries over what was written meanwhile into directories of the old tree that the commands made.
 func restoreLate(dir, old string, made []commandChange) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
@@ -78,7 +78,8 @@ func restoreLate(dir, old string, made []commandChange) error {
 	return nil
 }
 
-// canRestore reports whether a thing that was changed or removed can be restored.
+// canRestore reports whether m's path can be restored after something else has changed or removed it. A file needs its
+// recorded content, and a directory that commands made can't be restored.
 func (m *commandChange) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
@@ -89,8 +90,7 @@ func (m *commandChange) canRestore() bool {
 	return true
 }
 
-// unrestorable returns the paths of things that were changed or removed and can't be restored, given a tree's
-// differences.
+// unrestorable returns the paths of differences that can't be restored: commands made them, and canRestore is false.
 func unrestorable(made []commandChange, differences []Difference) pathSet {
 	gone := pathSet{}
 	for i := range made {
@@ -141,7 +141,8 @@ func (r *restorer) restore(m *commandChange) error {
 	return r.attributes(m)
 }
 
-// asLeft reports whether the live tree still has a thing as the commands left it, by type and content.
+// asLeft reports whether the live tree still has m's path as the commands left it. The type must be the same and, if a
+// digest was recorded, the content.
 func (r *restorer) asLeft(m *commandChange) bool {
 	if changeAt(r.live, m.Path).Type != m.Type {
 		return false
@@ -198,7 +199,8 @@ func (r *restorer) link(m *commandChange) error {
 	return r.chown(m.Path, m.UID, m.GID)
 }
 
-// chown does nothing if the owner is right already, so that only a real change needs root's rights.
+// chown sets the owner of a path. It does nothing if the owner is right already, so that only a real change needs
+// root's rights.
 func (r *restorer) chown(p string, uid, gid int) error {
 	if now := changeAt(r.tree, p); now.UID == uid && now.GID == gid {
 		return nil

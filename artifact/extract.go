@@ -33,9 +33,9 @@ const (
 	maxNames = 256 << 20
 	// maxOwners bounds how many names of users and groups are kept in memory.
 	maxOwners = 1000
-	// An archive may decode to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a
-	// decompression bomb to a thousandth. The same bound holds for the sum of files, which may be sparse, and
-	// directories.
+	// maxGrowth bounds the bytes that an archive decodes to, as a multiple of its size; freeGrowth bytes are allowed in
+	// any case. Text shrinks to a tenth, a decompression bomb to a thousandth. The sum of directories and files, which
+	// may be sparse, has the same bound.
 	maxGrowth  = 400
 	freeGrowth = 1 << 30
 	dirSize    = 4096 // bytes counted for a directory
@@ -60,10 +60,10 @@ type extractor struct {
 	holds    bool            // set once the tree has something but its top directory
 	names    int             // bytes of the names kept in the maps below
 	links    map[string]bool // symbolic links made so far
-	// top has the attributes of the tree itself; nil: it has no entry.
+	// top has the attributes of the tree itself; nil: the archive has no entry for it.
 	top *attributes
-	// dirs has the attributes of all directories so far; nil: no entry. Modes are set at the end, as a read-only
-	// directory could not be filled.
+	// dirs has the attributes of each directory made so far; nil: the archive has no entry for it. Modes are set at the
+	// end, as a read-only directory could not be filled.
 	dirs map[string]*attributes
 }
 
@@ -75,8 +75,9 @@ type attributes struct {
 	time     time.Time
 }
 
-// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take precedence over
-// numbers if they are known here, and a directory keeps set-group-id and the sticky bit.
+// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take precedence over numbers
+// if they are known here, and a directory keeps set-group-id and the sticky bit. If allowed refuses the owner, its
+// error is returned.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -101,7 +102,8 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	return a, nil
 }
 
-// idCached returns a name's number, or -1 if it has none here. It caches a bounded number of names.
+// idCached returns the number of a user or group, or -1 if lookup doesn't find name. It caches up to maxOwners names
+// in known.
 func idCached(known map[string]int, name string, lookup func(string) (string, error)) int {
 	if name == "" {
 		return -1
@@ -127,7 +129,7 @@ var (
 	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes", maxNames)
 )
 
-// bounded is a reader that fails once more than its limit was decoded.
+// bounded is a reader that fails with errBomb once more than left bytes were read.
 type bounded struct {
 	r    io.Reader
 	left int64
@@ -382,7 +384,8 @@ func (x *extractor) takeDir() error {
 	return nil
 }
 
-// keep copies a name, which may be a slice of a far longer PAX record that would stay in memory.
+// keep returns a copy of name, which may be a slice of a far longer PAX record that would stay in memory. If all kept
+// names have more than maxNames bytes, the error is errNames.
 func (x *extractor) keep(name string) (string, error) {
 	if x.names += len(name); x.names > maxNames {
 		return name, errNames
@@ -390,7 +393,7 @@ func (x *extractor) keep(name string) (string, error) {
 	return strings.Clone(name), nil
 }
 
-// treetest.WriteFile writes a new file, and counts its size.
+// write copies r to a new file, and deducts the file's size from left. If left doesn't suffice, the error is errBomb.
 func (x *extractor) write(name string, r io.Reader) (err error) {
 	f, err := x.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -425,8 +428,9 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
-// checkSingleFile refuses a release of a single file that rsync would put in the place of a directory of many: it may
-// be an error page instead of an archive. Strategy release keeps that directory, and needs no such check.
+// checkSingleFile returns an error if rsync would replace two or more entries of dest by the single file name. The
+// input may be an error page instead of an archive. Files named like an entry of dest are accepted, and so is every
+// other strategy: release, for one, keeps the old directory.
 func checkSingleFile(m *deployments.Manifest, name string) error {
 	if m.Strategy != deployments.StrategyRsync {
 		return nil

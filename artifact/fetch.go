@@ -21,7 +21,7 @@ const (
 	maxSpan     = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
 	spanGap     = 128 << 10 // so many unwanted bytes are cheaper to read than a second request
 	connections = 8
-	tries       = 4 // for a span, if no try gains a frame
+	tries       = 4 // requests for a span that gain no frame, until the next source is tried
 )
 
 // base is a release on disk to take unchanged files from; nil: none.
@@ -47,13 +47,14 @@ func (b *base) decode() (x *archive.Index, err error) {
 type filled struct {
 	index   []byte
 	decoded *archive.Index
-	// stats has the files that were linked to verified ones, as they were then. The others' are zero.
+	// stats has, by entry of the index, the stats of files that were hard-linked to verified ones, from after linking.
+	// All others are zero.
 	stats []fileStat
 }
 
-// fetchIndexed fills the private directory dir with the tree of m. Content that an
-// earlier call left in dir is kept if its hash is right, and removed otherwise. Written files may not be synced
-// yet. The base is only read; files of it that don't match its index are not used.
+// fetchIndexed fills the private directory dir with the tree of m. Content that an earlier call left in dir is kept if
+// its hash is right, and removed otherwise. Written files may not be synced yet. The base is only read; files of it
+// that don't match its index are not used.
 func fetchIndexed(
 	ctx context.Context,
 	objects *object.Client,
@@ -90,7 +91,8 @@ type fetch struct {
 	delta   *archive.Delta // nil: none
 	// large is a delta to fetch once it is known that the disk has room for it and the tree; nil: none.
 	large *deployments.Delta
-	// only returns which files to make; the tree is then left unfinished. nil: all files.
+	// only returns, by entry of the index, which files to make. If it is set, neither links nor directories' modes are
+	// made. nil: all files are made.
 	only func(*archive.Index) []bool
 
 	log     *slog.Logger    // nil: nothing is logged
@@ -192,7 +194,8 @@ func (f *fetch) makeFiles(ctx context.Context) error {
 	return group.Wait()
 }
 
-// fetchIndex gets the index from a delta against the base, or as a whole.
+// fetchIndex sets the index. It takes it from a small delta against the base, from the base itself if that has the
+// same tree, or from the storage. It also sets delta, or large for a delta of more than deltaInMem bytes.
 func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	m := f.manifest
 	if base != nil {
@@ -277,8 +280,8 @@ func (f *fetch) decode(data []byte) (*archive.Index, error) {
 	return x, nil
 }
 
-// spaceOf returns the disk space of an entry in blocks of 4 KiB. A directory takes one; a symbolic link one if it
-// is too long for its inode.
+// spaceOf returns the bytes that an entry takes on the disk, in whole blocks of 4 KiB. A directory takes one block,
+// and so does a symbolic link that is too long for its inode.
 func spaceOf(e *archive.Entry) int64 {
 	switch {
 	case e.Kind == archive.Dir, e.Kind == archive.Symlink && len(e.Target) >= 60:
@@ -289,7 +292,8 @@ func spaceOf(e *archive.Entry) int64 {
 	return 0
 }
 
-// checkSpace returns an error if the disk has no room for the tree and for beside bytes of other files.
+// checkSpace returns an error that wraps ENOSPC if the disk has no room for what the tree lacks, and for other files
+// of beside bytes.
 func (f *fetch) checkSpace(dir string, beside int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {

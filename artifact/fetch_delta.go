@@ -22,7 +22,8 @@ import (
 // deltaInMem is the size in bytes beyond which a delta is stored in a file until its hash is verified.
 const deltaInMem = 4 << 20
 
-// openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
+// openDelta fetches a delta of at most deltaInMem bytes, and verifies its hash before reading it. It returns the open
+// delta, and the new index that it makes from oldIndex.
 func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*archive.Delta, []byte,
 	error) {
 	f.meter.Expect(blob.Size)
@@ -63,8 +64,9 @@ func dropDeltas(dir, keep string) error {
 	return err
 }
 
-// openLarge fetches the large delta to a file beside dir, if the disk has room for it and the tree. It resumes
-// what an earlier call began. Its only error is the context's end: without a delta, the archive has everything.
+// openLarge fetches the large delta to a file beside dir, if the disk has room for the delta and the tree. It resumes
+// what an earlier call began. If the delta can't be used, that is no error, as the archive has everything. An error
+// means that ctx has ended, or that a useless delta can't be removed.
 func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 	file := deltaFile(dir, *f.large)
 	err := dropDeltas(dir, file)
@@ -104,7 +106,8 @@ func sizeOf(file string) int64 {
 	return info.Size()
 }
 
-// fetchLarge resumes the download of a delta, and opens it once its hash is verified.
+// fetchLarge fetches a delta into the file at path, resuming an earlier download. It returns the delta, opened once
+// its hash was verified, and the new index that it makes from oldIndex.
 func (f *fetch) fetchLarge(
 	ctx context.Context,
 	blob deployments.Delta,
@@ -122,8 +125,8 @@ func (f *fetch) fetchLarge(
 	return archive.ReadDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
 }
 
-// fetchLargeFrom is fetchLarge from one source. It resumes even what another source sent, and starts again if the
-// hash is wrong then.
+// fetchLargeFrom fetches a delta from one source, and returns its complete file, open at the start. It resumes even
+// what another source sent. If the hash is wrong then, it fetches the whole delta, once.
 func (f *fetch) fetchLargeFrom(
 	ctx context.Context,
 	from object.Source,
@@ -210,7 +213,8 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	}
 }
 
-// patch makes one file. It reports whether reading the delta can continue.
+// patch makes entry i from entry from of the old release (-1: from nothing) by the delta's next patch. If the patch
+// doesn't match, entry i stays unmade. The result is false if the delta can't be read any further.
 func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
 	e := &f.index.Entries[i]
 	var src io.ReaderAt = bytes.NewReader(nil)

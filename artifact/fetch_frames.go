@@ -22,7 +22,8 @@ import (
 // span is a range of frames that one request fetches. Unwanted frames in it are skipped.
 type span struct{ from, to int }
 
-// spansOf joins wanted frames into spans.
+// spansOf returns the spans of the frames whose element of wanted is set. A span bridges gaps of up to spanGap bytes,
+// and has at most maxSpan bytes, unless one frame has more.
 func spansOf(x *archive.Index, wanted []bool) []span {
 	var spans []span
 	for i, want := range wanted {
@@ -49,7 +50,8 @@ type fetched struct {
 	data  []byte
 }
 
-// fetchFrames fetches frames, and writes the files that are still missing from them.
+// fetchFrames fetches the frames whose element of wanted is set, and writes from them the files that the tree still
+// lacks.
 func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	spans := spansOf(f.index, wanted)
 	if len(spans) == 0 {
@@ -148,8 +150,8 @@ func newDecoder() (*zstd.Decoder, error) {
 		zstd.IgnoreChecksum(true))
 }
 
-// readSpan reads a span's wanted frames and passes them on. If the connection breaks, or a frame is wrong, it
-// makes another request from there.
+// readSpan reads a span, and sends its wanted frames to out. If the connection breaks, or a frame is wrong, another
+// request continues with the first frame that wasn't sent, if need be to another source.
 func (f *fetch) readSpan(
 	ctx context.Context,
 	source *archiveSource,
@@ -188,7 +190,8 @@ func (f *fetch) readSpan(
 	return nil
 }
 
-// tryReadSpan makes one request, and returns the first frame that it could not pass on.
+// tryReadSpan makes one request for the span in s, and sends its wanted frames to out. It returns the number of the
+// first frame that it could not send; s.to if there is none.
 func (f *fetch) tryReadSpan(
 	ctx context.Context,
 	o place,

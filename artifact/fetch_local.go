@@ -26,7 +26,8 @@ type source struct {
 	// large file to where it lies.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
-	// matches has for each entry of the index that match was given an entry with its content, or -1.
+	// matches has, for each entry of the index that was passed to match, the entry of this release with the same content,
+	// or -1.
 	matches []int32
 }
 
@@ -75,8 +76,8 @@ func openSource(b *base) (*source, error) {
 
 func (s *source) close() { s.top.Close() }
 
-// match looks for the contents of x's files. It prefers the file at the same path: neighbours then lie in one
-// directory, and files of equal content keep inodes of their own.
+// match sets matches, by entry of x, the index of the tree to make. It prefers the file at the same path: neighbours
+// then lie in one directory, and files of equal content keep inodes of their own.
 func (s *source) match(x *archive.Index) {
 	s.matches = make([]int32, len(x.Entries))
 	old := s.index.Entries
@@ -99,7 +100,8 @@ func (s *source) match(x *archive.Index) {
 	}
 }
 
-// has reports whether the release should have the content of an entry of the index that match was given.
+// has reports whether, by its index, the release has the content of entry i of the index that was passed to match. A
+// nil source has nothing.
 func (s *source) has(i int) bool { return s != nil && s.matches[i] >= 0 }
 
 // sourceReader opens files of a source. Each goroutine needs its own.
@@ -149,15 +151,16 @@ func (r *sourceReader) openFile(i int) (*os.File, error) {
 
 // sharing says how a new file may share an old file's blocks: by a hard link, or by a clone.
 type sharing struct {
-	// link allows hard links to files of this owner.
+	// link allows hard links to files that belong to uid and gid; -1 stands for any group.
 	link     bool
 	uid, gid int
 	// noClone is set once the file system has refused to clone.
 	noClone *atomic.Bool
 }
 
-// newSharing allows hard links if nothing writes into live trees. An inode has one owner, so a file whose owner
-// will change must not be linked: the live release would change, too.
+// newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
+// files that belong to m's owner already are linked: an inode has one owner, and changing it would change the live
+// release.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
@@ -262,7 +265,8 @@ func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
 	return err == nil && sum == e.Sum
 }
 
-// copyFrom makes entry i from a file that should have its content. If the content differs, it makes nothing.
+// copyFrom makes entry i from the file in f, which should have its content: by a hard link, a clone or a copy. If the
+// content differs, it makes nothing, and returns nil.
 func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
 	e, from := &w.index.Entries[i], f.fd
 	if w.partly(i) {
@@ -366,8 +370,9 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 	return true, nil
 }
 
-// linkNamed makes entry e a hard link to the old release's file oldName, which was seen in the state before, and
-// returns its state afterwards. If that is another file by then, or has changed, it leaves no link and returns nil.
+// linkNamed makes entry e a hard link to the file oldName in the open directory from, and returns the file's stat from
+// afterwards. before is the stat of the file as it was checked. If the file was replaced or changed since, or can't be
+// linked, linkNamed leaves no link and returns nil.
 func (w *treeWorker) linkNamed(e *archive.Entry, from int, oldName string, before *unix.Stat_t,
 	share sharing) (*unix.Stat_t, error) {
 	dir, name, err := w.dirs.At(e.Path)
@@ -385,7 +390,7 @@ func (w *treeWorker) linkNamed(e *archive.Entry, from int, oldName string, befor
 	return &after, nil
 }
 
-// link gives an open file, whose content was hashed, e's name.
+// link makes e a hard link to the open file from, whose content was hashed.
 func (w *treeWorker) link(from int, e *archive.Entry) error {
 	dir, name, err := w.dirs.At(e.Path)
 	if err != nil {

@@ -24,9 +24,10 @@ import (
 	"kedge/deployments"
 )
 
-// extractFrom is extract from the first source that has the archive. Mirrors are used only if the manifest has a
-// collision-resistant hash of the archive. After an error in the archive itself, or on this machine, no other
-// source is tried.
+// extractFrom calls extract with one source of the archive after the other until one succeeds. It goes on to the next
+// if a source can't deliver the archive, or delivers one of another size or checksum. After any other error, of the
+// archive itself or of this machine, no other source is tried. Mirrors are used only if the manifest's checksum is at
+// least as long as SHA-256: shorter hashes are not collision-resistant.
 func extractFrom(
 	ctx context.Context,
 	objects *object.Client,
@@ -135,8 +136,8 @@ func extract(
 	return nil
 }
 
-// openPlain opens an archive without an index: its stream, or its spool, if an earlier try was cut off and the disk has
-// room for both.
+// openPlain opens an archive without an index, and returns its stream. If an earlier try was cut off, and the disk has
+// room for archive and tree, it returns the completed spool instead.
 func openPlain(
 	ctx context.Context,
 	from object.Source,

@@ -26,7 +26,7 @@ type place struct {
 	source object.Source
 }
 
-// Mirror reports whether it is a mirror, not the archive's own place.
+// Mirror reports whether p is a mirror's copy, not the one at the archive's own URL.
 func (p place) Mirror() bool { return p.source.Mirror() }
 
 // openArchive opens the archive at the first source that has it.
@@ -44,7 +44,9 @@ func (a *archiveSource) current() place {
 	return a.now
 }
 
-// nextSource goes on to the next source, unless another goroutine has left from already.
+// nextSource makes the next source that has the archive the current one, after reading from the place in from has
+// failed with err. It does nothing if another goroutine has already replaced that place. The error means that no
+// source is left.
 func (a *archiveSource) nextSource(ctx context.Context, from place, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -24,24 +24,25 @@ import (
 // builder makes an index's tree in a private directory.
 type builder struct {
 	root  *os.Root
-	top   *os.File // root, as dirs needs it
+	top   *os.File // the directory of root, as safefs.Dirs needs it
 	index *archive.Index
 	files []int // entries with content, in the order of the tar stream
 	// withheld has the permission bits that a new file doesn't get, because of the umask or a default ACL.
 	withheld uint32
 
-	// ready says for each entry whether it is made and verified; for a directory, whether it has its mode. The
-	// goroutine that made it writes it; it is read once that has ended.
+	// ready says for each entry whether it is made and verified; for a directory, whether its mode is final. The
+	// goroutine that makes an entry sets its element; others read it once that goroutine has ended.
 	ready []bool
 	// fetching says which entries writeFrame makes; missing sets it.
 	fetching []bool
-	// chunks says for each frame whether its content is already in its file. partial is set if any is.
+	// chunks says for each frame whether its content is already in its file. partial is set if any element of chunks was
+	// set.
 	chunks  []bool
 	partial atomic.Bool
-	// stats has the files that were linked to verified ones, as they were then.
+	// stats has, by entry, the stats of files that were hard-linked to verified ones, from after linking; zero: none.
 	stats []fileStat
-	// made has a gate for each gateWidth entries, which opens when the directories among them, and those above,
-	// exist.
+	// made has a channel for every gateWidth entries. It is closed once the directories among these entries, and those
+	// above them, exist.
 	made []chan struct{}
 
 	// back is told how much was written.
@@ -91,7 +92,8 @@ func (b *builder) close() error {
 	return errors.Join(b.back.wait(), b.top.Close(), b.root.Close())
 }
 
-// prepare keeps what an earlier call made, and removes the rest. Kept directories are writable until finish.
+// prepare keeps the files and frames that an earlier call made, if their hashes are right, and removes everything else
+// but directories of the tree. Kept directories are writable until finish.
 func (b *builder) prepare(ctx context.Context) error {
 	kept, err := b.sweep()
 	if err != nil {
@@ -168,8 +170,8 @@ func (b *builder) dirMade(i int) bool {
 	}
 }
 
-// probe finds out which modes new files and directories get here: mostly those asked for, which saves a chmod of
-// each.
+// probe sets withheld, by making a directory. Mostly nothing is withheld, which saves a chmod of each new file and
+// directory.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
 	b.withheld = 0o777
@@ -193,7 +195,8 @@ func (b *builder) probe() error {
 // gets reports whether a new file or directory gets all permission bits of mode.
 func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
-// sweep removes files that can't belong to the tree, and returns the entries of the others.
+// sweep removes everything but the directories and regular files that the index has at the same paths. It returns the
+// entries of these files.
 func (b *builder) sweep() (kept []int, err error) {
 	err = fs.WalkDir(b.root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || p == "." {
@@ -218,7 +221,8 @@ func (b *builder) sweep() (kept []int, err error) {
 	return kept, err
 }
 
-// examine keeps a file that is right, or the right frames of a large one, and removes the rest.
+// examine hashes the file of entry i. It keeps the file if its content is right, or else the right frames of a large
+// file. If none is right, it removes the file.
 func (b *builder) examine(i int) error {
 	e := &b.index.Entries[i]
 	f, err := b.root.Open(e.Path)
@@ -268,7 +272,8 @@ func hashesTo(f io.ReaderAt, at int64, want archive.Frame) bool {
 	return n == len(data) && deployments.DigestOf(data) == want.Content
 }
 
-// missing returns the frames with content that neither the tree nor old has, and makes writeFrame write only that.
+// missing returns which frames have content that neither the tree nor old has. It also sets fetching, so that
+// writeFrame writes only the files with such content.
 func (b *builder) missing(old *source) []bool {
 	wanted := make([]bool, len(b.index.Frames))
 	for _, i := range b.files {
@@ -284,7 +289,8 @@ func (b *builder) missing(old *source) []bool {
 	return wanted
 }
 
-// finish makes links, and sets directories' modes, when all files are there.
+// finish makes links and sets directories' modes once all files are made. If a file is missing, the error wraps
+// archive.ErrIndex.
 func (b *builder) finish() error {
 	dirs := &safefs.Dirs{Top: b.top}
 	defer dirs.Close()
@@ -326,7 +332,7 @@ func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: sa
 
 func (w *treeWorker) close() { w.dirs.Close() }
 
-// writeFrame decodes a frame, and writes the files that still lack its content.
+// writeFrame writes raw, the decoded content of frame n, to the files that still lack it.
 func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 	f := &w.index.Frames[n]
 	first, _ := slices.BinarySearchFunc(w.files, f.Start, func(i int, start int64) int {
@@ -394,7 +400,7 @@ func (w *treeWorker) create(e *archive.Entry) (fd int, err error) {
 	return fd, nil
 }
 
-// partly reports whether prepare kept frames of a large file.
+// partly reports whether some frames of a large file are already in the file at its path.
 func (b *builder) partly(i int) bool {
 	if !b.partial.Load() {
 		return false
@@ -404,7 +410,7 @@ func (b *builder) partly(i int) bool {
 	return slices.Contains(b.chunks[from:to], true)
 }
 
-// discard removes the frames of a large file that prepare kept.
+// discard removes a large file that has some of its frames already.
 func (w *treeWorker) discard(i int) error {
 	e := &w.index.Entries[i]
 	from, to := w.index.FramesOf(e)
@@ -416,7 +422,7 @@ func (w *treeWorker) discard(i int) error {
 	return w.dirs.Remove(e.Path)
 }
 
-// writeChunk writes a part of a large file. The last part closes it.
+// writeChunk writes a part of a large file at an offset. After the last part it sets the file's mode, and closes it.
 func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	l, err := w.openLarge(i)
 	if err != nil {

@@ -31,7 +31,7 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 	return raw, nil
 }
 
-// hasDigest returns a check that bytes have a digest.
+// hasDigest returns a function that returns deployments.ErrDigest unless its argument has the digest want.
 func hasDigest(want deployments.Digest) func([]byte) error {
 	return func(data []byte) error {
 		if deployments.DigestOf(data) != want {
@@ -44,8 +44,8 @@ func hasDigest(want deployments.Digest) func([]byte) error {
 // maxVersions bounds how many older versions of a manifest are read.
 const maxVersions = 20
 
-// olderVersion finds the manifest that p points to among older versions of its object, for keys that each release
-// overwrites.
+// olderVersion returns the manifest that p points to from an older version of the object at p.URL: some publishers
+// overwrite one key with each release. If no version has p's digest, the error is deployments.ErrDigest.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {

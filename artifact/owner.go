@@ -12,8 +12,8 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// eachWrongOwner calls f for each path that has another owner, including the top as ".". It skips the paths of
-// skip.
+// eachWrongOwner calls f for each path below root whose user isn't uid or whose group isn't gid; a negative number
+// stands for any. The top itself is passed as ".". Paths in skip, and paths below them, are left out.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -43,7 +43,8 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 	})
 }
 
-// applyOwner gives a tree to its manifest's owner. Files hard-linked to a live release have that owner already.
+// applyOwner changes the owner of all paths of the tree at dir to owner, which is USER, USER:GROUP or :GROUP; an empty
+// owner changes nothing. Files hard-linked to a live release have that owner already, and aren't changed.
 func applyOwner(ctx context.Context, dir, owner string) error {
 	if owner == "" {
 		return nil

@@ -13,13 +13,15 @@ import (
 	"kedge/deployments"
 )
 
-// Prune removes old releases, except the keep newest, the current one and those in protect. It also removes trees that
-// were staged in part. If dest can't be read it removes nothing.
+// Prune removes releases, except the current one, those in protect, and the newest of the others, of which it leaves
+// as many as keep says. It also removes partly staged trees, except those of releases in protect. If dest can't be
+// read, it removes nothing and returns the error.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }
 
-// pruneBut is Prune, but first removes the releases in drop, even those among the keep newest.
+// pruneBut is Prune, but also removes the releases in drop that are neither current nor in protect; they don't count
+// towards keep.
 func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
 	if err := r.prune(keep, protect, drop); err != nil {
 		return fmt.Errorf("prune %s: %w", r.shownTop(), err)
@@ -113,7 +115,8 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	return left
 }
 
-// remove first renames a release's directory, so that no half-removed release is ever found.
+// remove removes the release whose directory is called name. It first renames the directory, so that no half-removed
+// release is ever found.
 func (r *Releases) remove(name string) error {
 	dir := filepath.Join(r.top(), name)
 	if err := safefs.NoMounts(dir); err != nil {

@@ -41,9 +41,9 @@ type PublishOptions struct {
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is stored beside it as
 	// manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
-	// Signed checks that a signature is of these bytes and by the key of Sign. It is called if another signature
-	// is there already: one that an interrupted publish left, of a key whose signatures differ each time (ECDSA).
-	// Nil: only an equal signature is accepted.
+	// Signed returns an error unless a signature is of these bytes and by the key of Sign. It is called if another
+	// signature is stored already. An interrupted publish may have left it, with a key whose signatures differ each time
+	// (ECDSA). Nil: only an equal signature is accepted.
 	Signed   func(manifest, signature []byte) error
 	Progress func(meter.Progress)
 	Log      *slog.Logger // nil: discard
@@ -173,7 +173,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	return out, nil
 }
 
-// before is what was published of this version already: mostly nothing. It is not trusted.
+// before is the manifest that is stored for this version already: mostly there is none. It is not trusted.
 type before struct {
 	raw      []byte
 	manifest *deployments.Manifest // nil: none that parses
@@ -191,8 +191,8 @@ func (p *publisher) published() (b before, err error) {
 	return b, nil
 }
 
-// created returns when this version was first published, or now: publishing it again must give the same bytes. A
-// time later than now is not used.
+// created returns the time of the stored manifest, since publishing a version again must give the same bytes. It
+// returns now if there is no such manifest, or if its time is not before now.
 func (b before) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created

@@ -53,8 +53,8 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	return found, nil
 }
 
-// findEarlier looks for the releases with another tree that were published last below TO/NAME/. Without them nodes
-// only fetch more, so its only error is the context's end.
+// findEarlier returns those releases with a tree other than index's that were published last below TO/NAME/, at most
+// PublishOptions.Find. If it finds fewer, nodes only fetch more, so its only error is that ctx has ended.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil
@@ -161,8 +161,8 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: deployments.DigestOf(raw)}, manifest: m}, nil
 }
 
-// deltas makes and uploads a delta from each earlier release, if that costs its nodes less than the changed parts
-// of the archive. costs is what each release's nodes fetch.
+// deltas makes a delta from each earlier release, and uploads it if nodes that run that release then fetch fewer bytes
+// than without it. costs has what these nodes fetch, for each earlier release.
 func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)
@@ -196,9 +196,9 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 // errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// archive.Delta makes and uploads the delta from an earlier release; it returns nil if a delta is of no use, and the
-// digest of the earlier release's index. It fetches only those files of the earlier release that files of this one
-// are patched from.
+// delta makes the delta from an earlier release, and uploads it. d is nil if a delta is of no use, or if done has
+// from, the digest of the earlier release's index. It fetches only those files of the earlier release that files of
+// this one are patched from.
 func (p *publisher) delta(
 	e earlier,
 	made archive.Packed,

@@ -33,14 +33,14 @@ var ErrNoRelease = errors.New("no such release on this disk")
 //	/srv/app.shared/…                      the manifest's shared paths, which releases link to; never removed
 //
 // A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: if the
-// name exists, the release is complete. One process at a time may change it, which the agent's lock on its state
-// directory ensures.
+// name exists, the release is complete. One process at a time may change DEST.releases, which the agent's lock on its
+// state directory ensures.
 type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
-	// within bounds where dest may lie. owner is who else may own the directories that lead there. See
-	// safefs.PlaceOptions.
+	// within are the directories in which dest must lie; empty: anywhere. owner names a user who may own the directories
+	// that lead to dest, besides root and this process's user. See safefs.PlaceOptions.
 	within []string
 	owner  string
 	// owners is SwitcherConfig.Owners.
@@ -49,7 +49,7 @@ type Releases struct {
 	hashAlways bool
 	// step is called before and after each change on disk. Tests kill the process there. May be nil.
 	step func(name string)
-	// held are the directories in use; nil: none are open.
+	// held are the directories that enter has opened; nil: none are open.
 	held *heldPlaces
 }
 
@@ -67,7 +67,8 @@ func (h *heldPlaces) close() {
 // Release is a release on this node.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
-	// Manifest was parsed when the release came here: the environment may have changed since.
+	// Manifest was parsed from Raw when this node first got the release. It isn't parsed again, as the environment
+	// variables in it may have changed since.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
 	// Dir is the absolute path of its complete tree; empty unless Find, Current or Stage returned the release.
@@ -79,10 +80,10 @@ type StageOptions struct {
 	Progress func(meter.Progress) // called at most a few times a second; may be nil
 	// Base is the release to take unchanged files from; zero: the current one.
 	Base deployments.Pointer
-	// Log gets, once per fetch, the reason why more is fetched than should be needed; nil: the log of the
-	// Releases.
+	// Log gets each reason why more is fetched than should be needed, once per fetch; nil: the log of the Releases.
 	Log *slog.Logger
-	// resumes lets a fetch that was cut off leave a spool beside the directory, which whoever has that cleans up.
+	// resumes lets a fetch that was cut off leave a spool beside the directory that it fills. Whoever owns that directory
+	// must remove the spool.
 	resumes bool
 }
 
@@ -108,8 +109,10 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 	return &bounded
 }
 
-// enter opens the directories of dest for one call. in has paths through these open directories, so that renaming a
-// parent redirects nothing; leave closes them. Without create, missing directories are ErrNoRelease.
+// enter opens dest's parent, DEST.releases and its private directory for one call. in is a copy of r whose paths lead
+// through these open directories, so that renaming a parent redirects nothing. leave closes them. With create, missing
+// directories are made; without it, the error wraps ErrNoRelease if one is missing. If r has them open already, in is
+// r.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.held != nil {
 		return r, func() {}, nil
@@ -138,8 +141,8 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	return &held, h.close, nil
 }
 
-// shownTop returns the path of the releases' directory for people and commands. top returns the open directory's,
-// if one is open.
+// shownTop returns the path DEST.releases, for people and commands. top returns the path through the open directory if
+// enter has opened it, and otherwise the same path.
 func (r *Releases) shownTop() string { return r.dest + ".releases" }
 
 func (r *Releases) top() string {
@@ -184,13 +187,14 @@ const (
 	trashPrefix   = "trash-"
 	healPrefix    = "heal-" // trees that healing replaced
 	adoptedPrefix = "adopted-"
-	// unfinishedPrefix begins the names of what a crash in durable.WriteFile leaves; no version begins so.
+	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile leaves behind; no version begins with
+	// it.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"
 )
 
-// in returns rel with its directory among the releases r, whether or not that exists.
+// in returns a copy of rel whose Dir is the release's path in DEST.releases, whether or not that directory exists.
 func (rel *Release) in(r *Releases) *Release {
 	at := *rel
 	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))
@@ -214,10 +218,11 @@ func (r *Releases) readRecord(name string) (*record, error) {
 	return &rec, err
 }
 
-// errDamaged means that a release's file doesn't parse.
+// errDamaged means that a release's record doesn't parse, or holds no manifest.
 var errDamaged = errors.New("it is damaged")
 
-// readRecord reads a release's file into to, which contains rel.
+// readRecord decodes the JSON file at path into to. rel must be the Release in to: if it has no manifest then, the
+// error wraps errDamaged.
 func readRecord(path string, to any, rel *Release) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -232,7 +237,8 @@ func readRecord(path string, to any, rel *Release) error {
 	return nil
 }
 
-// load returns the release whose directory is name.
+// load returns the release whose directory is called name, and its record. If either is missing or damaged, the error
+// wraps ErrNoRelease.
 func (r *Releases) load(name string) (*Release, *record, error) {
 	rec, err := r.readRecord(name)
 	if err != nil {
@@ -246,7 +252,8 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	return &rec.Release, rec, nil
 }
 
-// names lists the releases that have a record, last staged or switched to first.
+// names returns the directory names of all releases that have a record. The release that was last staged or switched
+// to comes first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {

@@ -19,9 +19,9 @@ import (
 // sharedSuffix, appended to dest, names the directory of the manifest's shared paths. It is never removed.
 const sharedSuffix = ".shared"
 
-// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. What the archive has at such
-// a path becomes the shared one if there is none yet, and is dropped otherwise. DEST.shared may belong to anybody:
-// no link in it is followed.
+// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH doesn't
+// exist yet, the archive's content at PATH is moved there; otherwise that content is dropped. If neither exists, an
+// empty directory is made. DEST.shared may belong to anybody: no link in it is followed.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil

@@ -20,20 +20,22 @@ import (
 )
 
 const (
-	// archiveSuffix, and what tells one archive from another, follow the name of the directory that it is unpacked into.
+	// archiveSuffix, followed by 12 hexadecimal digits that identify the archive, is appended to a directory's name. That
+	// is the name of the spool of the archive that is unpacked into the directory.
 	archiveSuffix = ".archive-"
 	// minSpooled is the size, in bytes, below which an archive is streamed again rather than spooled.
 	minSpooled = 16 << 20
 )
 
-// spool is the file, beside the directory that an archive is unpacked into, which lets the fetch of an archive without
-// an index go on. The first try streams, and leaves it empty. A try that finds it fetches into it, from where the last
-// one ended, and unpacks it once all of it has the right checksum.
+// spool is a file that lets an interrupted fetch of an archive without an index be resumed. It lies beside the
+// directory that the archive is unpacked into. The first try streams the archive, and leaves the spool empty. A try
+// that finds the spool appends to it, from where the last try ended. It unpacks the spool once that is complete and
+// has the right checksum.
 type spool struct {
-	path string // empty: there is none
+	path string // empty: the archive gets no spool
 	size int64  // of the archive
-	had  int64  // bytes that are there
-	// found is set if an earlier try was cut off.
+	had  int64  // bytes in the file
+	// found is set if the file exists, as an earlier try was cut off.
 	found bool
 }
 
@@ -56,11 +58,11 @@ func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 	return s, nil
 }
 
-// spoolName is how the name of a spool ends. That of no other file beside it does, whatever a version is called.
+// spoolName matches the names of spools, and of no other file beside them, whatever a version is called.
 var spoolName = regexp.MustCompile(regexp.QuoteMeta(archiveSuffix) + `[0-9a-f]{12}$`)
 
-// dropSpools removes the spools beside dir, also those of releases that were superseded before they were whole, but the
-// one to keep.
+// dropSpools removes all spools beside dir except the file keep, including those of releases that were superseded
+// before they were complete.
 func dropSpools(dir, keep string) error {
 	beside := filepath.Dir(dir)
 	entries, err := os.ReadDir(beside)
@@ -72,20 +74,22 @@ func dropSpools(dir, keep string) error {
 	return err
 }
 
-// spooled reports whether something of an archive is kept for dir.
+// spooled reports whether dir has a spool that isn't empty.
 func spooled(dir string) bool {
 	found, _ := filepath.Glob(globLiteral.Replace(dir) + archiveSuffix + "*")
 	return slices.ContainsFunc(found, func(file string) bool { return sizeOf(file) > 0 })
 }
 
-// fits reports whether dir's disk has room for the rest of the archive and for a tree of its size.
+// fits reports whether dir's disk has room for a tree of the archive's size, and for the part of the archive that
+// isn't fetched yet.
 func (s spool) fits(dir string) bool {
 	var st unix.Statfs_t
 	err := unix.Statfs(dir, &st)
 	return err == nil && 2*s.size-s.had <= int64(st.Bavail)*st.Bsize
 }
 
-// mark leaves the spool empty, so that the next try fetches into it.
+// mark creates the spool, or truncates it, so that the next try fetches into it. It does nothing for an archive
+// without a spool.
 func (s spool) mark() error {
 	if s.path == "" {
 		return nil
@@ -101,7 +105,8 @@ func (s spool) create(flags int) (*os.File, error) {
 	return os.OpenFile(s.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|flags, 0o600)
 }
 
-// fetch fetches the rest of the archive, and opens it. If the whole has another checksum, it is all fetched anew, once.
+// fetch appends the missing bytes of the archive to the spool, and returns the complete file, open at its start. If
+// the checksum is wrong and an earlier try wrote a part of the file, fetch fetches the whole archive again, once.
 func (s spool) fetch(
 	ctx context.Context,
 	from object.Source,
@@ -151,11 +156,11 @@ func copyFrom(ctx context.Context, from object.Source, o object.Object, offset i
 	return err
 }
 
-// resumable reports whether a fetch that ended with err may go on later. What a full disk, or the archive itself, is
-// to blame for may not.
+// resumable reports whether a fetch that ended with err can be resumed later: its context ended, or the storage was
+// unavailable. An error of the disk, or of the archive itself, would only recur.
 func resumable(ctx context.Context, err error) bool {
 	return ctx.Err() != nil || errors.Is(err, object.ErrUnavailable)
 }
 
-// full reports whether the disk, or a quota, is full.
+// full reports whether err means that the disk, or a quota, is full.
 func full(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }

@@ -22,10 +22,10 @@ import (
 	"kedge/deployments/durable"
 )
 
-// Stage makes the release of p complete, verified and synced in its own directory, and returns it. If it is
-// already, Stage does nothing. After a kill at any point the next Stage continues or starts again, and never takes
-// half a tree for a whole one. raw is the manifest's bytes, whose digest is p's. If sizes are known, a full disk
-// is reported before anything is fetched.
+// Stage makes the release of p complete, verified and synced in its own directory, and returns it. If it is complete
+// already, Stage only sets its directory's mode. After a kill at any point the next Stage continues or starts again;
+// it never takes a partial tree for a complete one. raw is the manifest's bytes, whose digest is p's. If sizes are
+// known, a full disk is reported before the archive is fetched.
 func (r *Releases) Stage(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -171,7 +171,8 @@ func (r *Releases) renew(
 	return rel, nil
 }
 
-// syncTree writes a staged tree to the disk, and collects its files' stats meanwhile.
+// syncTree syncs a staged tree to the disk, and collects its files' stats meanwhile. With hashAlways there are no
+// stats.
 func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (stats []fileStat, err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return durable.SyncFS(staging) })
@@ -193,8 +194,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (s
 	return stats, group.Wait()
 }
 
-// noteFiles records the stats of a staged release, and again of the release before, whose files may have got more
-// links. A failure is no error: the files are hashed the next time.
+// noteFiles records the stats of a staged release. If files of base were hard-linked, which changes their ctimes, it
+// records those of base again. A failure is only logged: the files are hashed the next time.
 func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
@@ -208,8 +209,8 @@ func (r *Releases) noteFiles(name string, index deployments.Digest, stats []file
 	}
 }
 
-// setMode sets the mode of a release's directory. It comes after the rename, which needs write permission in the
-// directory.
+// setMode sets the mode of a release's directory to its manifest's DestMode. It is called after the directory was
+// renamed, since the rename needs write permission in the directory.
 func (r *Releases) setMode(rel *Release) error {
 	dir := r.dirOf(rel)
 	info, err := os.Stat(dir)
@@ -232,10 +233,10 @@ func (r *Releases) prepare(staging string) error {
 	return durable.SyncDir(r.parent())
 }
 
-// replace exchanges the staged tree for the directory that already has its name, and reports whether there was one.
-// That is a release to heal, or a directory without a record: it can't be trusted, and must be gone before the record
-// is written. The exchange is one system call, as dest may lead to the directory. Processes may still work in the old
-// directory, which is kept until the release is removed or healed again.
+// replace exchanges the staged tree for the directory at dir, and reports whether there was one. Such a directory is a
+// release to heal, or has no record. Without a record it can't be trusted, and must be gone before the record is
+// written. The exchange is one system call, as dest may lead to dir. Processes may still work in the old directory,
+// which is kept until the release is removed or healed again.
 func (r *Releases) replace(staging, dir string) (bool, error) {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -284,7 +285,8 @@ func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest,
 	return durable.SyncFS(staging)
 }
 
-// base returns the release to take files from, or nil if it can't be read.
+// base returns the release of p, or the current one if p is zero, to take files from. If that release is missing, or
+// its index can't be read, base returns nil.
 func (r *Releases) base(p deployments.Pointer) *base {
 	var rel *Release
 	var rec *record
@@ -360,7 +362,9 @@ func fill(
 	return tree, applyOwner(ctx, dir, m.Owner) // which changes no linked file: each has that owner already
 }
 
-// abandon removes what the next try can't use: everything but the verified parts of an interrupted fetch.
+// abandon removes a staged tree, and what was fetched of its deltas, if the next try can't use them. That is so if m
+// has no index, the disk is full, or the release is wrong, missing or changed. Otherwise the verified parts of the
+// tree are kept.
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
@@ -372,7 +376,8 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	return nil
 }
 
-// checkFree returns an error if the disk of dir has less than need bytes free.
+// checkFree returns an error that wraps ENOSPC if the disk of dir has less than need bytes free. The text what names
+// the thing that takes these bytes.
 func checkFree(dir, what string, need int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -385,7 +390,7 @@ func checkFree(dir, what string, need int64) error {
 	return nil
 }
 
-// sizeText returns a size with a unit so small that the text isn't 0.
+// sizeText returns n bytes as text, in kB below 10 MB and in MB from there on.
 func sizeText(n int64) string {
 	if n < 10_000_000 {
 		return fmt.Sprintf("%d kB", n/1000)

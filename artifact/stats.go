@@ -31,8 +31,9 @@ func statOf(st *unix.Stat_t) fileStat {
 	return fileStat{st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
 }
 
-// sameContent reports whether, between two looks at a file that are close together, only the number of its names
-// can have changed, which changes its ctime, too.
+// sameContent reports whether s and later, two stats of one file, have the same inode and mtime. The ctime is ignored,
+// as adding or removing a hard link changes it, too. A writer can set the mtime back, so the result is only certain
+// for stats taken shortly after each other.
 func (s fileStat) sameContent(later fileStat) bool {
 	return s.inode == later.inode && s.mtime == later.mtime
 }
@@ -66,8 +67,9 @@ const (
 	statsSuffix = ".stat"
 	statsMagic  = "kedgest\x01"
 	statSize    = 24
-	// clockTick is more than the coarsest clock of a file system: if a file is hashed so shortly after a write,
-	// another write may leave its ctime the same. Files that only kedge can reach need no such care.
+	// clockTick is longer than the tick of the coarsest clock of a file system. If a file is hashed sooner after a write,
+	// another write may leave its ctime the same, so its stat isn't recorded. Files that only kedge can reach need no
+	// such care.
 	clockTick = 20 * time.Millisecond
 )
 
@@ -123,8 +125,8 @@ func (r *Releases) forgetStats() error {
 	return err
 }
 
-// statTree returns the stats of a tree's files that have content. A file whose type, size or mode differs from its
-// index has none.
+// statTree returns the stats of the files of the tree at dir, by entry of x. The stat is zero for an empty file, and
+// for a path that is missing, no regular file, or of another size than in x.
 func statTree(ctx context.Context, dir string, x *archive.Index) ([]fileStat, error) {
 	stats := make([]fileStat, len(x.Entries))
 	return stats, addStats(ctx, dir, x, stats)
@@ -165,8 +167,8 @@ func addStats(ctx context.Context, dir string, x *archive.Index, stats []fileSta
 	return nil
 }
 
-// keptStats keeps the live release's stats valid while other names of its files are removed, which changes their
-// ctime.
+// keptStats keeps the live release's stats valid while other releases are removed: removing a hard link to a file
+// changes its ctime.
 type keptStats struct {
 	r     *Releases
 	name  string
@@ -175,8 +177,8 @@ type keptStats struct {
 	stats []fileStat
 }
 
-// keepStats records which files of the live release are unchanged, before others are removed. It returns nil if
-// none is known.
+// keepStats returns the recorded stats of those files of the live release that are unchanged. It is called before
+// other releases are removed, and renew afterwards. If no stats can be used, it returns nil, and renew does nothing.
 func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if live == nil {
 		return nil

@@ -87,8 +87,8 @@ func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// Heal stages the release again and exchanges the directories, if something in it differs or it is gone, and makes
-// dest lead to it.
+// Heal makes dest lead to the release. If the release's directory is gone, or differs in a way that staging mends, it
+// first stages the release again and exchanges the directories. left are the remaining differences.
 func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference, err error) {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if errors.Is(err, ErrNoRelease) {
@@ -204,7 +204,7 @@ func (r *Releases) leadsHere(path string) bool {
 	return err == nil && filepath.Dir(target) == r.shownTop()
 }
 
-// linkTarget returns where a link leads, absolute. If it is relative, it counts as lying beside dest.
+// linkTarget returns the absolute path that link leads to. A relative target is resolved as if link lay beside dest.
 func linkTarget(link, dest string) (string, error) {
 	target, err := os.Readlink(link)
 	if err == nil && !filepath.IsAbs(target) {

@@ -135,7 +135,8 @@ func asideName(rel *Release) string {
 	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
 }
 
-// removeAside removes what an interrupted restore left: the next one would take it for a step of its own.
+// removeAside removes the failed release that an interrupted SwitchBack or Restore left beside dest. The next
+// SwitchBack or Restore would take it for one that it has moved there itself.
 func removeAside(parent *safefs.Place, rel *Release) error {
 	if err := safefs.RemoveTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)

@@ -182,8 +182,8 @@ func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
 	return changeFiles{name + changesSuffix, name + beforeSuffix}
 }
 
-// Record lists what the release's commands changed in dest: rsync compares it with the tree that it copied there, by
-// size and time.
+// RecordAfter records what the release's commands changed in dest: rsync compares dest with the tree that it copied
+// there, by size and time.
 func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	if s.c.Changes == "" || !safefs.Exists(s.tree(r)) {
 		return nil
@@ -211,7 +211,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	return err
 }
 
-// differences asks rsync what it would change. quick makes it compare by size and time.
+// differences returns what rsync would change in dest. With quick, rsync compares files by size and time, else by
+// content.
 func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *safefs.Place, quick bool) ([]Difference,
 	error) {
 	args, err := s.args(r, dest)
@@ -229,7 +230,8 @@ func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *safefs
 	return itemized(string(output)), nil
 }
 
-// Heal leaves alone what r's commands made, and restores what it can of that.
+// Heal makes dest equal to r's tree, except what r's commands made, which it restores as far as it can. left are the
+// remaining differences.
 func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
 	made := readChanges(s.changeFiles(r).made)
 	if len(made) == 0 {
@@ -269,7 +271,8 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	return s.Verify(ctx, r, 0)
 }
 
-// excludeChanges writes rsync patterns for what commands made to a file.
+// excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's path. It leaves out
+// paths that rsync has to correct before they can be restored.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {

@@ -28,7 +28,7 @@ func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }
 
-// place opens the directory of r's dest.
+// place opens the directory that r's dest lies in.
 func (t treeSwitcher) place(r *Release) (*safefs.Place, error) {
 	return safefs.OpenPlace(r.Manifest.Dest, safefs.PlaceOptions{Within: t.c.Within, Owner: r.Manifest.Owner})
 }
@@ -52,7 +52,7 @@ func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) e
 	return durable.Rename(part, tree)
 }
 
-// unpack makes dir anew with r's tree, and syncs it.
+// unpack removes dir, makes it again with r's tree in it, and syncs it.
 func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt StageOptions) error {
 	if err := safefs.RemoveTree(dir); err != nil {
 		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
@@ -105,7 +105,8 @@ func besideName(r *Release) string {
 	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
 }
 
-// tool runs a program that copies. It detects disk errors by the output, as the exit status doesn't tell.
+// tool runs a program that copies files. Its exit status doesn't tell a disk error. If it fails and its output names a
+// full disk or quota, a read-only file system or an I/O error, the error wraps that errno.
 func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
 	output, err := t.c.Tool(ctx, false, name, args...)
 	for _, trouble := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {

@@ -16,7 +16,7 @@ import (
 	"kedge/deployments/durable"
 )
 
-// ErrUntouched is in an error of Switch if it changed nothing at dest.
+// ErrUntouched, wrapped in an error of Switcher.Switch, means that Switch changed nothing at dest.
 var ErrUntouched = errors.New("dest was not touched")
 
 // Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut off
@@ -29,8 +29,8 @@ type Switcher interface {
 	// SwitchBack makes rel live again after failed, or a part of failed, was live. It stages rel again if its tree
 	// is gone. dirty says that a release before failed may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
-	// Keep is called before the first deployment of a unit does anything, so that Restore can put back what is at
-	// dest then.
+	// Keep stores what the strategy needs for Restore to put back what is at dest now. It is called before the first
+	// deployment of a unit changes anything.
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
@@ -41,8 +41,8 @@ type Switcher interface {
 	// Compare returns how the tree at dest, whoever put it there, differs from rel, which is staged. limit is
 	// Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// RecordBefore is called before rel's commands run, and RecordAfter after its post commands. What they
-	// changed in the tree belongs to the release from then on.
+	// RecordBefore is called before rel's commands run, and RecordAfter after its post commands. Whatever the commands
+	// changed in the tree in between belongs to the release from then on.
 	RecordBefore(ctx context.Context, rel *Release) error
 	RecordAfter(ctx context.Context, rel *Release) error
 	// Verify compares the live tree with rel. limit bounds the bytes read in a second (0: unbounded).
@@ -50,8 +50,8 @@ type Switcher interface {
 	// Heal makes the live tree equal to rel. left are the remaining differences: those that only rel's commands
 	// can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes the files of releases that are not protected, except the newest others. It removes those in
-	// drop first, even if they are among the newest.
+	// Prune removes the files of stored releases, except the live one, those in protect, and the newest of all others:
+	// their number is in others. Releases in drop are removed even if they are among the newest.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -72,7 +72,7 @@ type SwitcherConfig struct {
 	// Owners returns an error if an archive's file may not belong to the owner in the archive; nil: any owner is
 	// allowed.
 	Owners func(uid, gid int) error
-	// HashAlways makes it hash each file of the old release before using it. Otherwise a file is trusted if its
+	// HashAlways makes the Switcher hash each file of the old release before using it. Otherwise a file is trusted if its
 	// inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
 	// Tool runs a system program, such as rsync, and returns its output. If quiet is set, its lines aren't logged.
@@ -111,8 +111,7 @@ func (commandsOnly) RecordAfter(context.Context, *Release) error                
 func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
-// PruneTrees removes all trees in dir (SwitcherConfig.Trees) but those of the releases in keep, and what was fetched of
-// those.
+// PruneTrees removes everything in dir (SwitcherConfig.Trees) but the trees of the releases in keep, and their spools.
 func PruneTrees(dir string, keep []deployments.Digest) error {
 	var names []string
 	for _, d := range keep {

@@ -56,7 +56,7 @@ func newVerifier(x *archive.Index, limit int64, skip []string) *verifier {
 	return v
 }
 
-// verify compares the tree at dir with the index.
+// verify compares the tree at dir with the index. It sets found, sorted by path, and stats.
 func (v *verifier) verify(ctx context.Context, dir string) (err error) {
 	if v.root, err = os.OpenRoot(dir); err != nil {
 		return err
@@ -155,8 +155,8 @@ func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
 }
 
-// dirBits are the bits of a directory's mode that must be right, unless its entry has set-group-id. That bit may
-// be inherited from the directory above.
+// dirBits are the bits of a directory's mode that are always compared. Set-group-id is compared only if the entry has
+// it, as a directory may inherit that bit from the one above.
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
@@ -194,8 +194,8 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 	return nil
 }
 
-// unreadable reports whether a tree can't be read because of the tree itself, not of the machine. Healing mends
-// that.
+// unreadable reports whether err is the fault of the tree, such as a mode or a damaged block, and not of the machine.
+// Healing mends that.
 func unreadable(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }
@@ -227,7 +227,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	return sum, err
 }
 
-// hashSlowly hashes a reader, at the speed that limit allows (nil: any).
+// hashSlowly returns the SHA-256 of what r reads, at the speed that limit allows (nil: any).
 func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []byte) (deployments.Digest, error) {
 	h := sha256.New()
 	for {
@@ -247,8 +247,8 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 	}
 }
 
-// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it later
-// and to take unchanged files from.
+// indexOfTree returns an encoded index without frames: the hashes of a tree whose archive came without an index. They
+// serve to verify the tree later, and to take unchanged files from it.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
