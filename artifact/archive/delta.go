@@ -37,7 +37,8 @@ func (d *Delta) Close() error {
 	return d.raw.Close()
 }
 
-// ReadDelta opens a delta and applies its patch of the index. It closes raw on an error.
+// ReadDelta opens the delta that r reads. It returns the delta, and the new index, which it makes from oldIndex by the
+// delta's first patch. Delta.Close closes raw; on an error ReadDelta does.
 func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex []byte, err error) {
 	d := &Delta{raw: raw}
 	defer func() {
@@ -92,8 +93,9 @@ func noEOF(err error) error {
 	return err
 }
 
-// Next returns the next file's entry in the new index, and the entry of the old index that it patches, or -1 for
-// none. Both are -1 at the end.
+// Next returns the entry of the new index that the next patch makes, and the entry of the old index that it patches
+// (-1: none). Both are -1 at the end. last is the entry that the call before returned, at first -1. The two indexes
+// have as many entries as entries and old say.
 func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {

@@ -88,7 +88,7 @@ type deltaMaker struct {
 	meter            *meter.Meter
 }
 
-// FilePatch is a file to patch: an entry of the new index, and one of the old index, or -1.
+// FilePatch is a file to patch: Entry is its number in the new index, From that of the file in the old index, or -1.
 type FilePatch struct{ Entry, From int }
 
 // ChoosePatches returns the files whose content the old release lacks. For each it picks the most similar old file: the
@@ -131,7 +131,7 @@ func ChoosePatches(old, new *Index) []FilePatch {
 	return jobs
 }
 
-// nearest returns which of the entries is nearest to a size; -1: there are none.
+// nearest returns which of the first 64 of entries has a size nearest to size; -1: entries is empty.
 func (x *Index) nearest(entries []int, size int64) int {
 	best := -1
 	for _, i := range entries[:min(len(entries), 64)] { // names like index.js occur everywhere
@@ -144,7 +144,7 @@ func (x *Index) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf returns a path without runs of digits, and of eight or more hexadecimal digits, as these change from
+// shapeOf returns a path with # for each run of digits, or of eight or more hexadecimal digits, as these change from
 // build to build.
 func shapeOf(p string) string {
 	var b strings.Builder
@@ -174,8 +174,8 @@ func isHex(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
 }
 
-// run makes patches of small files in parallel, and of large ones one after the other, each on all cores. It
-// writes all in order.
+// run makes the patches of jobs, and writes them in order. Small files are patched in parallel, a large file alone on
+// all cores.
 func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 	type result struct {
 		job   FilePatch
@@ -275,7 +275,7 @@ func loadFile(root *os.Root, e *Entry) ([]byte, error) {
 	return data, nil
 }
 
-// writePatch makes a patch's sections, on all cores.
+// writePatch makes the sections of one patch on all cores, and writes them.
 func (m *deltaMaker) writePatch(ctx context.Context, old, new []byte) error {
 	match := newMatcher(old)
 	cores := runtime.GOMAXPROCS(0)

@@ -46,8 +46,8 @@ func (m *matcher) slot(data []byte) uint64 {
 	return (a ^ bits.RotateLeft64(b, 31)) * 0x9E3779B185EBCA87 >> m.shift
 }
 
-// Find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal
-// from there.
+// find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal from
+// there. If it knows no such place, both are 0.
 func (m *matcher) find(data []byte) (at, length int) {
 	slot := m.slots[m.slot(data)]
 	if slot == 0 {
@@ -95,7 +95,7 @@ type sectionMaker struct {
 	same, unlike  int // the current run
 }
 
-// appendSection makes the section for new[from:to]. As bsdiff does, it follows a place in old that is nearly
+// appendSection appends the section for new[from:to] to out. As bsdiff does, it follows a place in old that is nearly
 // equal, and moves to another place if that matches clearly better.
 func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []byte {
 	s := &sectionMaker{old: old, new: new}
@@ -148,8 +148,8 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 	return out
 }
 
-// follow returns how far the current place matches well enough, mostly the next 32 bytes, that no other is
-// searched for.
+// follow compares the next 32 bytes, or those that are left, with the current place. If at least five eighths are
+// equal, it returns half of their number: no other place is searched for before that. Otherwise it returns 0.
 func (s *sectionMaker) follow(scan, to, shift int) int {
 	there := scan + shift
 	if there < 0 || there >= len(s.old) {
@@ -162,7 +162,7 @@ func (s *sectionMaker) follow(scan, to, shift int) int {
 	return max(1, n/2)
 }
 
-// reach returns how far new[begin:scan] is best written as changed bytes of old: as long as most bytes are equal.
+// reach returns where in new[begin:scan] to stop writing changed bytes of old: most bytes before that are equal.
 func (s *sectionMaker) reach(begin, scan, shift int) int {
 	cut := begin
 	score, best := 0, 0

@@ -23,18 +23,20 @@ const (
 	maxPath    = 4096 // bytes
 	maxName    = 255  // bytes
 	MaxLevels  = 128  // directories above a path, in an archive without an index, too
-	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound all paths together: paths share the
-	// beginning of the path before, so that an entry of six bytes can stand for a path of 4,096.
+	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound the sum of all paths: it is at most maxPaths
+	// plus pathGrowth lengths. An entry stores only what its path doesn't share with the path before, so that six bytes
+	// can stand for a path of 4,096.
 	maxPaths   = 64 << 20
 	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
 	MaxFrame   = 4 << 20 // bytes that one frame decodes to
 )
 
-// maxEncoded bounds a frame's size in the archive by what it decodes to: zstd stores what it can't compress.
+// maxEncoded returns the largest size in the archive of a frame that decodes to raw bytes: zstd stores what it can't
+// compress.
 func maxEncoded(raw int64) int64 { return raw + raw>>7 + 1024 }
 
-// Kind is what an entry is.
+// Kind is the type of an entry: a file, a directory, or a symbolic or hard link.
 type Kind uint8
 
 // The kinds of entries, by their numbers in an index.
@@ -93,7 +95,8 @@ func (x *Index) ArchiveSize() int64 {
 	return last.Offset + last.Size
 }
 
-// FramesOf returns the range of frames that hold a file's content.
+// FramesOf returns the range of frames that hold a file's content, up to but not including the frame in to. It is
+// empty for an empty file.
 func (x *Index) FramesOf(e *Entry) (from, to int) {
 	if e.Size == 0 {
 		return 0, 0
@@ -214,7 +217,7 @@ func UnixMode(m fs.FileMode) uint32 {
 	return bits
 }
 
-// modeOf returns the mode of which UnixMode gives these bits.
+// modeOf is the inverse of UnixMode.
 func modeOf(bits uint32) fs.FileMode {
 	m := fs.FileMode(bits & 0o777)
 	if bits&unix.S_ISVTX != 0 {

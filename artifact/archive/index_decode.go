@@ -50,7 +50,7 @@ func DecodeIndex(data []byte) (*Index, error) {
 
 const pathsAtOnce = 64 << 10
 
-// decodeEntries returns where the last file's content ends in the tar stream.
+// decodeEntries decodes all entries, and returns where the last file's content ends in the tar stream.
 func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 	var last []byte
 	var paths strings.Builder // holds the paths of many entries in one allocation

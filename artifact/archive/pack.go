@@ -106,7 +106,8 @@ type part struct {
 	end     bool // it is the archive's end
 }
 
-// sections yields the sections, decided by names and sizes alone.
+// sections yields the sections in the order of the archive. Their borders depend on the entries' names and sizes
+// alone.
 func (x *Index) sections(yield func(section) bool) {
 	var group section
 	var size int64
@@ -340,7 +341,7 @@ func (w *packWorker) header(i int) error {
 	return tar.NewWriter(&w.raw).WriteHeader(h)
 }
 
-// Content reads a part of a file and hashes it. Parts of a large file are hashed in order.
+// content reads a part of a file, and hashes it. Parts of a large file are hashed in order.
 func (w *packWorker) content(ctx context.Context, job *packing, part part) error {
 	if part.n == 0 {
 		return nil

@@ -29,7 +29,7 @@ func isName(part string) bool {
 	return part != "" && part != "." && part != ".." && len(part) <= maxName && strings.IndexByte(part, 0) < 0
 }
 
-// CheckTargets returns an error unless the symbolic links lead where they may.
+// CheckTargets returns an error if CheckTarget does for a symbolic link of the index.
 func (x *Index) CheckTargets(allowed deployments.Symlinks) error {
 	for i := range x.Entries {
 		if e := &x.Entries[i]; e.Kind == Symlink {

@@ -23,7 +23,8 @@ type Meter struct {
 	last       time.Time
 }
 
-// New returns a meter of a phase of total bytes; 0: not known yet.
+// New returns a meter for a phase of total bytes (0: not known yet). It passes the progress to report, which may be
+// nil.
 func New(phase string, total int64, report func(Progress)) *Meter {
 	return &Meter{phase: phase, total: total, report: report}
 }
@@ -49,7 +50,7 @@ func (m *Meter) Expect(n int64) {
 	m.total += n
 }
 
-// Done reports the end.
+// Done reports the final progress.
 func (m *Meter) Done() {
 	if m.report == nil {
 		return
@@ -59,7 +60,7 @@ func (m *Meter) Done() {
 	m.report(Progress{Phase: m.phase, Done: m.sum, Total: m.total})
 }
 
-// Write counts bytes; it writes nothing.
+// Write counts the bytes of data as done, and discards them.
 func (m *Meter) Write(data []byte) (int, error) {
 	m.Add(int64(len(data)))
 	return len(data), nil

@@ -9,16 +9,16 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 )
 
-// credentialsPatience is how long AWS's credentials may take before the log says that they are waited for. An
-// instance's own take some milliseconds.
+// credentialsPatience is how long retrieving AWS credentials may take before that is logged. An instance's own take
+// some milliseconds.
 const credentialsPatience = time.Second
 
-// slowCredentials are AWS's credentials. On a machine that has none, AWS's own code asks a metadata service that isn't
-// there for some 20 s before it says so.
+// slowCredentials is a provider of AWS credentials that logs if retrieving them takes longer than credentialsPatience.
+// On a machine that has none, AWS's own code asks a metadata service that isn't there for some 20 s before it fails.
 type slowCredentials struct {
 	aws.CredentialsProvider
 	log  *slog.Logger
-	told atomic.Bool // the log has said so since they last came
+	told atomic.Bool // the delay was logged since credentials last came
 }
 
 func (c *slowCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {

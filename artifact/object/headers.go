@@ -45,8 +45,8 @@ func requestHeaders(u *url.URL) (http.Header, error) {
 	return h, nil
 }
 
-// fileHeaders returns the headers that the file has for a URL's server. What goes over the network in the clear gets
-// none.
+// fileHeaders returns the headers that the file has for a URL's server. There are none for plain http to another
+// machine, which would send them over the network in the clear.
 func fileHeaders(u *url.URL) (http.Header, error) {
 	file := os.Getenv(headersVariable)
 	if file == "" || u.Scheme != "https" && !thisMachine(u) {
@@ -67,7 +67,7 @@ func fileHeaders(u *url.URL) (http.Header, error) {
 	return h, nil
 }
 
-// parseHeaders returns the headers that a file has for HOST:PORT. Its errors tell nothing of what may be secret.
+// parseHeaders returns the headers that a file has for HOST:PORT. Its errors quote no values, which may be secret.
 func parseHeaders(data []byte, address string) (http.Header, error) {
 	h := http.Header{}
 	lines := bufio.NewScanner(bytes.NewReader(data))

@@ -35,7 +35,8 @@ func thisMachine(u *url.URL) bool {
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// mayRead reports whether a URL of plain http may be followed.
+// mayRead reports whether a URL of plain http may be read: it leads to this machine, or lies below one of
+// Config.Sources.
 func (c *Client) mayRead(u *url.URL) bool {
 	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
 }
@@ -53,8 +54,8 @@ func WithRedirect(ctx context.Context, allowed func(url string) error) context.C
 	return context.WithValue(ctx, boundsKey{}, allowed)
 }
 
-// checkRedirect returns an error if a redirect leads where the URL itself would be refused. A redirect within a
-// host carries a token or password along, and one from elsewhere could send a request to a service that listens on
+// checkRedirect returns an error if a redirect leads where the URL itself would be refused. One to another host loses
+// its tokens and passwords. One from another machine to this one is refused: it could reach a service that listens on
 // this machine only. The error doesn't show the URL that led there, which may contain a signature.
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")

@@ -24,9 +24,9 @@ type Listed struct {
 	Modified time.Time
 }
 
-// List returns at most most objects whose URL begins with prefix, which ends in a slash, in any order. more is set
-// if there are others. No objects are no error. For gs:// and https:// the error is ErrNoList. S3 needs
-// s3:ListBucket, without which the error is ErrDenied.
+// List returns, in any order, objects whose URL begins with prefix, which must end in a slash. It returns up to most
+// of them; more is set if there are others. If there are none, that is no error. For gs:// and https:// the error is
+// ErrNoList. S3 needs s3:ListBucket, without which the error is ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
 	if !strings.HasSuffix(prefix, "/") {
 		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", prefix)

@@ -10,7 +10,7 @@ import (
 // limitChunk is how many bytes are read between two checks of the bandwidth limit.
 const limitChunk = 256 << 10
 
-// meter counts what is read, enforces the bandwidth limit, and ends a read that stalls.
+// meter returns a reader of r that counts what is read, enforces the bandwidth limit, and ends a read that stalls.
 func (c *Client) meter(ctx context.Context, r io.ReadCloser) *metered {
 	return &metered{client: c, ctx: ctx, r: r}
 }
@@ -20,8 +20,8 @@ type metered struct {
 	ctx    context.Context
 	r      io.ReadCloser
 	stall  *time.Timer
-	left   time.Duration // that it may take to read what lacks of stallLeast bytes
-	since  int           // how many there are of these
+	left   time.Duration // time for what lacks of the next stallLeast bytes
+	since  int           // how many of these bytes have come
 
 	limited time.Duration // how long the bandwidth limit has held it up
 }

@@ -21,11 +21,11 @@ const (
 	mirrorTries     = 2
 	mirrorStall     = 3 * time.Second
 	mirrorLeastRate = 64 << 10 // bytes a second
-	// mirrorPause is how long a mirror that failed is tried last.
+	// mirrorPause is how long a mirror that failed is tried only after all other places.
 	mirrorPause = time.Minute
 )
 
-// Check returns an error for a prefix that no URL can have.
+// Check returns an error if a prefix is one that no URL can have, or has no mirrors.
 func (m Mirrors) Check() error {
 	for _, prefix := range slices.Sorted(maps.Keys(m)) {
 		for _, p := range append([]string{prefix}, m[prefix]...) {
@@ -104,7 +104,7 @@ type Source struct {
 	mirror string
 }
 
-// Mirror reports whether it is a mirror, not the object's own place.
+// Mirror reports whether s is a mirror, not the object's own place.
 func (s Source) Mirror() bool { return s.mirror != "" }
 
 // Sources returns the places of an object in the order to try them: its mirrors, its own place, then mirrors that
@@ -169,8 +169,8 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 	return own
 }
 
-// ReadPinned reads an object that has a known digest or signature, also from mirrors. check returns an error for
-// any other bytes.
+// ReadPinned reads an object of at most max bytes from its mirrors or its own place, and returns the first bytes that
+// check accepts. check compares them with a known digest or signature, and returns an error for any others.
 func (c *Client) ReadPinned(
 	ctx context.Context,
 	url string,

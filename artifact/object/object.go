@@ -26,8 +26,8 @@ var (
 	// ErrUnavailable means that the storage, or the network to it, fails: the same call may succeed later, and the
 	// release is not to blame.
 	ErrUnavailable = errors.New("the storage is unavailable")
-	// ErrCredentials means that no AWS credentials were found, so that nothing was asked. It is ErrUnavailable, too:
-	// an instance's role takes a moment at boot.
+	// ErrCredentials means that no AWS credentials were found, so that no request was sent. Such an error is
+	// ErrUnavailable, too: an instance's role takes a moment at boot.
 	ErrCredentials = errors.New("no AWS credentials")
 	ErrNotFound    = errors.New("no such object")
 	ErrDenied      = errors.New("access to the object is denied")
@@ -45,34 +45,36 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides AWS's own configuration from the environment; nil: nothing is overridden.
 	S3 *S3Config
-	// UnconditionalPut is for an S3 without conditional PUT: two processes that publish one object at once may
-	// then overwrite each other's.
+	// UnconditionalPut is set for an S3 without conditional PUT. If two processes publish one object at once, one may
+	// then overwrite the other's.
 	UnconditionalPut bool
 	// GSEndpoint is the endpoint of gs://; empty: Google's own.
 	GSEndpoint string
-	// StallTimeout is how long a server may take to answer a request, or to send stallLeast bytes of it, before
-	// another connection is tried; default 10 s.
+	// StallTimeout is how long a server may take to answer a request, or to send the next stallLeast bytes of an answer.
+	// After that another connection is tried. Default 10 s.
 	StallTimeout time.Duration
-	// LeastRate is the least rate of a read, in bytes a second over six StallTimeouts: a slower one ends with
+	// LeastRate is the lowest rate of a read, in bytes a second over six StallTimeouts. A slower read ends with
 	// ErrUnavailable. Default 1 KiB/s. Time spent waiting for MaxBandwidth doesn't count.
 	LeastRate int64
-	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it
-	// leads to https alone, and from another machine never to this one.
+	// Redirect returns an error if a redirect may not lead to url, which is passed without its query. A nil function
+	// allows any. In any case a redirect from https must lead to https, and one from another machine never leads to this
+	// one.
 	Redirect func(url string) error
 	// Sources are URLs, or prefixes of URLs: plain http is read from another machine only if the URL is one of
 	// these or lies below one.
 	Sources []string
-	// NoLocal keeps http:// and https:// that Sources doesn't name from connecting to this machine or to its link,
-	// whatever name leads there.
+	// NoLocal refuses connections to this machine's own and link-local addresses, whatever name leads there. It applies
+	// to http:// and https:// URLs that Sources doesn't name.
 	NoLocal bool
 	// Mirrors are tried before an object's own place by callers that know its digest.
 	Mirrors Mirrors
 	Log     *slog.Logger // nil: discard
 }
 
-// Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown)
-// with backoff, for some 15 seconds without progress; then the error wraps a sentinel of this package if one fits.
-// AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
+// Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
+// backoff, up to seven tries without progress. The pauses between these take some 6 seconds, or longer if the server
+// says so. Then the error wraps a sentinel of this package if one fits. AWS is configured by its own environment,
+// profile or instance role, when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -115,8 +117,8 @@ type store interface {
 	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. before is how many bytes the
 	// server sends before these, as it does if it ignores Range.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
-	// put writes an object. If one exists, the error is errOccupied or, if the body says so, it is replaced
-	// atomically.
+	// put writes an object. If one exists, the error is errOccupied, unless body.replace is set: then the object is
+	// replaced atomically.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 
@@ -130,7 +132,7 @@ const (
 	dialTimeout  = 10 * time.Second
 	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
 	minRate      = 1 << 10 // Config.LeastRate's default
-	minStalls    = 6       // stallTimeouts over which it is measured
+	minStalls    = 6       // stallTimeouts over which the rate is measured
 )
 
 // New returns a client; it does no I/O.
@@ -265,7 +267,8 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	return data, nil
 }
 
-// Read opens a stream of the object from offset on. A broken connection is resumed there, guarded by the ETag.
+// Read opens a stream of the object from offset to its end. A broken connection is resumed where it broke, guarded by
+// the ETag.
 func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
@@ -281,7 +284,7 @@ type body struct {
 	io.ReaderAt
 	size     int64
 	progress func(int64)
-	replace  bool // whatever is there
+	replace  bool // an existing object is overwritten
 }
 
 func (b *body) reader() *io.SectionReader { return io.NewSectionReader(b.ReaderAt, 0, b.size) }

@@ -31,7 +31,8 @@ func (e *transientError) Unwrap() error { return e.err }
 // retry is the signature of Client.retry, for stores that call it.
 type retry func(ctx context.Context, what string, try func() error) error
 
-// retry calls try until it succeeds, fails permanently, or has failed too often.
+// retry calls try until it succeeds, fails permanently, or has failed too often (Client.tries), or ctx has ended. what
+// names the call in the log. A transient error becomes ErrUnavailable.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
@@ -94,8 +95,8 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	return r, nil
 }
 
-// resuming is an object's body. Where a connection breaks, it requests the rest. Whenever bytes have come, its count of
-// tries begins anew.
+// resuming is an object's body. If a connection breaks, it requests the bytes that are missing on another. Its count
+// of tries begins anew with every stallLeast bytes that have come.
 type resuming struct {
 	client *Client
 	ctx    context.Context
@@ -116,10 +117,11 @@ type resuming struct {
 // pace measures how fast a stream's bytes arrive, over all its connections.
 type pace struct {
 	bytes int64
-	took  time.Duration // without what the bandwidth limit took
+	took  time.Duration // without the bandwidth limit's delays
 }
 
-// slow counts a read, and reports whether the last minStalls stallTimeouts brought too little.
+// slow counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed, it reports whether the rate
+// over this time was too low, and starts p anew. Otherwise it returns false.
 func (c *Client) slow(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)
 	if p.took += took; p.took < minStalls*c.stall {

@@ -88,16 +88,16 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	return l.store, nil
 }
 
-// awsLogger writes what AWS's own code has to say at the level debug: by default it would be on standard error, as that
-// a metadata service is an old one.
+// awsLogger returns a logger for AWS's own code that writes to log at the level debug. By default its messages would
+// be on standard error, such as that a metadata service is an old one.
 func awsLogger(log *slog.Logger) logging.Logger {
 	return logging.LoggerFunc(func(kind logging.Classification, format string, args ...any) {
 		log.Debug("AWS's code says", "kind", kind, "message", fmt.Sprintf(format, args...))
 	})
 }
 
-// checkAWSFiles returns an error for a file that AWS's environment names and that can't be read within bounds. AWS's
-// own code reads them by their names, and knows what to do without one.
+// checkAWSFiles returns an error if AWS's environment names a file that can't be read within the bounds of inputfile.
+// A file that is missing, or may not be read, is left to AWS's own code, which reads all these files by itself.
 func checkAWSFiles() error {
 	for _, name := range []string{"AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
 		"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"} {
@@ -113,8 +113,8 @@ func checkAWSFiles() error {
 	return nil
 }
 
-// s3Client returns the client of S3's requests, with the transport that AWS's configuration made, which knows of
-// AWS_CA_BUNDLE. Where AWS's own client follows redirects to anywhere without end, this one holds them to bounds.
+// s3Client returns the client for requests to S3. It keeps the transport of AWS's configuration, which knows of
+// AWS_CA_BUNDLE. AWS's own client follows redirects to anywhere without end; this one checks and bounds them.
 // Credentials are fetched by AWS's own client: an instance's are at a link-local address.
 func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 	buildable, ok := made.(*awshttp.BuildableClient)
@@ -315,7 +315,8 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 // errVersion means that a URL to write names a version of an object.
 var errVersion = errors.New("a version of an object can't be written: leave ?versionId out")
 
-// occupied returns errOccupied for a failed If-None-Match, or the error unchanged.
+// occupied returns errOccupied for a failed If-None-Match. An error of a store that has no conditional PUT gets a
+// hint; every other is returned unchanged.
 func occupied(err error) error {
 	var answer *statusCode
 	switch {

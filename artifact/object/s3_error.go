@@ -20,10 +20,11 @@ import (
 // maxMessage bounds, in bytes, how much of S3's own message an error quotes.
 const maxMessage = 500
 
-// expectedRegion is how a server that was asked as of a wrong region tells the right one.
+// expectedRegion matches the words in which a server names its region if it was asked as one of another region.
 var expectedRegion = regexp.MustCompile(`expecting ["']([a-z0-9-]{1,64})["']`)
 
-// s3Error classifies an error, and removes what the SDK adds: request IDs, host names, and parts of the request.
+// s3Error returns an error of the SDK as one of this package, if one fits. It removes what the SDK adds: request IDs,
+// host names, and parts of the request.
 func s3Error(err error) error {
 	if err == nil {
 		return nil
@@ -138,7 +139,7 @@ func credentialSources(getenv func(string) string) string {
 	return strings.Join(tried, ", ")
 }
 
-// cause returns the innermost error of the SDK's wrapping that has a message.
+// cause returns an error of the SDK without the wrapping that names the operation and the request.
 func cause(err error) error {
 	var op *smithy.OperationError
 	if errors.As(err, &op) {

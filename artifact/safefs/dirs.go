@@ -46,7 +46,7 @@ func (d *Dirs) innermost() int {
 	return int(d.Top.Fd())
 }
 
-// descend opens the directory at to, starting at the nearest open directory above it.
+// descend opens the directory whose path is in to, starting at the nearest open directory above it.
 func (d *Dirs) descend(to string) error {
 	for n := len(d.open); n > 0; n-- {
 		above := d.path[:d.open[n-1].end]
@@ -125,7 +125,7 @@ func (d *Dirs) Symlink(target, p string) error {
 	return PathError("symlink", p, unix.Symlinkat(target, dir, name))
 }
 
-// Remove removes a file. It is no error if there is none.
+// Remove removes a file. A missing file is no error.
 func (d *Dirs) Remove(p string) error {
 	dir, name, err := d.At(p)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// LookupOwner resolves a manifest's owner, which is USER, USER:GROUP or :GROUP with names or numbers. -1 stands for
-// what it doesn't name, which is to be left unchanged.
+// LookupOwner resolves a manifest's owner, which is USER, USER:GROUP or :GROUP with names or numbers. An ID is -1 if
+// owner doesn't name it, which means that it shall not be changed. With an error, both are -1.
 func LookupOwner(owner string) (uid, gid int, err error) {
 	name, group, _ := strings.Cut(owner, ":")
 	uid, err = idOf(name, func() (string, error) { return LookupUser(name) })
@@ -41,7 +41,8 @@ func LookupGroup(name string) (gid string, err error) {
 	return g.Gid, nil
 }
 
-// idOf parses a numeric ID, or looks up a name. An error comes with the ID -1.
+// idOf returns the number in name, or the one that lookup returns if name isn't numeric. It returns -1 for an empty
+// name. With an error the number means nothing.
 func idOf(name string, lookup func() (string, error)) (int, error) {
 	if name == "" {
 		return -1, nil

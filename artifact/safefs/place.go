@@ -24,8 +24,8 @@ const maxLinks = 40
 type Place struct {
 	dir  *os.File
 	real string // where it lay when it was opened; for comparisons and messages
-	// shown is its path as it was given. It is used if fixed is set: then only trusted users can change what lies
-	// there.
+	// shown is its path as it was given. Path uses that if fixed is set: then only trusted users can replace a directory
+	// on the way.
 	shown string
 	fixed bool
 	trust trust
@@ -105,10 +105,11 @@ func (p *Place) OpenDest(dest string, within []string, create bool) (*Place, err
 // Close releases the directory.
 func (p *Place) Close() error { return p.dir.Close() }
 
-// Path returns a path of name in the directory. While the place is open it leads there, whatever is moved.
+// Path returns a path to name in the directory. While the place is open, that leads there even if other users rename
+// directories.
 func (p *Place) Path(name string) string { return p.path("self", name) }
 
-// PathForTool is Path for a child process, whose /proc/self is its own.
+// PathForTool is Path for use by a child process: it doesn't contain /proc/self, which would be the child's own.
 func (p *Place) PathForTool(name string) string { return p.path(strconv.Itoa(os.Getpid()), name) }
 
 func (p *Place) path(process, name string) string {
@@ -118,8 +119,9 @@ func (p *Place) path(process, name string) string {
 	return filepath.Join("/proc", process, "fd", strconv.Itoa(int(p.dir.Fd())), name)
 }
 
-// OpenPrivate opens, or creates, the directory name in p, as kedge relies on what it stores there. The error is
-// ErrUnsafe if it belongs to another than a trusted user. The right of all but its owner to write into it is removed.
+// OpenPrivate opens the directory name in p, in which kedge stores what it relies on. With create, it makes a missing
+// directory. If a user who isn't trusted owns the directory, the error wraps ErrUnsafe. Write permission is removed
+// from all users but the owner.
 func (p *Place) OpenPrivate(name string, create bool) (*Place, error) {
 	below, err := p.walk(name, nil, create)
 	if err != nil {
@@ -144,8 +146,8 @@ func (p *Place) MakePrivate(name string) (*Place, error) {
 	return p.OpenPrivate(name, false)
 }
 
-// private returns an error if others own the directory, and removes the right of all but its owner to write into
-// it.
+// private returns an error that wraps ErrUnsafe if a user who isn't trusted owns the directory. It removes write
+// permission from all users but the owner.
 func (p *Place) private() error {
 	st, err := p.stat()
 	if err != nil {
@@ -188,7 +190,8 @@ func (t trust) plantable(st *unix.Stat_t) bool {
 	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
 }
 
-// realDirs resolves all trusted links in directories' paths. Missing directories are returned as they are.
+// realDirs returns dirs, and the paths that they have once trusted links are resolved. A missing directory is returned
+// as it is.
 func realDirs(dirs []string) (real []string, err error) {
 	for _, dir := range dirs {
 		dir = filepath.Clean(dir)
@@ -279,7 +282,9 @@ type walk struct {
 	todo   []string
 }
 
-// step goes on to name.
+// step resolves name, the next part of the path, in the current directory. It makes a missing directory if create is
+// set, enters a directory, and follows a link that only trusted users can have made. Any other link is an error that
+// wraps ErrUnsafe.
 func (w *walk) step(name string) error {
 	var here unix.Stat_t
 	if err := unix.Fstat(w.fd, &here); err != nil {
@@ -314,7 +319,8 @@ func (w *walk) step(name string) error {
 	return w.enter(name, path)
 }
 
-// enter opens a directory by its name in the current one.
+// enter makes the directory name the current one; path is its whole path. If it lies below the bounds, it must belong
+// to a trusted user or to the release's owner, else the error wraps ErrUnsafe.
 func (w *walk) enter(name, path string) error {
 	fd, err := OpenAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {

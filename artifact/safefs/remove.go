@@ -139,8 +139,8 @@ func (r *remover) empty(d *os.File, path string, level int) {
 	}
 }
 
-// openBelow opens the directory name in dir for reading. It follows no link and crosses no mount. It gives itself
-// the right to read and write the directory.
+// openBelow opens the directory name in dir for reading. It follows no link and crosses no mount. If its mode keeps
+// the owner from reading or changing the directory, it is set to 0700.
 func openBelow(dir int, name string) (fd int, err error) {
 	path, err := openInMount(dir, name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
@@ -158,8 +158,8 @@ func openBelow(dir int, name string) (fd int, err error) {
 	return OpenAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 }
 
-// openInMount opens name in dir if it lies in the same mount. Without openat2 (before Linux 5.6, or forbidden by a
-// seccomp filter) it compares the kernel's mount IDs.
+// openInMount opens name in dir if it lies in the same mount as dir; otherwise the error is ErrMounted. Without
+// openat2 (before Linux 5.6, or forbidden by a seccomp filter) it compares the kernel's mount IDs.
 func openInMount(dir int, name string, flags int) (fd int, err error) {
 	how := unix.OpenHow{
 		Flags:   uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC),
