@@ -97,8 +97,8 @@ func (s rsyncSwitcher) checkCopy(ctx context.Context, dir string, args []string)
 
 var transferSize = regexp.MustCompile(`(?m)^Total transferred file size: ([0-9]+) bytes$`)
 
-// Restore has rsync make dest equal to the copy that Keep made, and returns false if there is no copy. Excluded files
-// and mounts are left alone: they aren't in the copy, and the releases never changed them.
+// Restore has rsync make dest equal to the copy that Keep made, and returns false if there is no copy. It leaves
+// excluded files and mounts alone, which the copy lacks.
 func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if s.c.Before == "" || !safefs.Exists(s.keptTree()) {
 		return false, nil

@@ -288,8 +288,8 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
-// inherited reports whether the only difference between a mode and the recorded one is a directory's set-group-id bit,
-// which a new directory inherits from its parent.
+// inherited reports whether now, a directory's mode, has set-group-id in addition to the recorded mode, and no other
+// difference. A new directory inherits that bit from its parent.
 func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }

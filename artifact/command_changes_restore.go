@@ -78,8 +78,8 @@ func restoreLate(dir, old string, made []commandChange) error {
 	return nil
 }
 
-// canRestore reports whether m's path can be restored after something else has changed or removed it. A file needs its
-// recorded content, and a directory that commands made can't be restored.
+// canRestore reports whether m's path can be restored after something else has changed or removed it. A file whose
+// content the commands made needs a record of that content. A directory that they made can't be restored.
 func (m *commandChange) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):

@@ -91,8 +91,8 @@ type fetch struct {
 	delta   *archive.Delta // nil: none
 	// large is a delta to fetch once it is known that the disk has room for it and the tree; nil: none.
 	large *deployments.Delta
-	// only returns, by entry of the index, which files to make. If it is set, neither links nor directories' modes are
-	// made. nil: all files are made.
+	// only returns, by entry of the index, which files to make. If it is set, links are left out, and directories' modes
+	// aren't set. nil: all files are made.
 	only func(*archive.Index) []bool
 
 	log     *slog.Logger    // nil: nothing is logged

@@ -344,8 +344,8 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
-// linkKnown makes entry i a hard link to file n of the old release if that file is known to be unchanged, so that it
-// needs no hashing. It reports whether it did. It opens neither file: that halves the system calls.
+// linkKnown makes entry i a hard link to file n of the old release, and reports whether it did. It does so if that
+// file is known to be unchanged, so that it needs no hashing. It opens neither file: that halves the system calls.
 func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool, error) {
 	if !share.link || w.partly(i) {
 		return false, nil

@@ -73,8 +73,8 @@ func extractFrom(
 	return err
 }
 
-// extract streams an archive without an index into the empty directory dir: it fetches, hashes, decodes and writes
-// at once, without a copy of the archive, unless an earlier try was cut off: see spool. The tree must only be used if
+// extract streams an archive without an index into the empty directory dir: it fetches, hashes, decodes and writes at
+// once. It keeps no copy of the archive, unless an earlier try was cut off: see spool. The tree must only be used if
 // extract returns nil, as the checksum is known only at the end.
 func extract(
 	ctx context.Context,

@@ -45,8 +45,8 @@ func (a *archiveSource) current() place {
 }
 
 // nextSource makes the next source that has the archive the current one, after reading from the place in from has
-// failed with err. It does nothing if another goroutine has already replaced that place. The error means that no
-// source is left.
+// failed with err. It does nothing if another goroutine has already replaced that place. An error means that no source
+// is left, or that ctx has ended.
 func (a *archiveSource) nextSource(ctx context.Context, from place, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

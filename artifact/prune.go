@@ -13,14 +13,14 @@ import (
 	"kedge/deployments"
 )
 
-// Prune removes releases, except the current one, those in protect, and the newest of the others, of which it leaves
-// as many as keep says. It also removes partly staged trees, except those of releases in protect. If dest can't be
-// read, it removes nothing and returns the error.
+// Prune removes old releases. It keeps the current one, those in protect, and the newest of the rest; keep is the
+// number of these. It also removes partly staged trees, except those of releases in protect. If dest can't be read, it
+// removes nothing and returns the error.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }
 
-// pruneBut is Prune, but also removes the releases in drop that are neither current nor in protect; they don't count
+// pruneBut is Prune, but also removes the releases in drop that are neither current nor in protect. These don't count
 // towards keep.
 func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
 	if err := r.prune(keep, protect, drop); err != nil {

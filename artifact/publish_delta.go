@@ -53,8 +53,9 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	return found, nil
 }
 
-// findEarlier returns those releases with a tree other than index's that were published last below TO/NAME/, at most
-// PublishOptions.Find. If it finds fewer, nodes only fetch more, so its only error is that ctx has ended.
+// findEarlier returns the releases that were published last below TO/NAME/, at most PublishOptions.Find, without those
+// whose index has the digest in index. If it finds fewer, nodes only fetch more, so its only error is that ctx has
+// ended.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil

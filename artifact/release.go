@@ -101,8 +101,8 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns a copy of the Releases that checks where dest may lie, who may own the directories that lead
-// there (see safefs.PlaceOptions), and who files may belong to (see SwitcherConfig).
+// Bounded returns a copy of the Releases that checks where dest may lie, and who may own the directories that lead
+// there: see safefs.PlaceOptions. owners checks who files may belong to: see SwitcherConfig.
 func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners

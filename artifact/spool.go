@@ -40,7 +40,7 @@ type spool struct {
 }
 
 // openSpool returns the spool for an object that is unpacked into dir, and removes the spools of other objects. Small
-// objects get none, nor do objects whose server ignores Range or sends no ETag: without an ETag a changed object could
+// objects get none, nor do objects whose server ignores Range or sends no ETag. Without an ETag a changed object could
 // not be told from the one that an earlier try began to fetch.
 func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 	s := spool{size: o.Size}

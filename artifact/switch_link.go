@@ -213,8 +213,8 @@ func linkTarget(link, dest string) (string, error) {
 	return target, err
 }
 
-// adopt gives a permanent name to the tree or link that was at dest before kedge, which an exchange has left under
-// the link's temporary name. If that is a link of kedge's that was never used, adopt removes it.
+// adopt gives a permanent name to the tree or link that was at dest before kedge. An exchange has left it under the
+// link's temporary name. If a link of kedge's lies there, which was never used, adopt removes that.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {

@@ -50,8 +50,8 @@ type Switcher interface {
 	// Heal makes the live tree equal to rel. left are the remaining differences: those that only rel's commands
 	// can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes the files of stored releases, except the live one, those in protect, and the newest of all others:
-	// their number is in others. Releases in drop are removed even if they are among the newest.
+	// Prune removes the files of stored releases. It keeps the live one, those in protect, and the newest of the rest;
+	// others is the number of these. Releases in drop are removed even if they are among the newest.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 

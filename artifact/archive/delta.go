@@ -94,8 +94,8 @@ func noEOF(err error) error {
 }
 
 // Next returns the entry of the new index that the next patch makes, and the entry of the old index that it patches
-// (-1: none). Both are -1 at the end. last is the entry that the call before returned, at first -1. The two indexes
-// have as many entries as entries and old say.
+// (-1: none). Both are -1 at the end. last is the entry that the call before returned, at first -1. entries and old
+// are the numbers of entries in the new and the old index.
 func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {

@@ -91,9 +91,10 @@ type deltaMaker struct {
 // FilePatch is a file to patch: Entry is its number in the new index, From that of the file in the old index, or -1.
 type FilePatch struct{ Entry, From int }
 
-// ChoosePatches returns the files whose content the old release lacks. For each it picks the most similar old file: the
-// one at the same path, else at the same path but for digits and hash-like parts (hashed assets, versioned
-// directories), else the one with the same name and the nearest size.
+// ChoosePatches returns the files whose content the old release lacks, except those too large to patch. For each it
+// picks the most similar old file: the one at the same path. Else it is the file nearest in size at a path that
+// differs only in digits and hash-like parts (hashed assets, versioned directories). Else it is the file nearest in
+// size of the same name.
 func ChoosePatches(old, new *Index) []FilePatch {
 	type key struct{ by, name string }
 	have := make(map[deployments.Digest]bool, len(old.Entries))
@@ -131,7 +132,7 @@ func ChoosePatches(old, new *Index) []FilePatch {
 	return jobs
 }
 
-// nearest returns which of the first 64 of entries has a size nearest to size; -1: entries is empty.
+// nearest returns which of the first 64 entries in entries has the size nearest to size; -1: entries is empty.
 func (x *Index) nearest(entries []int, size int64) int {
 	best := -1
 	for _, i := range entries[:min(len(entries), 64)] { // names like index.js occur everywhere

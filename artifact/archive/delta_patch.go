@@ -179,8 +179,8 @@ func (s *sectionMaker) reach(begin, scan, shift int) int {
 	return cut
 }
 
-// split divides new[begin:scan] where the next place takes over. Up to cut it is old bytes at shift, changed; up
-// to end it is extra bytes; from end on it belongs to the next place, extended backwards.
+// split divides new[begin:scan] where the next place takes over. Up to cut, bytes are those of old at shift, changed.
+// Up to end they are extra bytes. From end on they belong to the next place, extended backwards.
 func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, end int) {
 	cut, end = begin, scan
 	if aligned {

@@ -13,8 +13,9 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a
-// small multiple of their length, and its result keeps every rule of the package comment.
+// DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a small
+// multiple of their length. Its result keeps every rule of the package comment; any other index is an error that wraps
+// ErrIndex.
 func DecodeIndex(data []byte) (*Index, error) {
 	if len(data) > MaxIndex {
 		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), MaxIndex)

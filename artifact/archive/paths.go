@@ -50,7 +50,7 @@ func checkTargetText(p, target string) error {
 }
 
 // CheckTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. It need not
-// resolve other links on the target's way: the target's ".." come first, and there can be no more of them than real
+// resolve other links on the target's way. The target's ".." come first, and there can be no more of them than real
 // directories above the link.
 func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {

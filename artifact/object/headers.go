@@ -27,8 +27,8 @@ var connectionHeaders = []string{
 	"Host", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Te", "Trailer",
 }
 
-// requestHeaders returns the headers that identify this node to a URL's server: those of the file of headers, and the
-// password of netrc, unless the file gives an Authorization. A redirect to another host carries neither.
+// requestHeaders returns the headers that identify this node to a URL's server. These are the headers of the file, and
+// the password of netrc as Authorization, unless the file gives that. A redirect to another host carries neither.
 func requestHeaders(u *url.URL) (http.Header, error) {
 	h, err := netrcHeader(u)
 	if err != nil {

@@ -60,8 +60,8 @@ type Config struct {
 	// allows any. In any case a redirect from https must lead to https, and one from another machine never leads to this
 	// one.
 	Redirect func(url string) error
-	// Sources are URLs, or prefixes of URLs: plain http is read from another machine only if the URL is one of
-	// these or lies below one.
+	// Sources are URLs, or prefixes of URLs. Plain http is read from another machine only if the URL is one of these or
+	// lies below one.
 	Sources []string
 	// NoLocal refuses connections to this machine's own and link-local addresses, whatever name leads there. It applies
 	// to http:// and https:// URLs that Sources doesn't name.

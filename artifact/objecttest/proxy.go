@@ -33,7 +33,7 @@ type Proxy struct {
 	seen  map[string]int
 }
 
-// Request has what a Proxy's fault is chosen by.
+// Request describes a request to a Proxy, by which the function given to Play chooses a fault.
 type Request struct {
 	Method string
 	Key    string // the object's key; "" for a list
@@ -43,7 +43,8 @@ type Request struct {
 	Probe  bool   // only the first byte is requested, to see whether the object exists
 }
 
-// Fault handles a request in place of the server; next passes it on to the server. nil: no fault.
+// Fault handles a request in place of the server; next passes the request on to the server. A nil Fault means no
+// fault.
 type Fault func(w http.ResponseWriter, r *http.Request, next http.Handler)
 
 // NewProxy starts a proxy without faults.
@@ -159,15 +160,15 @@ func SlowDown() Fault { return Status(http.StatusServiceUnavailable, "SlowDown")
 // Denied answers as S3 does when access is denied.
 func Denied() Fault { return Status(http.StatusForbidden, "AccessDenied") }
 
-// Cut closes the connection after this many bytes of the body.
+// Cut closes the connection once it has sent as many bytes of the body as after says.
 func Cut(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&limited{w, after, func() { panic(http.ErrAbortHandler) }}, r)
 	}
 }
 
-// Stall sends nothing after this many bytes of the body, and keeps the connection open; if negative, it never
-// answers.
+// Stall sends as many bytes of the body as after says, then nothing, and keeps the connection open. If after is
+// negative, it never answers.
 func (p *Proxy) Stall(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		wait := func() {
@@ -189,7 +190,7 @@ func (p *Proxy) Stall(after int64) Fault {
 	}
 }
 
-// Trickle sends the body one byte at a time, at this interval.
+// Trickle sends the body one byte at a time, and waits for the duration every before each.
 func (p *Proxy) Trickle(every time.Duration) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&trickling{w, r, p, every}, r)
@@ -241,7 +242,7 @@ func (w *limited) Write(data []byte) (int, error) {
 
 func (w *limited) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Flip changes the byte at this position of the object, in every range that contains it; if negative, it counts
+// Flip changes the byte at position at of the object, in every answer that contains it. A negative position counts
 // from the end of what is sent.
 func Flip(at int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
@@ -297,7 +298,7 @@ func (p *Proxy) Truncated(by int) Fault {
 	})
 }
 
-// instead answers with the whole object, after change.
+// instead returns a Fault that answers with the whole object, changed by change.
 func (p *Proxy) instead(change func([]byte) []byte) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		data, err := os.ReadFile(

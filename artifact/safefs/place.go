@@ -49,9 +49,9 @@ type PlaceOptions struct {
 	Create bool
 }
 
-// OpenPlace opens the directory that dest lies in. It follows a symbolic link only if nobody but root, the owner
-// of / and this process's user can have made it: an application that owns dest's directory can't make an agent
-// write outside of it.
+// OpenPlace opens the directory that dest lies in. It follows a symbolic link only if nobody but root, the owner of /
+// and this process's user can have made it. So an application that owns dest's directory can't make an agent write
+// outside of it.
 func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	t := trust{self: os.Geteuid(), owner: -1}
 	if len(opt.Within) > 0 {
@@ -84,8 +84,8 @@ func leadsOut(dest, real string, within []string) error {
 }
 
 // OpenDest opens dest, a directory in p that may belong to anybody. A link to a directory is followed if only trusted
-// users can have made it, and if it leads into one of within (empty: anywhere), else the error is ErrUnsafe. create
-// makes a directory that is missing.
+// users can have made it, and if it leads into one of within (empty: anywhere). Any other link is an error that wraps
+// ErrUnsafe. create makes a directory that is missing.
 func (p *Place) OpenDest(dest string, within []string, create bool) (*Place, error) {
 	below, err := p.walk(filepath.Base(dest), nil, create)
 	if err != nil || len(within) == 0 {

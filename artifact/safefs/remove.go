@@ -20,9 +20,9 @@ var ErrMounted = errors.New("it is a mount point, which is left alone with its c
 // maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
 const maxOpenLevels = 64
 
-// RemoveTree removes the tree at path, even if its owner may not write into its directories. It follows no
-// symbolic link, and never crosses a mount point, including bind mounts of the same file system: these and the
-// directories above them stay, and are in the error.
+// RemoveTree removes the tree at path, even if its owner may not write into its directories. It follows no symbolic
+// link, and never crosses a mount point, including bind mounts of the same file system. Mount points and the
+// directories above them stay, and are in the error. A missing tree is no error.
 func RemoveTree(path string) error {
 	if !Exists(path) {
 		return nil // this avoids an error on a read-only file system

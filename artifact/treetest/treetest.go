@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tree is a tree as a test thinks of it: what lies at each path.
+// Tree describes a tree for a test: what lies at each path.
 type Tree map[string]File
 
 // File is what lies at one path: a file, unless Mode or Same says otherwise.
@@ -28,7 +28,7 @@ type File struct {
 	Mode   fs.FileMode // with its type
 	Data   string
 	Target string // of a symbolic link
-	Same   string // the path that this is another name of
+	Same   string // for a hard link: the path of the file that it links to
 }
 
 // Write makes the tree in dir. Each directory of a path must be in the tree as well.
@@ -174,10 +174,10 @@ func Random(seed byte, n int) []byte {
 	return data
 }
 
-// proseTexts are the longest texts that prose has made, by seed: under the race detector it is slow.
+// proseTexts has the longest text that Prose has made of each seed: under the race detector making one is slow.
 var proseTexts sync.Map
 
-// Prose returns n bytes that do. A shorter text of a seed is the beginning of a longer one.
+// Prose returns n bytes that compress well, as text does. A shorter text of a seed is the beginning of a longer one.
 func Prose(seed uint64, n int) string {
 	if text, _ := proseTexts.Load(seed); text != nil && len(text.(string)) >= n {
 		return text.(string)[:n]
@@ -194,10 +194,10 @@ func Prose(seed uint64, n int) string {
 	return b.String()[:n]
 }
 
-// Long repeats s until it has n bytes, or a little less.
+// Long repeats s as often as fits into n bytes.
 func Long(s string, n int) string { return strings.Repeat(s, n/len(s)) }
 
-// Untar unpacks an archive in zstd with the system's tar, which must have nothing to say about it.
+// Untar unpacks an archive in zstd with the system's tar. It fails the test if tar fails or prints anything.
 func Untar(t testing.TB, archive, dir string) {
 	t.Helper()
 	out, err := exec.Command("tar", "--zstd", "-xpf", archive, "-C", dir).CombinedOutput()
@@ -245,7 +245,7 @@ func Mkdir(t *testing.T, path string, uid int) string {
 	return path
 }
 
-// MakeDeep makes directories in one another, each called d.
+// MakeDeep makes directories called d below top, each in the one before: as many as levels says.
 func MakeDeep(t *testing.T, top string, levels int) {
 	t.Helper()
 	fd, err := unix.Openat(unix.AT_FDCWD, top, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
