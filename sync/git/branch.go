@@ -43,10 +43,11 @@ type Branch interface {
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading.
 	Objects() (*Objects, error)
-	// Distrust reports that what Objects returned could not be read: the next Head rebuilds a cache.
+	// Distrust reports that what Objects returned could not be read. The next Head rebuilds the cache of a remote
+	// repository; a local one has none.
 	Distrust()
-	// Watch calls changed whenever the branch may have moved, until ctx ends. If nothing can be watched, it only
-	// waits.
+	// Watch calls changed whenever the branch may have moved, until ctx ends. For a remote repository, which can't be
+	// watched, it only waits until ctx ends.
 	Watch(ctx context.Context, changed func())
 	// Interval returns the time between two calls of Head if nothing changes.
 	Interval() time.Duration
@@ -57,27 +58,27 @@ type Branch interface {
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the path of a local
-	// repository.
+	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local repository. Of a
+	// remote repository no object larger than 16 MiB is kept. Branch is the branch's name.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: the root.
 	Path string
 	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
-	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
-	// ~/.ssh/known_hosts).
+	// SSHKey is the file of a private key; default: the SSH agent. KnownHosts is a known_hosts file; default:
+	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist.
 	SSHKey, KnownHosts string
 	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
 	CacheDir string
-	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that GIT_SSL_CAINFO,
-	// GIT_SSL_CERT and GIT_SSL_KEY name, as in git(1). A GitHub App is configured by KEDGE_GITHUB_APP_ID,
-	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE, and by KEDGE_GITHUB_API if that isn't
-	// https://api.github.com or https://HOST/api/v3.
+	// Env returns the value of an environment variable. KEDGE_GIT_USER, KEDGE_GIT_TOKEN and KEDGE_GIT_TOKEN_FILE have the
+	// credentials for https. GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name files, as in git(1). KEDGE_GITHUB_APP_ID,
+	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE configure a GitHub App. KEDGE_GITHUB_API is the address
+	// of GitHub's API; default: https://api.github.com, or for other hosts https://HOST/api/v3.
 	Env func(string) string
 	Log *slog.Logger
 }
 
-// Open checks c. It does not wait for the repository to be reachable.
+// Open checks c, and returns the branch that c names. It does not wait for the repository to be reachable.
 func Open(c Config) (Branch, error) {
 	if short, full := strings.CutPrefix(c.Branch, "refs/heads/"); full {
 		c.Branch = short

@@ -37,8 +37,8 @@ type BadCommit struct {
 func (e *BadCommit) Error() string { return e.Err.Error() }
 func (e *BadCommit) Unwrap() error { return e.Err }
 
-// Load reads a commit and checks it as a whole: its tree must be valid and, if signers is not nil, its signature
-// must count now. A *BadCommit is final; any other error may pass.
+// Load reads a commit by its full hash, and checks it as a whole. Its tree must be valid and, if signers is not nil,
+// its signature must be valid now. A *BadCommit is the commit's own fault; after any other error a retry may help.
 func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -46,7 +46,8 @@ func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	return o.loadWith(name, signers.verify)
 }
 
-// LoadTaken reads a commit that was taken before, so that the mirror can go on with it: see Signers.verifyTaken.
+// LoadTaken reads a commit that was taken before, so that the mirror can go on with it. Its signature may have become
+// invalid since: see Signers.verifyTaken.
 func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -54,7 +55,8 @@ func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
 	return o.loadWith(name, signers.verifyTaken)
 }
 
-// verifier checks a commit's signature: payload is the commit without the signature, when its commit time.
+// verifier returns an error unless a commit's signature is valid. payload is the commit without the signature, and when
+// is the time of the commit.
 type verifier func(hash string, payload, signature []byte, when time.Time) error
 
 func (o *Objects) loadWith(name string, verify verifier) (*Commit, error) {
@@ -122,8 +124,8 @@ func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 	}
 }
 
-// signedPart splits a commit's own bytes into what was signed and the signature, as git verify-commit does.
-// Rebuilding them from parsed fields could miss other content. signature is empty if there is none.
+// signedPart splits a commit's own bytes into the part that was signed and the signature, as git verify-commit does. A
+// payload rebuilt from parsed fields could lack other content. signature is empty if the commit is not signed.
 func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err error) {
 	r, err := commit.Reader()
 	if err != nil {
@@ -138,7 +140,8 @@ func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err e
 	return payload, signature, nil
 }
 
-// splitSignature removes the gpgsig header, with its continuation lines, from a commit's bytes.
+// splitSignature returns a commit's bytes without the gpgsig header, and that header's value with its continuation
+// lines. signature is nil if there is no such header.
 func splitSignature(raw []byte) (payload, signature []byte) {
 	inside := false
 	for len(raw) > 0 {
@@ -161,7 +164,8 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 	return payload, signature
 }
 
-// maxPast bounds Commit.Past: more commits than are pushed while somebody waits for one.
+// maxPast bounds the hashes in Commit.Past. It exceeds the number of commits that are pushed while somebody waits for
+// one to be mirrored.
 const maxPast = 30
 
 // past returns the abbreviated hashes of hash's newest ancestors, as far as they can be read.
@@ -193,10 +197,10 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 	return all
 }
 
-// Descends reports whether from is to, or an ancestor of to. It visits the newest commits first, so that the usual
-// answer needs few reads, however long the history is. Commits that differ only in their signatures count as one:
-// whoever may push can change a signature's text, and must not make the signer's own commit look like another
-// history. If commits are missing, the error is ErrGap.
+// Descends reports whether the commits from and to are the same, or from is an ancestor of to. It visits the newest
+// commits first, so that the usual answer needs few reads, however long the history is. Commits that differ only in
+// their signatures count as one: whoever may push can change a signature's text. Such a change must not make the
+// signer's own commit look like another history. If commits are missing, the error is ErrGap.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
@@ -232,7 +236,7 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 type signedContent struct {
 	hash    plumbing.Hash
 	tree    plumbing.Hash
-	payload []byte // nil: the commit is missing, and only its hash is known
+	payload []byte // nil: only hash is known, as the commit is missing, malformed or too large
 }
 
 func (o *Objects) signedOf(name string) (signedContent, error) {
@@ -258,7 +262,7 @@ func (o *Objects) signedOf(name string) (signedContent, error) {
 	return s, nil
 }
 
-// is reports whether c, of o, is the same commit, whatever its signature.
+// is reports whether c, a commit of o, is the same commit, apart from the signature.
 func (s signedContent) is(o *Objects, c *object.Commit) bool {
 	if c.Hash == s.hash || s.payload == nil || c.TreeHash != s.tree {
 		return c.Hash == s.hash

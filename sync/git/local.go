@@ -22,8 +22,8 @@ type localRepo struct {
 	below        string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
-	// blind is set while the directory can't be watched: no inotify watch is left, it is on a network file system,
-	// or it doesn't exist yet.
+	// blind is set while the directory can't be watched: the system has no inotify watch left, or the directory doesn't
+	// exist yet. On a network file system a watch begins, but sees no changes of other machines.
 	blind atomic.Bool
 }
 
@@ -83,8 +83,10 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchOnce watches the directories in which Git renames a new ref into place: the branch's, its parents (Git
-// removes and makes directories of branches like a/b as needed), and the Git directory itself for packed-refs.
+// watchOnce calls changed after each change in the directories in which Git renames a new ref into place. These are the
+// branch's directory, its parents, and the Git directory itself, for packed-refs. Git removes and makes directories of
+// branches like a/b as needed, so watchOnce adds watches after each change. It returns an error when the watch fails or
+// ctx ends.
 func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {

@@ -15,9 +15,9 @@ import (
 	"kedge/sync/git/transport"
 )
 
-// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev
-// is a hash, a branch, a tag, or any other commit-ish of gitrevisions(7); below is as Config.Path. The error of an
-// invalid tree is a deployments.Problems.
+// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev is a
+// hash, a branch, a tag, or any other commit-ish of gitrevisions(7); below is as Config.Path. The error of an invalid
+// tree wraps a deployments.Problems.
 func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file

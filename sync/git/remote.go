@@ -30,13 +30,13 @@ const (
 	fetchTimeout = 10 * time.Minute
 	// stallTimeout is how long a server may send nothing in a fetch before the fetch is cancelled and retried.
 	stallTimeout = 2 * time.Minute
-	// askPause is the least time between two requests to a server. The first webhook is followed at once, and
-	// repeated ones don't use up the server's rate limit.
+	// askPause is the least time between two polls of a server. After a quieter time a webhook triggers a poll at once;
+	// repeated webhooks can't use up the server's rate limit.
 	askPause = 500 * time.Millisecond
 	// maxPacks is how many packs, one for each fetch, the cache may hold before it is rebuilt: go-git does not
 	// repack.
 	maxPacks = 50
-	// maxObject bounds an object that is kept of a fetch, in bytes. What is read of a commit is no larger.
+	// maxObject bounds each object that a fetch keeps, in bytes. No larger object is ever read from a commit.
 	maxObject = maxTree
 	// maxCache bounds the packs of a remote repository on disk, in bytes.
 	maxCache = 4 << 30
@@ -53,12 +53,12 @@ type remoteRepo struct {
 	stall   time.Duration // as stallTimeout
 	room    int64         // as maxCache
 	refused *BadCommit    // the branch's head, if it can never be fetched; only Head uses it
-	putOff  time.Time     // when requests may resume, as the server asked (see busy); only Head uses it
+	putOff  time.Time     // until then Head returns busy, as the server asked for a pause; only Head uses it
 	busy    error
 
 	mu        sync.Mutex
 	dir       string    // holds the cache
-	cache     string    // the bare repository in dir; empty: not made yet
+	cache     string    // the bare repository in dir; empty: the next fetch makes it
 	temporary bool      // Close removes dir
 	held      io.Closer // the lock of a temporary dir
 }
@@ -94,7 +94,8 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	return r, nil
 }
 
-// kept returns the cache that an earlier mirror of the same repository and branch left, if it is whole.
+// kept returns the path of the cache that an earlier mirror of the same repository left; empty: there is none that can
+// be opened.
 func (r *remoteRepo) kept() string {
 	name := filepath.Join(r.dir, cacheName)
 	kept, err := gogit.PlainOpen(name)
@@ -163,7 +164,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow reads the hash of the branch's head, and fetches the head if it is new.
+// follow returns the hash of the branch's newest commit, which it fetches unless the cache has it.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
@@ -267,11 +268,11 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, want plumbing.Ha
 	return err
 }
 
-// errCache means that the cache can't be used, even if the server works.
+// errCache means that a fetch failed because of the cache, not because of the server.
 var errCache = errors.New("the cache can't be used")
 
-// fetchOnce fetches want into the bare repository at dir, which it makes if there is none, and sets the branch to
-// it.
+// fetchOnce fetches the commit want into the bare repository at dir, and sets the branch there to the fetched commit.
+// If the branch has moved, that may be another one than want. A repository that doesn't exist yet is made.
 func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
 	store, err := openCache(dir, r.server.Address())
 	if err != nil {
@@ -319,7 +320,8 @@ func openCache(dir, address string) (*filesystem.Storage, error) {
 	return bare.Storer.(*filesystem.Storage), os.MkdirAll(filepath.Join(dir, "objects", "pack"), 0o755)
 }
 
-// maxHaves bounds the commits that a fetch offers: after a force push the server finds a common one among them.
+// maxHaves bounds the commits that a fetch tells the server it has. They are ancestors of the cached head, so that
+// after a force push the server finds a common one among them.
 const maxHaves = 64
 
 // counter counts the bytes that are written to it.
@@ -356,8 +358,8 @@ func sizeOf(dir string) (sum int64) {
 
 var errStalled = errors.New("the server sends nothing")
 
-// temporaryDir makes a directory in parent, which this process owns until held is closed, and removes those that
-// killed mirrors left.
+// temporaryDir makes a directory in parent, which other mirrors leave alone until held is closed. It also removes the
+// temporary directories that killed mirrors left in parent.
 func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
 	for _, name := range left {

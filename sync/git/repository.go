@@ -28,7 +28,8 @@ import (
 	"kedge/sync/git/transport"
 )
 
-// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or it has another name.
+// ErrNoBranch means that the repository exists but has no such branch: nothing was pushed yet, or the branch has
+// another name.
 var ErrNoBranch = transport.ErrNoBranch
 
 // ErrGap means that commits are missing between a branch's head and the beginning of its history.
@@ -44,15 +45,15 @@ var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
 const objectCache = 8 * cache.MiByte
 
 // Objects reads a repository's objects in place, from several object directories: the repository's own, those that
-// objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. (go-git's own support
-// of alternates parses their indexes again for each object.) An Objects is opened for one reading and then closed,
-// as Git may repack at any time.
+// objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. It doesn't use go-git's own
+// support of alternates, which parses their indexes again for each object. An Objects is opened for one reading and
+// then closed, as Git may repack at any time.
 type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
 
 	below    string // the directory of a commit that holds the deployments repo; ".": the root
-	filtered bool   // the repository lacks files beyond maxFile
+	filtered bool   // the repository may lack files larger than maxFile
 }
 
 func OpenObjects(dirs ...string) (*Objects, error) {
@@ -92,7 +93,8 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
-// lacking returns why the repository may lack objects on purpose; empty: it should have all.
+// lacking returns the reason why the repository may lack objects by design, with what to do about it; empty: it should
+// have all objects.
 func (o *Objects) lacking() string {
 	if o.filtered { // a cache, for which the server decides what comes
 		return "the server's repository may be a shallow clone: git fetch --unshallow there brings the rest"
@@ -110,7 +112,8 @@ func (o *Objects) lacking() string {
 	return ""
 }
 
-// explain adds to the error of a missing object why it may be missing.
+// explain adds the reason that lacking returns to err, if err means that an object is missing. Other errors are
+// returned as they are.
 func (o *Objects) explain(err error) error {
 	if errors.Is(err, plumbing.ErrObjectNotFound) {
 		if why := o.lacking(); why != "" {
@@ -171,7 +174,8 @@ func (o *Objects) HasEncodedObject(h plumbing.Hash) error {
 	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
 }
 
-// first calls ask for one directory after another, until one has the object.
+// first calls ask with one directory after another. It returns the first result that isn't plumbing.ErrObjectNotFound;
+// nil means that the object was found.
 func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	for _, dir := range o.dirs {
 		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
@@ -181,8 +185,8 @@ func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	return plumbing.ErrObjectNotFound
 }
 
-// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree. common is the
-// directory of its objects and branches: the same, except for a linked work tree.
+// gitDir returns the Git directory at or in path: of a bare repository, a clone, or a linked work tree. common is the
+// Git directory that has the objects and branches; it differs from dir only for a linked work tree.
 func gitDir(path string) (dir, common string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", "", err
@@ -251,7 +255,8 @@ func checkFormat(gitDir string) error {
 	return nil
 }
 
-// branchHead reads a branch of the Git directory dir.
+// branchHead returns the hash of a branch's newest commit in the Git directory dir; ErrNoBranch if there is no such
+// branch.
 func branchHead(dir, branch string) (string, error) {
 	refs := dotgit.New(osfs.New(dir))
 	name := plumbing.NewBranchReferenceName(branch)
@@ -287,7 +292,8 @@ const (
 	maxNames    = 300 // in bytes
 )
 
-// missing returns an ErrNoBranch that names the branches that exist.
+// missing returns an ErrNoBranch for a branch of the repository where. It tells the operator which branches exist;
+// there has their full names.
 func missing(branch, where string, there []string) error {
 	if len(there) == 0 {
 		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)
@@ -317,7 +323,8 @@ func CheckLocal(address string) error {
 // scpLike matches [USER@]HOST:PATH, as git accepts it if there is no file of that name.
 var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
 
-// localPath returns the path on this machine that a repository's address names, if it names one.
+// localPath returns the path of a repository's address. local reports whether the address is a path on this machine; if
+// not, path is empty.
 func localPath(address string) (path string, local bool) {
 	if path, ok := strings.CutPrefix(address, "file://"); ok {
 		return path, true

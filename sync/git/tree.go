@@ -23,8 +23,8 @@ import (
 const (
 	// maxTree bounds one directory's object, in bytes: some 300,000 entries.
 	maxTree = 16 << 20
-	// maxLinks bounds the symbolic links on the way to a file, and maxTarget a link's target, in bytes: Linux makes
-	// no longer ones.
+	// maxLinks bounds the symbolic links on the way to a file. maxTarget bounds a link's target, in bytes; Linux has the
+	// same bound.
 	maxLinks  = 20
 	maxTarget = 4095
 )
@@ -42,7 +42,7 @@ type tree struct {
 	top     plumbing.Hash // the commit's tree
 	below   string        // the directory in top that is the root; ".": top itself
 
-	// known caches directories by hash: one that occurs in a million places has a million paths.
+	// known caches directories by hash instead of path, as a hostile commit can have one directory at a million paths.
 	known map[plumbing.Hash]map[string]object.TreeEntry
 	// fault is the error of the first object that could not be read: the repository is at fault, not the commit.
 	fault error
@@ -87,7 +87,7 @@ func (t *tree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// ReadDir lists a directory, sorted by name. Git sorts directories as if their names ended in "/".
+// ReadDir lists a directory, sorted by name. Git itself sorts directories as if their names ended in "/".
 func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	fail := func(err error) ([]fs.DirEntry, error) {
 		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
@@ -120,7 +120,8 @@ func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	return entries, nil
 }
 
-// find walks to name, following symbolic links, and returns the entry there, under name's last element.
+// find returns the entry at the path name, following symbolic links. The entry is named by name's last element, even if
+// a link leads to another name.
 func (t *tree) find(name string) (*entry, error) {
 	if !fs.ValidPath(name) {
 		return nil, fs.ErrInvalid
@@ -159,7 +160,8 @@ func (t *tree) find(name string) (*entry, error) {
 
 func (t *tree) root() *entry { return &entry{tree: t, name: ".", hash: t.top, git: filemode.Dir} }
 
-// target returns the target of a symbolic link in the directory above, within the commit.
+// target returns the path in the commit to which a symbolic link in the directory above leads. A link that leads out of
+// the commit is an error.
 func (t *tree) target(link plumbing.Hash, above []string) (string, error) {
 	to, err := t.blob(link)
 	switch {
@@ -238,8 +240,8 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	return data, nil
 }
 
-// object reads an object. If it is missing, the repository is at fault; if it is of another kind, the commit is. A
-// file that the server left out of a fetch is too large.
+// object returns an object that must be of a kind. An object that is missing is the repository's fault (see failed),
+// one of another kind the commit's. If the server left a file out of a fetch, the error is errTooLarge.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)
@@ -254,7 +256,7 @@ func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.En
 	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
 }
 
-// failed records that the repository itself could not be read.
+// failed records in fault that the repository itself could not be read, and returns err.
 func (t *tree) failed(err error) error {
 	if t.fault == nil {
 		t.fault = err
@@ -321,8 +323,8 @@ func LoadDir(dir, below string) (*deployments.Tree, error) {
 	return tree, err
 }
 
-// workTreeOf returns the top of the work tree that contains a directory, and the path from there to the directory;
-// outside of a work tree, the directory itself.
+// workTreeOf returns the top of the work tree that contains dir, and the path from there to dir. Outside of a work
+// tree, top is dir itself and inside is ".".
 func workTreeOf(dir string) (top, inside string, err error) {
 	if dir, err = filepath.Abs(dir); err == nil {
 		dir, err = filepath.EvalSymlinks(dir)
@@ -402,7 +404,8 @@ func (t *workTree) read(name string) ([]byte, error) {
 	return data, err
 }
 
-// prefix changes the file names of a tree, or of its problems, to paths in the repository.
+// prefix changes the file names in tree, and in err if that is a deployments.Problems: they become paths in the
+// repository, not in below.
 func prefix(below string, tree *deployments.Tree, err error) {
 	if below == "." {
 		return
@@ -419,7 +422,7 @@ func prefix(below string, tree *deployments.Tree, err error) {
 	}
 }
 
-// cleanPath parses the name of a directory in the repository.
+// cleanPath returns the clean form of a Config.Path, "." for the root; an error if it leads out of the repository.
 func cleanPath(name string) (string, error) {
 	clean := path.Clean(strings.Trim(name, "/"))
 	if !fs.ValidPath(clean) {

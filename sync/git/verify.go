@@ -32,8 +32,9 @@ const (
 	maxRemembered = 100
 )
 
-// OpenSigners reads both files once, to report early if one is wrong. It remembers in dir the commits whose
-// signatures counted; empty: nowhere. Without either file it returns nil: signatures are not required.
+// OpenSigners returns Signers for these files; nil if neither is named: then signatures are not required. It reads both
+// files once, to report early if one is wrong. The hashes of commits with valid signatures are remembered in dir;
+// empty: nowhere.
 func OpenSigners(signersFile, keyringFile, dir string) (*Signers, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
@@ -56,7 +57,7 @@ func (s *Signers) read() (signers policy.Signers, keys policy.Keyring, err error
 	return signers, keys, err
 }
 
-// verify requires a signature that counts now, and remembers the commit.
+// verify returns an error unless the signature is valid now; otherwise it remembers the commit.
 func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) error {
 	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err
@@ -65,9 +66,9 @@ func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) er
 	return nil
 }
 
-// verifyTaken accepts a commit that a signer vouched for, even after the signer's key has expired or was removed:
-// its signature counted when it was committed, or this machine remembers that it did. New commits are never checked
-// by it.
+// verifyTaken checks a commit that was taken before, whose signer's key may have expired or been removed since. The
+// signature must be valid now or at the commit's time, or this machine must remember that it was valid. New commits are
+// never checked by verifyTaken.
 func (s *Signers) verifyTaken(hash string, payload, signature []byte, when time.Time) error {
 	err := s.check(payload, signature, time.Now())
 	if err == nil || s.check(payload, signature, when) == nil {
@@ -95,8 +96,8 @@ func (s *Signers) check(payload, signature []byte, now time.Time) error {
 	return err
 }
 
-// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and with either
-// anybody could make further commits that have the same signature.
+// checkForm returns an error if there is text around a signature, or if the signature has carriage returns. Git writes
+// neither. With either, anybody could make further commits with the same signature.
 func checkForm(signature []byte) error {
 	text := string(bytes.TrimSuffix(signature, []byte("\n")))
 	if text == "" {

@@ -23,14 +23,15 @@ type HTTPSOrigin struct {
 	Lists       atomic.Int64 // answers to ls-refs
 	Fetches     atomic.Int64
 	Away        atomic.Bool
-	// Half makes the server send half of a pack and then close the connection or, with Hang, send nothing more.
+	// Half makes the server send the first 50,000 bytes of a pack, and then close the connection or, with Hang, send
+	// nothing more.
 	Half, Hang atomic.Bool
 	// Front, if set, is called first, with the request's body, and reports whether it has answered.
 	Front atomic.Pointer[func(w http.ResponseWriter, r *http.Request, asked []byte) bool]
 	Conns atomic.Int64 // connections that were opened
 }
 
-// halfWriter passes on only the first bytes.
+// halfWriter passes on the first left bytes, and drops all that follow.
 type halfWriter struct {
 	http.ResponseWriter
 	left int

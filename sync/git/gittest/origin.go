@@ -56,7 +56,7 @@ func (o *Origin) Try(dir string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// Commit writes files (an empty text removes one) and commits them all.
+// Commit writes files, by name, and commits them all; an empty text removes the file. It returns the commit's hash.
 func (o *Origin) Commit(files map[string]string) string {
 	o.TB.Helper()
 	for name, text := range files {

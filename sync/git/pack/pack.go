@@ -65,7 +65,7 @@ type indexed struct {
 	kind        plumbing.ObjectType // the delta's own kind until its base is known
 	crc         uint32
 	left        bool  // left out of the index
-	first, next int32 // the first delta to it, and the next delta to the same base; 0: none
+	first, next int32 // indexes of the first delta to it, and of the next delta to the same base; 0: none
 }
 
 // Limits bounds a pack.
@@ -103,8 +103,7 @@ func (x *indexer) read(ctx context.Context, r io.Reader) error {
 	return x.resolve(ctx)
 }
 
-// scan reads the pack to its end. An object's size precedes the object; if it is stored as a delta, the size is at
-// the beginning of the delta.
+// scan reads the pack to its end, stores it, and adds its objects.
 func (x *indexer) scan(r io.Reader) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()
@@ -132,7 +131,8 @@ func (x *indexer) scan(r io.Reader) error {
 	return err
 }
 
-// add reads the object after h.
+// add reads the object after the header h, and adds it to x.objects. The object's size is in h; if the object is stored
+// as a delta, its size is at the beginning of the delta.
 func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	o := indexed{offset: h.Offset, kind: h.Type}
 	at := int32(len(x.objects))
@@ -213,7 +213,7 @@ func (x *indexer) resolve(ctx context.Context) error {
 	return nil
 }
 
-// link attaches deltas that name object i by its hash to it.
+// link attaches to object i the deltas that name their base by object i's hash.
 func (x *indexer) link(i int32) {
 	o := &x.objects[i]
 	for _, child := range x.refs[o.hash] {
@@ -223,13 +223,13 @@ func (x *indexer) link(i int32) {
 	delete(x.refs, o.hash)
 }
 
-// held is a base object, and its content; nil: the content is computed again.
+// held is an object on the path to a delta, with its content; nil: the content was dropped and is computed again.
 type held struct {
 	object  int32
 	content []byte
 }
 
-// resolveFrom computes all direct and indirect deltas to object root.
+// resolveFrom computes the hashes of all objects that are stored as direct or indirect deltas to object root.
 func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 	kind := x.objects[root].kind
 	path := []held{{object: root}}
@@ -328,7 +328,7 @@ func (x *indexer) raw(object int32) ([]byte, error) {
 	return content.Bytes(), nil
 }
 
-// save puts the pack and its index into dir. Git uses a pack once its index is there.
+// save puts the index and the pack into dir. The index comes first, as go-git uses a pack once its .pack file is there.
 func (x *indexer) save(dir string) error {
 	w := &idxfile.Writer{}
 	for _, o := range x.objects {
@@ -362,7 +362,7 @@ func (x *indexer) save(dir string) error {
 	return os.Rename(x.file.Name(), name+".pack")
 }
 
-// head keeps the first bytes that are written to it: enough for two sizes.
+// head keeps the first bytes of a delta that is written to it: enough for the two sizes with which a delta begins.
 type head []byte
 
 func (p *head) Write(data []byte) (int, error) {

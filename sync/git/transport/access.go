@@ -21,15 +21,15 @@ import (
 
 // Access has the credentials for a remote repository, and says whom to trust.
 type Access struct {
-	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
-	// ~/.ssh/known_hosts).
+	// SSHKey is the file of a private key; default: the SSH agent. KnownHosts is a known_hosts file; default:
+	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist.
 	SSHKey, KnownHosts string
-	// Env reads the variables that git.Config.Env lists.
+	// Env returns the value of an environment variable, one of those that git.Config.Env lists.
 	Env func(string) string
 }
 
-// basic returns the credentials of the environment; nil: none. It reads the token each time, so that it can be
-// replaced while the mirror runs.
+// basic returns the user name and token from the environment; nil: there is no token. It reads the token's file each
+// time, so that the token can be replaced while the mirror runs.
 func (a Access) basic() (*githttp.BasicAuth, error) {
 	token, err := Secret(a.Env, "KEDGE_GIT_TOKEN")
 	if err != nil || token == "" {
@@ -42,7 +42,7 @@ func (a Access) basic() (*githttp.BasicAuth, error) {
 	return &githttp.BasicAuth{Username: user, Password: token}, nil
 }
 
-// readTLS reads the files that these variables name, as in git(1).
+// readTLS reads the files that GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name, as in git(1).
 func (a Access) readTLS() (files tlsFiles, err error) {
 	for _, v := range []struct {
 		name string
@@ -64,8 +64,8 @@ func (a Access) readTLS() (files tlsFiles, err error) {
 	return files, nil
 }
 
-// Secret reads the variable name, or else the file that NAME_FILE names. An empty file is an error: it is more
-// likely to be half written than to mean that there is no secret.
+// Secret returns the value of the variable name, or else the content of the file that NAME_FILE names; empty: neither
+// is set. An empty file is an error: it is more likely to be half written than to mean that there is no secret.
 func Secret(env func(string) string, name string) (string, error) {
 	if value := env(name); value != "" {
 		return value, nil
@@ -145,12 +145,13 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.SSHKey), nil
 }
 
-// hostKeyError means that a server isn't, or may not be, the one that it should be.
+// hostKeyError means that a server's key is unknown, or differs from the one in known_hosts.
 type hostKeyError struct{ text string }
 
 func (e *hostKeyError) Error() string { return e.text }
 
-// strict refuses hosts that the files don't name, with an error that says what to do.
+// strict wraps check. If the host isn't in the known_hosts files, or is there with another key, the error says what to
+// do.
 func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 	return func(host string, remote net.Addr, key ssh.PublicKey) error {
 		err := check(host, remote, key)
@@ -169,7 +170,7 @@ func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 	}
 }
 
-// tlsFiles has the contents of the files of certificates.
+// tlsFiles has the contents of the files that readTLS reads, in PEM.
 type tlsFiles struct{ authorities, certificate, key string }
 
 func (f tlsFiles) config() (*tls.Config, error) {

@@ -98,7 +98,7 @@ func parseRSA(data []byte) (*rsa.PrivateKey, error) {
 	return nil, errors.New("it isn't an RSA key")
 }
 
-// makeToken requests a token from GitHub that may read.
+// makeToken requests an installation token from GitHub that may only read repositories' contents.
 func (a *githubApp) makeToken(ctx context.Context, client *http.Client, now time.Time) (installationToken, error) {
 	var token installationToken
 	jwt, err := a.jwt(now)

@@ -44,7 +44,8 @@ type httpServer struct {
 	hello  greeting          // of the server at direct
 }
 
-// Heads only requests the branches if the server speaks protocol v2; otherwise the server lists all references.
+// Heads implements server. By protocol v2 it requests only the branches with the prefix; by v0 the server lists all
+// references.
 func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
 	s.mu.Lock()
 	direct := s.direct
@@ -68,8 +69,8 @@ func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]strin
 	return heads, err
 }
 
-// discover finds out which protocol the server speaks. v2 is the URL if it speaks v2; else the answer has the
-// branches.
+// discover finds out which protocol the server speaks. If it speaks v2, v2 is the repository's URL after redirects, and
+// hello the server's greeting. Otherwise v2 is empty, and heads are the branches.
 func (s *httpServer) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string,
 	hello greeting, err error) {
 	resp, err := s.do(ctx, http.MethodGet, s.endpoint.String()+infoRefs+"?service=git-upload-pack", nil)
@@ -308,7 +309,8 @@ func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var pageTitle = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title>`)
 
-// words returns the text of an answer to req: of a page only the title, and without any secret of the request.
+// words returns the text of an answer to req, on one line; of an HTML page only the title. The password or token of the
+// request is replaced by "...".
 func words(req *http.Request, kind, text string) string {
 	if strings.Contains(kind, "html") {
 		title := pageTitle.FindStringSubmatch(text)

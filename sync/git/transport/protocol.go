@@ -22,11 +22,12 @@ type Query struct {
 	Branch string // the full name
 	Want   plumbing.Hash
 	Haves  []plumbing.Hash // commits that the client has, with all that they refer to
-	// MaxFile bounds the files that the server sends, in bytes, if it can leave out larger ones.
+	// MaxFile is the size in bytes beyond which the server leaves out files, if it can.
 	MaxFile int64
 }
 
-// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or it has another name.
+// ErrNoBranch means that the repository exists but has no such branch: nothing was pushed yet, or the branch has
+// another name.
 var ErrNoBranch = errors.New("no such branch")
 
 // version2 is the first line of a server of protocol v2.
@@ -37,7 +38,8 @@ type greeting struct {
 	filter bool // the server can leave out large files
 }
 
-// readGreeting reads a greeting up to its flush, after the line "version 2".
+// readGreeting reads a greeting, after its line "version 2", up to and including its flush. It fails if the server
+// lacks a command that is needed, or has sha256 objects.
 func readGreeting(r io.Reader) (g greeting, err error) {
 	lsRefs, fetch := false, false
 	err = readLines(r, func(line string) error {
@@ -63,8 +65,8 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 
 var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
 
-// advertisedRefs reads all references, as protocol v0 begins. start is the beginning of r, with the first
-// reference.
+// advertisedRefs reads the list of all references, with which a server of protocol v0 begins. start is a peek at the
+// beginning of r, which has the first reference and, after it, the server's capabilities.
 func advertisedRefs(start []byte, r io.Reader) (*packp.AdvRefs, error) {
 	_, offered, _ := bytes.Cut(start, []byte("\x00")) // after the first reference
 	if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
@@ -124,7 +126,7 @@ func (g greeting) fetch(q Query) string {
 	return ask.String()
 }
 
-// packSection reads the answer to fetch up to the beginning of its pack.
+// packSection reads the answer to fetch up to its pack, and returns a reader of the pack.
 func packSection(r io.Reader) (io.Reader, error) {
 	for {
 		switch kind, line, err := readPkt(r); {
@@ -138,8 +140,9 @@ func packSection(r io.Reader) (io.Reader, error) {
 	}
 }
 
-// requestV0 requests the pack of the branch's present head by protocol v0. Every server knows multi_ack, and Azure
-// DevOps and AWS CodeCommit require it, though go-git removes it from a server's capabilities.
+// requestV0 returns protocol v0's request for the pack of the branch's present head. It always asks for multi_ack,
+// though go-git hides that capability of a server: every server knows it, and Azure DevOps and AWS CodeCommit require
+// it.
 func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	want, found := refs.References[q.Branch]
 	if !found {
@@ -155,7 +158,7 @@ func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	return req, nil
 }
 
-// demultiplexed removes the server's progress messages from its answer.
+// demultiplexed returns a reader of the pack in a server's answer, without the progress messages mixed into it.
 func demultiplexed(req *packp.UploadPackRequest, pack io.Reader) io.Reader {
 	switch {
 	case req.Capabilities.Supports(capability.Sideband64k):
@@ -176,7 +179,7 @@ func headsOf(refs *packp.AdvRefs, prefix string) map[string]string {
 	return heads
 }
 
-// pkt is a packet of Git's protocols; see gitprotocol-common(5) and gitprotocol-v2(5).
+// pkt is the kind of a packet in Git's protocols; see gitprotocol-common(5) and gitprotocol-v2(5).
 type pkt int
 
 const (

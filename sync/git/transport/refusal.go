@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// maxWords bounds how much of a server's own answer is shown, in bytes; maxAnswer how much is read.
+// maxWords bounds the part of a server's own answer that is shown, and maxAnswer the part that is read, both in bytes.
 const (
 	maxWords  = 300
 	maxAnswer = 16 << 10
 )
 
-// Refusal is a server's answer that isn't Git's.
+// Refusal is the error if a server's answer isn't of Git's protocol, such as an HTTP error or a login page.
 type Refusal struct {
 	Status int           // of HTTP; 0: ssh
 	Words  string        // the server's text, on one line
@@ -58,7 +58,8 @@ func (e *Refusal) hint(address string, app bool) string {
 	return ""
 }
 
-// bare removes the method and the address from a Refusal's error, as it names the host itself.
+// bare removes the *url.Error around a Refusal: its method and address aren't needed, as the Refusal names the host.
+// Other errors stay as they are.
 func bare(err error) error {
 	if wrapped, ok := err.(*url.Error); ok && errors.As(err, new(*Refusal)) {
 		return wrapped.Err

@@ -123,7 +123,7 @@ func (s *sshSession) fetch(q Query) (io.Reader, plumbing.Hash, error) {
 	return demultiplexed(req, resp), want, nil
 }
 
-// advertised reads all references, as protocol v0 begins.
+// advertised reads the list of all references, with which a server of protocol v0 begins.
 func (s *sshSession) advertised() (*packp.AdvRefs, error) {
 	var first []byte // only the first packet, as the server waits after the last
 	if length, err := s.out.Peek(4); err == nil {
@@ -150,8 +150,8 @@ func (p *sshPack) Close() error {
 	return nil
 }
 
-// begin starts git-upload-pack, and reads how it begins. If that fails on a connection that was kept open, it
-// retries once on a new one.
+// begin starts git-upload-pack, and reads the server's greeting. If that fails on a connection that was kept open,
+// begin retries once on a new one.
 func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	config, files, err := s.config()
 	if err != nil {
@@ -253,7 +253,8 @@ func (s *sshSession) end() {
 	}
 }
 
-// config reads the configuration of the connection, and returns the contents of the files that it comes from.
+// config returns the configuration of the connection, and the contents of the files that it was read from, to notice
+// changes.
 func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	auth, read, err := s.access.ssh(&s.endpoint)
 	if err != nil {
@@ -271,7 +272,8 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	return config, held.String(), err
 }
 
-// dial opens the connection, by ~/.ssh/config and the proxy in ALL_PROXY.
+// dial opens the connection, through the proxy in ALL_PROXY if there is one. ~/.ssh/config may name another host and
+// port.
 func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	host, port := s.endpoint.Host, s.endpoint.Port
 	if name := gitssh.DefaultSSHConfig.Get(host, "Hostname"); name != "" {
@@ -316,7 +318,7 @@ func (s *sshServer) Close() {
 	s.drop()
 }
 
-// explain replaces the error by the server's own words if the server ended instead of answering.
+// explain returns the server's own words as a Refusal if the server ended instead of answering, and otherwise err.
 func (s *sshServer) explain(session *sshSession, err error) error {
 	if err == nil || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) &&
 		!errors.Is(err, packp.ErrEmptyInput) || session.Session == nil {

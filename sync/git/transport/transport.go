@@ -17,10 +17,10 @@ import (
 
 // server is the host of a remote repository. A call ends with its context.
 type server interface {
-	// Heads lists the branches whose names begin with prefix, by their full names.
+	// Heads returns the hashes of the branches whose full names begin with prefix, by full name.
 	Heads(ctx context.Context, prefix string) (map[string]string, error)
-	// Fetch begins to read the pack that q requests, and returns the commit that the pack is for: not q.Want if the
-	// branch has moved and the server sends what it has now.
+	// Fetch requests the pack for q, and returns a reader of the pack and the commit that it brings. That is q.Want, or by
+	// protocol v0 the branch's present head. The caller closes the reader.
 	Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error)
 	Close()
 }
@@ -33,7 +33,8 @@ type Repository struct {
 	app      bool // requests are authenticated as a GitHub App
 }
 
-// Open checks the address of a repository: https://…, ssh://… or git@HOST:PATH. It does not wait for the server.
+// Open returns the repository at an address: https://…, ssh://… or git@HOST:PATH. It checks the address, but does not
+// wait for the server.
 func Open(address string, a Access) (*Repository, error) {
 	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
 		address = trimmed // with a slash go-git would request PATH//info/refs
@@ -75,7 +76,7 @@ func Open(address string, a Access) (*Repository, error) {
 // Address returns the repository's address, without a slash at its end.
 func (r *Repository) Address() string { return r.address }
 
-// Explain adds to an error what to do about it.
+// Explain returns err with what was being done (doing), the repository's address and, if known, what to do about it.
 func (r *Repository) Explain(doing string, err error) error {
 	hint := ""
 	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // the type doesn't implement Unwrap
@@ -99,7 +100,7 @@ func (r *Repository) Explain(doing string, err error) error {
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
 
-// Redact removes the password from an address.
+// Redact replaces the user name and password in a URL by "...". Any other address is returned as it is.
 func Redact(address string) string {
 	if u, err := url.Parse(address); err == nil && u.User != nil {
 		u.User = url.User("...")
