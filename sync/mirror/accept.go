@@ -21,7 +21,8 @@ import (
 	"kedge/sync/mirror/inspect"
 )
 
-// acceptor decides which commit the store is to hold. It knows the present one and the candidate to follow it.
+// acceptor decides which commit the store is to hold. It keeps the commit that the store holds now, and what it knows
+// of the candidate to replace that commit.
 type acceptor struct {
 	branch    *follower
 	own       *written
@@ -33,12 +34,12 @@ type acceptor struct {
 	log       *slog.Logger
 	inspected wait.Signal // set when an inspection ends
 
-	commit *git.Commit // nil: it can't be read
+	commit *git.Commit // the commit that the store holds; nil: none, or it can't be read
 	// unvouched is the store's commit if it can be read but its signature no longer counts; only basis uses it.
 	unvouched *git.Commit
 	recalled  string // the branch's head when commit was last searched
 	compared  string // FROM..TO of the last candidate that was checked
-	refusal   error  // why that candidate isn't taken; nil: it is
+	refusal   error  // why that candidate is refused; nil: it isn't
 
 	overruled    string      // the commit that was taken because Config.Accept names it
 	inspection   *inspection // of the candidate's releases; nil: not begun
@@ -51,7 +52,7 @@ type outcome struct {
 	taken   bool          // the branch's head was taken now
 	refused error         // why it is not taken, finally
 	unsure  error         // why it is not taken yet
-	retry   time.Duration // after how long to check again, if unsure is set
+	retry   time.Duration // the time after which to check again, if unsure is set
 }
 
 // accept decides whether the branch's head becomes the commit to write, and returns why not.
@@ -118,7 +119,8 @@ func (a *acceptor) readAccepted(head string) {
 	a.commit = commit
 }
 
-// readAcceptedUnsigned reads the commit that the store holds, for orders, if it was refused only for its signature.
+// readAcceptedUnsigned sets unvouched to the commit that the store holds, so that orders are still carried out. It does
+// so only if the commit was refused for nothing but its signature, and reports whether it was.
 func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
@@ -136,8 +138,8 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	return true
 }
 
-// accepts reports whether Config.Accept names the commit. A commit that is an ancestor of the store's commit doesn't
-// count: otherwise each force push of it would bring back its old state.
+// accepts reports whether Config.Accept names the commit in c.to. An ancestor of the store's commit isn't accepted:
+// otherwise each force push of it would bring back its old state.
 func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != a.override || c.from == "" {
 		return false
@@ -151,7 +153,8 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	return true
 }
 
-// candidate compares a commit with what the store holds.
+// candidate returns the commit in to as a candidate, with what refuse needs to know of the store's commit. descends and
+// accepted are left for the caller to set.
 func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
 	c := candidate{from: a.own.state.Taken(), rules: a.own.state.Rules, to: to}
 	if other := a.own.state.Repo; other != a.repo {
@@ -192,9 +195,11 @@ type candidate struct {
 	// units that from no longer names but that still have records.
 	from string
 	had  []deployments.UnitID
-	// otherRepo is the address of the repository that from came from, if it differs from to's.
+	// otherRepo is the address of the repository that has the commit in from, if that isn't the repository of the commit
+	// in to.
 	otherRepo string
-	// rules are the rules in from, if there is one: a commit must not lift the rules that it breaks.
+	// rules are those of the commit in from or, if from is empty, of the commit in to. A commit must not lift the rules
+	// that it breaks.
 	rules deployments.MirrorRules
 	to    *git.Commit
 	// descends is set if the commit in to descends from the one in from.
@@ -289,15 +294,16 @@ type inspection struct {
 	result chan error // has room for one
 	ended  time.Time  // zero: it is running
 	next   time.Time  // if it failed: when it is retried
-	err    error      // while it is running: the error of the one before
+	err    error      // its result; while it is running, that of the inspection before
 }
 
-// failed reports whether the inspection ended without a result.
+// failed reports whether the inspection ended because releases could not be read, so that it is to be retried. Problems
+// that it found are a result, not a failure.
 func (i *inspection) failed() bool {
 	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
 }
 
-// wait returns after how long a failed inspection is retried; 0: it didn't fail.
+// wait returns the time until a failed inspection is retried; 0: it is running, or didn't fail.
 func (i *inspection) wait(now time.Time) time.Duration {
 	if !i.failed() {
 		return 0
@@ -305,7 +311,8 @@ func (i *inspection) wait(now time.Time) time.Duration {
 	return max(time.Millisecond, i.next.Sub(now))
 }
 
-// recheckSoon makes the acceptor look for missing releases soon, as if they had just been found missing.
+// recheckSoon resets the backoff of failed inspections. If the last inspection failed, it is retried once hookPause has
+// passed since its end.
 func (a *acceptor) recheckSoon() {
 	a.releaseRetry.Reset()
 	if i := a.inspection; i != nil && i.failed() {
@@ -315,8 +322,8 @@ func (a *acceptor) recheckSoon() {
 	}
 }
 
-// inspect checks the releases that a commit introduces. It runs beside the rounds, as slow storage must not hold up
-// rollouts under way. done reports whether the check has ended. After an error other than deployments.Problems the
+// inspect checks the releases that a commit introduces. The check runs beside the rounds, as slow storage must not hold
+// up rollouts under way. done reports whether the check has ended. After an error other than deployments.Problems the
 // check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
@@ -370,7 +377,8 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 	return !i.ended.IsZero(), i.err
 }
 
-// basis returns the commit that the store is reconciled with, and whether its signature counts. Nil: none is known.
+// basis returns the commit that the store is reconciled with, nil if none is known. vouched reports whether the
+// commit's signature is valid or not required.
 func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
 	switch {
 	case a.commit != nil:
@@ -381,9 +389,9 @@ func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit,
 	return nil, false
 }
 
-// recorded returns the commit reduced to the units whose records are about the releases that it names. Each unit has
-// its record's content in place of its file's. So the commit needs no valid signature: it tells nodes nothing new, and
-// only says how rollouts go on. recorded is pure.
+// recorded returns the commit with only those units whose records are about the release that the commit names. Each
+// unit's After, Drift and Adopt come from its record, not from its file. So the commit needs no valid signature: it
+// tells nodes nothing new, and only says how rollouts go on. recorded is pure.
 func recorded(
 	commit *git.Commit,
 	cells map[deployments.UnitID]cell,
@@ -416,11 +424,11 @@ func concerns(r deployments.Record, release deployments.Pointer) bool {
 	return goal(r, release) == release
 }
 
-// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5), and
-// refuses what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the
-// removal of the branch. It checks only the given branches, by default main and the one that HEAD names. path is as
-// Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the releases that
-// the push changes. It runs in the receiving repository's environment, where pushed objects are in a quarantine.
+// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5). It refuses
+// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the
+// branch. It checks only the given branches, by default main and the one that HEAD names. path is as Config.Path. If
+// releases is set, it also refuses a push if releases.Check finds problems with the releases that the push changes. It
+// runs in the receiving repository's environment, where pushed objects are in a quarantine.
 func CheckPush(
 	ctx context.Context,
 	repoDir, path string,
@@ -449,7 +457,7 @@ func CheckPush(
 	return errors.Join(refusals...)
 }
 
-// checkUpdate checks one branch's update.
+// checkUpdate returns why a branch's update is refused; nil: it is not.
 func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Releases, u git.Update) error {
 	if u.New == "" {
 		return errors.New("it is what the mirror follows, and can't be removed")

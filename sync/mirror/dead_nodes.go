@@ -11,7 +11,7 @@ import (
 	"kedge/kv"
 )
 
-// absence is since when an entry of status/ has been without a session, as this mirror saw it.
+// absence is the time since which an entry of status/ has been without a session, as this mirror saw it.
 type absence struct {
 	version uint64
 	since   time.Time
@@ -28,7 +28,7 @@ type deadNodes struct {
 }
 
 // forget removes the entries of nodes that died and were not replaced under the same name: with AutoScaling their
-// number would only grow. again is after how long to call it again although nothing changed; 0: never.
+// number would only grow. again is the time after which to call forget again even if nothing changes; 0: never.
 func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
@@ -57,8 +57,9 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable returns the operations that remove entries of dead nodes now, at most one transaction's, and when more
-// are due. absent is kept between calls. Entries of busy roles stay, because a rollout may count a dead node as failed.
+// forgettable returns the operations that remove entries of nodes that have been dead for as long as after, at most one
+// transaction's. next is when more are due; zero: never. absent is kept between calls. Entries of busy roles stay,
+// because a rollout may count a dead node as failed.
 func forgettable(
 	entries []kv.Entry,
 	absent map[string]absence,

@@ -111,7 +111,8 @@ func sameEntry(a, b deployments.History) bool {
 	})
 }
 
-// withOrder returns the entry h with an order that is consumed.
+// withOrder returns the entry h with the order o, which is consumed, added. refused is the reason why the order changed
+// nothing; empty: it did.
 func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
 	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
 	past.By, past.Reason = historyText(o.By), historyText(o.Reason)

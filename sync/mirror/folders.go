@@ -14,9 +14,6 @@ import (
 	"kedge/sync/git"
 )
 
-// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
-// below, so they are made again whenever a watch lacks one.
-
 // Agents, and this mirror, tell a missing key from a lost permission by folder keys. People delete these with the
 // keys below them, so they are made again if a watch lacks one.
 
@@ -44,9 +41,10 @@ type folderKeeper struct {
 	late  bool                 // a key that was made has yet to show
 }
 
-// missingFolders returns the folder keys to make: those of roles that were never made, and those that a watch
-// lacks, together with the ones that nobody watches. made says when each was last made. late reports whether a key
-// has yet to show, so that the caller has to look again.
+// missingFolders returns the folder keys to make. If one of a role's keys was never made, or a watch lacks it, all keys
+// of the role are returned: some are not watched. The same holds for topFolders. made has the time at which each key
+// was last made. late reports whether a key may have yet to show, as it was made less than folderLag ago: then the
+// caller has to look again.
 func missingFolders(
 	roles []deployments.RoleID,
 	seen map[string]observedFolders,

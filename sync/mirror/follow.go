@@ -31,15 +31,15 @@ type follower struct {
 // question asks whether commit to descends from commit from.
 type question struct{ from, to string }
 
-// gap is a question that the repository can't answer, as its history has a gap.
+// gap is the state of a question that the repository can't answer, as its history has a gap.
 type gap struct {
 	pauses   *wait.Backoff
-	readAnew time.Time // when the repository is next to be read anew for it
+	readAnew time.Time // when the repository may next be fetched anew for the question
 	asked    time.Time // when descends was last asked
 }
 
-// firstGap and longestGap are the average times between two readings of a repository whose history has a gap. Each
-// fetches the whole of it.
+// firstGap and longestGap are the shortest and the longest average time between two fetches of a repository whose
+// history has a gap. Each fetches the whole repository.
 const (
 	firstGap   = 2 * time.Second
 	longestGap = 10 * time.Minute
@@ -75,7 +75,8 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// look reads the hash of the branch's head, and loads the commit if it is new.
+// look reads the branch, whose last state is was, and returns its state now. It loads the head's commit if the commit
+// is new or was bad.
 func (f *follower) look(ctx context.Context, was gitState) gitState {
 	head, err := f.source.Head(ctx)
 	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
@@ -112,9 +113,9 @@ func (f *follower) loadTaken(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, f.signers) })
 }
 
-// loadUnsigned reads the commit that was mirrored last although its signature doesn't count: its signer was removed,
-// and this mirror has no cache that remembers the signature as valid. The store naming the commit proves nothing: see
-// recorded.
+// loadUnsigned reads the commit that was mirrored last although its signature isn't valid. This is for a signer that
+// was removed, if this mirror has no cache that remembers the signature. That the store names the commit doesn't prove
+// that it was signed: see recorded.
 func (f *follower) loadUnsigned(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, nil) })
 }
@@ -129,7 +130,7 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 }
 
 // descends reports whether commit to descends from commit from. If the repository lacks commits between them, it is
-// read anew now and then: somebody may have completed it there, which moves no branch.
+// fetched anew now and then: somebody may have completed the server's repository, which moves no branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {

@@ -17,16 +17,15 @@ import (
 	"kedge/sync/git"
 )
 
-// The history records pins and orders in the newest entry of their unit. Pins are compared with what the store
-// shows, so that the next round also finds pins that came and went while no mirror or another one ran. Orders are
-// recorded in the transaction that consumes them.
+// The history records pins and orders in the newest entry of their unit. Pins are compared with what the store shows.
+// So the next round also finds pins that began or ended while no mirror ran, or another one. Orders are recorded in the
+// transaction that consumes them.
 
 const (
 	// auditRoles is how many roles' histories one round reads at most. The others wait for the next round, so that
 	// pins and orders don't have to wait for all of them.
 	auditRoles = 20
-	// auditRetry is after how long a history that could not be read or written is retried. Rollouts go on
-	// meanwhile.
+	// auditRetry is the time after which a history that could not be read or written is retried. Rollouts go on meanwhile.
 	auditRetry = 10 * time.Second
 )
 
@@ -41,8 +40,8 @@ type historyKeeper struct {
 
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // releases that were stable and have not failed since
-	// pins has the pins of the newest entry, and open ones of earlier entries that it lacks: a mirror of a version
-	// without pins in the history may have written it. Units without pins have no key.
+	// pins has the pins of the newest entry. It also has open pins of earlier entries that the newest lacks. A mirror of a
+	// version without pins in the history may have written the newest. Units without pins have no key.
 	pins map[deployments.UnitID][]deployments.PastPin
 	read map[deployments.RoleID]bool
 }
@@ -62,7 +61,8 @@ func (a *historyKeeper) forget(id deployments.UnitID) {
 	delete(a.read, id.RoleID())
 }
 
-// add takes the entry of a unit's next generation, or a new version of the newest entry.
+// add updates what is known of a unit's history by the entry e. e may be of a later generation, or a new version of the
+// newest entry.
 func (a *historyKeeper) add(id deployments.UnitID, e deployments.History) {
 	if newest := a.newest[id].Generation; e.Generation >= newest && e.Generation < policy.AbsurdGeneration {
 		pins := e.Pins
@@ -86,15 +86,16 @@ func (a *historyKeeper) add(id deployments.UnitID, e deployments.History) {
 	a.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == e.Failed })
 }
 
-// wrote takes the entry that a change has put, if the history of its role was read.
+// wrote adds the history entry that the change w has written, if its role's history was read before.
 func (a *historyKeeper) wrote(w change) {
 	if w.history != nil && a.read[w.unit.RoleID()] {
 		a.add(w.unit, *w.history)
 	}
 }
 
-// needsHistory reports whether the decision about a unit needs its history: if there is no record to go on from, if
-// the target is about to change and may have been stable before, or if an order is to be recorded.
+// needsHistory reports whether the decision about a unit needs its history. It does if there is no record to go on
+// from, or if an order is to be recorded. It also does if the target is about to change and may have been stable
+// before.
 func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s keyState) bool {
 	if s == unknown || ordered {
 		return true
@@ -141,8 +142,8 @@ func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) e
 	return nil
 }
 
-// audit records in the newest entries of the history which pins began and ended. again is after how long to call it
-// again though nothing changed; 0: never. Errors of the history don't hold up rollouts: only a lost lease is
+// audit records in the newest entries of the history which pins began and ended. again is the time after which to call
+// audit again even if nothing changes; 0: never. Errors of the history don't hold up rollouts: only a lost lease is
 // returned.
 func (a *historyKeeper) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if !seen.pins.synced || seen.pins.err != nil {

@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	// badOrderBurst lines about orders that can't be obeyed are logged at once, as operators mistype; then one each
-	// badOrderEvery.
+	// badOrderBurst is how many log lines about orders that can't be obeyed are written at once, as operators mistype.
+	// After that, one is written every badOrderEvery at most.
 	badOrderBurst = 5
 	badOrderEvery = 10 * time.Second
 )
@@ -41,9 +41,9 @@ type leader struct {
 	folders   *folderKeeper
 	dead      *deadNodes
 	ranks     map[deployments.UnitID]*policy.Ranks
-	lostSince map[deployments.UnitID]time.Time // since when nodes are ahead of the store
+	lostSince map[deployments.UnitID]time.Time // when nodes were first seen ahead of the store
 	badOrders string                           // the orders that can't be obeyed, as last logged
-	hearing   bool                             // units wait for their nodes' reports, as last logged
+	hearing   bool                             // units waited for their nodes' reports in the last round
 	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
 	// badOrderLines bounds the lines about orders that can't be obeyed: whoever may write control/ can change one
@@ -76,7 +76,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 	return l
 }
 
-// commit writes under the lease.
+// commit commits ops in a transaction that fails if the lease is lost, and counts them.
 func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
 	err := l.c.Store.Commit(ctx, l.lease, ops...)
 	if err == nil {
@@ -85,7 +85,7 @@ func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
 	return err
 }
 
-// lead waits for the lease, runs the leader while it holds, and starts over.
+// lead waits for the lease, runs the leader while the lease holds, and starts over, until ctx ends.
 func (m *Mirror) lead(ctx context.Context) {
 	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for ctx.Err() == nil {
@@ -165,7 +165,7 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin reads the state that the last leader left.
+// begin makes the top folder keys, and reads the state that the last leader left at mirror/state.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
 		return err
@@ -200,7 +200,7 @@ func (l *leader) nodeName(ctx context.Context) string {
 	return name
 }
 
-// warnShared logs once if a node's kedge agent uses the Consul node of this mirror, as its token can end the
+// warnShared logs once if a node's kedge agent uses the Consul node of this mirror: that agent's token can end the
 // mirror's lease.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
@@ -225,7 +225,7 @@ func (l *leader) warnShared(fleet observedFleet) {
 	l.consulNode = "" // the check is done once
 }
 
-// persist calls f until it succeeds, the lease is lost or ctx ends.
+// persist calls f until f succeeds, the lease is lost or ctx ends. Only success returns nil. what names f in the log.
 func (l *leader) persist(ctx context.Context, what string, f func(context.Context) error) error {
 	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for {
@@ -245,7 +245,8 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 	}
 }
 
-// loop runs a round whenever something changed.
+// loop runs a round after each change of the branch or the store, and when a round asked for another. It returns an
+// error when the lease is lost or ctx ends.
 func (l *leader) loop(ctx context.Context) error {
 	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
 	var lastErr error
@@ -319,7 +320,8 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	)
 }
 
-// round does all that is due now. again is after how long to run another though nothing changed; 0: never.
+// round takes the branch's head if it is acceptable, writes what reconcile asks for, and does all other work that is
+// due. again is the time after which to run another round even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {
@@ -414,7 +416,8 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	return again, nil
 }
 
-// plan compares a commit with what the store shows; vouched is as basis returns it.
+// plan returns what to write so that the store holds commit. Before that, it makes missing folder keys and reads the
+// history that reconcile needs. vouched is as basis returns it.
 func (l *leader) plan(
 	ctx context.Context,
 	commit *git.Commit,

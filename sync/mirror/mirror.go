@@ -48,8 +48,8 @@ import (
 // Config configures a Mirror.
 type Config struct {
 	Store kv.Store
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the path of a local
-	// bare repo, which is watched. Branch is main by default.
+	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local bare repo, which is
+	// watched. Of a remote repository no object larger than 16 MiB is kept. Branch is main by default.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo;
 	// default: the root.
@@ -64,15 +64,15 @@ type Config struct {
 	Name string
 	// LeaseTTL is the lease's time to live; default 15 s.
 	LeaseTTL time.Duration
-	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
-	// ~/.ssh/known_hosts). HTTPS takes KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or the token from
-	// the file named by KEDGE_GIT_TOKEN_FILE. It trusts the authorities of the file named by GIT_SSL_CAINFO in
-	// addition to the system's.
+	// SSHKey is the file of a private key; default: the SSH agent. KnownHosts is a known_hosts file; default:
+	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist. HTTPS takes KEDGE_GIT_USER and
+	// KEDGE_GIT_TOKEN from the environment, or the token from the file named by KEDGE_GIT_TOKEN_FILE. It trusts the
+	// authorities of the file named by GIT_SSL_CAINFO in addition to the system's.
 	SSHKey, KnownHosts string
 	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on. Each mirror
 	// needs its own. Default: a temporary directory, which Run removes.
 	CacheDir string
-	// SignedBy is an allowed_signers file; if set, a commit without a signature of one of them is refused.
+	// SignedBy is an allowed_signers file. If it is set, a commit that none of its signers has signed is refused.
 	SignedBy string
 	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
 	SignedByPGP string
@@ -83,9 +83,9 @@ type Config struct {
 	// Releases reads the manifests of the releases that a commit introduces: with Trust all of them, else those of
 	// stages that kedge.yaml bounds by more than sources. Its Objects default to object.New.
 	Releases inspect.Releases
-	// Snapshot, if set, is called with the records that the leading mirror wrote, after they changed: for nodes
-	// that boot while the store is away. Calls don't overlap, and get the newest state. An error is logged and the
-	// call is retried.
+	// Snapshot, if set, is called with the records that the leading mirror wrote, after they changed and once an hour. It
+	// serves nodes that boot while the store is away. Calls don't overlap, and get the newest state. An error is logged
+	// and the call is retried.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
 	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends.
 	Leading func(ctx context.Context) error
@@ -116,9 +116,9 @@ type Mirror struct {
 
 // Default durations; tests have their own.
 const (
-	// A release that is missing or can't be read is looked for again after defaultReleaseRetry, and then less and less
-	// often, up to every maxReleaseRetry on average: its upload may take long or may never come. A new commit or a
-	// webhook starts over.
+	// A release that is missing or can't be read is looked for again after defaultReleaseRetry. The average time between
+	// two tries then grows up to maxReleaseRetry: the upload may take long or may never come. A new commit or a webhook
+	// starts over.
 	defaultReleaseRetry = 5 * time.Second
 	maxReleaseRetry     = time.Minute
 	// defaultForgetAfter is how long the entry of a node that died stays in status/ for people to see: longer than a
@@ -207,7 +207,8 @@ func (m *Mirror) Addr() string {
 // Trigger makes the mirror poll the branch now.
 func (m *Mirror) Trigger() { m.branch.pollNow.Set() }
 
-// Run mirrors until ctx ends, and then returns nil. Errors of Git or the store don't end it.
+// Run mirrors until ctx ends, and then returns nil. Errors of Git or the store don't end it; an error of the HTTP
+// server does.
 func (m *Mirror) Run(ctx context.Context) error {
 	defer m.branch.source.Close()
 	g, ctx := errgroup.WithContext(ctx)

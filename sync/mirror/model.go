@@ -21,7 +21,7 @@ const watchLag = 5 * time.Second
 // maxError bounds MirrorState.Error, in bytes: a commit may contain any number of mistakes.
 const maxError = 4 << 10
 
-// maxLogged bounds text from keys that others may write in a line of the log, in bytes.
+// maxLogged bounds the text in a log line that comes from keys that others may write, in bytes.
 const maxLogged = 1 << 10
 
 // gitState is the branch as the mirror last read it.
@@ -61,7 +61,7 @@ type observedFleet struct {
 	since   time.Time // when err last became nil or non-nil
 	entries []kv.Entry
 	roles   map[deployments.RoleID][]reported
-	// left has, by role, when each entry vanished that has not come back; began is when the first view came.
+	// left has, by role, the times at which entries vanished that have not come back. began is when the first view came.
 	left  map[deployments.RoleID][]time.Time
 	began time.Time
 }
@@ -73,8 +73,8 @@ const leftFor = 10 * time.Minute
 // number. The earliest are forgotten first.
 const maxLeft = 10_000
 
-// leftSince returns when the entries of a role vanished that have not come back, and since when the mirror has watched
-// for that. Zero: unknown.
+// leftSince returns the times at which entries of a role vanished that have not come back. following is the time from
+// which the mirror has watched for that; zero: unknown.
 func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
 	return f.left[role], f.began
 }
@@ -155,7 +155,8 @@ const (
 	unknown                  // this mirror wrote nothing there, and there is no record to go on from
 )
 
-// compareKey compares what the store shows at a unit's key with what this mirror wrote there.
+// compareKey compares what the store shows at a unit's key with what this mirror wrote there. known is false if it
+// wrote nothing there.
 func compareKey(c cell, o writtenRecord, known bool, now time.Time) keyState {
 	if known && o.version == 0 && c.version == o.base && now.Sub(o.at) < watchLag {
 		return inFlight
@@ -184,7 +185,7 @@ type change struct {
 	base    uint64 // the version that the write replaces; 0: none
 	note    string
 	history *deployments.History // the entry of a new generation, or the changed newest one; nil: neither
-	reason  string               // as policy.Next returns it
+	reason  string               // what policy decided, in words: see reasonOf
 	order   order                // the order that is consumed; version 0: none
 	ops     []kv.Op
 }
@@ -215,8 +216,8 @@ const maxBatch = 300 << 10
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
 // follow returns the record that a unit's file asks for, given the present record r (zero: none). If the file names
-// another release than the record, the result is a new generation, open to every node. Otherwise only the fields
-// change that agents read.
+// another release than the record, the result is a new generation, open to every node. Otherwise only After, Drift,
+// Adopt and Orphaned change.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{
@@ -230,8 +231,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal returns the release that a record was written to bring out: its Target, or want if the record is of a rollback
-// from want. The Target of a rollback's record is the stable release.
+// goal returns the release that a record was made to roll out. That is its Target, except in the record of a rollback
+// from want, whose Target is the stable release: there it is want.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want
@@ -239,7 +240,8 @@ func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	return r.Target
 }
 
-// lastGood returns the release that nodes run that are not admitted to the next target.
+// lastGood returns the release that is stable as of r. That is r's Target or, while r has a Rollout, r's Stable, which
+// nodes run that aren't admitted yet.
 func lastGood(r deployments.Record) deployments.Pointer {
 	if r.Rollout == nil {
 		return r.Target
@@ -247,7 +249,7 @@ func lastGood(r deployments.Record) deployments.Pointer {
 	return r.Stable
 }
 
-// minWait returns the shorter of two times to wait, of which 0 is for ever.
+// minWait returns the shorter of two times to wait, in which 0 means for ever.
 func minWait(a, b time.Duration) time.Duration {
 	if a == 0 || b > 0 && b < a {
 		return b

@@ -32,9 +32,9 @@ type observer struct {
 	parsedPins    kv.Parsed[deployments.Pin]
 	parsedOrders  kv.Parsed[deployments.Order]
 	reports       reports.Reader
-	listed        map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
+	listed        map[string]time.Time // when each key in status/ was first seen without a session; zero: it has one
 	outages       map[string]outages   // by key in status/
-	left          map[string]time.Time // when each key in status/ vanished that is not back
+	left          map[string]time.Time // when each key that is missing in status/ vanished
 	hook          uint64               // the last version of kv.MirrorHook that was passed on
 	complain      rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
 }
@@ -42,7 +42,8 @@ type observer struct {
 // outages are the units of a node that are unhealthy or roll back, by name.
 type outages map[string]outage
 
-// outage says since when a unit is out of service, and what the newest report says of it.
+// outage is the time since which a unit is out of service. state and entered are the unit's state in the newest report,
+// and the time at which the unit entered it.
 type outage struct {
 	since   time.Time
 	state   deployments.State
@@ -69,7 +70,7 @@ func (o outages) next(units map[string]deployments.UnitReport, now time.Time) ou
 	return all
 }
 
-// goesOn reports whether an outage is the one of the report before.
+// goesOn reports whether u, a unit's next report, continues the outage o instead of beginning another.
 func (o outage) goesOn(u deployments.UnitReport) bool {
 	if u.State == o.state {
 		return u.Since.Equal(o.entered)
@@ -129,7 +130,8 @@ func (o *observer) orders(v kv.View) {
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
-// parseOrders parses a view of control/. Orders that can't be obeyed stay in the store, and bad names them.
+// parseOrders parses a view of control/. bad has an error for each key whose order can't be obeyed; these keys stay in
+// the store.
 func parseOrders(
 	view kv.View,
 	parse func(kv.Entry) (deployments.Order, error),
@@ -191,7 +193,8 @@ func (o *observer) fleet(v kv.View) {
 	})
 }
 
-// trackLeft notes which keys of status/ have vanished, and returns the times at which they did, by role.
+// trackLeft records which keys of status/ are no longer in listed, the keys that the store shows. It returns, by role,
+// when the keys vanished that are still missing.
 func (o *observer) trackLeft(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
 	for name := range o.listed {
 		if _, there := listed[name]; !there {
@@ -223,7 +226,7 @@ func (o *observer) forgetOldest() {
 	}
 }
 
-// state stores a view of mirror/. Another mirror may have passed on a webhook there.
+// state stores a view of mirror/, and calls hooked if another mirror has passed a webhook on.
 func (o *observer) state(v kv.View) {
 	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {

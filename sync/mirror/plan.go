@@ -22,8 +22,8 @@ type Change struct {
 	How string `json:"how,omitempty"`
 }
 
-// Plan returns the records that a tree would change at a time, given the present ones, sorted by unit; pure. A unit
-// with a rollout is shown as the rollout begins, before any node is admitted.
+// Plan returns the changes that tree would make at the time at to the present records, which are in now. They are
+// sorted by unit. A unit with a rollout is shown as the rollout begins, before any node is admitted. Plan is pure.
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}

@@ -30,21 +30,23 @@ type inputs struct {
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
-	// history has the newest generation of the units whose key's state is unknown and of those with an order; pastPins its
-	// pins; stable what was stable in the last generations. pastRead has the roles whose history was read.
+	// history has the newest entry of units whose role's history was read: see needsHistory. pastPins has the pins of
+	// these entries, and stable the releases that were stable in the last generations. pastRead has the roles whose
+	// history was read.
 	history  map[deployments.UnitID]deployments.History
 	pastPins map[deployments.UnitID][]deployments.PastPin
 	pastRead map[deployments.RoleID]bool
 	stable   map[deployments.UnitID][]deployments.Digest
-	// fleet has what each role's nodes report. blind is set until that is known: rollouts stay as they are.
+	// fleet has what each role's nodes report. blind is set until the reports and the pins are known; until then rollouts
+	// stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
 	// fleetSince is the time from which fleet has been up to date without a gap.
 	fleetSince time.Time
-	// leftSince returns when entries of a role's nodes vanished, and since when this has been watched; nil: always.
+	// leftSince is as observedFleet.leftSince; nil: no entry vanished, and the mirror has always watched for that.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
-	// lostSince says since when nodes are ahead of the store; it is kept between calls. Nodes have rebuildWait to
-	// report.
+	// lostSince has the time at which a unit's nodes were first seen ahead of the store. It is kept between calls. Once
+	// rebuildWait has passed, in which more nodes may report, the record is rebuilt from the reports.
 	lostSince   map[deployments.UnitID]time.Time
 	rebuildWait time.Duration
 	// ranks is kept between calls, only for speed; nil: it isn't.
@@ -62,8 +64,7 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns since when the view of the fleet has been up to date. The time is correct by the present clock, even if
-// the clock was wrong when the view came.
+// seen returns the time from which the view of the fleet has been up to date, by the present clock: see passed.
 func (in inputs) seen() time.Time {
 	return in.passed(in.fleetSince)
 }
@@ -77,8 +78,8 @@ func (in inputs) passed(at time.Time) time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 }
 
-// listed returns when the entries of a unit's nodes vanished, and since when the mirror has watched for that, both by
-// the present clock (see passed).
+// listed returns the times at which entries of a unit's nodes vanished that have not come back. following is the time
+// from which the mirror has watched for that. All are by the present clock: see passed.
 func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
@@ -127,11 +128,12 @@ type plan struct {
 	whole bool
 	// again is when to reconcile again though nothing changed; zero: never.
 	again time.Time
-	// hearing is how many units wait until their nodes have had the time to report.
+	// hearing is the number of units that wait for their nodes to report.
 	hearing int
 }
 
-// reconcile returns what to write to make the store hold what the commit asks for; pure.
+// reconcile returns what to write so that the store holds what the commit asks for. It is pure, but for in.lostSince
+// and in.ranks, which it updates.
 func reconcile(in inputs) plan {
 	p := plan{whole: true}
 	inGit := map[deployments.UnitID]bool{}
@@ -175,7 +177,8 @@ const (
 	doWait
 )
 
-// removed returns the change of a record whose unit Git doesn't name.
+// removed returns the change of a record whose unit Git doesn't name. The record is removed if kedge.yaml sets prune,
+// or else marked as orphaned.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {
@@ -197,7 +200,8 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	return w, doWrite
 }
 
-// unit returns the change for a unit that Git names, and when to reconcile it again though nothing changed.
+// unit returns the change for a unit that Git names, and when to reconcile the unit again even if nothing changes;
+// zero: never.
 func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
@@ -298,8 +302,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	return w, doWrite, step.Recheck
 }
 
-// lost returns the record to go on from if the store lost a unit's record; ok reports whether it did. until is when
-// the nodes have had the time to report; known is the generation in the store.
+// lost returns the record to go on from if the store lost a unit's record. ok reports whether it did. until is the end
+// of the time that nodes have to report; known is the generation in the store.
 func (in inputs) lost(
 	u deployments.Unit,
 	nodes []policy.Node,
@@ -317,7 +321,7 @@ func (in inputs) lost(
 	return policy.Rebuild(u, in.commit.Hash, nodes, known, in.now), since.Add(in.rebuildWait), true
 }
 
-// worded fills in the text of a record's rollout, for readers of the version before.
+// worded returns r with its rollout's Message filled in, for readers of the previous version.
 func worded(r deployments.Record) deployments.Record {
 	if r.Rollout == nil || r.Rollout.Reason == "" {
 		return r
@@ -387,7 +391,8 @@ func (in inputs) record(w change) *deployments.History {
 	return h
 }
 
-// accepted appends to a note of the history that an operator accepted the commit.
+// accepted returns the note of a history entry. If the commit was taken because Config.Accept names it, the note says
+// so.
 func (in inputs) accepted(note string) string {
 	if !in.overruled {
 		return note
@@ -395,7 +400,8 @@ func (in inputs) accepted(note string) string {
 	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
 }
 
-// failedBy returns the release that failed before a new generation; zero: none.
+// failedBy returns the release that failed before the new generation in w; zero: none. It is the one that the rollout
+// went back from, or the last target if a node has that in quarantine.
 func (in inputs) failedBy(w change) deployments.Digest {
 	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
 		return w.after.Rollout.Failed
@@ -409,7 +415,8 @@ func (in inputs) failedBy(w change) deployments.Digest {
 	return was
 }
 
-// noteOf returns the note of a history entry: what led to the generation besides the commit.
+// noteOf returns the note of a history entry: what led to the generation besides the commit. did says what policy did,
+// in words.
 func (in inputs) noteOf(w change, did string) string {
 	who := func(by, reason string) (words string) {
 		if by != "" {

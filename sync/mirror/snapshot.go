@@ -12,7 +12,8 @@ import (
 	"kedge/kv"
 )
 
-// snapshotEvery is how often a snapshot is written though nothing changed, as readers bound its age.
+// snapshotEvery is the time after which a snapshot is written again even if nothing changed: readers refuse one that is
+// too old.
 const snapshotEvery = time.Hour
 
 // snapshots passes what this mirror wrote to Config.Snapshot.
@@ -23,8 +24,8 @@ type snapshots struct {
 	offered []kv.Entry
 }
 
-// offer passes the records that this mirror wrote, or agreed with, to run, if they changed. The snapshot's
-// signature must not vouch for what somebody else wrote to desired/.
+// offer gives run the records that this mirror wrote or adopted, if they changed since the last call. All other records
+// are left out: the snapshot's signature must not vouch for what somebody else wrote to desired/.
 func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	if s.save == nil {
 		return
@@ -48,7 +49,8 @@ func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	s.offers <- entries
 }
 
-// run passes the newest records to Config.Snapshot, and retries until it succeeds.
+// run passes the newest records to Config.Snapshot after each change and every snapshotEvery, until ctx ends. A failed
+// call is retried.
 func (s *snapshots) run(ctx context.Context) error {
 	retry := wait.NewBackoff(time.Second, time.Minute)
 	var entries []kv.Entry

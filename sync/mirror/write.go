@@ -29,7 +29,8 @@ type writer struct {
 	log     *slog.Logger
 }
 
-// confirm marks the writes that the store shows.
+// confirm records which writes the store now shows, with their versions, and drops the records of keys that are gone as
+// this mirror removed them.
 func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	for id, own := range w.records {
 		c := cells[id]
@@ -147,7 +148,8 @@ func (w *writer) noteWritten(c change, now time.Time) {
 		"generation", c.after.Generation, "commit", c.after.Commit, "phase", phase, "reason", reason)
 }
 
-// traceWritten sends the spans that end with a written record: the push's, and a rollout's that has ended.
+// traceWritten sends the spans that end now that the change c is written. One is the push's, if c's record is the first
+// of its commit or pin; the other the rollout's, if c ends it.
 func (w *writer) traceWritten(c change, now time.Time) {
 	if w.trace == nil || c.value == nil {
 		return
@@ -188,7 +190,8 @@ func inRollout(r deployments.Record) bool {
 	return r.Rollout != nil && r.Rollout.Phase != deployments.PhaseRolledBack
 }
 
-// reportFailure writes to mirror/state why the commit's changes can't be written, if the store takes that write.
+// reportFailure writes to mirror/state why the commit's changes can't be written, if the store takes that write. It
+// ignores errors that pass: a conflict, a lost lease, a store that is unavailable.
 func (w *writer) reportFailure(ctx context.Context, err error, now time.Time) {
 	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
 		if errors.Is(err, passes) {
@@ -211,8 +214,8 @@ func (w *writer) writeError(ctx context.Context, words string, now time.Time) {
 	}
 }
 
-// worthWriting reports whether next says more than was. It doesn't if only digits in the error differ (ports,
-// counts, times), until sameErrorPause has passed. at is when was was written. Pure.
+// worthWriting reports whether the state next differs enough from the state was, which was written at the time at. It
+// doesn't if only digits in the error differ (ports, counts, times) and sameErrorPause has not passed. It is pure.
 func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
 	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameErrorPause {
 		was.Error = next.Error

@@ -51,8 +51,8 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// Changed returns the units of a tree whose release differs from before, or whose stage's bounds do; before nil:
-// all.
+// Changed returns the units of the tree to that have another release than in the tree before, or other bounds for their
+// stage. If before is nil, these are all units.
 func Changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
 		return to.Units
@@ -81,9 +81,10 @@ func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() })
 }
 
-// Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a
-// digest names the same manifest for ever. unread are manifests that could not be read or have no valid signature;
-// these may pass: the release isn't there yet, or the storage is away. Both are sorted.
+// Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a digest
+// names the same manifest for ever. unread are manifests that could not be read or have no valid signature. For these a
+// retry may help: the release isn't there yet, or the storage is away. Both are sorted. After maxUnread failures
+// Inspect reads no more manifests.
 func (r Releases) Inspect(
 	ctx context.Context,
 	s deployments.Settings,
@@ -156,8 +157,9 @@ func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, erro
 	return raw, err
 }
 
-// checkRelease returns why a unit's release must not be used, judging by its manifest's bytes. It is pure. A variable's
-// value is known only on the unit's nodes, and may be any text, even further fields.
+// checkRelease returns why a unit's release must not be used, by its manifest raw; nil: it may. It is pure. A
+// variable's value is known only on the unit's nodes, and may be any text, even further fields. So a manifest with
+// variables is refused if the stage's bounds need it, and otherwise isn't checked here.
 func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
 	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
 	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
