@@ -79,8 +79,9 @@ const DefaultStateDir = "/var/lib/kedge"
 // Config configures an Agent.
 type Config struct {
 	Store kv.Store
-	// Node is this node's name. Empty: the name that the store's agent on this machine has for it; if there is
-	// none, or if it doesn't answer, the host's name up to its first dot.
+	// Node is this node's name. If it is empty, the agent asks the store's agent on this machine for the name: see
+	// findName. Until that answers, or if it can't tell the name, the name that it gave at an earlier start counts.
+	// Without such a name it is the host's name up to its first dot.
 	Node  string
 	Stage string
 	Roles []string // at least one
@@ -93,17 +94,18 @@ type Config struct {
 	// AllowOlderPins lets a pin name a release that was made before this node's version floor. With it, whoever writes
 	// pins can deploy anything that was ever signed. Without Trust it has no effect.
 	AllowOlderPins bool
-	// Maintenance switches the node's maintenance mode in the service catalog while a unit is drained. It is
-	// retried until it succeeds, but a switch waits for it at most 5 s: an outage of the store must not stop a
-	// boot. nil: nothing.
+	// Maintenance switches the node's maintenance mode in the service catalog while a unit is drained. It is retried until
+	// it succeeds, but a switch waits for it at most 5 s. An outage of the store must not stop a boot. nil: the node has
+	// no maintenance mode.
 	Maintenance func(ctx context.Context, on bool, reason string) error
-	// Snapshot returns the mirror's last snapshot of desired/. It is only called if the node boots while the store
-	// is away and has no last known state. The pins are unknown then, and count as absent. nil: there is none.
+	// Snapshot returns the mirror's last snapshot of desired/. It is called only once the store couldn't be read, and only
+	// if nothing is known of a role from an earlier run. The role's pins are then unknown, and count as absent. nil: no
+	// snapshot is used.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. By default that counts as a mistake.
 	AllowEmpty bool
-	// Observe names units that the agent only observes: it fetches and verifies what they should run, compares it
-	// with what is at dest, and reports the result. It changes nothing.
+	// Observe names units that the agent only observes. It fetches and verifies what they should run, compares it with
+	// what is at dest, and reports the result. It changes nothing.
 	Observe []string
 	// Adopt lets every unit take over the tree that is at dest before its first release, like Record.Adopt.
 	Adopt bool
@@ -139,18 +141,18 @@ type Agent struct {
 	c       Config  // Node changes at most once, under mu: see findName
 	naming  *naming // nil: Config.Node was given
 	started time.Time
-	begun   time.Time // statedir.Dir.StartingSince
+	begun   time.Time // what statedir.Dir.StartingSince returned
 	booted  bool      // the machine had just booted when the agent started
 	dir     *statedir.Dir
-	// listener and statusListener are nil if there is no such address.
+	// listener and statusListener serve Config.Listen and Config.ListenStatus; nil if the address is empty.
 	listener, statusListener net.Listener
 	metrics                  *metrics
 	floors                   *deploy.Floors
 	drained                  *drain.Tracker
 	drift                    *destwatch.Watcher
 	// fetchSlot and prefetchSlot have room for one token each. Units fetch one after another, which bounds memory and
-	// load, but a release that is wanted now doesn't wait for one that is fetched in advance. A slow fetch returns its
-	// token: see holdTurn.
+	// load. A release that is wanted now uses fetchSlot, and so doesn't wait for one that is fetched in advance. A slow
+	// fetch returns its token: see holdTurn.
 	fetchSlot, prefetchSlot chan struct{}
 
 	changed   wait.Signal   // wakes the loop
@@ -164,11 +166,11 @@ type Agent struct {
 	mu      sync.Mutex
 	freeing *time.Timer // calls Config.FreeMemory; nil: nothing has changed yet
 	cache   *cache.Cache
-	making  map[*cache.Source]bool // whose folder keys are being made: see makeFolder
+	making  map[*cache.Source]bool // the sources whose folder keys are being made: see makeFolder
 	units   map[deployments.UnitID]*unit
 	onDisk  map[deployments.UnitID]bool // units with files from before the start
 	ready   bool                        // the node was ready once
-	joined  map[string]uint64           // by role, the number of its report; absent: not known yet
+	joined  map[string]uint64           // by role, what Presence.Join returned for its report; 0 or absent: it has to join
 	ctx     context.Context
 	workers sync.WaitGroup
 }
@@ -278,8 +280,8 @@ func sinceBoot() time.Duration {
 	return time.Duration(info.Uptime) * time.Second
 }
 
-// findUnitsOnDisk records the units of this node's roles that it has ever deployed: an interrupted deployment is
-// recovered, whatever the store says.
+// findUnitsOnDisk records in a.onDisk the units of this node's roles that have files on this node. Run starts a worker
+// for each of them, so that an interrupted deployment is recovered even if the store no longer names its unit.
 func (a *Agent) findUnitsOnDisk() {
 	for _, r := range a.c.Roles {
 		ids, err := a.dir.Units(a.c.Stage, r)
@@ -300,7 +302,7 @@ func (a *Agent) kept(id deployments.UnitID) bool {
 	return a.onDisk[id]
 }
 
-// Addr returns the address of Listen; empty without one.
+// Addr returns the address at which Config.Listen is served; empty if Config.Listen is empty.
 func (a *Agent) Addr() string {
 	if a.listener == nil {
 		return ""
@@ -308,12 +310,12 @@ func (a *Agent) Addr() string {
 	return a.listener.Addr().String()
 }
 
-// Idle returns a channel that is closed when every unit has, for the first time since the start, converged or can't
-// continue without a person: systemd's READY.
+// Idle returns a channel that is closed the first time that every unit has converged or can't go on without a person.
+// kedge agent then tells systemd that it is ready.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
-// Converged returns a channel that is closed when, for the first time since the start, every unit runs what it
-// should, for AutoScaling.
+// Converged returns a channel that is closed the first time that every unit runs what it should. An EC2 instance then
+// completes its lifecycle hook.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Node returns this node's name. It may change once if Config gave none.
@@ -326,16 +328,17 @@ func (a *Agent) Node() string {
 // naming is the state of the search for the name of a node whose configuration has none.
 type naming struct {
 	host string // the host's own name
-	// saved is the name that the store's agent had at an earlier start; empty: unknown. A name saved by another
-	// host doesn't count: the disk may have been part of its image.
+	// saved is the name that the store's agent had at an earlier start; empty: unknown. A name saved by another host
+	// doesn't count: this disk may be a copy of that host's.
 	saved string
 }
 
-// findName finds the node's name if none was configured: the name that the store's agent on this machine has for it.
-// Other tools use that name, too, and the store notices the node's death by it. findName returns once the name is
-// known. Until then the agent reports nothing and reads no records, as pins and the order of a rollout depend on the
-// name. Nothing is lost by that: a store that can't give the name can't give records either. findName calls unknown
-// after each try that failed.
+// findName sets the node's name, if Config.Node is empty, to the name that the store's agent on this machine has for
+// the node. Other tools use that name, too, and the store notices the node's death by it. If the store's agent doesn't
+// give a name, findName keeps the saved name. Without a saved name it tries again while the store is away or doesn't
+// know the token yet, and calls unknown after each such try. Otherwise it keeps the host's name. Until findName
+// returns, the agent reports nothing and reads no records, because pins and the order of a rollout depend on the name.
+// Nothing is lost by that: a store that can't give the name can't give records either.
 func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 	namer, ok := a.c.Store.(kv.Namer)
 	if a.naming == nil || !ok {
@@ -380,7 +383,8 @@ func retryable(err error) bool {
 	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }
 
-// storeAnswers reports whether the store is reachable, even if it doesn't tell this node's name.
+// storeAnswers reports whether the store answers a request for a role's records, even if it doesn't give this node's
+// name.
 func (a *Agent) storeAnswers(ctx context.Context) bool {
 	_, err := a.c.Store.List(ctx, a.cache.Roles()[0].Records.Prefix)
 	return err == nil

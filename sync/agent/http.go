@@ -29,8 +29,8 @@ func (a *Agent) Alive() bool {
 	}
 }
 
-// Retry retries at once what failed on this node or waits for its next try: of one unit, or of all units for the
-// zero UnitID. It reports whether there is such a unit.
+// Retry makes a unit retry at once what failed on this node, and what waits for its next try. The zero UnitID means all
+// units. Retry reports whether it found a unit.
 func (a *Agent) Retry(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -52,7 +52,8 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 // maxSocketPath is the kernel's limit for the path of a socket.
 const maxSocketPath = 107
 
-// handler serves the node's health and, if open, what it runs and why.
+// handler returns a handler of /ready, /converged and /live. If open is set, it also serves /status, and /metrics if
+// there is a registry; otherwise it refuses both with 403.
 func (a *Agent) handler(open bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", a.condition("ready", a.unready))
@@ -79,8 +80,8 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 	return mux
 }
 
-// condition returns a handler for a condition of the node. It answers 200 if the condition holds, and otherwise 503
-// with the reasons.
+// condition returns a handler for the condition called name. against returns the reasons why the condition doesn't
+// hold. Without reasons the handler answers 200, otherwise 503 with the reasons.
 func (a *Agent) condition(name string, against func() map[string]string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
@@ -103,8 +104,9 @@ func writeJSON(w http.ResponseWriter, code int, v any) {
 	_ = e.Encode(v) // an error means that the client has gone
 }
 
-// serveSocket serves GET /status, /ready and /live, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all), until
-// ctx ends: at a socket that only the agent's own user can open. If the path is too long, the agent runs without it.
+// serveSocket serves all that handler does, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all units), until ctx
+// ends. It listens at a socket that only the agent's own user can open. If it can't listen there, for example because
+// the path is too long, it returns nil, and the agent runs without the socket.
 func (a *Agent) serveSocket(ctx context.Context, path string) error {
 	if len(path) > maxSocketPath {
 		a.c.Log.Warn("no socket for kedge retry on this node: the state directory's path is too long", "path", path)
@@ -155,8 +157,8 @@ func onlyThisMachine(addr net.Addr) bool {
 	return addr.Network() == "unix"
 }
 
-// serve serves Listen and ListenStatus until ctx ends. Listen serves what the node runs and why only if it can only
-// be reached from this machine: whoever asks for the node's health need not know.
+// serve serves Config.Listen until ctx ends. /status and /metrics are served there only if no other machine can reach
+// the address: who asks for the node's health need not know them.
 func (a *Agent) serve(ctx context.Context) error {
 	if a.listener == nil {
 		return nil

@@ -14,7 +14,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// fetch puts a release on disk before its deployment, after the start delay and in the unit's turn.
+// fetch puts release p on disk before it is deployed. If p has to be fetched from storage, it first waits for a random
+// time below Config.StartDelay, and then for a place in turn.
 func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
@@ -41,8 +42,8 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 }
 
 const (
-	// A fetch of less than slowFetch bytes in slowAfter continues without its turn: it costs the node little, and
-	// other units don't have to wait for its source.
+	// A fetch of less than slowFetch bytes in slowAfter gives up its turn: it costs the node little, and other units need
+	// not wait for it.
 	slowAfter = 3 * time.Second
 	slowFetch = 1 << 20
 )
@@ -68,9 +69,9 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	}
 }
 
-// announce waits, before a unit is taken out of service, until the store holds a report that says so, if a rollout's
-// budget counts the unit. Otherwise the mirror would not know of it if the node died in its first steps, and would
-// admit another node in its place. While the store is away the switch doesn't begin, and the unit stays in service.
+// announce waits until the store holds a report that the unit is about to switch to release, if a rollout's budget
+// counts the unit. Without that report, the mirror would not notice if the node died in its first steps, and would
+// admit another node in its place. While the store is away, the switch doesn't begin, and the unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
@@ -94,8 +95,8 @@ func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Point
 	}
 }
 
-// forget ends the quarantine of one release, or of all. If a failed release has no failure key, it gets the present
-// one instead.
+// forget ends the quarantine of j.release, or of all releases if that is zero. A release that failed without a failure
+// key stays in quarantine instead, and gets the key of j.
 func (a *Agent) forget(u *unit, j job) error {
 	digest := j.release.Digest
 	if !digest.IsZero() {
@@ -326,8 +327,8 @@ func (w *healthWatch) start(ctx context.Context) {
 	}()
 }
 
-// keep stores what the checks found: a restarted agent must not take an unhealthy release for a healthy one until its
-// own checks have failed often enough. After an error it tries again only when the result changes.
+// keep stores what the checks found. Without it, a restarted agent would take an unhealthy release for a healthy one
+// until its own checks had failed often enough. After an error it tries again only when the result changes.
 func (w *healthWatch) keep() {
 	w.a.mu.Lock()
 	h, known := w.u.health, w.u.watched == w.u.deploy.State().Running

@@ -132,7 +132,7 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 	c <- prometheus.MustNewConstMetric(readyGauge, prometheus.GaugeValue, value(ready))
 }
 
-// value returns the value of a gauge that tells whether something holds.
+// value returns 1 if holds is true, and 0 otherwise.
 func value(holds bool) float64 {
 	if holds {
 		return 1

@@ -17,7 +17,7 @@ type recentErrors struct {
 	lines []deployments.LoggedError // the newest first
 }
 
-// add keeps a line. The same line again only takes the newer time.
+// add keeps a line as the newest. If the same text is there already, only its time changes.
 func (r *recentErrors) add(at time.Time, text string) {
 	line := deployments.LoggedError{
 		At:   at.UTC().Truncate(time.Second),
@@ -41,7 +41,7 @@ func (r *recentErrors) newest() []deployments.LoggedError {
 	return r.lines
 }
 
-// remembering is a handler that keeps error lines besides passing them on.
+// remembering is a slog.Handler that adds error lines to recent, and passes all lines on to Handler.
 type remembering struct {
 	slog.Handler
 	recent *recentErrors
@@ -66,7 +66,7 @@ func (h remembering) Handle(ctx context.Context, line slog.Record) error {
 	return h.Handler.Handle(ctx, line)
 }
 
-// Enabled also holds for error lines that the log leaves out.
+// Enabled reports true for error lines even if Handler leaves them out, as recent keeps them.
 func (h remembering) Enabled(ctx context.Context, level slog.Level) bool {
 	return level >= slog.LevelError || h.Handler.Enabled(ctx, level)
 }

@@ -59,7 +59,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
-// loop decides whenever something changed, until ctx ends.
+// loop calls reconcile after every change, and at the time that the last reconcile returned, until ctx ends.
 func (a *Agent) loop(ctx context.Context) {
 	for {
 		next := a.reconcile(time.Now())
@@ -124,7 +124,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	return next
 }
 
-// decide resolves the units of one role.
+// decide sets the decision of each unit of a role. It does nothing until the role's records and pins are known.
 func (a *Agent) decide(r *cache.Role, now time.Time) {
 	if !r.Known() {
 		return
@@ -160,8 +160,8 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 	}
 }
 
-// failureKey identifies the request for a release. A release that failed here isn't retried while the key stays the
-// same.
+// failureKey returns the key that identifies the request for a release. A release that failed here isn't retried while
+// its key stays the same.
 func failureKey(
 	r *cache.Role,
 	id deployments.UnitID,
@@ -279,8 +279,8 @@ func (u *unit) conflicts() bool {
 
 var errSuperseded = errors.New("superseded by another goal")
 
-// retire ends the workers of units that nobody desires and that have no files on this node; then their directories
-// are removed. a.mu is held.
+// retire ends the workers of units that have no record and no release, drain or failure on this node. Agent.leave then
+// removes their directories. a.mu is held.
 func (a *Agent) retire() {
 	for _, u := range a.units {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
@@ -290,7 +290,8 @@ func (a *Agent) retire() {
 	}
 }
 
-// noteConvergence closes Idle and Converged, and records that the node was ready, when that is so.
+// noteConvergence closes the channels of Idle and Converged, and sets a.ready, each once its condition holds. It also
+// ends the drain of units that are gone. a.mu is held.
 func (a *Agent) noteConvergence() {
 	idle, serving := true, true
 	for _, u := range a.units {
@@ -324,8 +325,8 @@ func (a *Agent) noteConvergence() {
 	}
 }
 
-// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node: one may be mistyped, and the
-// unit that was meant is deployed.
+// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node. Such a pattern may be mistyped, and
+// the unit that it was meant for is deployed.
 func (a *Agent) warnOfUnobserved() {
 	for _, p := range a.c.Observe {
 		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {

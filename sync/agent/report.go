@@ -14,7 +14,7 @@ import (
 	"kedge/kv"
 )
 
-// announced releases the switches that the report in the store announces.
+// announced lets the switches begin that are announced by w, the report of role that the store holds.
 func (a *Agent) announced(role string, w writtenReport) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -41,8 +41,8 @@ func (a *Agent) announces(role string) bool {
 const (
 	// progressEvery is the time between two reports that differ only in bytes fetched or in steps of a switch.
 	progressEvery = 3 * time.Second
-	// switchWithin is how long a node waits for its switch to begin before it reports the new goal and that it
-	// fetches: until then nothing is out of service. Most switches begin sooner, and are reported in its stead.
+	// switchWithin is how long a node delays a report that only says that it fetches a new release. Until it switches,
+	// nothing is out of service. Most switches begin sooner, and one report then says both.
 	switchWithin = time.Second
 	// reportsPerSecond and reportBurst bound all reports but those that a switch waits for.
 	reportsPerSecond = 4
@@ -51,9 +51,10 @@ const (
 )
 
 // report writes the reports to the store whenever they change, until ctx ends. Then it removes them, as a node that
-// stops in order isn't a dead one. It can't tell whether the node stops for good, as in a scale-in: a restart of
-// the agent ends by the same signal. So the node still counts in the budget for two minutes (unlisted in package
-// policy); otherwise a rollout would end without nodes that restart.
+// stops in order isn't a dead one; those of roles in mid-switch stay. report can't tell whether the node stops for
+// good, as in a scale-in, because a restart of the agent ends ctx by the same signal. So the mirror counts such a node
+// in the budget for two more minutes (unlisted in package policy). Otherwise a rollout would end without nodes that
+// restart.
 func (a *Agent) report(ctx context.Context) {
 	presence := a.presence(ctx)
 	if presence == nil {
@@ -150,9 +151,9 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// join writes the first report of a role, and takes its number from that write, until ctx ends or the presence is
-// lost. A record admits a node by a number that the mirror knows: a number older than the report might admit the
-// node together with another one, and not count it.
+// join writes the first report of a role, and records the number that the store gives it. When the presence is lost, a
+// goroutine of joined resets that number. A record admits the nodes up to a number that the mirror knows. A node with
+// an older number than its report might be admitted in addition to another one, without being counted.
 func (a *Agent) join(
 	ctx context.Context,
 	joined *sync.WaitGroup,
@@ -175,7 +176,7 @@ func (a *Agent) join(
 	return nil
 }
 
-// setJoined records the number of a role's report; 0: it has to join.
+// setJoined records the number of a role's report, as Presence.Join returned it; 0: the report has to join again.
 func (a *Agent) setJoined(role string, since uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -210,8 +211,8 @@ type writtenReport struct {
 	at     time.Time
 }
 
-// encode encodes a role's report. That a node knows a new generation without having to act, or has staged the next
-// release, is no reason to write: it goes into the next report.
+// encode encodes a role's report. A report isn't written only because the node knows a new generation of a converged
+// unit's record, or has staged its next release. Both go into the next report.
 func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
 	for name, u := range r.Units {
@@ -242,8 +243,8 @@ func encoded(r deployments.Report) []byte {
 	return data
 }
 
-// awaited reports whether the mirror waits for a node to say that it knows the record, as an earlier record may
-// have admitted it.
+// awaited reports whether the mirror waits for this node to report that it knows the unit's record. It does while a
+// rollout has superseded others, as a record of one of those may have admitted the node.
 func (a *Agent) awaited(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -251,7 +252,7 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report may be delayed, because it only says that units begin to fetch a release: most
+// startsWithin returns how long a report may be delayed if it only says that units begin to fetch a release. Most units
 // begin to switch soon after, and one report can say both. It returns 0 if the report says anything else, or nothing
 // new.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {

@@ -11,7 +11,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// dependencyOf returns the unit of its role that a unit has to wait for.
+// dependencyOf returns the unit of the same role that u has to wait for, and why; the zero dependency if there is none.
 func (a *Agent) dependencyOf(u *unit) dependency {
 	want := u.decision.Target
 	if want.IsZero() {
@@ -63,8 +63,8 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	return dependency{}
 }
 
-// successor returns a unit that Git names and that an orphaned unit, of which nothing runs here, has to wait for: it
-// may be the same unit under a new name. Empty: none.
+// successor returns the name of the unit that u has to wait for because it may be u under a new name. It is empty if
+// there is none. Only an orphaned unit of which nothing runs here waits so, for a unit of its role that Git names.
 func (a *Agent) successor(u *unit) string {
 	if !u.orphaned() || !u.state().Running.IsZero() {
 		return ""
@@ -89,7 +89,8 @@ func cycles(after map[string][]string) map[string]string {
 	return found
 }
 
-// pathTo returns the units that lead from one to another, including the last; nil if there is no path.
+// pathTo returns the units on a path along after, from the unit in from (left out) to the one in to (included). It
+// returns nil if there is no path. seen has the units that were tried before.
 func pathTo(after map[string][]string, from, to string, seen map[string]bool) []string {
 	if seen[from] {
 		return nil
@@ -107,9 +108,10 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 	return nil
 }
 
-// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around that dest. A unit that moves
-// to another dest holds both until it has moved. A unit that no record or pin names, or that Git no longer names, gives
-// up its dest once its unfinished deployment is over: the same tree may continue under another unit's name.
+// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around that dest. Otherwise it
+// returns a *destInUseError. A unit that moves to another dest holds both until it has moved. A unit that no record or
+// pin names, or that Git no longer names, gives up its dest once no deployment of it is unfinished. The same tree may
+// continue under another unit's name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -204,7 +206,8 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 	u.refused[p] = why
 }
 
-// endRefusals ends refusals whose dest has become free. a.mu is held.
+// endRefusals ends the unit's refusals of releases whose dest was taken by another unit, and has become free. a.mu is
+// held.
 func (a *Agent) endRefusals(u *unit) {
 	for p, why := range u.refused {
 		if why.dest != "" && a.checkDest(u, why.dest) == nil {

@@ -36,7 +36,7 @@ func (s standing) words() string {
 	return string(s.state) + ": " + oneLine(s.err)
 }
 
-// at returns the standing of a state with an error; nil: none.
+// at returns the standing of a state, with an error and its reason and facts. err may be nil.
 func at(state deployments.State, err error) standing {
 	s := standing{state: state, err: err}
 	if err != nil {
@@ -200,8 +200,8 @@ func (u *unit) failed(state deployments.State, target deployments.Pointer) stand
 	return standing{state: state, reason: err.Reason, facts: err.Facts, err: err}
 }
 
-// stamp sets the time of the state if the state changed, and returns the standing. A unit that is unhealthy has been so
-// since its checks first failed, and one that goes back since its release failed, even before the agent restarted:
+// stamp returns the standing, and records since when the unit is in its state. An unhealthy unit is so since its checks
+// first failed, and a unit that goes back since its release failed. Both times survive a restart of the agent, because
 // otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) standing {
 	s := u.standing()

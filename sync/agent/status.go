@@ -127,9 +127,9 @@ func (u *unit) report() deployments.UnitReport {
 // maxUnitsSize bounds the size of a report's units, in bytes.
 const maxUnitsSize = deployments.MaxReport - 8<<10
 
-// fitReport reduces a report to its size limit: it drops details first, then units, the last by name first, and
-// units in mid-switch, which wait for the store to hold the report, last of all. It returns how many units it
-// dropped.
+// fitReport reduces a report to the limits of its size and of its units, and returns how many units it dropped. It
+// first drops details of units, then units, each from the last name to the first. Units in mid-switch go last, because
+// their switch waits for the store to hold the report.
 func fitReport(r *deployments.Report) (left int) {
 	size := func(name string) int {
 		data, err := json.Marshal(r.Units[name])
@@ -170,7 +170,8 @@ func inService(u deployments.UnitReport) int {
 	return 1
 }
 
-// storeUp returns, by watched prefix, whether the view of it is up to date; without those that have no view yet.
+// storeUp returns, for each watched prefix, whether the agent's view of it is up to date. It leaves out prefixes for
+// which the store hasn't answered yet.
 func (a *Agent) storeUp() map[string]bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -247,7 +248,8 @@ func (a *Agent) unconverged() map[string]string {
 	return why
 }
 
-// unknown returns, by role, why not all of its records and pins are known or followed.
+// unknown returns, by role, why some of the role's records and pins aren't known, or why some of its units are left
+// out.
 func (a *Agent) unknown() map[string]string {
 	why := map[string]string{}
 	for _, r := range a.cache.Roles() {
@@ -261,7 +263,8 @@ func (a *Agent) unknown() map[string]string {
 	return why
 }
 
-// empty returns, by role, that the node has no unit at all: usually the name of a role or the stage is mistyped.
+// empty returns a message for each role if the node has no unit at all. Mostly the name of a role or the stage is then
+// mistyped. empty returns nil if that is allowed, or if it isn't certain yet.
 func (a *Agent) empty() map[string]string {
 	for _, u := range a.units {
 		if !u.gone() {

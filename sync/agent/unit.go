@@ -52,7 +52,7 @@ type desired struct {
 	blocked  dependency
 	retired  bool // its worker ends, and its files are removed
 	replaced bool // another unit, which is desired, has its dest
-	contends bool // a unit that is no longer desired is changing its dest
+	contends bool // a unit that will yield its dest to this one still deploys to it
 	goal     goal
 }
 
@@ -62,18 +62,18 @@ type observed struct {
 	phase        deployments.State // StateFetching or StateSwitching during a deployment
 	announce     *announcement     // of the deployment under way; nil: none was made
 	progress     meter.Progress
-	done         deployments.Pointer             // what the unit converged to in this process
+	done         deployments.Pointer             // the release that the unit converged to in this process
 	floorRelease deployments.Pointer             // the release that last raised the version floor in this process
-	nextFloor    deployments.Pointer             // to raise the floor to once it runs, before any other deployment
+	nextFloor    deployments.Pointer             // release to raise the floor to once it runs, before other deployments
 	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
 	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
-	ran          []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
+	ran          []deployments.Digest            // releases it converged to in this process, newest last: see dependencyOf
 	recover      bool                            // a deployment has to be recovered first
 	forget       bool                            // all releases that failed may be retried
 	lastErr      error                           // why the last job failed; nil if it succeeded
 	refused      map[deployments.Pointer]refusal // releases that can't succeed on this node
 	retry        *wait.Backoff
-	retryAt      time.Time   // before that no job is begun that can fail
+	retryAt      time.Time   // no job begins before that time
 	verifyAt     time.Time   // zero: never
 	dest         string      // dest of the running release
 	claimed      string      // dest that was claimed last
@@ -84,7 +84,7 @@ type observed struct {
 	unhealable []string
 	comparison *deployments.Compared // on a node that observes
 	looked     lookedAt
-	again      *wait.Backoff       // until dest is compared again, on a node that observes
+	again      *wait.Backoff       // the pauses before dest is compared again, on a node that observes
 	health     deploy.Health       // health of watched
 	watched    deployments.Pointer // the release whose health was watched last
 }
@@ -147,7 +147,7 @@ type announcement struct {
 	made    chan struct{} // closed once the store holds the report
 }
 
-// begins reports whether the announced switch may begin, or nothing is announced.
+// begins reports whether the announced switch may begin. It is true for a nil x, which announces nothing.
 func (x *announcement) begins() bool {
 	if x == nil {
 		return true
@@ -209,8 +209,9 @@ func (u *unit) toLook() bool {
 	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil
 }
 
-// atDest returns what is at the dest of one of the releases, as far as that is known. It has no meaning once a
-// release runs.
+// atDest returns what lies at the dest of one of releases before the unit's first release. It is FoundUnknown if the
+// agent has neither looked at the dest of any of them nor restored it. Once a release of the unit runs, the result is
+// always FoundNothing.
 func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
 	is := func(p deployments.Pointer) bool { return u.looked.release == p.Digest }
 	was := func(p deployments.Pointer) bool { return !p.IsZero() && u.state().Restored == p.Digest }
@@ -247,13 +248,14 @@ func (u *unit) orphaned() bool {
 	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// yields reports whether the unit gives its dest up to another: nothing asks for it, or Git names only the other.
+// yields reports whether the unit gives up its dest to other. It does if no record or pin asks for the unit, or if Git
+// no longer names the unit but still names other.
 func (u *unit) yields(other *unit) bool {
 	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
 }
 
-// gone reports whether the unit is only remembered: another unit has its dest; or nothing asks for it, and none of
-// its releases runs, or none was ever good.
+// gone reports whether the unit no longer counts on this node: another unit has its dest, or no record or pin asks for
+// the unit. In the second case it still counts while it runs a release and either has a good one or is deploying.
 func (u *unit) gone() bool {
 	s := u.state()
 	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
@@ -280,9 +282,9 @@ func (u *unit) healthError() error {
 	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
-// final reports whether the unit stays as it is until a person acts. A deployment that an earlier run left
-// unfinished or drained has to be recovered first: otherwise a node that is out of service, with nothing good to
-// run, would be in service between its start and its drain.
+// final reports whether the unit stays as it is until a person acts. A deployment that an earlier run left unfinished
+// or drained has to be recovered first. Otherwise a node without anything good to run would count as in service between
+// the agent's start and its drain.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {
 		return false
@@ -317,7 +319,7 @@ func (u *unit) quarantined(p deployments.Pointer) bool {
 	return failed
 }
 
-// failure returns how a release failed on this node.
+// failure returns the failure of a release on this node, and whether it failed.
 func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	for _, f := range u.state().Failures {
 		if f.Digest == p.Digest {

@@ -80,7 +80,8 @@ func (a *Agent) lacksFolder(s *cache.Source) bool {
 	return a.making[s]
 }
 
-// useSnapshot offers a snapshot to the sources that know nothing, until there are none.
+// useSnapshot reads a snapshot, and offers it to the sources of which nothing is known. It retries until it has read
+// one, or until something is known of every source.
 func (a *Agent) useSnapshot(ctx context.Context) {
 	if a.c.Snapshot == nil {
 		return

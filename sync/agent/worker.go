@@ -97,7 +97,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	}
 }
 
-// open opens the unit's state, and retries until it succeeds.
+// open opens the unit's state, and retries until that succeeds. It returns false if ctx ends first.
 func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
@@ -239,11 +239,11 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	}
 }
 
-// freeDelay is how long no job has changed anything when memory is freed. A switch that follows a
-// fetch must not wait for that.
+// freeDelay is the time without a job that changes something, after which memory is freed. Freeing it at once could
+// delay the switch that follows a fetch.
 const freeDelay = time.Second
 
-// freeMemory has memory freed in freeDelay, or later if it is called again until then.
+// freeMemory schedules Config.FreeMemory in freeDelay from now, instead of any call scheduled before.
 func (a *Agent) freeMemory() {
 	if a.c.FreeMemory == nil {
 		return
@@ -256,7 +256,7 @@ func (a *Agent) freeMemory() {
 	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
-// mayBeOlder reports whether a pin names p, and pins may name releases below the version floor.
+// mayBeOlder reports whether p may be older than the version floor: a pin names p, and Config.AllowOlderPins is set.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -284,7 +284,8 @@ func (a *Agent) progress(u *unit, s deployments.State, p meter.Progress) {
 	a.reportDue.Set()
 }
 
-// choose returns the next job for the goal, and when to choose again if there is none.
+// choose returns the next job for the goal. If there is none, again is when to choose again; zero: when woken. verifies
+// tells whether live trees are checked in the background.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
 		return job{}, wait
@@ -359,8 +360,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 }
 
-// begin chooses the next job and records that it is under way. Without a job, it returns when to choose again;
-// zero: when woken.
+// begin chooses the next job, records that it is under way, and returns it with its context. If there is no job, the
+// context is nil, and the time is when to choose again; zero: when woken.
 func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -445,8 +446,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// floorRetry is the pause before a node raises its floor once more to a release whose time is ahead of the node's
-// clock: the clock may have been behind, and may be right by then.
+// floorRetry is the pause between two tries to raise the version floor to a release whose time is ahead of the node's
+// clock. The clock may have been behind, and may have been corrected since.
 const floorRetry = 10 * time.Minute
 
 // traced returns the context of a job's span and the root span of its trace; zero if the job isn't traced. a.mu is

@@ -26,8 +26,8 @@ type Config struct {
 	Node, Stage string
 	Roles       []string
 	File        string // of the last known state: see package statedir
-	// Kept reports whether this node's disk has files of a unit. Such units have a place before others, and their
-	// pins count though they have no record.
+	// Kept reports whether this node's disk has files of a unit. If there are too many units, these are taken first. Their
+	// pins count even without a record.
 	Kept func(id deployments.UnitID) bool
 	Log  *slog.Logger
 }
@@ -126,8 +126,8 @@ func (c *Cache) Review(now time.Time) (next time.Time) {
 	return next
 }
 
-// Save writes what changed to disk. If that fails, it returns when to retry; else zero. The caller acts on what is
-// known all the same: running what is wanted matters more than a disk that refuses.
+// Save writes what changed to disk. If that fails, it returns when to retry; otherwise zero. The caller acts on what is
+// known even after a failure: to run what is wanted matters more than a disk that refuses.
 func (c *Cache) Save(now time.Time) (retry time.Time) {
 	if !c.unsaved {
 		return time.Time{}
@@ -159,7 +159,8 @@ func (c *Cache) Rename(node string) {
 	}
 }
 
-// Recount recounts the pins of a role after what is kept on disk has changed.
+// Recount decides anew which of a role's pins count, after its units with records or with files on this node have
+// changed.
 func (c *Cache) Recount(role string, now time.Time) {
 	r := c.Role(role)
 	if r == nil || r.Pins.seen == nil {

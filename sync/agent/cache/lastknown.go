@@ -65,7 +65,7 @@ func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int
 	return true
 }
 
-// get returns the entries of prefix, sorted by key.
+// get returns the entries of prefix, sorted by key, and when they were first seen; ok is false if the file has none.
 func (k *lastKnown) get(prefix string) (entries []kv.Entry, at time.Time, ok bool) {
 	known, ok := k.Prefixes[prefix]
 	for key, value := range known.Entries {

@@ -33,14 +33,15 @@ func newRole(stage, name string) *Role {
 // Sources returns the role's records and its pins.
 func (r *Role) Sources() []*Source { return []*Source{r.Records, r.Pins} }
 
-// Known reports whether enough is known to decide: a missing pin counts only if it would have been seen. After a
-// start, the store's first answer for one source isn't combined with what is remembered of the other: a pin may
-// have come or gone meanwhile.
+// Known reports whether enough is known of the role's records and of its pins to decide: a missing pin counts as absent
+// only then. After a start it is false while the store has answered for one of the two but not for the other. The
+// answer isn't combined with what is remembered of the other source, as a pin may have come or gone meanwhile.
 func (r *Role) Known() bool {
 	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.Answered() == r.Pins.Answered()
 }
 
-// Unknown returns what is missing until Known; nil if nothing is.
+// Unknown returns why a source isn't known from the store yet; nil once the store has answered for each. The agent
+// calls it while Known is false.
 func (r *Role) Unknown() error {
 	for _, s := range r.Sources() {
 		if s.from == fromNowhere || !s.Answered() {
@@ -88,8 +89,8 @@ func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin po
 	return r.Pins.pins[kv.PinKey(id)], r.Pins.pins[kv.NodePinKey(id, node)]
 }
 
-// Generation returns the highest generation of a unit's record that the node has acted on, and the generation of a
-// record that it doesn't act on (held); 0: there is none.
+// Generation returns the highest generation of a unit's record that the node has acted on; 0: none. held is the
+// generation of a record in the store that the node doesn't act on; 0: there is none.
 func (r *Role) Generation(id deployments.UnitID) (actedOn, held int64) {
 	key := kv.DesiredKey(id)
 	return r.Records.floors[key], r.Records.held[key].generation

@@ -35,18 +35,19 @@ type Source struct {
 	entries []kv.Entry
 	seen    []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
 	from    origin
-	at      time.Time // since when entries are unchanged
+	at      time.Time // when entries last changed
 	err     error     // why the store's view may be out of date
 	since   time.Time // when err last became nil or non-nil
 
 	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]
 	pins    map[string]policy.Value[deployments.Pin]
-	// floors has the highest generations that were acted on; held the records of confirmed that are not acted on.
+	// floors has the highest generation of each record that was acted on. confirmed are the records of the last synced
+	// view, and held are those of them that aren't acted on yet.
 	floors    map[string]int64
 	held      map[string]heldRecord
 	confirmed []kv.Entry
-	recheck   time.Time // when one of held may be taken; zero: never
+	recheck   time.Time // when a record in held may be acted on; zero: not by waiting
 }
 
 // set replaces the entries, and parses those that changed.
@@ -76,13 +77,14 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 	}
 }
 
-// bareWait is how long a record without a generation must be in the store before a node that knows a mirror's record
-// accepts it: a running mirror restores its own within milliseconds.
+// bareWait is how long a record without a generation must be in the store before a node accepts it in place of a
+// mirror's record. A running mirror restores its own record within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept updates the entries from a view of the store, and reports whether those that decide have changed. Of a view
-// that isn't synced it uses only new records and those of a higher generation. If nothing is known at all, they are
-// enough to begin with: a missing record never decides anything.
+// accept updates the entries from a view of the store, and reports whether they changed or are now the store's. It uses
+// only the keys for which mine returns true. From a view that isn't synced, it takes only records that are new or have
+// a higher generation. They are enough even if nothing was known before, because a missing record never decides
+// anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -116,7 +118,7 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 }
 
 // hold returns the entries of a synced view that may be acted on. A record of a lower generation than one that was
-// acted on comes from a restored backup of the store: what is known stays until a mirror that knows the higher
+// acted on comes from a restored backup of the store. What is known stays until a mirror that knows the higher
 // generation has written. A record without a generation that replaces a mirror's record has to be there for bareWait.
 func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
@@ -154,8 +156,7 @@ func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 	return taken
 }
 
-// review accepts records that have been in the store for long enough, and reports whether the entries that decide have
-// changed.
+// review accepts records that have been in the store for long enough, and reports whether the entries have changed.
 func (s *Source) review(now time.Time, log *slog.Logger) bool {
 	if s.recheck.IsZero() || now.Before(s.recheck) {
 		return false
@@ -185,7 +186,7 @@ func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	return true
 }
 
-// newer adds the entries that are new or of a higher generation.
+// newer returns the source's entries, with those of the given entries that are new or have a higher generation.
 func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
@@ -219,7 +220,8 @@ func (s *Source) Answered() bool { return !s.since.IsZero() }
 // Origin returns where the entries come from, and since when they are unchanged.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
 
-// Error returns since when and why the store's view may be out of date; a nil error: it is up to date.
+// Error returns why the store's view may be out of date, and since when. If err is nil, the view has been up to date
+// since then.
 func (s *Source) Error() (since time.Time, err error) { return s.since, s.err }
 
 // Value returns the known value of a key; empty if there is none.
@@ -228,7 +230,8 @@ func (s *Source) Value(key string) string {
 	return string(e.Value)
 }
 
-// mine returns a function that reports whether a key below a prefix concerns a node: units, and pins for that node.
+// mine returns a function that reports whether a key is below prefix and concerns node. Such a key names a unit, or a
+// unit's pin for that node.
 func mine(prefix, node string) func(key string) bool {
 	return func(key string) bool {
 		rest, ok := strings.CutPrefix(key, prefix)

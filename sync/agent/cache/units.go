@@ -9,8 +9,8 @@ import (
 	"kedge/kv"
 )
 
-// takeUnits returns at most limit units of a role, for the node to look after, and how many it leaves out. Units
-// with files on this node go first, then those that it has looked after so far, then by name.
+// takeUnits returns which of the units in names a node takes, at most limit, and how many it leaves out. It takes units
+// with files on this node first, then those that it had taken before, and each group by name.
 func takeUnits(names []string, kept, before func(name string) bool, limit int) (taken map[string]bool, left int) {
 	rank := func(name string) int {
 		switch {
@@ -39,8 +39,8 @@ func (s *Source) unitOf(key string) string {
 	return name
 }
 
-// counts returns a function that reports whether a key of a source's view counts. all is set if keys that the view
-// lacks are gone.
+// counts returns a function that reports whether the node uses a key of s. all is set if the view is complete, so that
+// keys it lacks are gone.
 func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	if s.desired {
 		return c.countRecords(s, view, all)
@@ -56,7 +56,8 @@ func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bo
 	}
 }
 
-// countRecords returns which records of a view the node takes, and records how many it leaves out.
+// countRecords returns a function that reports whether the node takes a record, and sets the role's LeftOut to the
+// number of units left out.
 func (c *Cache) countRecords(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	r := s.role
 	var names []string

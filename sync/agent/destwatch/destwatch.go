@@ -17,7 +17,8 @@ import (
 // linkDelay is the delay after a change beside dest, so that a rename that replaces dest isn't seen half done.
 const linkDelay = 50 * time.Millisecond
 
-// Watcher receives file system events beside the dests of all units: a link is removed or replaced.
+// Watcher watches the directories that contain the units' dests, and calls a function when a dest is removed or
+// replaced.
 type Watcher struct {
 	log *slog.Logger
 
@@ -32,7 +33,8 @@ func New(log *slog.Logger) *Watcher {
 	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
 }
 
-// open opens the watcher when it is first needed, as the kernel allows each user 128.
+// open opens the fsnotify watcher when it is first needed, as the kernel allows each user only 128 of them. w.mu is
+// held.
 func (w *Watcher) open() {
 	select {
 	case <-w.opened:

@@ -30,8 +30,8 @@ type Tracker struct {
 	mu    sync.Mutex
 	units []deployments.UnitID
 	on    bool          // maintenance mode as it was last set
-	known bool          // false at the start: an earlier run may have been killed while it was on
-	lost  bool          // it is being set, or setting it failed, maybe only in its answer
+	known bool          // whether on was set in this run; an earlier run may have left the mode on
+	lost  bool          // on may be wrong: the mode is being set, or setting it failed, perhaps after it took effect
 	done  chan struct{} // closed and replaced when on changes
 }
 
@@ -51,8 +51,8 @@ func New(
 	}
 }
 
-// Set records that a unit is drained or no longer is. If maintenance mode has to be switched on, it waits for that
-// for up to maxWait.
+// Set records that a unit is drained or no longer is. If on is set, it waits until maintenance mode is on, for up to
+// maxWait. It returns an error only if ctx ends meanwhile.
 func (d *Tracker) Set(ctx context.Context, id deployments.UnitID, on bool) error {
 	d.mu.Lock()
 	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })

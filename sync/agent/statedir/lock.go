@@ -15,8 +15,8 @@ import (
 // ErrLocked means that another agent uses the state directory; the error names its process.
 var ErrLocked = errors.New("another agent uses this state directory")
 
-// lockPatience is how long to wait for the lock of a dead process: a process that was killed while it started a
-// command leaves its lock to the command until exec.
+// lockPatience is how long to wait for the lock of a dead process. A process that was killed while it started a command
+// leaves its lock to the command until exec.
 const lockPatience = 3 * time.Second
 
 // takeLock locks dir for this process, and writes the process id to the lock's file, for people. The kernel

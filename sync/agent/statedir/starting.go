@@ -17,9 +17,9 @@ type starting struct {
 	Since time.Time `json:"since"`
 }
 
-// StartingSince returns the time of the first start since the node last converged, in this boot of the machine: a
-// node whose agent keeps restarting runs out of the time that a rollout gives it. It returns now if there was none,
-// or if the file can't be read or written, as on a full disk.
+// StartingSince returns the time of the first start since the node last converged, in this boot of the machine. So a
+// node whose agent keeps restarting runs out of the time that a rollout gives it. It returns now if there was none, or
+// if the file can't be read or written, as on a full disk.
 func (d *Dir) StartingSince(now time.Time) time.Time {
 	var s starting
 	data, err := os.ReadFile(d.Path(startingFile))

@@ -89,8 +89,8 @@ type node struct {
 	Node string `json:"node"`
 }
 
-// NodeName returns the name that the store's agent last had for this host; empty: unknown. A name saved by another
-// host doesn't count: the disk may have been part of its image.
+// NodeName returns the name that the store's agent last had for this host; empty: unknown. A name saved by another host
+// doesn't count: this disk may be a copy of that host's.
 func (d *Dir) NodeName(host string) string {
 	var n node
 	data, err := os.ReadFile(d.Path(nodeFile))
