@@ -71,8 +71,8 @@ type Env struct {
 
 // Result is the outcome of a command.
 type Result struct {
-	// Output is the beginning and the end of what the command wrote to both streams, at most MaxOutput bytes, with
-	// a line between them that says how much was left out.
+	// Output is the beginning and the end of what the command wrote to both streams, at most MaxOutput bytes. A line
+	// between them says how much was left out.
 	Output []byte
 	// Exit is the command's exit status; -1 if a signal ended it or it never ran.
 	Exit int
@@ -103,7 +103,7 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 }
 
 // Check runs c as Run does, without a log. It kills what the command left running, including processes in sessions of
-// their own: a check is tried again and again, and they would pile up.
+// their own. A check is tried again and again, and they would pile up.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
 	env.Run = "check-" + rand.Text()
 	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
@@ -139,8 +139,8 @@ func runAs(
 	return execute(ctx, log, cmd, what, mark, env.Mask)
 }
 
-// Tool runs a system program, such as rsync, as the agent's user and in English. It has the bounds of Run, except
-// a timeout.
+// Tool runs a system program, such as rsync, as the agent's user and in English. Its output is bounded as by Run, and
+// it is ended as by Run when ctx ends, but it has no timeout.
 func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}

@@ -25,8 +25,8 @@ var private = []string{
 }
 
 // ownUsers are prefixes of variables that only commands of the agent's own user get, because such variables may be
-// credentials. The same holds for variables whose names say that they are secret (deployments.SecretName), and for
-// those whose value is a URL with a password, such as a proxy's.
+// credentials. The same holds for variables whose names say that they are secret (deployments.SecretName). It also
+// holds for those whose value is a URL with a password, such as a proxy's.
 var ownUsers = []string{
 	"AWS_",
 	"CONSUL_",
@@ -49,7 +49,7 @@ var ownUsers = []string{
 	"XDG_RUNTIME_DIR",
 }
 
-// everyUsers are prefixes of variables that would match ownUsers but are no secrets.
+// everyUsers are the names of variables that match ownUsers but are no secrets: all commands get them.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable.
@@ -100,7 +100,7 @@ func environ(agent []string, userVars []string, env Env) []string {
 	return out
 }
 
-// LookupEnv is os.LookupEnv without the variables that no command gets. Manifests may use these variables.
+// LookupEnv is os.LookupEnv without the variables that no command gets. Manifests may use the variables that it finds.
 func LookupEnv(name string) (string, bool) {
 	if isPrivate(name) {
 		return "", false
@@ -112,9 +112,9 @@ func isPrivate(name string) bool {
 	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
-// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's
-// variables; nil if the agent is that user already. A number without an entry in the user database gets only the
-// group of the same number.
+// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's variables;
+// nil if name is empty or the agent's own user. A number without an entry in the user database gets only the group of
+// the same number.
 func asUser(cmd *exec.Cmd, name string) ([]string, error) {
 	if name == "" {
 		return nil, nil

@@ -48,8 +48,9 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 	}
 }
 
-// killMarked kills those of list with run's mark that began no earlier than since, whatever their session. It finds
-// what they start meanwhile in the next of a few rounds; a check doesn't fork faster than it is killed.
+// killMarked kills the processes of list that have run's mark and began no earlier than since, whatever their session.
+// It does so up to five times, because they may have started others meanwhile. A check doesn't fork faster than it is
+// killed.
 func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
 		pids, err := markedOf(list, run, since)
@@ -66,8 +67,9 @@ func killMarked(run string, since uint64, list func() ([]int, error)) {
 // the agent isn't root, those of other users, which it couldn't end either.
 func marked(run string, since uint64) ([]int, error) { return markedOf(processes, run, since) }
 
-// markedOf returns those of list that marked returns and that began no earlier than since, a time of beganAt. Reading
-// the environment of a process waits for it, and it may hang; since excludes most.
+// markedOf returns the processes of list that have run's mark in their environment and began no earlier than since, a
+// time of beganAt. 0 means that they may have begun at any time. Reading the environment of a process that hangs may
+// take long, so most processes are excluded by since first.
 func markedOf(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -90,8 +92,9 @@ func markedOf(list func() ([]int, error), run string, since uint64) ([]int, erro
 	return pids, nil
 }
 
-// environOf returns the environment that a process was started with; none: it was given none, has ended, or is another
-// user's. In the middle of execve(2) a process shows an empty one, so that is waited out for up to execLast.
+// environOf returns the environment that a process was started with. It is empty if the process was given none, has
+// ended, or is another user's. In the middle of execve(2) a process shows an empty environment, and environOf waits for
+// up to execLast until it shows the new one.
 func environOf(pid int) []byte {
 	for begin := time.Now(); ; time.Sleep(execPoll) {
 		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
@@ -131,14 +134,14 @@ func processes() ([]int, error) {
 }
 
 const (
-	numbersLast = time.Second // in which no machine gives so many numbers that they begin anew and reach first again
-	numbersMany = 256         // more of them take longer to try than what a machine has of processes
+	numbersLast = time.Second // too short for a machine to use all process numbers and come back to first
+	numbersMany = 256         // trying more numbers than this takes longer than trying all processes
 )
 
-// begunSince returns a list of the processes that began when or after first did, at begin: numbers, of which some may
-// be of threads, or of nothing any more. Looking at all processes of a machine takes longer than most checks, and a
-// check runs every few seconds. Linux gives numbers in ascending order and says which was the last; if that
-// doesn't tell, the list has all processes.
+// begunSince returns a function that lists the processes that began when first did, at begin, or later. It lists
+// numbers, some of which may be those of threads, or unused. Looking at all processes of a machine takes longer than
+// most checks, and a check runs every few seconds. Linux assigns process numbers in ascending order, and shows the last
+// one. If that doesn't tell which processes are new, the function lists all of them.
 func begunSince(first int, begin time.Time) func() ([]int, error) {
 	return func() ([]int, error) {
 		last, ok := lastNumber()
@@ -153,7 +156,8 @@ func begunSince(first int, begin time.Time) func() ([]int, error) {
 	}
 }
 
-// lastNumber returns the number that was given last to a process or thread. See proc(5), loadavg.
+// lastNumber returns the number that Linux assigned last to a process or thread; false if it can't be read. See
+// proc(5), loadavg.
 func lastNumber() (int, bool) {
 	text, err := os.ReadFile("/proc/loadavg")
 	if err != nil {
@@ -170,7 +174,7 @@ func lastNumber() (int, bool) {
 // beganAt returns when a process began, in clock ticks since the machine's boot; 0: it has ended.
 func beganAt(pid int) uint64 { return statOf(pid).field(22) }
 
-// stat is what proc(5) says of stat, from field 3 on; nil: the process has ended.
+// stat has the fields of a process's /proc/PID/stat, from field 3 on: see proc(5). It is nil if the process has ended.
 type stat [][]byte
 
 func statOf(pid int) stat {
@@ -182,7 +186,7 @@ func statOf(pid int) stat {
 	return bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
 }
 
-// field returns a number of s by proc(5)'s count, from 4 on; 0 if there is none.
+// field returns the number in a field of s, which proc(5) counts, from 4 on; 0 if there is no such number.
 func (s stat) field(number int) uint64 {
 	if len(s) <= number-3 {
 		return 0

@@ -107,7 +107,8 @@ func (o *output) endLine() {
 	o.log.Info("output", LineKey, text)
 }
 
-// close ends the last line. What is written from then on is dropped.
+// close ends the current line, and logs the lines that were kept for the end. It makes Write drop what is written from
+// then on.
 func (o *output) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// Limit bounds a server's connections: a new one beyond Max closes the oldest. Idle ones count as the oldest, so that a
-// load balancer can always connect, whatever other clients do.
+// Limit bounds a server's connections: a new one beyond Max closes the one that has been open longest, even if it is in
+// use. So a load balancer can always connect, whatever other clients do.
 type Limit struct {
 	Max int
 
@@ -17,7 +17,8 @@ type Limit struct {
 	open []net.Conn // oldest first
 }
 
-// Note is for http.Server.ConnState: it keeps track of a connection's state.
+// Note records a connection's new state, and closes the oldest connection if there are too many. It is for
+// http.Server.ConnState.
 func (l *Limit) Note(conn net.Conn, state http.ConnState) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -140,7 +140,7 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	})
 }
 
-// groupNames returns a group's name and number on this node, and those of users that are in it.
+// groupNames returns a group's name and number on this node, and the names of those users that are in the group.
 func groupNames(name string, users []string) []string {
 	g, err := user.LookupGroup(name)
 	if err != nil {
@@ -172,8 +172,9 @@ func groupsOf(name string) []string {
 	return append(groups, u.Gid)
 }
 
-// ownersOf returns a check of the owners, by number, that an archive gives its files: the bounds' users and the
-// agent's own are allowed. Nil: anybody is.
+// ownersOf returns a check of the user and group, by number, to which a file of an archive belongs. The check allows
+// the bounds' users and their groups, and the agent's own user and group. It is nil, and everything allowed, if the
+// bounds name no users.
 func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	if len(b.Users) == 0 {
 		return nil

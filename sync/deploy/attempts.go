@@ -11,10 +11,10 @@ import (
 )
 
 const (
-	// maxCutOff is how often the end of the agent or the machine may cut off a step of a release before the
-	// release counts as failed.
+	// maxCutOff is how often a step of a release is cut off until the release counts as failed. A step is cut off if the
+	// agent or the machine ends during it.
 	maxCutOff = 3
-	// maxAttempts bounds the list; the oldest entries are dropped.
+	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32
 )
 
@@ -126,9 +126,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
 }
 
-// StageFailed runs the failure commands of a release that could not be staged because of cause: once per request,
-// though staging is tried again and again. It returns cause. It runs nothing if the manifest wasn't admitted, or
-// if ctx has ended.
+// StageFailed runs the failure commands of a release that could not be staged because of cause. It does so once per
+// request, though staging is tried again and again. It returns cause. It runs nothing if the manifest wasn't admitted,
+// or if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {

@@ -10,7 +10,7 @@ import (
 )
 
 // BootID identifies this boot of the machine; empty if the kernel doesn't say. In a container the kernel's boot ID is
-// the host's. nspawn puts another boot ID in its place, but a service with mounts of its own doesn't see that one, so
+// the host's. nspawn puts another boot ID in its place, but a service with mounts of its own doesn't see that one. So
 // BootID includes the start time of process 1.
 func BootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -27,8 +27,8 @@ func BootID() string {
 	return boot
 }
 
-// shuttingDown reports whether systemd is shutting this machine down. It then ends services and refuses new ones
-// before it ends the agent: a command or check that fails meanwhile is no fault of the release.
+// shuttingDown reports whether systemd is shutting this machine down. systemd then ends services and refuses new ones
+// before it ends the agent. A command or check that fails meanwhile is no fault of the release.
 func shuttingDown() bool {
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
 		return false // it exits non-zero unless all is well
@@ -40,8 +40,8 @@ func shuttingDown() bool {
 	return strings.TrimSpace(string(state)) == "stopping"
 }
 
-// Prove waits until the checks of the running release pass, if they haven't in this boot. It changes only
-// State.Proven. It does nothing if nothing runs, or a deployment is under way.
+// Prove waits until the checks of the running release pass, if they haven't passed in this boot. Then it marks the
+// release as proven, and as healthy. It does nothing if no confirmed release runs, or if a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {

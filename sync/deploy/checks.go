@@ -20,7 +20,7 @@ import (
 
 const maxBody = 64 << 10 // bytes of an answer that are searched for HTTPCheck.Contains
 
-// newProbe returns a check's probe. env is for exec.
+// newProbe returns a check's probe. env is the environment of an exec check.
 func newProbe(c deployments.Check, env command.Env) probe {
 	switch {
 	case c.HTTP != nil:
@@ -98,7 +98,7 @@ func checkSystemd(ctx context.Context, unit string) (string, error) {
 	return systemdState(string(out))
 }
 
-// systemdState parses the NAME=VALUE lines of systemctl show.
+// systemdState parses the NAME=VALUE lines of systemctl show. It returns an error unless the unit is loaded and active.
 func systemdState(out string) (invocation string, _ error) {
 	p := make(map[string]string)
 	for line := range strings.Lines(out) {
@@ -150,7 +150,7 @@ func consulState(services []api.AgentServiceChecksInfo) error {
 	return nil
 }
 
-// cause returns the cause of ctx's end instead of a library's error about it.
+// cause returns the cause of ctx's end if ctx has ended, and err otherwise.
 func cause(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

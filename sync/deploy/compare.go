@@ -74,8 +74,8 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 	return found, nil
 }
 
-// adoptable compares a staged release with the tree at dest, while none of the unit's releases runs. It returns nil if
-// the tree can't be adopted.
+// adoptable compares a staged release with the tree at dest, if none of the unit's releases runs. The result says in
+// Adopted whether both are equal. It is nil if nothing was compared, or if comparing failed.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil

@@ -110,9 +110,9 @@ type Config struct {
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
-	// Drain is called with true before a switch (at once, or a drain time before it), and with false when the unit
-	// is healthy again: it switches /ready and Consul's maintenance mode. After a crash it may be called again
-	// with the same value. May be nil.
+	// Drain is called with true before a switch (at once, or a drain time before it), and with false when the unit is
+	// healthy again. It switches /ready and Consul's maintenance mode. After a crash it may be called again with the same
+	// value. May be nil.
 	Drain func(ctx context.Context, on bool) error
 	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
 	// Nil: every dest is allowed.
@@ -126,8 +126,8 @@ type Config struct {
 	Log          *slog.Logger // nil: discard; if there are several units, its attributes should name the unit
 }
 
-// Unit deploys releases of one unit on this node, one at a time. One goroutine calls its methods; any may call
-// State.
+// Unit deploys releases of one unit on this node, one at a time. Only one goroutine may call its methods, except State,
+// which any may call.
 type Unit struct {
 	c    Config
 	log  *slog.Logger // Config.Log, also writing to text, with secrets masked
@@ -148,7 +148,7 @@ type Unit struct {
 	maxCutOff      int
 	manifestWithin time.Duration
 
-	mu sync.Mutex // guards j against State; only the methods' goroutine writes j
+	mu sync.Mutex // guards j, which State reads in any goroutine and the other methods write in one
 	j  journal
 }
 
@@ -156,12 +156,12 @@ type Unit struct {
 type State struct {
 	Running deployments.Pointer // what dest leads to or, without a release directory, what was deployed last
 	Version string
-	// LastGood is the newest release that passed its health checks. A failed one goes back to it.
+	// LastGood is the newest release that passed its health checks. A deployment that fails goes back to it.
 	LastGood deployments.Pointer
 	Staged   deployments.Pointer
 	// Confirmed is set if Running passed its health checks.
 	Confirmed bool
-	// Proven is set if it passed them in this boot of the machine: see Unit.Prove.
+	// Proven is set if Running passed its health checks in this boot of the machine: see Unit.Prove.
 	Proven      bool
 	Quarantined []deployments.Digest
 	// Failures say why, and under which key, each of Quarantined failed.
@@ -172,15 +172,15 @@ type State struct {
 	Unfinished bool
 	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
 	RollingBack bool
-	// Health is unhealthy while the release that a deployment went back to isn't healthy: Recover tries it again.
-	// Without a deployment under way it is what KeepHealth was told last of the running release.
+	// While a deployment is under way, Health is that of the release that it went back to; Recover tries an unhealthy one
+	// again. Otherwise Health is what KeepHealth last stored of the running release.
 	Health Health
 	// Leavable is set if Leave can put back what was at dest before the first release, and Leaving while it does
 	// so. Restored is the release that was left or failed, while dest holds again what was there before it.
 	Leavable, Leaving bool
 	Restored          deployments.Digest
-	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison; nil: it
-	// didn't, or another release runs by now.
+	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison. It is nil without
+	// one, and once another deployment has begun.
 	Compared *deployments.Compared
 	// RecoversTo is the release that runs after Recover if that doesn't fail; zero: none, or no deployment is
 	// unfinished.
@@ -330,7 +330,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	return u.save(func(j *journal) { j.Staged = r.Pointer })
 }
 
-// Request says on whose behalf, and under which conditions, to deploy.
+// Request describes a deployment: its release, who asked for it, and under which conditions.
 type Request struct {
 	Release deployments.Pointer
 	// Commit is the Git commit; commands see it.
@@ -338,19 +338,19 @@ type Request struct {
 	// Key identifies the request: a generation of a record, or a pin. It is journalled with a failure, so that the
 	// caller can tell whether the same request failed before.
 	Key string
-	// Adopt allows to take over a tree that lies at dest before the first release and equals the release, byte for
-	// byte: its health is checked, and no commands run except failure commands.
+	// Adopt lets the unit take over the tree at dest before the first release, if that equals the release byte for byte.
+	// Its health is then checked, and no commands run except failure commands.
 	Adopt bool
 	// MayLeave keeps what lies at dest before the first release for Leave, even after the deployment has
 	// succeeded, until ForgetBefore.
 	MayLeave bool
 }
 
-// Deploy converges to a release p by the steps stage, drain, pre, switch, post, health and success, each
+// Deploy converges to asked.Release, here p, by the steps stage, drain, pre, switch, post, health and success, each
 // journalled first. It does nothing if p runs already and is confirmed. *Failed means that it went back and p is
 // quarantined. ErrRefused, ErrQuarantined, deployments.ErrDigest and Trust's errors stay until p, or this node's
 // configuration, changes. Any other error is transient (network, storage, disk): nothing was changed, try again. A
-// cancelled ctx stops Deploy as soon as that is safe: before the switch everything is left as it was; after it the
+// cancelled ctx stops Deploy as soon as that is safe. Before the switch, everything is left as it was. After it, the
 // next Recover or Deploy finishes the deployment.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
@@ -442,7 +442,7 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	return err == nil && u.switcher(r).IsLive(r)
 }
 
-// liveRelease returns the running release; nil while a deployment is under way.
+// liveRelease returns the running release; nil if nothing runs, or if a deployment is under way.
 func (u *Unit) liveRelease() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
 		return nil, nil

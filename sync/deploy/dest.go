@@ -39,7 +39,7 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 
 // Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
-	Dest string // empty: nothing runs, or it has no tree
+	Dest string // empty: nothing runs, or the release has no tree
 	// LeadsTo is the directory that dest should lead to: the release's own or, if the strategy has none, where dest
 	// led when the mark was taken. Empty: it may lead anywhere, as a deployment is half done.
 	LeadsTo string

@@ -132,8 +132,8 @@ func (e *OlderError) Error() string {
 		made, e.Floor.Format(time.RFC3339), e.Of)
 }
 
-// FutureError means that a release claims to be made later than the node's clock. Its version floor is Floor, a time by
-// the node's clock, not Created.
+// FutureError means that a release says it was made later than the node's clock allows (createdTolerance). It raised
+// the version floor to Floor, a time by the node's clock, instead of Created.
 type FutureError struct{ Created, Floor time.Time }
 
 func (e *FutureError) Error() string {
@@ -142,8 +142,9 @@ func (e *FutureError) Error() string {
 		e.Created.Format(time.RFC3339), e.Floor.Format(time.RFC3339))
 }
 
-// floorAt returns the floor for a release made at created, at a node's time: created, but never a time ahead of
-// the clock, which would refuse everything that is published from then on.
+// floorAt returns the version floor for a release made at created. That is created or, if created is more than
+// createdTolerance after now, now in whole seconds. A floor far ahead would refuse everything that is published until
+// then.
 func floorAt(created, now time.Time) time.Time {
 	if created.After(now.Add(createdTolerance)) {
 		return now.UTC().Truncate(time.Second)
@@ -151,8 +152,8 @@ func floorAt(created, now time.Time) time.Time {
 	return created
 }
 
-// order returns an error if a release was made before the version floor. An old signature stays valid, so without this
-// check whoever writes the store could bring back a release that was replaced because of a vulnerability, under any
+// order returns an error if a release was made before the version floor. An old signature stays valid. Without this
+// check, whoever writes the store could bring back a release that was replaced because of a vulnerability, under any
 // name.
 func (u *Unit) order(r *artifact.Release) error {
 	if u.c.Trust == nil {

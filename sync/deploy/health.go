@@ -20,8 +20,8 @@ const (
 	defaultTryTimeout    = 5 * time.Second
 )
 
-// probe tries one check once. identity must not change while a release is watched, as a service's invocation;
-// empty: there is none.
+// probe tries one check once. identity identifies what passed, as the invocation ID of a systemd service does, and must
+// not change while a release is watched. It is empty if the check has none.
 type probe func(ctx context.Context) (identity string, err error)
 
 // healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time.
@@ -79,7 +79,8 @@ type watch struct {
 	try               probe
 }
 
-// observe tries all checks in parallel, each at its own interval, until the result is certain.
+// observe tries all checks in parallel, each at its own interval. It returns nil once the release is healthy, and an
+// error once it has failed or ctx ends: see healthGate.
 func observe(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
 	if len(watched) == 0 {
 		return ctx.Err()
@@ -137,7 +138,7 @@ type healthGate struct {
 	begin   time.Time
 	timeout time.Duration
 	stable  time.Duration
-	since   time.Time // since when all pass; zero: not all do
+	since   time.Time // when all checks began to pass; zero: not all pass
 	checks  []checkState
 }
 
@@ -171,7 +172,8 @@ func (v *healthGate) record(check int, identity string, err error, now time.Time
 	}
 }
 
-// result sets done once the release is healthy (a nil error), or once the timeout has passed (an error).
+// result reports whether the result is certain. It is, with a nil error, once the release is healthy, and with an error
+// once it is not healthy after the timeout.
 func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {

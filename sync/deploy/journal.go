@@ -24,7 +24,7 @@ const (
 	changesDir   = "made"
 	beforeDir    = "before"
 
-	// maxQuarantined bounds the list, which every report contains; the oldest entries are dropped.
+	// maxQuarantined bounds journal.Quarantined, which every report contains; the oldest entries are dropped.
 	maxQuarantined = 16
 )
 
@@ -36,7 +36,7 @@ type journal struct {
 	Running   deployments.Pointer `json:"running,omitzero"`
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
-	// Proven is the ID of the boot in which Running passed them last.
+	// Proven is the ID of the boot in which Running passed its health checks last.
 	Proven string `json:"proven,omitempty"`
 	// Unhealthy is set as long as the checks of Running fail in normal operation.
 	Unhealthy *unserved           `json:"unhealthy,omitempty"`

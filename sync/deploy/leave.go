@@ -17,14 +17,15 @@ type before struct {
 	Strategy deployments.Strategy `json:"strategy"`
 }
 
-// restorableUnder reports whether what was at dest before the first release can be put back while r is deployed: r has
-// the same dest and strategy.
+// restorableUnder reports whether what was at dest before the first release can be put back while r is deployed. It can
+// if r has the same dest and strategy.
 func (b *before) restorableUnder(r *artifact.Release) bool {
 	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
 }
 
-// keepBefore keeps what is at dest before the first release, for restore and, if mayLeave is set, for Leave. If a
-// superseded deployment has begun to change it, it was kept already.
+// keepBefore keeps what is at dest before the first release, for restore and, if mayLeave is set, for Leave. It returns
+// what the journal's Before is to be; nil: Leave has nothing to put back. If the unit has had a release, or a
+// superseded deployment has begun to change dest, it leaves Before as it is.
 func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave bool) (*before, error) {
 	d := u.j.Deployment
 	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
@@ -133,7 +134,7 @@ func (u *Unit) ForgetBefore() error {
 	return u.pruneBefore()
 }
 
-// pruneBefore removes the copy of what was at dest before, unless it may be needed.
+// pruneBefore removes the copy of what was at dest before the first release, unless Leave may need it.
 func (u *Unit) pruneBefore() error {
 	if u.j.Before != nil {
 		return nil

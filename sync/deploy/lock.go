@@ -28,8 +28,8 @@ type destLock struct {
 	dest  string
 	place *safefs.Place // nil, like file: nothing can be written beside dest, so nothing needs the lock
 	file  *os.File
-	// waited is set if another process held the lock first, and last is what that process deployed; empty: it did
-	// not succeed.
+	// waited is set if another process held the lock at first. last is the digest of the release that was deployed to dest
+	// last; empty: none was, or that deployment didn't finish.
 	waited bool
 	last   string
 	// agent is the agentLine of the agent that deployed there last; empty: none did.
@@ -124,7 +124,8 @@ func (l *destLock) close() {
 	}
 }
 
-// hold takes the lock of r's dest until unlock is called. It does nothing if this unit holds it already.
+// hold takes the lock of r's dest until unlock is called. It does nothing if the release has no tree, or if this unit
+// holds the lock already. If nothing can be written beside dest, it goes on without the lock file.
 func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {
@@ -165,7 +166,8 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), er
 	}, nil
 }
 
-// await waits for the lock, whoever holds it.
+// await takes the lock, and waits while another process holds it. It then reads the lock file. It returns an error if
+// ctx ends first.
 func (u *Unit) await(ctx context.Context, l *destLock) error {
 	retry := wait.NewBackoff(20*time.Millisecond, time.Second)
 	for {
@@ -195,8 +197,7 @@ func (l *destLock) begun() { l.note("") }
 
 func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }
 
-// note writes the lock file's content. It ignores errors: the content only saves a waiting process from deploying the
-// same release again.
+// note writes the lock file's content. It ignores errors, because the lock holds whatever the file contains.
 func (l *destLock) note(last string) {
 	if l == nil || l.file == nil {
 		return

@@ -26,7 +26,7 @@ type Health struct {
 	Since     time.Time          // when Unhealthy changed last
 
 	failed int       // failed rounds in a row
-	passed time.Time // while Unhealthy, since when rounds pass; zero: the last one failed
+	passed time.Time // while Unhealthy, when rounds began to pass; zero: the last round failed
 }
 
 // round is the result of one round of checks: at most one failure, the first in the manifest's order.
@@ -35,8 +35,8 @@ type round struct {
 	err   error
 }
 
-// next returns the health after one more round at now. It becomes unhealthy after the given number of failed
-// rounds in a row, and healthy again once rounds have passed without a failure for the time stable.
+// next returns the health after one more round at now. It becomes unhealthy after as many failed rounds in a row as
+// failures says. It is healthy again once rounds have passed without a failure for the time stable.
 func (h Health) next(r round, failures int, stable time.Duration, now time.Time) Health {
 	if r.check != "" {
 		h.failed, h.passed = h.failed+1, time.Time{}
@@ -63,8 +63,8 @@ func (h Health) next(r round, failures int, stable time.Duration, now time.Time)
 	return Health{Since: now}
 }
 
-// Monitor tries the checks of the live release as long as that runs. A Monitor belongs to one deployment: it ends
-// before the next deployment begins, and another one is made after it.
+// Monitor tries the checks of the live release while that release runs. A Monitor belongs to one deployment: it has to
+// end before the next one begins, and after that a new Monitor is made.
 type Monitor struct {
 	checks   []watch
 	every    time.Duration
@@ -74,8 +74,8 @@ type Monitor struct {
 	identities []string
 }
 
-// Monitor returns a monitor of the running release; nil if none is confirmed, if a deployment is under way, or if
-// the manifest has no checks that go on.
+// Monitor returns a monitor of the running release. It returns nil if none is confirmed, if a deployment is under way,
+// or if no check of the manifest goes on after a deployment.
 func (u *Unit) Monitor() (*Monitor, error) {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed {

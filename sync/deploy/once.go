@@ -181,9 +181,9 @@ func (u *Unit) adopt(r *artifact.Release) error {
 const maxInput = 4 << 20
 
 // ParseInput finds the manifest's URL in what kedge run reads on stdin. If CONSUL_INDEX is set or the input begins with
-// [, that is the payload of the last of Consul's events, in JSON; otherwise it is the first line. ParseInput reads no
-// more than it needs, because the writer may leave the pipe open. Without any event it returns "", nil: there is
-// nothing to do.
+// [, the input is Consul's JSON list of events. The URL is then the last event's payload. Otherwise the URL is the
+// first line. ParseInput reads no more than it needs, because the writer may leave the pipe open. Without any event it
+// returns "", nil: there is nothing to do.
 func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
 	limited := &io.LimitedReader{R: in, N: maxInput + 1}
 	r := bufio.NewReader(limited)

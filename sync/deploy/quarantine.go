@@ -22,7 +22,8 @@ type Failure struct {
 	At     time.Time `json:"at"` // the node's clock; for people
 }
 
-// Err returns the error that Deploy returned when the release p failed.
+// Err returns f, a failure of the release p, as the error that Deploy returned then. Its Reason is always
+// ReasonQuarantined, as f doesn't say whether a check failed.
 func (f Failure) Err(p deployments.Pointer) *Failed {
 	return &Failed{
 		Release: p, Back: f.Back, Step: f.Step, Err: errors.New(f.Reason),
@@ -30,8 +31,8 @@ func (f Failure) Err(p deployments.Pointer) *Failed {
 	}
 }
 
-// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the
-// health checks. The unit went back to Back (zero: there was nothing to go back to), and Digest is quarantined.
+// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the health
+// checks. The unit went back to Back (zero: there was nothing to go back to), and Release is quarantined.
 type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer

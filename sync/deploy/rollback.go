@@ -15,10 +15,10 @@ import (
 type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
-	Check  string `json:"check,omitempty"` // the error of Reason, in the process in which it happened
-	Told   bool   `json:"told,omitempty"`  // its failure commands ran early
+	Check  string `json:"check,omitempty"` // the health check that failed; empty: no check did
+	Told   bool   `json:"told,omitempty"`  // the release's failure commands have run already
 
-	err error // Reason's, in the process in which it happened
+	err error // the error that Reason quotes; nil after a restart
 }
 
 func (f *fault) cause() error {
@@ -68,8 +68,8 @@ func (j *journal) fail(err error) {
 	d.enter(stepBack)
 }
 
-// handleStepError handles a step's error. It returns nil if the deployment goes on, backwards. Otherwise the deployment
-// was undone, or is to be finished later.
+// handleStepError handles the error of d's step. It returns nil if the deployment goes on, backwards. Otherwise it
+// returns an error: the deployment was undone, or will be finished later.
 func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil

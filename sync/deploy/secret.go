@@ -26,8 +26,8 @@ type SecretReader interface {
 var ErrSecretUnavailable = errors.New("a secret can't be read")
 
 const (
-	// duringDeployment is a maximum age of values by which all steps of a deployment use those that the deployment began
-	// with.
+	// duringDeployment is the maximum age of values in a deployment. It is longer than deployments take, so that all steps
+	// use the values that were read at the beginning.
 	duringDeployment = 24 * time.Hour
 	// duringChecks is the maximal age of values for the checks of a live release.
 	duringChecks = 5 * time.Minute
@@ -74,8 +74,9 @@ func (u *Unit) withSecrets(
 	return env, nil
 }
 
-// exec returns the probe of a live release's exec check, which runs with current secrets. If a secret couldn't be read
-// since the agent started, the probe skips the check: an outage of the secrets' source makes no node unhealthy.
+// exec returns the probe of a live release's exec check, which runs with current secrets. If a secret can't be read and
+// has no value from an earlier read, the probe skips the check and passes. So an outage of the secrets' source makes no
+// node unhealthy.
 func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) probe {
 	return func(ctx context.Context) (string, error) {
 		with, err := u.withSecrets(ctx, env, r, duringChecks)

@@ -94,7 +94,8 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// pass moves on to the step after d's. After the last one the deployment is over.
+// pass moves the deployment under way on to its next step. After the last step, no deployment is under way any more,
+// and pass drops the attempts that were kept for it.
 func (j *journal) pass() {
 	d := j.Deployment
 	if next := d.next(); next != "" {
@@ -166,7 +167,7 @@ func (u *Unit) advance(ctx context.Context) error {
 	}
 }
 
-// do runs d's step. change is how the journal changes once the step is done.
+// do runs d's step. change is what to change in the journal once the step is done; nil: nothing.
 func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ error) {
 	r, err := u.need(ctx, d.Release)
 	if err != nil {
@@ -264,7 +265,7 @@ func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.Unhealthy, j.LastGood, j.Proven = true, nil, j.Running, u.boot
 }
 
-// served is confirmed for a deployment that has gone back: the release serves again.
+// served does what confirmed does, for a deployment that has gone back, and records that its release serves again.
 func (u *Unit) served(j *journal) {
 	u.confirmed(j)
 	j.Deployment.Unserved = nil
@@ -389,8 +390,8 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes the releases in drop. Of all others it keeps the newest, as many as others says, the running, good and
-// staged ones, and those in keep.
+// prune removes the releases in drop. Of the others it keeps those in keep, the running, good and staged ones, and
+// besides these as many of the newest as others says.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)

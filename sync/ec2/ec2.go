@@ -96,7 +96,7 @@ type Hook struct {
 	Instance Instance
 	// Group is the AutoScaling group; empty: the one in the instance's tags.
 	Group string
-	// Timeout is after how long an instance that has not converged is abandoned.
+	// Timeout is how long an instance may take to converge before it is abandoned.
 	Timeout time.Duration
 	// Beat is the time between heartbeats, which restart AutoScaling's own timeout; 0: a minute.
 	Beat time.Duration

@@ -26,7 +26,7 @@ type BridgeOptions struct {
 	Naming Naming
 }
 
-// bridgeName is the author of pins that Bridge writes. It replaces no other author's pin.
+// bridgeName is the author of pins that Bridge writes. Bridge replaces no other author's pin.
 const bridgeName = "kedge bridge"
 
 // Bridged is the result of an event.

@@ -18,9 +18,9 @@ import (
 // decimalMode matches a dest_mode that stretcher reads as a decimal number.
 var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
 
-// Fix returns the text of in's manifest adapted to kedge, and in words what it changed; no words: nothing. Everything
-// else stays, including comments and templates. It doesn't change the strategy, as people have to decide whether dest
-// may become a link. It changes
+// Fix returns the text of in's manifest adapted to kedge, and a description of each change; none: nothing had to be
+// changed. Everything else stays, including comments and templates. It doesn't change the strategy, as people have to
+// decide whether dest may become a link. It changes
 //
 //   - dest_mode to octal: kedge would read stretcher's decimal number as octal
 //   - symlinks to any, if the archive has links that lead out of its tree

@@ -31,7 +31,7 @@ type ImportOptions struct {
 	// Repo is the deployments repo's directory.
 	Repo   string
 	Naming Naming
-	// Fix copies the manifests as Fix would have them.
+	// Fix makes Import copy each manifest as the function Fix adapts it.
 	Fix bool
 	// Archives makes Import inspect the archives, too.
 	Archives bool

@@ -32,7 +32,7 @@ type Source struct {
 // Inspection says what a kedge node would do differently from stretcher.
 type Inspection struct {
 	Source Source
-	// Manifest was parsed with unknown variables; nil: no node would take it, because of Refused.
+	// Manifest was parsed without values for its variables; nil: no node would take it, because of Refused.
 	Manifest *deployments.Manifest
 	Refused  deployments.Problems
 	// Notes are surprises in the manifest or in its archive.
@@ -165,8 +165,8 @@ func lookInto(tree string) (*Archive, error) {
 	return a, err
 }
 
-// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all .yml and
-// .yaml files below it), a URL, or - for in.
+// Find reads the manifests that text names. It may be a file or a URL, or - for what in contains. It may also be a
+// directory, or a URL that ends in a slash: Find then reads all .yml and .yaml files below it.
 func Find(ctx context.Context, objects *object.Client, text string, in io.Reader) ([]Source, error) {
 	if text == "-" {
 		raw, err := io.ReadAll(io.LimitReader(in, deployments.MaxManifest+1))

@@ -15,8 +15,8 @@ type Naming struct {
 	// in one, and .yml also matches .yaml. A pattern matches the end of a path, from the beginning of a segment.
 	// Empty: DefaultPatterns.
 	Patterns []string
-	// Stage, Role and Unit are the parts that a pattern lacks. If a pattern yields another value, the manifest has
-	// no unit.
+	// Stage, Role and Unit are the parts that a pattern lacks. A pattern that yields another value for one of them doesn't
+	// count as a match.
 	Stage, Role, Unit string
 }
 
@@ -26,7 +26,7 @@ var DefaultPatterns = []string{"manifest_{role}_{stage}.yml"}
 // DefaultUnit is a unit's name if nothing else gives one.
 const DefaultUnit = "app"
 
-// UnitOf returns the unit of the manifest at a path.
+// UnitOf returns the unit of the manifest at a path, and an error if no pattern gives one.
 func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 	patterns := n.Patterns
 	if len(patterns) == 0 {

@@ -98,8 +98,8 @@ type unitNow struct {
 	known     bool
 }
 
-// standing identifies a rollout's state and the time of its last change: if it differs, there may be something to
-// notify of.
+// standing returns a text that identifies a rollout's state and the time of its last change; empty: the rollout goes
+// on. If the text differs from before, there may be something to notify of.
 func standing(r deployments.Record) string {
 	switch p := r.Rollout; {
 	case r.Orphaned:

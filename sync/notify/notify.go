@@ -36,9 +36,9 @@ type Notifier struct {
 	client *http.Client
 	source string
 	sent   *prometheus.CounterVec
-	// giveUp is how long an event is tried. statusPause is the least time between two writes of a pending status,
-	// healthPause that between two reads of the nodes' reports, and healthHold that between two events about a
-	// unit's health: a node whose health keeps changing doesn't send events all day.
+	// giveUp is how long an event is tried. statusPause is the least time between two writes of a pending status, and
+	// healthPause between two reads of the nodes' reports. healthHold is the least time between two events about a unit's
+	// health. So a node whose health keeps changing doesn't send events all day.
 	giveUp, statusPause, healthPause, healthHold time.Duration
 
 	mu      sync.Mutex
@@ -166,7 +166,8 @@ func (n *Notifier) followHealth(ctx context.Context) error {
 	}
 }
 
-// unhealthyNodes returns the live nodes of each unit whose release fails its health checks, sorted.
+// unhealthyNodes returns, by unit, the names of the live nodes on which the unit's release fails its health checks,
+// sorted.
 func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
 	sick := map[deployments.UnitID][]string{}
 	for _, e := range entries {
@@ -213,7 +214,8 @@ func (c *cursor) wakeAt(at time.Time) {
 	}
 }
 
-// follow calls step whenever there may be something to send.
+// follow reads a receiver's cursor, calls step whenever there may be something to send, and saves the cursor after each
+// step. It returns when ctx ends, or with step's error.
 func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) error) error {
 	c := &cursor{key: kv.MirrorPrefix + "notified/" + name, statusAt: map[string]time.Time{},
 		healthAt: map[string]time.Time{}}
@@ -257,7 +259,8 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 	}
 }
 
-// load reads a cursor; Units is nil if there is none.
+// load reads a receiver's cursor into c. c.Units stays nil if the store has no cursor for it, or one that doesn't
+// parse.
 func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	e, err := n.store.Get(ctx, c.key)
 	switch {

@@ -86,7 +86,8 @@ func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer stri
 	}
 }
 
-// vaultToken returns the token from VAULT_TOKEN_FILE, or from where Vault's own command looks for it.
+// vaultToken returns the token in VAULT_TOKEN or, if that isn't set, in the file VAULT_TOKEN_FILE. If neither is set,
+// it returns the one in ~/.vault-token, where Vault's own command stores it.
 func vaultToken() (string, error) {
 	if token := os.Getenv("VAULT_TOKEN"); token != "" {
 		return token, nil
@@ -110,7 +111,7 @@ func vaultToken() (string, error) {
 	return token, nil
 }
 
-// vaultClient returns a client that follows one redirect, as from a standby to the active node, but none from
+// vaultClient returns a client that follows one redirect, as from a standby to the active node. It follows none from
 // https to http, as the token goes with it.
 func vaultClient() (*http.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()

@@ -31,7 +31,7 @@ type Context struct {
 	Span  SpanID // the parent of spans made from this context
 }
 
-// IsZero reports whether nothing is traced.
+// IsZero reports whether c identifies no span: nothing is traced then.
 func (c Context) IsZero() bool { return c == Context{} }
 
 // Of returns the context of the root span of a commit's trace. The release of a pin has its own trace, even if the
@@ -132,7 +132,7 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 	return c, nil
 }
 
-// pairs parses NAME=VALUE,NAME=VALUE with percent-encoded values.
+// pairs parses NAME=VALUE,NAME=VALUE with percent-encoded values. It leaves out service.name.
 func pairs(text string) (all []Attribute, err error) {
 	for pair := range strings.SplitSeq(text, ",") {
 		if pair = strings.TrimSpace(pair); pair == "" {

@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// Bounded holds 200 connections more than most to a server, and fails the test if more than most of them stay open, or
-// if the server doesn't answer beside them. answers makes a request on a new connection.
+// Bounded opens most+200 connections to the server at address, and holds them. It fails the test if more than most of
+// them stay open, or if answers returns false. answers makes a request on a new connection, and reports whether the
+// server answered.
 func Bounded(t *testing.T, address string, most int, answers func() bool) {
 	t.Helper()
 	var held []net.Conn
