@@ -130,9 +130,10 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	}
 }
 
-// servesNothing reports whether nothing serves on the node that a release could replace. On a machine that has just
-// started, what lies at dest doesn't serve yet, unless the unit's first release is still being rolled out. Otherwise
-// something may serve as long as the agent hasn't examined dest.
+// servesNothing reports whether nothing serves on the node that a release would replace. That is so if no release of
+// the unit runs, and either dest is empty or the machine has just booted. After a boot, what lies at dest doesn't serve
+// yet, except perhaps while the unit's first release is rolled out. A dest that the agent hasn't examined counts as
+// serving.
 func (f *ResolveInputs) servesNothing(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)

@@ -14,8 +14,8 @@ import (
 	"kedge/deployments"
 )
 
-// AbsurdGeneration is the lowest generation that is not believed. Near the end of the range the next generation would
-// be negative, and every node would refuse it.
+// AbsurdGeneration is the lowest generation that is ignored as corrupt. Counting on from one near the upper bound of
+// int64 would overflow to a negative generation, which every node refuses.
 const AbsurdGeneration = 1 << 53
 
 // Base is the record that a unit's next record is made from.
@@ -28,8 +28,9 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
-// joinedNone returns a Record.Joined that applies the record to no node yet, because it isn't known how many nodes are
-// changing. Nodes that don't report when they joined can't be held back.
+// joinedNone returns the Record.Joined of a record that the store had lost, as it isn't known how many nodes are
+// changing. The record applies to no node yet that serves something and reports a Joined. A node that reports none
+// can't be held back.
 func joinedNone() uint64 { return 1 }
 
 // WithGeneration returns next, the record that follows the base, with a generation that nodes take for a newer one.
@@ -96,9 +97,9 @@ func generationOf(u *deployments.UnitReport) int64 {
 	return generation
 }
 
-// IsLost reports whether nodes have acted on newer generations of a unit than the store knows, because the store's data
-// was removed or restored from an older snapshot. Most of the nodes that run something must report that, so that no
-// single node can claim it.
+// IsLost reports whether the store has lost newer records of a unit: its data was removed, or restored from an older
+// snapshot. That is so if more than half of the nodes that run a release report generations above known, the newest in
+// the store. One node of several can't claim that alone.
 func IsLost(nodes []Node, known int64) bool {
 	reports, ahead := 0, 0
 	for i := range nodes {
@@ -112,9 +113,12 @@ func IsLost(nodes []Node, known int64) bool {
 	return 2*ahead > reports
 }
 
-// Rebuild returns a record made from the nodes' reports: the release that they run is stable, those that they have
-// in quarantine failed, and Git's release has yet to be rolled out, unless all run it or it failed. The generation
-// is the highest that is known.
+// Rebuild returns a record made from the nodes' reports, for a unit whose record the store has lost. Stable is the most
+// common release that nodes run, apart from Git's release and those that a node has in quarantine. Git's release is
+// rolled back if a node has it in quarantine. Otherwise Target is Stable, and Next begins the rollout to Git's release.
+//
+// If no node runs another release, Target and Stable are Git's release. But Stable is zero as long as a node can go
+// back to what served before the first release. Generation is the highest of known and what nodes report.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
 		Joined: joinedNone()}
@@ -160,9 +164,9 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 	return r
 }
 
-// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is lost. A
-// rollback stays one; any other rollout continues after its canaries, within max_unavailable. It ends at once if every
-// node is converged.
+// FromHistory returns the record of the generation that h describes, for a unit whose record the store has lost. The
+// history doesn't tell how far that generation's rollout had come. A rollback begins anew, with all nodes. Any other
+// rollout goes on after its canaries, within max_unavailable, and Next ends it at once if every node is converged.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}

@@ -27,8 +27,9 @@ func setTarget(in *inputs, st state) state {
 	return st
 }
 
-// activePin returns the unit pin that the mirror rolls out. A unit without a rollout has none, as its nodes follow
-// pins by themselves.
+// activePin returns the unit pin that the mirror rolls out, and whether there is one. There is none if the pin is
+// missing, invalid, expired or a hold. A unit without a rollout has none either, as its nodes follow pins by
+// themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
 	if in.Pin == nil || !in.Pin.Present || in.Pin.Err != nil || in.Unit.Rollout == nil {
 		return deployments.Pin{}, false
@@ -37,7 +38,8 @@ func activePin(in *inputs) (deployments.Pin, bool) {
 	return p, !p.Hold && !p.Expired(in.Now)
 }
 
-// goal returns the release that the record is for, even if that was rolled back and Git still names it.
+// goal returns the release that the record deals with already: its target, or Git's release if the record's rollout
+// rolled that one back. No other rollout begins while Git names this release.
 func goal(in *inputs) deployments.Pointer {
 	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
 		return in.Unit.Release
@@ -45,8 +47,9 @@ func goal(in *inputs) deployments.Pointer {
 	return in.Record.Target
 }
 
-// successor returns the record that a new target begins with, from Git or from a pin. ok is false if nodes have to
-// converge first, as the record has no room for all the releases that they run.
+// successor returns the record with which the rollout of a target begins, named by Git or by a pin. ok is false if the
+// record has no room for all the releases that nodes may run. Nodes then have to converge first, and next is the
+// current state, which waits or rolls back.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
 	was := in.Record
 	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
@@ -117,8 +120,9 @@ func launch(in *inputs, st state) state {
 	}
 }
 
-// firstRelease ends the rollout of a first release once every live node has reported that nothing else serves
-// there: all take it at once. If something serves, it sets Serving, so that not all nodes replace it at once.
+// firstRelease ends the rollout of a unit's first release once every live node without a pin has reported that nothing
+// else serves at dest. All nodes then take the release at once. If a node reports that something serves, firstRelease
+// sets Serving, and the rollout goes on within its budget. ended reports whether it ended the rollout.
 func firstRelease(in *inputs, st state) (next state, ended bool) {
 	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
 		return st, false
@@ -148,8 +152,8 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 	return st.end().because(deployments.ReasonFirstRelease, nil), true
 }
 
-// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit file doesn't
-// forbid it.
+// stableBefore reports whether the rollout of a target needs no gates. It needs none if the target was stable in one of
+// the last generations, and the unit's fast_back allows it.
 func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
 }
@@ -173,7 +177,8 @@ func start(in *inputs, st state) state {
 	return st
 }
 
-// beginPin returns the record of a release that a unit pin names: without gates, within the budget.
+// beginPin returns the state in which the release of a unit pin is rolled out, without gates and within the budget. A
+// pin with at_once has no rollout: nodes follow it by themselves.
 func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	git := gitsRecord(st)
 	next, ok := successor(in, st, pin.Release)

@@ -8,9 +8,9 @@ import (
 )
 
 // room returns how many more nodes may begin to change. Nodes that are not listed count as changing. A negative room
-// means that more nodes may be changing than allowed: then no node may be told to change, not even one that seems to be
-// changing already. spent is set if nodes past their deadline had used up the room, and were left out of the count:
-// max_failures stops the rollout if there are too many of them.
+// means that more nodes may be changing than allowed. Then no node may be told to change, not even one that seems to be
+// changing already. spent is set if nodes past their deadline had used up the room. They are then left out of the
+// count, as max_failures stops the rollout if there are too many of them.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -22,8 +22,9 @@ func room(in *inputs, v summary) (room int, spent bool) {
 	return room + v.overdue, true
 }
 
-// admit raises the cutoff over the next nodes, as far as there is room, to at most want admitted nodes in all. It
-// looks for canaries first among the nodes that run a superseded target: these were canaries before.
+// admit raises the cutoff, so that nodes are admitted by rank: as many as the budget has room for, until want nodes are
+// admitted. In the canary phase it first admits nodes that run a superseded target, as these were canaries before.
+// admitted is how many nodes are admitted now; moved reports whether a cutoff rose.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
 	admitted = v.missing
@@ -79,8 +80,8 @@ func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
-// readmit raises Record.Joined over nodes that came back, in the order in which they joined, as far as there is room;
-// most bounds how many.
+// readmit raises Record.Joined, so that the record applies to nodes that came back, in the order in which they joined.
+// It readmits as many as the budget has room for, and at most most. moved reports whether Joined rose.
 func readmit(in *inputs, st state, v summary, most int) (next state, moved bool) {
 	room, _ := room(in, v)
 	room = min(room, most)
@@ -99,7 +100,7 @@ func readmit(in *inputs, st state, v summary, most int) (next state, moved bool)
 	return st, moved
 }
 
-// returned raises Record.Joined, after a rollout has ended, over nodes that were away, as far as the budget has
+// returned readmits nodes that were away, after a rollout has ended: it raises Record.Joined as far as the budget has
 // room.
 func returned(in *inputs, st state) state {
 	if in.Unit.Rollout == nil || st.r.Joined == 0 {
@@ -154,8 +155,8 @@ func returned(in *inputs, st state) state {
 	return st
 }
 
-// superseded returns the targets that nodes may run, or be on their way to, besides those that the new record names:
-// the old record's target, and those that it had replaced. Targets that no node runs or may begin are dropped.
+// superseded returns the Progress.Superseded of the record that follows was: was's target, and the targets that it had
+// superseded. It leaves out targets that no node runs or may begin.
 func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
 	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
 		Generation: was.Generation}
@@ -205,9 +206,9 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// nextJoined returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or
-// have no number yet, and would go to stable from a release that the record doesn't name: these wait for room in the
-// budget.
+// nextJoined returns Record.Joined for a new record, which applies to all known nodes but those that have to wait for
+// room in the budget. A node waits if it joined after the last record or has no Joined, and may serve something that
+// the record doesn't name. It would leave that for stable as soon as the record applied to it.
 func nextJoined(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {

@@ -15,9 +15,10 @@ func FailureKey(r deployments.Record) string {
 	return fmt.Sprintf("generation %d, retry %d", r.RequestGeneration(), r.Retry)
 }
 
-// SameRequest reports whether two failure keys belong to the same request: one commit, or one pin. A later request
-// has a higher generation or retry. A key whose generation was lost with the store's data equals every key that it
-// may have been.
+// SameRequest reports whether asks, the key of a record, belongs to the same request as failed, or to an earlier one.
+// failed is the key under which a release failed. Each commit and each pin is a request, and a later one has a higher
+// generation or retry. A record of an earlier request comes back with a restored snapshot, and asks for nothing anew. A
+// key whose generation was lost with the store's data counts as each generation that it may have had.
 func SameRequest(failed, asks string) bool {
 	if failed == asks {
 		return true
@@ -34,7 +35,8 @@ func SameRequest(failed, asks string) bool {
 	return a.generation <= f.generation && a.retry <= f.retry // less: a record that came back with a snapshot
 }
 
-// failureKey is a parsed key of FailureKey.
+// failureKey is a parsed result of FailureKey. known is false if the text isn't one. If lost is set, generation is an
+// upper bound.
 type failureKey struct {
 	known, lost       bool
 	generation, retry int64

@@ -25,7 +25,7 @@ type FreezeState struct {
 	Never bool
 }
 
-// Facts returns the facts of a reason about the window.
+// Facts returns the facts of the reason why the unit is frozen: the deciding window's name, its end and its reason.
 func (v FreezeState) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.WindowEnds.IsZero() {
@@ -40,10 +40,11 @@ func (v FreezeState) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen decides whether a unit's rollouts may start at a time. An open deny window freezes, whatever else allows. A
-// unit that allow windows name is frozen outside of all of them. Windows open by the wall clock of their zone, and stay
-// open for their duration in elapsed time: a change of the clocks makes none longer or shorter. A window whose cron
-// line doesn't parse freezes too: better late than at the wrong time. Load refuses such a window.
+// Frozen returns whether a unit's rollouts may start at a time, and which freeze window decides. An open deny window
+// freezes the unit, even if an allow window is open. A unit that allow windows cover is frozen while all of them are
+// closed. Windows open by the wall clock of their zone. They stay open for their duration in elapsed time, so that a
+// change of the clocks makes none longer or shorter. A window whose cron line doesn't parse freezes the unit too:
+// better late than at the wrong time. Load refuses such a window.
 func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
@@ -88,11 +89,12 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	return v
 }
 
-// Opening is a time in which a window is open. A zero From means that it was open already.
+// Opening is one period in which a window is open. A zero From means that the window was open already at the time from
+// which Openings looks.
 type Opening struct{ From, To time.Time }
 
-// Openings returns when a window is open from a time on, in order, with overlapping openings joined. It leaves out
-// openings that begin at end or later; most bounds how many it returns. An invalid window has none.
+// Openings returns the periods in which a window is open after from, in order, with overlapping ones joined. It leaves
+// out periods that begin at end or later, and returns at most most of them. An invalid window has none.
 func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Opening) {
 	schedule, err := scheduleOf(w)
 	if err != nil {
@@ -113,8 +115,8 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 // mostChanges bounds how many changes NextFreeze examines.
 const mostChanges = 100
 
-// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that
-// time. It returns now for a unit that is already frozen, and zero if it finds none.
+// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that time. It
+// returns now for a unit that is already frozen, and the zero time if it finds none.
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
 	for range mostChanges {
@@ -146,8 +148,8 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// scheduleOf parses a window's cron line. It counts wall clock time as if it were UTC: cron would skip a start
-// within the hour that is left out in spring, and the freeze would not happen.
+// scheduleOf parses a window's cron line. The schedule treats wall-clock time as UTC. In a zone with summer time, cron
+// would skip a start within the hour that the clocks skip, and the freeze would not happen.
 func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	s, err := cron.ParseStandard(w.Cron)
 	if err != nil {
@@ -159,11 +161,12 @@ func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	return s, nil
 }
 
-// maxStarts bounds how many starts of a window are computed. Later ones are computed when Until comes.
+// maxStarts bounds how many starts of a window span computes. Later starts are computed when Frozen is called again at
+// ChangesAt.
 const maxStarts = 10000
 
-// span returns when the currently open window ends (zero: none is open), joining overlapping windows, and when the
-// next one opens.
+// span returns when the window's current opening ends, with overlapping openings joined, and when the next one begins.
+// ends is zero if the window is closed, opens if no later opening was found.
 func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens time.Time) {
 	zone := w.Zone
 	if zone == nil {

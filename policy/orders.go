@@ -99,8 +99,8 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 	return st, st.why, cause{}
 }
 
-// retry begins the rollout anew. Nodes on the target stay there. Nodes on which it failed are admitted once more,
-// in their turn.
+// retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target failed are admitted once
+// more, in their turn. If no rollout is under way, one begins only if live nodes don't run the target.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

@@ -35,7 +35,7 @@ func awaitedBegan(st state, v summary) bool {
 	})
 }
 
-// limit returns how many nodes may have failed.
+// limit returns how many failed nodes the rollout tolerates.
 func limit(in *inputs, st state, v summary) int {
 	limit := st.p.Tolerated
 	if u := in.Unit.Rollout; u != nil {
@@ -105,7 +105,8 @@ func mayAdmit(in *inputs, st state) (_ state, v summary, goesOn, more bool) {
 	return st, v, !unheard, false
 }
 
-// baked reports whether all nodes have been healthy for long enough, and sets HealthySince.
+// baked reports whether the nodes have been healthy for the bake time, and have had time to report since the store was
+// last away. It sets HealthySince when the bake begins. who names the nodes in the reason.
 func baked(in *inputs, st state, who string) (state, bool) {
 	u := in.Unit.Rollout
 	if st.p.HealthySince.IsZero() {
@@ -125,9 +126,9 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	return st, true
 }
 
-// awaitReports lets the nodes report on a first release before its rollout begins. One of them may be out of service
-// for another unit, which had the same dest and was removed from Git. unheard is set as long as a node may still
-// report.
+// awaitReports delays the rollout of a first release until every live node has reported on it, at most for
+// reportWithin. A node may be out of service because of another unit that had the same dest and was removed from Git.
+// unheard reports whether the rollout still waits.
 func awaitReports(in *inputs, st state) (next state, unheard bool) {
 	until := st.p.Since.Add(reportWithin)
 	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
@@ -143,7 +144,7 @@ func awaitReports(in *inputs, st state) (next state, unheard bool) {
 	return st, false
 }
 
-// reportWithin is how long nodes may take to report after the store was away.
+// reportWithin is how long a rollout waits for reports: on a first release, and after the store was away.
 const reportWithin = 30 * time.Second
 
 // frozen waits for a freeze window to end.
@@ -262,5 +263,5 @@ func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// maxAway is how long a rollout waits before it ends without most of its nodes.
+// maxAway is how long a rollout waits at least before it ends while more than half of its nodes are away.
 const maxAway = time.Hour

@@ -16,7 +16,7 @@ type ResolveInputs struct {
 	Unit deployments.UnitID
 	Node string
 	Now  time.Time
-	// Record, UnitPin and NodePin are the values of the three keys.
+	// Record, UnitPin and NodePin are the values of three keys: the unit's record, its pin, and its pin for this node.
 	Record  Value[deployments.Record]
 	UnitPin Value[deployments.Pin]
 	NodePin Value[deployments.Pin]
@@ -29,7 +29,7 @@ type ResolveInputs struct {
 	AtDest Found
 	// Leavable is set if what was at dest before the first release can be put back.
 	Leavable bool
-	// Booted is set if the machine had just started when the agent did.
+	// Booted is set if the machine had just booted when the agent started.
 	Booted bool
 	// Bounds are what this node's configuration allows.
 	Bounds Bounds
@@ -56,14 +56,14 @@ type Action string
 
 const (
 	ActRun   Action = "run"   // converge to Target
-	ActKeep  Action = "keep"  // change nothing: nothing is desired, that is unknown, or it isn't allowed
+	ActKeep  Action = "keep"  // change nothing: no release is desired, is known or is allowed
 	ActHold  Action = "hold"  // change nothing: a pin says so
 	ActLeave Action = "leave" // go back to what was at dest before the unit's first release
 	// converge to Target (zero: change nothing), and stage Stage for when this node is admitted
 	ActStage Action = "stage"
 )
 
-// Source is the key that decided.
+// Source says which key, or which release of the record, decided.
 type Source string
 
 const (
@@ -72,8 +72,8 @@ const (
 	FromUnitPin Source = "unit pin"
 	FromTarget  Source = "target"
 	FromStable  Source = "stable"
-	// FromRunning means that a node keeps what it runs until its turn: its rollout was replaced, or is being
-	// rolled back.
+	// FromRunning means that a node keeps the release that it runs. Its turn has yet to come, there is nothing to go back
+	// to, or the unit was removed from Git.
 	FromRunning Source = "running"
 )
 
@@ -110,14 +110,14 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 	}{plain(d), invalid})
 }
 
-// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's, else the record's
-// (its target if the node is admitted, or else stable). It has no side effects, and the same inputs give the same
-// Decision.
+// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's, else the record's. Of
+// the record's releases, that is the target if the node is admitted, and else stable. Resolve has no side effects, and
+// the same inputs give the same Decision.
 //
-// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even if one of lower
-// precedence is valid: a typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever
-// a pin says: see ErrNoRecord. A quarantined digest is still the Target, and the Trace says so: the agent doesn't
-// run it, and reports that.
+// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even if one of lower precedence is
+// valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
+// ErrNoRecord. A quarantined digest is still the Target, and the Trace says so: the agent doesn't run it, and reports
+// that.
 func Resolve(f ResolveInputs) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
 	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
@@ -219,7 +219,7 @@ func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 // themselves.
 func Paced(r deployments.Record, p deployments.Pin) bool { return r.Paced && !p.AtOnce && !p.Hold }
 
-// decidedBy returns the step that has decided so far.
+// decidedBy returns the name of the step that has decided; empty: none has yet.
 func (d *Decision) decidedBy() string {
 	for _, s := range d.Trace {
 		if s.Decides {
@@ -265,7 +265,8 @@ func (d *Decision) record(f ResolveInputs, decided bool) {
 	}
 }
 
-// origin returns who wrote a record: a commit and its generation, or neither if it was written by hand.
+// origin returns facts about a record: its commit and its generation, and whether its unit was removed from Git. A
+// record written by hand has neither commit nor generation.
 func origin(r deployments.Record) deployments.Facts {
 	facts := deployments.Facts{}
 	if r.Commit != "" {
@@ -325,8 +326,8 @@ func (d *Decision) allow(f ResolveInputs) {
 	d.quarantine(f)
 }
 
-// quarantine adds to the trace which of the releases that the node should run, stage, or run without its pin
-// failed on it.
+// quarantine adds to the trace which releases failed on the node, among those that it should run or stage and the
+// record's target.
 func (d *Decision) quarantine(f ResolveInputs) {
 	quarantineStep := func(p deployments.Pointer, namedBy string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}

@@ -18,13 +18,14 @@ func stop(in *inputs, st state, why cause) state {
 	return turnBack(in, st, why)
 }
 
-// canGoBack reports whether a rollout has something to go back to: a stable release or, for a first release, what
-// served before, if it wasn't replaced yet or can be put back.
+// canGoBack reports whether a rollout has something to go back to. That is a stable release other than the target or,
+// for a first release, what served on some node before.
 func canGoBack(st state) bool {
 	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
 }
 
-// turnBack begins a rollback. It raises the generation, so that reports show which nodes know of it.
+// turnBack begins a rollback, or pauses the rollout if there is nothing to go back to. A rollback raises the
+// generation, so that reports show which nodes know of it.
 func turnBack(in *inputs, st state, why cause) state {
 	if !canGoBack(st) {
 		why.facts = why.facts.With("stable", "none")
@@ -68,8 +69,8 @@ func rollingBack(in *inputs, st state) (state, bool) {
 	return st.because(p.Reason, facts), false
 }
 
-// lowerCutoff lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
-// to stay for now.
+// lowerCutoff lowers the cutoff, so that the next nodes leave the failed release, as many as the budget has room for.
+// left reports whether nodes have to stay for now, moved whether nodes were told to go back.
 func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool) {
 	room, spent := room(in, v)
 	stay := uint64(0) // the highest rank that stays for now

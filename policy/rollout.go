@@ -22,19 +22,20 @@ type Transition struct {
 	Recheck time.Time
 }
 
-// Next computes the next record of a unit from its record, its unit file, the fleet's reports, an order and the
-// time. It has no side effects, and the same Situation gives the same Transition. Once the record is written, Next is
-// called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing, and
-// Reason says so.
+// Next computes the next record of a unit from its record, its unit file, the fleet's reports, an order and the time.
+// It has no side effects, and the same Situation gives the same Transition. Once the record is written, Next is called
+// again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing, and Reason says
+// so.
 //
-// A new target goes to the canaries, bakes, waits for approval if that is configured, and then goes to as many
-// nodes at a time as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the
-// gates and keep the budget.
+// A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it goes to as many nodes
+// at a time as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the gates and
+// keep the budget.
 //
-// In flight are, each until its deadline: live nodes that were admitted and have yet to converge; nodes that may
-// still act on an earlier record, as their reports don't name the newest generation; and nodes that left in the
-// middle of a switch. The record doesn't apply to a node that comes back before there is room for it: see
-// Record.Joined. Pinned and held nodes don't count; if all nodes are, the rollout waits.
+// Three kinds of nodes are in flight, each node until its deadline. Live nodes that were admitted count until they
+// converge. Nodes that may still act on an earlier record count until their reports name the newest generation. Nodes
+// that left in the middle of a switch count until they are back. The record doesn't apply to a node that comes back
+// before there is room for it: see Record.Joined. Pinned and held nodes don't count; if all nodes are pinned or held,
+// the rollout waits.
 func Next(s Situation) Transition {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now

@@ -22,12 +22,12 @@ type Situation struct {
 	Record deployments.Record
 	// Nodes are the nodes that have an entry in status/ for the unit's role.
 	Nodes []Node
-	// Seen is since when Nodes have been read without a gap: while the store is away, no node can report. Zero:
-	// always. It is derived from elapsed time, so that setting the clock doesn't change it.
+	// Seen is the time since which the mirror has read Nodes without a gap; zero: always. While the store is away, no node
+	// can report. The mirror derives Seen from elapsed time, so that setting the clock doesn't change it.
 	Seen time.Time
-	// Left has a time for each node that left Nodes, as far as this mirror saw it, and is not back: when it left.
-	// Listed is since when this mirror has watched Nodes; zero: always. A node whose key in status/ was removed
-	// may still be alive, and act on the record.
+	// Left are the times at which this mirror saw nodes leave Nodes, for nodes that are not back. Listed is the time since
+	// which this mirror has watched Nodes; zero: always. A node whose key in status/ was removed may still be alive, and
+	// act on the record.
 	Left   []time.Time
 	Listed time.Time
 	// Pin is the unit's value in pins/; nil: this mirror does not read pins, and nodes follow them by themselves.
@@ -49,10 +49,10 @@ type Node struct {
 	// Gone is set if the node's session has ended: the node died, or is cut off. A node that deregistered isn't
 	// listed at all.
 	Gone bool
-	// GoneSince is when the mirror saw that, by its own clock; zero: unknown, or not gone.
+	// GoneSince is when the mirror saw the session's end, by its own clock; zero: unknown, or not gone.
 	GoneSince time.Time
-	// UnhealthySince is since when the mirror has seen that the unit is unhealthy or rolls back, by its own clock;
-	// zero: unknown, or neither.
+	// UnhealthySince is when the mirror first saw that the unit is unhealthy or rolls back on the node, by the mirror's
+	// own clock; zero: unknown, or the unit does neither.
 	UnhealthySince time.Time
 	// Started is when its agent started, by the node's clock; zero: unknown.
 	Started time.Time
@@ -112,8 +112,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 
 func (r *Ranks) forget() { r.known = nil }
 
-// update recomputes the ranks after the list of nodes changed. Both lists are mostly sorted. If one isn't, a known name
-// may be hashed once more.
+// update recomputes the ranks after the list of nodes changed. The old and the new list are mostly sorted by name. If
+// one isn't, a known name may be hashed once more.
 func (k *ranking) update(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0
@@ -154,8 +154,8 @@ type cause struct {
 	facts  deployments.Facts
 }
 
-// stateOf returns the state of the record in force. Times in the future come from a clock that was set back, or
-// from another mirror's: the rollout would wait for them, so they are replaced by now.
+// stateOf returns the state of the record in force. A time in the future comes from a clock that was set back, or from
+// another mirror's clock. The rollout would wait for that time, so stateOf replaces it by now.
 func stateOf(s Situation) state {
 	st := state{r: s.Record}
 	if st.r.Rollout == nil {
@@ -206,7 +206,7 @@ func (st state) frozen(in *inputs) state {
 	return st.because(deployments.ReasonFrozen, in.Freeze.Facts())
 }
 
-// wake schedules another call of Next at a time; zero: never.
+// wake schedules another call of Next at a time, unless an earlier call is scheduled. The zero time schedules none.
 func (st state) wake(at time.Time) state {
 	st.again = earlier(st.again, at)
 	return st

@@ -29,7 +29,7 @@ type SourceStatus struct {
 	Prefix string    `json:"prefix"`
 	From   string    `json:"from"` // one of: store, last known state, snapshot, nothing yet
 	Since  time.Time `json:"since,omitzero"`
-	// Error is why the view of the store may be out of date, and ErrorSince since when.
+	// Error is why the view of the store may be out of date, and ErrorSince is when that error began.
 	Error      string    `json:"error,omitempty"`
 	ErrorSince time.Time `json:"error_since,omitzero"`
 }

@@ -11,35 +11,36 @@ import (
 // summary counts the nodes of a record's rollout by what they report.
 type summary struct {
 	live, gone, pinned int
-	// followers are pinned nodes that go by themselves to the release that the record's own pin names. following
-	// are those of them that are not there yet.
+	// followers are pinned nodes that go by themselves to the release that the record's own pin names. following are the
+	// live followers that have yet to converge on it.
 	followers, following int
-	// away are gone nodes that did not run the target when they left. missing are gone nodes that did, are
-	// admitted, and have been gone for less than a deadline.
+	// away are gone nodes that had not converged on the target when they left. missing are gone canaries: they were
+	// admitted, had converged on the target, and have been gone for less than a deadline.
 	away, missing int
-	// awayUntil is when the last of the away nodes has been gone for a deadline: a dead node delays a rollout no
-	// longer than that. Zero: none.
+	// awayUntil is when the last of the away nodes has been gone for a deadline: a dead node delays a rollout no longer
+	// than that. It is zero if no node is away.
 	awayUntil time.Time
 	// nodes are the live nodes that take part, by rank.
 	nodes []place
-	// inflight are nodes that are changing, or may begin to at any time. pending are those of them that were told
-	// to change: they were admitted, or are no longer admitted on the way back.
+	// inflight are nodes that are changing, or may begin to at any time. pending are the nodes in flight that the rollout
+	// told to change: it admitted them or, in a rollback, admits them no longer. missing nodes are pending, too.
 	inflight, pending int
 	// failed are nodes on which the target failed; failure is the cause on one of them.
 	failed  int
 	failure deployments.Facts
-	// overdue are nodes in flight whose deadline has passed, and late the pending ones among them. due is when the
-	// next deadline passes; zero: never.
+	// overdue are nodes in flight whose deadline has passed. late are the pending ones among them, apart from stuck ones.
+	// due is when the next deadline passes; zero: never.
 	overdue, late int
 	firstLate     *Node
 	due           time.Time
-	// stuck is a node that was told to change, is past its deadline, and still serves its old release: it reports
-	// that it is healthy, or that it can't reach the storage. That is no failure of the release.
+	// stuck is a node that was told to change, is past its deadline, and still serves its old release. It reports that it
+	// is healthy, or that it can't reach the storage: that is no failure of the release.
 	stuck *Node
-	// setback is set if a pending node had been healthy, has its deadline still ahead, and does not boot.
+	// setback is set if a pending node runs a release and is not overdue, or if a canary is missing. In the rolling phase,
+	// a node that started since the bake began is no setback.
 	setback bool
-	// unlisted are nodes that had an entry and have none now: they may still act on the record. unlistedUntil is when
-	// they have certainly left the fleet.
+	// unlisted are nodes that had an entry and have none now: they may still act on the record. unlistedUntil is when the
+	// first of them stops counting.
 	unlisted      int
 	unlistedUntil time.Time
 	// waiting are nodes that came back, and would change if the record applied to them: see readmit.
@@ -55,8 +56,8 @@ type place struct {
 	replaced bool // it runs a target that was superseded
 	inflight bool
 	overdue  bool // it is in flight, and its deadline has passed
-	// outsideBudget is set if the node may be admitted, or go back, whatever the budget: it is there already, or the
-	// release failed on it.
+	// outsideBudget is set if the node may be admitted, or go back, even if the budget has no room. It is there already,
+	// or the release failed on it.
 	outsideBudget bool
 }
 
@@ -69,9 +70,10 @@ func (in *inputs) deadline() time.Duration {
 	return defaultDeadline
 }
 
-// due returns the deadline of a node in flight. It counts from the rollout's last step, or from a later boot or
-// departure of the node: otherwise a node that restarts late in a bake would be overdue at once. After an outage of the
-// store it counts from the end of the outage, because no node could report meanwhile.
+// due returns the deadline of a node in flight. It counts from the rollout's last step or, if that is later, from the
+// start of the node's agent. Otherwise a node that restarts late in a bake would be overdue at once. For a gone node it
+// counts from the node's departure, if that is known. After an outage of the store it counts from the end of the
+// outage, because no node could report meanwhile.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
@@ -86,8 +88,8 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
-// dueBack returns until when a node that is out of service counts as in flight, although the rollout doesn't wait for
-// it. The rollout's steps for other nodes don't prolong that.
+// dueBack returns the time until which a node that is out of service counts as in flight. The rollout doesn't wait for
+// the node, and the rollout's steps for other nodes don't prolong that time.
 func (in *inputs) dueBack(st state, n *Node) time.Time {
 	if n.Gone || n.UnhealthySince.IsZero() || n.UnhealthySince.After(in.Now) {
 		return in.due(st, n)
@@ -95,13 +97,13 @@ func (in *inputs) dueBack(st state, n *Node) time.Time {
 	return later(n.UnhealthySince, in.Seen).Add(in.deadline())
 }
 
-// shortList is how long a list of nodes must have been shorter than before until it is believed: old agents write
-// a deleted status key again within a minute.
+// shortList is how long a list of nodes must have been too short before the rollout believes it. Old agents take up to
+// a minute to write a deleted status key again.
 const shortList = 2 * time.Minute
 
-// unlisted returns how many nodes without an entry in status/ still take room in the budget, and when the first stops
-// to: a live node would have written its entry again by then. known is how many nodes there were before this mirror
-// began to watch.
+// unlisted returns how many nodes without an entry in status/ still take room in the budget. until is when the first of
+// them stops counting, as a live node would have written its entry again by then; zero: there are none. known is how
+// many nodes the unit had before this mirror began to watch.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	if in.Unit.Rollout == nil {
 		return 0, time.Time{}
@@ -120,15 +122,16 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	return nodes, until
 }
 
-// applies reports whether a record applies to a node: the node had joined when it was written, or nothing serves on it.
+// applies reports whether a record applies to a node. It does if the node had joined when the record was written, or is
+// idle: nothing serves there that a release would replace.
 func applies(r *deployments.Record, joined uint64, idle bool) bool {
 	return r.Joined == 0 || joined <= r.Joined || idle
 }
 
-// servesNothing reports whether nothing serves on a node that a release could replace.
+// servesNothing reports whether a node runs no release of the unit, and nothing else is known to serve at dest.
 func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
 
-// destUnknown reports whether something may serve on a node, as it hasn't looked yet.
+// destUnknown reports whether something may serve on a node because its agent has yet to examine dest.
 func destUnknown(u *deployments.UnitReport) bool { return servesNothing(u) && u.Want.IsZero() }
 
 // pinned reports whether a pin, not the record, decides for a node.
@@ -233,9 +236,9 @@ func summarize(in *inputs, st state) summary {
 	return v
 }
 
-// followsPin reports whether a pinned node goes by itself to the record's target, which a unit pin names: its
-// agent is too old to let the mirror roll pins out, or its node pin names the same release. The rollout waits for
-// it.
+// followsPin reports whether a pinned node goes by itself to the record's target, which a unit pin names. Either its
+// agent is too old to let the mirror roll pins out, or its node pin names the same release. The rollout waits for such
+// a node.
 func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 	return r.Pinned != nil && u.State != deployments.StateHeld && u.Want.Digest == r.Target.Digest
 }
@@ -280,7 +283,8 @@ func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware,
 	}
 }
 
-// countInFlight counts a node that is in flight until due, and reports whether that has passed.
+// countInFlight counts a node that is in flight until due. overdue reports whether due has passed; a pending node that
+// can't reach the storage is never overdue.
 func (v *summary) countInFlight(in *inputs, st state, n *Node, due time.Time, pending bool) (overdue bool) {
 	overdue = !in.Now.Before(due)
 	v.inflight++
@@ -403,8 +407,9 @@ func runsUnnamed(r *deployments.Record, u *deployments.UnitReport) bool {
 		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }
 
-// unconverged counts the nodes that don't run the target and whose failures were tolerated. Without a rollout they
-// would all try the target again at once.
+// unconverged returns how many live nodes without a pin serve something other than the target. When a rollout has
+// ended, these are the nodes whose failures it tolerated. Without another rollout they would all try the target again
+// at once. It returns 0 if the unit has no rollout.
 func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	if in.Unit.Rollout == nil {
 		return 0
