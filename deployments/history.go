@@ -104,9 +104,8 @@ func (h *History) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// MergePins removes from history the repeated mentions of a pin: each pin stays only in the entry of the
-// generation in which it began, with the end that the newest mention has. history is sorted newest first, and is
-// changed in place.
+// MergePins keeps each pin only in the entry of the generation in which it began, and removes its other mentions from
+// history. The pin's end is that of its newest mention. history is sorted newest first, and is changed in place.
 func MergePins(history []History) {
 	began := map[pastPinKey]*PastPin{}
 	for i := len(history) - 1; i >= 0; i-- {

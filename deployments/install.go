@@ -20,10 +20,10 @@ type RuleVars struct {
 	Node string
 }
 
-// ConsulRules returns the Consul ACL rules of a party, in HCL. The party is "agent", "bridge", "mirror",
-// "operator", "web", or "maintenance": what an agent needs besides, to switch its node's maintenance mode.
-// ConsulRules panics for another party, and if a variable that the rules need is missing or isn't a valid part of
-// a key: the rules would then be about other keys than meant.
+// ConsulRules returns the Consul ACL rules of a party, in HCL. The party is "agent", "bridge", "mirror", "operator",
+// "web" or "maintenance". The last one's rules let an agent switch its node's maintenance mode, in addition to its own
+// rules. ConsulRules panics for another party, and if a variable that the rules need is missing or isn't a valid part
+// of a key. The rules would then be about other keys than meant.
 func ConsulRules(party string, v RuleVars) string {
 	file, err := rules.ReadFile("consul/" + party + ".hcl")
 	if err != nil {

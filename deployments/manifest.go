@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy
-// unchanged, with three exceptions that are errors here: unknown fields, loops in templates, and a src without a
-// checksum. kedge publish or a person writes it; it is immutable once a pointer names its digest.
+// Manifest says what a release is and how it goes live. It is a superset of stretcher's manifest. Manifests of
+// stretcher deploy unchanged, unless they have unknown fields, loops in templates, or a src without a checksum: these
+// are errors here. kedge publish or a person writes a manifest; it is immutable once a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
 	// Created is when a signed release was made: a node with signers refuses a release below its version floor. Whole
@@ -103,8 +103,9 @@ func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Succ
 // Command is run by sh -c in a process group of its own.
 type Command struct {
 	Run string
-	// Timeout is when the command's whole process group is ended. Default: the manifest's commands.timeout, or
-	// else 10 minutes; a day in a manifest that has only stretcher's fields, as stretcher has no timeouts.
+	// Timeout is how long the command may run before its whole process group is ended. Default: the manifest's
+	// commands.timeout, or else 10 minutes; a day in a manifest that has only stretcher's fields, as stretcher has no
+	// timeouts.
 	Timeout time.Duration
 	// User is the user that the command runs as, by name or number; empty: the agent's.
 	User string
@@ -127,7 +128,7 @@ type Health struct {
 	Checks   []Check
 }
 
-// Check is one of its kinds: exactly one of HTTP, TCP, Exec, Systemd and Consul is set.
+// Check is a health check of one kind: exactly one of HTTP, TCP, Exec, Systemd and Consul is set.
 type Check struct {
 	HTTP *HTTPCheck
 	TCP  string // HOST:PORT that accepts a connection

@@ -57,15 +57,16 @@ func ParseTemplate(data []byte, url string) (*Manifest, error) {
 // variable is the placeholder for an unknown variable's value.
 const variable = "kedge-variable"
 
-// ManifestTraps lists what surprises people in a valid manifest, mostly in old ones of stretcher's. Variables are
-// treated as unknown.
+// ManifestTraps returns a warning for each part of a valid manifest that may surprise people, mostly in old ones of
+// stretcher's. Variables are treated as unknown.
 func ManifestTraps(data []byte) ([]Problem, error) {
 	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
 }
 
-// readManifest treats variables as unknown if env is nil. A condition that depends on one may then turn out either
-// way: the manifest is valid if it is valid for one of the outcomes.
+// readManifest parses a manifest, and also returns its traps (see ManifestTraps). If env is nil, variables are unknown,
+// and a condition that depends on one may turn out either way. The manifest is then valid if it is valid for one of the
+// outcomes that are tried.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
@@ -104,7 +105,7 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	return nil, nil, err
 }
 
-// maxOutcomes bounds how many combinations of a template's conditions are tried.
+// maxOutcomes bounds how many conditions of a template are tried as the only true one, besides all true and none true.
 const maxOutcomes = 16
 
 func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, error) {
@@ -149,8 +150,9 @@ var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
 
-// setTimeouts gives each command a timeout. stretcher has none, so its manifests get one so long that no command
-// that ends at all reaches it. kedge's own manifests get DefaultCommandTimeout.
+// setTimeouts gives a timeout to each command without one of its own: commands.timeout if that is given. Otherwise,
+// commands of kedge's own manifests get DefaultCommandTimeout. stretcher has no timeouts, so commands of its manifests
+// get stretchersTimeout, which no command reaches that ends at all.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false

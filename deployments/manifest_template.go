@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// maxActions bounds the number of {{ }} in a manifest, and maxBranch the bytes of each: the parser keeps some
-	// 2 kB of memory for an action, and nests by recursion.
+	// maxActions bounds the number of actions ({{ }}) in a manifest. The parser takes some 2 kB of memory for each, and
+	// recurses into nested ones.
 	maxActions = 2000
 	// maxWidth bounds widths and precisions in a format: a few bytes could ask for megabytes.
 	maxWidth = 1000
@@ -404,7 +404,8 @@ func format(values []any) (string, error) {
 	return fmt.Sprintf(layout, values[1:]...), nil
 }
 
-// compare compares values of one type. eq compares the first with each of the others.
+// compare returns the result of the comparison name, from eq to ge, of values of one type. eq reports whether the first
+// value equals one of the others.
 func compare(name string, values []any) (bool, error) {
 	order := func(a, b any) (int, error) {
 		switch x := a.(type) {
@@ -439,8 +440,8 @@ func compare(name string, values []any) (bool, error) {
 	return false, nil
 }
 
-// hide removes from problems whatever could reveal a variable's value: quotes of lines that contain such a value,
-// and text that looks like a part of one.
+// hide replaces the messages of problems that could reveal a variable's value. These are messages about a line with
+// such a value, and those that contain what looks like a part of one.
 func (e expansion) hide(problems Problems) {
 	if len(e.values) == 0 {
 		return
@@ -470,8 +471,8 @@ func (e expansion) hide(problems Problems) {
 	}
 }
 
-// gramsOf yields each run of four letters or digits of a text. Comparing by these, quoting, escapes and cuts hide
-// no part of a value.
+// gramsOf yields each run of four letters or digits of a text, as if it had no other characters. A comparison by these
+// runs finds a part of a value even if that was quoted, escaped or cut.
 func gramsOf(s string) func(yield func(string) bool) {
 	const n = 4
 	plain := strings.Map(func(c rune) rune {

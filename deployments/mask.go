@@ -19,8 +19,8 @@ const maskText = "***"
 // errors. A nil Mask and the zero Mask hide nothing.
 type Mask struct{ replacer *strings.Replacer }
 
-// NewMask returns a Mask of the values. It hides them also if they are quoted, escaped for a URL, or cut into
-// lines.
+// NewMask returns a Mask that hides the values, also if they are quoted, escaped for a URL, or cut into lines. It
+// returns nil if no value is long enough to be hidden.
 func NewMask(values []string) *Mask {
 	var forms []string
 	add := func(s string) {
@@ -61,9 +61,9 @@ func (m *Mask) Text(s string) string {
 	return m.replacer.Replace(s)
 }
 
-// maskedValues returns the values to mask in what was made of m: those of variables whose names say that they are
-// secret, and those that go into commands. A value that dest, src or the like show anyway is not masked, nor is a
-// common word.
+// maskedValues returns the values that a Mask has to hide for the manifest m. Variables whose names say that they are
+// secret have such values, and so do variables that go into commands. A value that dest, src or the like show anyway is
+// not masked, nor is a common word.
 func maskedValues(values []variableValue, m *Manifest) []string {
 	var shown, run strings.Builder
 	fmt.Fprintln(&shown, m.Name, m.Version, m.Src, m.Dest, m.Owner, strings.Join(m.Shared, " "))

@@ -21,7 +21,7 @@ type FreezeWindow struct {
 }
 
 const (
-	// maxWindows and maxWindowBytes bound the windows that mirror/state tells: the value holds other things as well.
+	// maxWindows and maxWindowBytes bound the freeze windows in mirror/state, as its value holds other things as well.
 	maxWindows     = 100
 	maxWindowBytes = 32 << 10
 	// maxWindowText bounds a window's name, and its reason, in bytes.
@@ -55,8 +55,8 @@ func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 	return told, 0
 }
 
-// Freeze returns the window as kedge.yaml would be read. The error says why this version can't: the window is one of a
-// newer mirror, or somebody else wrote it.
+// Freeze returns the window as Load reads it from kedge.yaml. It returns an error if this version can't read the
+// window, because a newer mirror or somebody else wrote it.
 func (w FreezeWindow) Freeze() (Freeze, error) {
 	f := Freeze{Name: w.Name, Kind: FreezeDeny, Zone: time.UTC, Units: w.Units, Running: w.Running, Reason: w.Reason}
 	if w.Allow != "" {
@@ -82,8 +82,8 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 	return f, nil
 }
 
-// Freezes returns the windows that mirror/state tells, and how many more there are: those that it leaves out, and
-// those that this version can't read.
+// Freezes returns the windows in mirror/state. more is how many windows it lacks: those that mirror/state leaves out,
+// and those that this version can't read.
 func (s MirrorState) Freezes() (all []Freeze, more int) {
 	for _, w := range s.Freeze[:min(len(s.Freeze), maxWindows)] {
 		if f, err := w.Freeze(); err == nil {

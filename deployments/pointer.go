@@ -93,8 +93,8 @@ func ParsePointer(text string) (Pointer, error) {
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
 
-// PlainURL returns a URL as kedge writes it: spaces escaped, and no host in file://. People, and stretcher's
-// manifests, write both.
+// PlainURL returns a URL as kedge writes it: with spaces escaped, and without a host in file://. People, and
+// stretcher's manifests, also write plain spaces and file://localhost/.
 func PlainURL(s string) string {
 	s = strings.ReplaceAll(s, " ", "%20")
 	if path, ok := strings.CutPrefix(s, "file://localhost/"); ok {
@@ -138,8 +138,8 @@ func IsLocalURL(u *url.URL) bool {
 }
 
 // IsLocalAddress reports whether an address is this machine's own, or serves this machine alone, as clouds serve an
-// instance's credentials: loopback, unspecified, link-local, and those of cloudLocal. An IPv4 address counts in each
-// form that IPv6 has for it.
+// instance's credentials. Such addresses are loopback, unspecified, link-local, or among cloudLocal. An IPv4 address
+// counts in each form that IPv6 has for it.
 func IsLocalAddress(ip netip.Addr) bool {
 	ip = ip.Unmap().WithZone("")
 	if b := ip.As16(); nat64.Contains(ip) {

@@ -2,8 +2,8 @@ package deployments
 
 import "maps"
 
-// Reason is a code that says why a decision, a rollout, a report or a refusal is as it is. Code branches on it;
-// package fleet makes the words for people from it and its Facts. Codes are CamelCase, as the reasons of
+// Reason is a code that says why a decision, a rollout, a report or a refusal is as it is. Code branches on it; package
+// message (in sync/fleet) makes words for people from it and its Facts. Codes are CamelCase, as the reasons of
 // Kubernetes' conditions, and never change their meaning.
 type Reason string
 
@@ -54,7 +54,7 @@ const (
 // Reasons for which an order changes nothing.
 const (
 	ReasonUnknownOrder    Reason = "UnknownOrder"
-	ReasonNotSeenYet      Reason = "NotSeenYet" // the rollout that it was given for was replaced
+	ReasonNotSeenYet      Reason = "NotSeenYet" // the rollout that the order was given for was replaced
 	ReasonRollingBack     Reason = "RollingBack"
 	ReasonNothingUnderWay Reason = "NothingUnderWay"
 	ReasonPausedAlready   Reason = "PausedAlready"

@@ -129,7 +129,7 @@ const (
 	PhaseCanary          Phase = "canary"           // the canaries go first, and bake
 	PhasePendingApproval Phase = "pending-approval" // baked; waits for promote
 	PhaseFrozen          Phase = "frozen"           // has yet to start: waits for a freeze window to end
-	PhaseRolling         Phase = "rolling"          // the rest goes, max_unavailable at a time
+	PhaseRolling         Phase = "rolling"          // the other nodes follow, within max_unavailable
 	PhasePaused          Phase = "paused"           // by an operator, or by on_failure: pause
 	// PhaseRollingBack goes back to Stable without gates: the cutoff shrinks from all nodes to none. A node at or
 	// below it that runs Target, or one of Superseded, keeps that until its turn; every other node runs Stable.

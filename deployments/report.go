@@ -46,11 +46,11 @@ type UnitReport struct {
 	Staged Digest `json:"staged,omitzero"`
 	// Quarantined are the digests that failed after the switch on this node, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
-	// Failed is the release of Want if it failed here, isn't tried again, and what the node went back to does not
-	// serve yet: State is StateSwitching or StateUnhealthy.
+	// Failed is the digest of Want if that release failed here and isn't tried again. It is set until what the node went
+	// back to serves: State is StateSwitching or StateUnhealthy.
 	Failed Digest `json:"failed,omitzero"`
 	// RollingBack is set while the node goes back from a release that failed here, until what it goes back to serves.
-	// Want may be either by then.
+	// Meanwhile Want may name the release that failed or the one that the node goes back to.
 	RollingBack bool `json:"rolling_back,omitempty"`
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
@@ -108,7 +108,7 @@ type State string
 
 const (
 	StateConverged   State = "converged"   // runs what it should, and is healthy
-	StateWaiting     State = "waiting"     // another unit of After first, or nothing desired yet
+	StateWaiting     State = "waiting"     // waits for another unit of After, or no release is desired yet
 	StateFetching    State = "fetching"    // fetching and verifying
 	StateSwitching   State = "switching"   // from drain to the end of the health checks
 	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): it tries again by itself

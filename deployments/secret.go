@@ -98,7 +98,8 @@ func CheckSecretPrefix(s string) error {
 	return nil
 }
 
-// Within returns the entry of an allow-list that equals the reference or is its first whole path segments.
+// Within returns the entry of an allow-list that equals the reference or is its first whole path segments, and whether
+// there is one.
 func (r SecretRef) Within(allowed []string) (entry string, ok bool) {
 	for _, a := range allowed {
 		rest, begins := strings.CutPrefix(string(r), a)

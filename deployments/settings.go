@@ -28,7 +28,8 @@ type Settings struct {
 	Drift   Drift
 }
 
-// OfStage returns the value of a setting for a stage: the stage's own, or else that of "*".
+// OfStage returns the value of a setting for a stage: the stage's own, or else that of "*". set reports whether there
+// is one.
 func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
 	if value, set = by[stage]; !set {
 		value, set = by["*"]
@@ -39,7 +40,8 @@ func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
 // Freeze is a window of time in which rollouts may, or may not, start.
 type Freeze struct {
 	Name string
-	// Kind is deny or allow. A unit that any allow window covers may start only inside one. Deny wins.
+	// Kind is deny or allow. Rollouts of a unit that allow windows cover may start only inside such a window. A deny
+	// window takes precedence over allow windows.
 	Kind FreezeKind
 	// Cron is when the window begins: five fields, in Zone. Duration is its length.
 	Cron     string

@@ -33,7 +33,7 @@ func (r *reader) rollout(n ast.Node, to *Rollout) {
 	})
 }
 
-// asUnavailable refuses 0: a rollout that may touch no node would never end.
+// asUnavailable parses max_unavailable, and refuses 0: a rollout that may touch no node would never end.
 func asUnavailable(s string) (Amount, error) {
 	a, err := asAmount(s)
 	if err == nil && a.N == 0 {
@@ -74,7 +74,8 @@ func asPercent(s string) (int, error) {
 	return int(n), nil
 }
 
-// byStage reads a mapping whose keys are stages, or "*" for every other stage. Errors show like as an example.
+// byStage returns a function that reads a mapping into *to. Its keys are stages, or "*" for every other stage. Errors
+// show the text in like as an example.
 func byStage[T any](
 	r *reader,
 	field string,
@@ -111,7 +112,8 @@ func byStage[T any](
 	}
 }
 
-// listOf reads a list of bounds. An empty list is an error, as it could mean everything or nothing.
+// listOf returns a function that reads a list of bounds. An empty list is an error, as it could mean everything or
+// nothing.
 func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]string, bool) {
 	return func(n ast.Node) ([]string, bool) {
 		before := len(r.problems)
@@ -128,7 +130,7 @@ func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]str
 	}
 }
 
-// oneOf reads a single value.
+// oneOf returns a function that reads a single value.
 func oneOf[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
 	return func(n ast.Node) (value T, ok bool) {
 		before := len(r.problems)

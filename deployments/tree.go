@@ -20,8 +20,8 @@ type Tree struct {
 	Units []Unit
 }
 
-// Warnings returns, in words, the units that no node would run though they are valid: a node leaves out the units
-// of a role beyond MaxRoleUnits.
+// Warnings returns a message for each role that has more than MaxRoleUnits units. These units are valid, but a node
+// leaves out those beyond that number.
 func (t *Tree) Warnings() (words []string) {
 	units := map[RoleID]int{}
 	for _, u := range t.Units {
@@ -76,7 +76,7 @@ const (
 	// name each other in many places could expand without end.
 	MaxFiles  = 200_000
 	maxNested = 50
-	// maxTreeProblems is after how many problems reading ends: some take half a second each to find.
+	// maxTreeProblems is the number of problems at which reading ends, as it can take half a second to find one.
 	maxTreeProblems = 1000
 )
 
@@ -228,7 +228,7 @@ func (l *loader) hidesUnits(name string) (found bool) {
 	return found
 }
 
-// read returns a file's bytes. A file that is too large is a problem.
+// read returns a file's bytes. If the file is too large or not a regular one, read notes a problem and returns nil.
 func (l *loader) read(name string) ([]byte, error) {
 	info, err := fs.Stat(l.fsys, name)
 	if err != nil {

@@ -24,8 +24,8 @@ type reader struct {
 	file string
 	// open: variables with unknown values may stand in the text; values that contain one aren't checked.
 	open bool
-	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x-
-	// are ignored, as people keep anchors in them.
+	// lax: a field without a value counts as left out, and anchors and aliases are read. Fields that begin with x- are
+	// ignored, as people keep anchors in them.
 	lax      bool
 	anchors  map[string]ast.Node
 	aliases  int // how many aliases were followed
@@ -98,8 +98,8 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 }
 
 const (
-	// maxDepth bounds nesting, as the parser recurses. maxKeys bounds keys and items, and documents: the parser's
-	// time grows with their square, and is some 0.5 s at the bound.
+	// maxDepth bounds nesting, as the parser recurses. maxKeys bounds keys and items together, maxDocuments the documents.
+	// The parser's time grows with the square of their number, to some 0.5 s at the bound.
 	maxDepth     = 40
 	maxKeys      = 10_000
 	maxDocuments = 100
@@ -107,8 +107,8 @@ const (
 	maxProblems = 100
 )
 
-// shape returns upper bounds of how deep data is nested (judged by flow brackets, indentation and dashes), of how many
-// keys and items it has, and of how many documents.
+// shape returns upper bounds of the nesting depth of data, of its keys and items together, and of its documents. The
+// depth is judged by flow brackets, indentation and dashes.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
@@ -207,8 +207,9 @@ func (r *reader) err() error {
 	return r.problems
 }
 
-// fields reads a mapping: it calls for each key the function of that name. Unknown and duplicate keys are noted,
-// and keys without a value.
+// fields reads a mapping: it calls for each key the function of that name in known. It notes unknown and duplicate keys
+// and, unless the reader is lax, keys without a value. seen has the keys that were read; what names the mapping in
+// errors.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)

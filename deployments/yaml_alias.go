@@ -4,7 +4,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// maxAliases bounds how often a document's aliases are followed: each may stand for the whole of it.
+// maxAliases bounds how often a document's aliases are followed, as each may stand for most of the document.
 const maxAliases = 200
 
 // anchorFinder collects the document's anchors. It notes an alias before its anchor, and a name used by two

@@ -2,8 +2,9 @@ package kv
 
 import "bytes"
 
-// Parsed caches the parsed values of a watch, by key, so that each view parses only the values that changed. A token
-// can write keys by the ten thousand, and each change of one brings them all. The zero value is ready.
+// Parsed caches the parsed values of a watch, by key, so that each view parses only the values that changed. A change
+// of one key brings a view of all, and whoever may write keys can write tens of thousands. The zero value is ready to
+// use.
 type Parsed[T any] map[string]*parsedValue[T] // references, as each view makes another map
 
 type parsedValue[T any] struct {
@@ -12,8 +13,8 @@ type parsedValue[T any] struct {
 	err    error
 }
 
-// Next returns a parser for the entries of the watch's next view, and the map that it fills. size is about how many
-// entries there are. Keys that the parser isn't called for are dropped.
+// Next returns the cache for the watch's next view, and a function that parses the view's entries and fills that cache.
+// size is about how many entries there are. The cache drops keys for which the function isn't called.
 func (p Parsed[T]) Next(size int, parse func(value []byte) (T, error)) (Parsed[T], func(Entry) (T, error)) {
 	next := make(Parsed[T], size)
 	return next, func(e Entry) (T, error) {

@@ -44,7 +44,7 @@ var (
 	ErrNotFound = errors.New("no such key")
 	ErrConflict = errors.New("the key was changed meanwhile")
 	ErrDenied   = errors.New("permission denied")
-	ErrNoFolder = errors.New("no such folder") // an ErrDenied, or perhaps a store that is still empty
+	ErrNoFolder = errors.New("no such folder") // an ErrDenied: no right to read the folder key, or no mirror has made it
 	// an ErrNoFolder, but the token may read the folder: for messages
 	ErrEmpty       = errors.New("the folder holds no key yet")
 	ErrUnavailable = errors.New("the store is unavailable")
@@ -86,7 +86,7 @@ type View struct {
 	Since time.Time
 }
 
-// Op is one operation of a Commit. Make it with Put, Create, Replace, Delete, DeleteIf or Check.
+// Op is one operation of a Commit. Make it with Put, Create, Replace, Delete or DeleteIf.
 type Op struct {
 	Kind    OpKind
 	Key     string
@@ -125,10 +125,10 @@ type Store interface {
 	// if the token may read that key. More than MostListed is ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
-	// Watch calls f, one call at a time, with a first view as soon as there is one, and after every change of
-	// entries or Err, until ctx ends. If the store fails, the first view has Err and isn't Synced. Changes that
-	// come together may be seen as one: Watch tells state, not events. It returns ctx's error, or an error at once
-	// if no store could watch the prefix.
+	// Watch calls f with a first view as soon as there is one, and after every change of entries or Err, until ctx ends.
+	// One call ends before the next begins. If the store fails, the first view has Err and isn't Synced. Changes that come
+	// together may be seen as one: Watch tells state, not events. It returns ctx's error, or an error at once if no store
+	// could watch the prefix.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
 	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a
@@ -138,10 +138,10 @@ type Store interface {
 	// again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
-	// Lease waits until it holds the lease at key. holder is shown to people, as the field "holder" of the key's
-	// JSON value. Consul needs a ttl of at least 10 s, and takes up to 2 ttl, and 1 s of lock-delay, to give a
-	// dead holder's lease to another. Lease waits as long as the store is unavailable, but a missing permission is
-	// ErrDenied at once. A holder keeps the lease when ctx ends later.
+	// Lease waits until it holds the lease at key. holder is shown to people, as the field "holder" of the key's JSON
+	// value. Consul takes a ttl of 10 s to 24 h, and may take twice the ttl to give a dead holder's lease to another.
+	// Lease waits as long as the store is unavailable, but a missing permission is ErrDenied at once. A lease stays held
+	// when ctx ends later.
 	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
 
 	// Presence returns a Presence, which ties entries to the life of this process on the named node. It doesn't
@@ -160,9 +160,9 @@ type Store interface {
 	Close() error
 }
 
-// MaxList bounds what is read of one prefix, in bytes of memory, and MaxRoleList what is read of the records or the
-// pins of one role, as every agent does. Whoever may write keys could otherwise end the processes that list them. The
-// reports of 10,000 nodes of 10 units take some 40 MiB, 50,000 pins of nodes some 30 MiB.
+// MaxList bounds what is read of one prefix, in bytes of memory. MaxRoleList bounds what is read of the records or the
+// pins of one role, as every agent does. Without bounds, whoever may write keys could exhaust the memory of the
+// processes that list them. The reports of 10,000 nodes of 10 units take some 40 MiB, 50,000 pins of nodes some 30 MiB.
 const (
 	MaxList     = 128 << 20
 	MaxRoleList = 32 << 20
@@ -178,8 +178,8 @@ func MostListed(prefix string) int {
 	return MaxList
 }
 
-// Size returns what an entry takes in memory, in bytes. For a pin that includes what a mirror makes of it:
-// however short its value is, some hundred bytes.
+// Size returns an estimate of an entry's memory, in bytes. For a pin that includes 256 bytes for what a mirror makes of
+// the pin, however short its value is.
 func (e Entry) Size() int {
 	size := 128 + len(e.Key) + len(e.Value) + len(e.Session)
 	if strings.HasPrefix(e.Key, PinsPrefix) {
@@ -202,9 +202,9 @@ func (o Op) Cost() int {
 
 // Lease is held by one process at a time.
 type Lease interface {
-	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. It doesn't depend on the store's answers:
-	// a timer ends it at the latest one ttl after a renewal was due, so that a process that was suspended stops before it
-	// acts.
+	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. With Consul it ends even without an
+	// answer: at the latest one ttl after the last successful renewal was sent. So a process that was suspended stops
+	// before it acts.
 	Context() context.Context
 	// Release frees the lease for the next holder, at once.
 	Release(ctx context.Context) error
@@ -217,10 +217,10 @@ type LeaseHolder struct {
 
 // Presence writes entries that show whether their writer lives: their Session is set as long as it does.
 type Presence interface {
-	// Join is Put, and returns a number that grows with each Join to any entry of the store: a list that shows the entry
-	// with the higher number shows the other, too. lost is closed once entries that the presence holds were lost or
-	// replaced, as when the node was cut off or a snapshot was restored. The numbers are void then, and each entry has to
-	// join again.
+	// Join is Put, and returns in since a number that grows with each Join to any entry of the store. A list that shows
+	// the entry with the higher number shows the other, too. lost is closed once entries that the presence holds were lost
+	// or replaced, as when the node was cut off or a snapshot was restored. The numbers are void then, and each entry has
+	// to join again.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
 	// Leave makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
 	// back soon.

@@ -16,9 +16,9 @@ type DamagedError struct {
 func (e *DamagedError) Error() string { return fmt.Sprintf("damaged, kept as %s: %v", e.Kept, e.Err) }
 func (e *DamagedError) Unwrap() error { return e.Err }
 
-// ReadState reads a JSON file of format 1. A file that doesn't parse, has another format, or is refused by check
-// (which may be nil) is renamed to end in .bad, so that it can be inspected, and the error is a *DamagedError: the
-// program goes on without the state. Any other error, such as fs.ErrNotExist, leaves the file where it is.
+// ReadState reads a JSON file of format 1. If the file doesn't parse, has another format, or is refused by check,
+// ReadState renames it to end in .bad, for inspection. The error is then a *DamagedError: the program goes on without
+// the state. Any other error, such as fs.ErrNotExist, leaves the file where it is. check may be nil.
 func ReadState[T any](path string, check func(T) error) (state T, err error) {
 	var none T
 	data, err := os.ReadFile(path)

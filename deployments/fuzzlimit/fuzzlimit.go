@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// Time is how much of the processors one input may take.
+	// Time is how much processor time one input may take.
 	Time = 10 * time.Second
 	// Waiting is how long one input may take in wall-clock time. It is generous, as a parser may rarely get a processor on
 	// a busy machine. (go test -fuzz itself ends a worker that takes ten seconds of wall-clock time, with "hung or
@@ -21,8 +21,8 @@ const (
 	Memory = 256 << 20
 )
 
-// Run calls parse, and fails if that takes longer than Time or more than Memory: whoever can have data parsed must not
-// be able to take more. The failure names input.
+// Run calls parse, and fails the test if parse allocates more than Memory. It panics if parse takes longer than Time or
+// Waiting. Whoever can have data parsed must not be able to take more. The failure names input.
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()
@@ -36,8 +36,8 @@ func Run(t testing.TB, input any, parse func()) {
 	}
 }
 
-// guard calls late with the bound that was reached: busy, of processor time of the whole process, or waiting, of
-// elapsed time. Calling stop before ends the guard.
+// guard calls late with the bound that was reached: busy bounds the processor time of the whole process, waiting the
+// elapsed time. Calling stop before that ends the guard.
 func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop func()) {
 	begun, used := time.Now(), processorTime()
 	done := make(chan struct{})
@@ -62,7 +62,7 @@ func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop fun
 	return func() { timer.Stop(); close(done) }
 }
 
-// processorTime returns how much of the processors this process has taken.
+// processorTime returns the processor time that this process has taken so far.
 func processorTime() time.Duration {
 	var usage syscall.Rusage
 	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &usage) // never fails

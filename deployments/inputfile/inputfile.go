@@ -19,8 +19,8 @@ const (
 	pipeWithin = 10 * time.Second
 )
 
-// Read returns the content of a regular file of at most Max bytes. An error begins with the setting, such as a flag
-// or a variable, and names the file.
+// Read returns the content of a regular file of at most Max bytes; nil for /dev/null. An error begins with the setting,
+// such as a flag or a variable, and names the file.
 func Read(setting, path string) ([]byte, error) { return read(setting, path, regular) }
 
 // ReadOnce is Read for a file that is read only once: it also accepts a pipe, such as a shell's <(command).
@@ -42,7 +42,7 @@ func Check(setting, path string) error {
 	return err
 }
 
-// read reads a file if accept returns nil for what was opened.
+// read reads the file at path. accept returns an error for an opened file that must not be read.
 func read(setting, path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
 	if path == os.DevNull {
 		return nil, nil // the usual name for no content

@@ -12,13 +12,14 @@ type Handler struct {
 	change func(string) string
 }
 
-// NewHandler returns a Handler that passes records on to next after Clean.
+// NewHandler returns a Handler that applies Clean to every text of a record, and passes the record on to next.
 func NewHandler(next slog.Handler) Handler { return Handler{next, Clean} }
 
-// NewChanger returns a Handler that applies a function to every text of a record: its message and its attributes.
+// NewChanger returns a Handler that applies change to every text of a record, its message and its attributes, and
+// passes the record on to next.
 func NewChanger(next slog.Handler, change func(string) string) Handler { return Handler{next, change} }
 
-// Enabled returns what next's Enabled does.
+// Enabled reports whether next handles records at the level.
 func (h Handler) Enabled(ctx context.Context, level slog.Level) bool {
 	return h.next.Enabled(ctx, level)
 }

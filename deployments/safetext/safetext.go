@@ -31,7 +31,8 @@ func Clean(s string) string {
 	return kept + fmt.Sprintf("… [%d more bytes]", more)
 }
 
-// Clip returns the first most bytes of s, and says how many bytes were left out.
+// Clip returns s if it has at most most bytes. Otherwise it returns the beginning of s, and says how many bytes were
+// left out.
 func Clip(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -59,8 +60,8 @@ func Cut(s string, most int) string {
 	return Prefix(s, most-len("...")) + "..."
 }
 
-// Printable replaces with U+FFFD what is not UTF-8, characters that reorder or hide text, and control characters
-// but tabs and line ends.
+// Printable returns s with U+FFFD in place of invalid UTF-8, and of characters that reorder or hide text. Control
+// characters are replaced too, except tabs and line ends.
 func Printable(s string) string {
 	if strings.IndexFunc(s, hostile) < 0 && utf8.ValidString(s) {
 		return s

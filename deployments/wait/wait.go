@@ -30,8 +30,8 @@ func Jitter(d time.Duration, part float64) time.Duration {
 	return time.Duration(float64(d) * (1 - part + 2*part*rand.Float64()))
 }
 
-// Backoff computes the pauses between tries. Their average doubles from first to limit, and each is random between
-// nothing and twice the average, so that a fleet that failed together doesn't try again together.
+// Backoff computes the pauses between tries. Their average doubles from first to limit: see NewBackoff. Each pause is
+// random between nothing and twice the average, so that a fleet that failed together doesn't try again together.
 type Backoff struct {
 	pauses *backoff.ExponentialBackOff
 	tries  int
@@ -52,7 +52,7 @@ func (b *Backoff) Next() time.Duration {
 	return b.pauses.NextBackOff()
 }
 
-// Wait pauses for Next, as For does.
+// Wait pauses, as For does, for the duration that Next returns.
 func (b *Backoff) Wait(ctx context.Context) error { return For(ctx, b.Next()) }
 
 // Tries returns the number of pauses since the last Reset.
@@ -81,6 +81,6 @@ func (s Signal) Set() {
 // C receives one value for all calls of Set since the last one received.
 func (s Signal) C() <-chan struct{} { return s.c }
 
-// Rest returns how long to pause after recurring work that took the given time, so that the work takes at most a
-// twentieth of a core; never more than most.
+// Rest returns how long to pause after recurring work of the duration took. The pause is 20 times as long, so that the
+// work takes less than a twentieth of a core, but never longer than most.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }

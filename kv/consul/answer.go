@@ -16,9 +16,9 @@ import (
 // node's sessions.
 const maxAnswer = 16 << 20
 
-// answers is a transport that bounds what is read of Consul's answers: Consul's client would read each to its end. If a
-// request for a list of keys has a pairReader, the pairs go to that reader one by one, and the client gets an empty
-// list.
+// answers is a transport that bounds what is read of Consul's answers, as Consul's client would read any answer to its
+// end. If a request for a list of keys has a pairReader, the pairs go to that reader one by one. The client then gets
+// an empty list.
 type answers struct{ http.RoundTripper }
 
 func (a answers) RoundTrip(r *http.Request) (*http.Response, error) {

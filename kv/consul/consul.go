@@ -180,8 +180,8 @@ func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 type listing struct {
 	entries []kv.Entry // sorted
 	folders []string   // the folder keys below the prefix, sorted
-	// folder reports whether the prefix's own key is among them. If not, a missing key may be one that the token
-	// can't see, as Consul answers both alike.
+	// folder reports whether the answer has the prefix's own key. If not, a missing key may be one that the token can't
+	// see, as Consul answers both alike.
 	folder bool
 	// filtered reports whether Consul left out entries that the token may not read.
 	filtered bool

@@ -23,14 +23,14 @@ const (
 	// PresenceService is the service of a presence's process; its check shows that the process lives. The token
 	// needs service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
 	PresenceService = "kedge-agent"
-	// heartbeatMargin is how much earlier than its check's expiry a cut-off holder's lease ends.
+	// heartbeatMargin is how long before its check expires a holder that is cut off gives up its lease.
 	heartbeatMargin = time.Second
 )
 
 // heartbeatKind distinguishes the heartbeat of a lease from that of a presence.
 type heartbeatKind struct {
 	service, check string
-	// ttl is how long the process may be silent before the check fails. It sends a heartbeat every every.
+	// ttl is how long the process may be silent before the check fails, and every is the time between two heartbeats.
 	ttl, every time.Duration
 }
 
@@ -88,8 +88,8 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is how many heartbeats may reach an agent without the service. From then on the address counts as one
-// of several agents. A single one is an agent that restarted without its data.
+// maxStrayed is how many heartbeats must reach an agent that doesn't know the service before the address counts as one
+// of several agents. A single such heartbeat means an agent that restarted without its data.
 const maxStrayed = 2
 
 // errStrayed means that no session can depend on the check, as heartbeats don't reach it.
@@ -134,8 +134,8 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// session creates a session that also ends with the heartbeat. It tries for some time, as the Consul agent delays
-// telling the servers of a new check.
+// session creates a session that also ends with the heartbeat. It tries again for the time in while, as the Consul
+// agent delays telling the servers of a new check.
 func (h *heartbeat) session(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {

@@ -145,8 +145,8 @@ func (s *Store) awaitFree(ctx context.Context, key string) error {
 	}
 }
 
-// lease is a held key and the session that holds it. Consul's own Lock may take minutes to notice that its lock is
-// lost.
+// lease is a held key and the session that holds it. It is used instead of Consul's own Lock, which may take minutes to
+// notice that its lock is lost.
 type lease struct {
 	store   *Store
 	key     string // with the store's prefix
@@ -176,8 +176,8 @@ func (l *lease) left() time.Duration {
 	return left
 }
 
-// elapsed returns the time since a moment by the faster of both clocks: the monotonic one stands still while the
-// machine is suspended.
+// elapsed returns the time since a moment by the monotonic clock or by the wall clock, whichever shows more. The
+// monotonic clock stands still while the machine is suspended.
 func elapsed(since time.Time) time.Duration {
 	now := time.Now()
 	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))

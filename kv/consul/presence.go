@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	// presenceTTL is the TTL if the Consul agent runs on another machine, whose health says nothing about this
-	// one.
+	// presenceTTL is the TTL of a session that can't be tied to this node's health. Either the Consul agent runs on
+	// another machine, or the node has no health check.
 	presenceTTL = 30 * time.Second
 	// presenceLockDelay is practically none: the next holder of an entry is its own writer.
 	presenceLockDelay = time.Millisecond
@@ -262,9 +262,10 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions that earlier, killed processes of this name left, except the newest keep ones. Such
-// a session would live as long as the node, and so would its entries that this process doesn't write, such as those of
-// a role that the node had before. Another process of this name that is still alive opens a new session.
+// endEarlier destroys the sessions that earlier, killed processes of this name left, but keeps the newest ones, as many
+// as keep says. Such a session would live as long as the node. So would its entries that this process doesn't write,
+// such as those of a role that the node had before. Another process of this name that is still alive opens a new
+// session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {

@@ -13,8 +13,8 @@ import (
 	"kedge/kv"
 )
 
-// keep renews a session that has a TTL. It repairs the entries when the session or one of them is lost: the node was
-// taken for dead for a moment, or a snapshot was restored.
+// keep renews a session that has a TTL. It repairs the entries when the session or one of them is lost. That happens if
+// the node was taken for dead for a moment, or a snapshot was restored.
 func (p *presence) keep() {
 	defer close(p.done)
 	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
@@ -65,8 +65,8 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry returns when the entry or its holder is no longer as it was put, or after presencePoll; holds is set
-// if it still is. Its reads are stale ones, which repair confirms.
+// watchEntry waits until the value or the holder of an entry differs from what was put, at most for presencePoll. holds
+// reports whether both are still as they were put. The reads are stale ones, which repair confirms.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s := p.store
 	most := min(watchWait, s.presencePoll)
@@ -132,7 +132,7 @@ func (p *presence) holdsAll(session string) bool {
 	return !doubt
 }
 
-// watchTaken returns when an entry that another process had taken has no holder any more, or after takenPoll. When a
+// watchTaken waits until an entry that another process had taken has no holder any more, or for takenPoll. When a
 // second agent of this name ends, its entries are gone, and the first agent has to put them again soon.
 func (p *presence) watchTaken(key string) error {
 	var index uint64

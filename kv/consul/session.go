@@ -16,9 +16,9 @@ import (
 // errNoHealthCheck means that the local Consul agent's node has no serfHealth check to tie a session to.
 var errNoHealthCheck = errors.New("the node has no serfHealth check")
 
-// createSession creates a session with a TTL that depends on nothing else, or one without a TTL that is tied to
-// the health of the answering Consul agent's node. If that node has no health check, the session would live for
-// ever: the error is errNoHealthCheck.
+// createSession creates a session. With a TTL it depends on nothing else. Without one it is tied to the health of the
+// node whose Consul agent answers. If that node has no health check, the session would live for ever, and the error is
+// errNoHealthCheck.
 func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 		if e.TTL != "" {

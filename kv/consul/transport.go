@@ -69,8 +69,8 @@ type certificates struct {
 	failed bool        // the last read of the files failed
 }
 
-// checkFiles returns an error for a file that the configuration or the environment names for TLS and that can't be
-// read within bounds. The client reads them by their names.
+// checkFiles returns an error if a TLS file that the configuration or the environment names can't be read within the
+// bounds of inputfile. Consul's client then reads the files by their names, without bounds.
 func checkFiles(c api.TLSConfig) error {
 	for _, f := range []struct{ variable, file string }{
 		{api.HTTPCAFile, c.CAFile}, {api.HTTPClientCert, c.CertFile}, {api.HTTPClientKey, c.KeyFile},

@@ -23,7 +23,8 @@ type change struct {
 	Key    string
 	Value  []byte `json:",omitempty"`
 	Delete bool   `json:",omitempty"`
-	// Hold is the session that holds the key from now on. Unhold ends that. With neither it stays as it was.
+	// Hold is the session that holds the key from now on. Unhold takes the key from its holder. With neither, the holder
+	// stays as it was.
 	Hold   string `json:",omitempty"`
 	Unhold bool   `json:",omitempty"`
 	// Keep leaves the value alone.

@@ -49,7 +49,7 @@ func readValue(path string) (fileValue, error) {
 	return fileValue{value: value, version: max(h.Sum64(), 1), modTime: info.ModTime()}, nil
 }
 
-// find returns the file of a key that has a value.
+// find returns the path of a key's file, and whether the key has one.
 func (d *Store) find(key string) (string, bool) {
 	var in func(dir string, parts []string) (string, bool)
 	in = func(dir string, parts []string) (string, bool) {

@@ -16,8 +16,8 @@ import (
 // leasePoll is how often a holder checks its lease, and a waiting process checks whether the lease is free.
 const leasePoll = 200 * time.Millisecond
 
-// Lease is held until its process dies or releases it. A TTL would add nothing: a suspended process keeps its flock,
-// and every commit checks the flock.
+// Lease waits until it holds the lease at key. The holder keeps it until its process dies or releases it. ttl must be
+// positive, and has no other effect: a suspended process keeps its flock, and every commit checks the flock.
 func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	if err := backend.CheckKey(key); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)

@@ -10,8 +10,8 @@ import (
 	"kedge/deployments/wait"
 )
 
-// notifier forwards changes of a directory store to its watches by one inotify instance. The kernel allows a user
-// 128 instances in all.
+// notifier forwards changes of a directory store to all of its watches. It uses one inotify instance, as the kernel
+// allows a user only 128 of them.
 type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool

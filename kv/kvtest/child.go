@@ -46,7 +46,7 @@ func Main(m *testing.M, jobs map[string]Job) {
 	os.Exit(m.Run())
 }
 
-// LeaseJob acquires the lease of the store that open returns, and writes under it until that fails for good.
+// LeaseJob returns a Job that acquires the lease of the store that open returns, and writes under it until it is lost.
 func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])
@@ -74,7 +74,8 @@ func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	}
 }
 
-// PresenceJob holds an entry in the store that open returns, by the name in the second argument or "child".
+// PresenceJob returns a Job that holds an entry in the store that open returns. The node's name is the second argument,
+// or "child".
 func PresenceJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])

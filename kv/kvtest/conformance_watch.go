@@ -48,8 +48,8 @@ func testWatchExisting(t *testing.T, b Backend) {
 	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Synced && keysOf(v.Entries) == "d/k=1" })
 }
 
-// More below a role's prefix than is read is an error that names the prefix; what was known goes on to count, and other
-// prefixes are read.
+// testTooMuch tests a role's prefix below which there is more than is read. The error names the prefix, what was known
+// stays in the view, and other prefixes are read.
 func testTooMuch(t *testing.T, b Backend) {
 	if RaceDetector {
 		t.Skip("run it without the race detector, as .ci/test does: 32 MiB take too long to read with it")

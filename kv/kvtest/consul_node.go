@@ -43,8 +43,8 @@ func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	return n
 }
 
-// FreeAddr returns an address with a port that is free, of an IP address of this machine: nothing takes it until the
-// test's program listens there, as for the ports of a Consul node.
+// FreeAddr returns IP:PORT with a free port of ip, which is an address of this machine. The port is none that the
+// system gives to other programs by itself: see listenBelow.
 func FreeAddr(tb testing.TB, ip string) string {
 	tb.Helper()
 	l, err := listenBelow(ip)
@@ -55,8 +55,8 @@ func FreeAddr(tb testing.TB, ip string) string {
 	return l.Addr().String()
 }
 
-// listenBelow listens at a free port of an address, below those that the system gives to whoever asks for any port:
-// such a listener of all addresses would have the port too, while a program starts.
+// listenBelow listens at a random free port of ip, from 10,000 to 29,999. Linux takes ephemeral ports from 32,768 on by
+// default. One of those could be taken by a listener on all addresses while the test's program starts.
 func listenBelow(ip string) (l *net.TCPListener, err error) {
 	for range 20 {
 		port := 10_000 + rand.IntN(20_000)

@@ -38,15 +38,16 @@ func Faulty(s kv.Store) *FaultyStore {
 	return &FaultyStore{store: s, changed: make(chan struct{}), counts: map[string]int{}}
 }
 
-// FailWrites calls hook before each Commit and Put, which it numbers from 0, to ask when the write fails, with
-// ErrUnavailable; 0 lets the write pass. A nil hook lets all pass.
+// FailWrites makes the store call hook before each Commit, Put and Join, with the number of the write, from 0, and its
+// keys. hook returns when the write fails with ErrUnavailable; 0 lets the write pass. A nil hook lets all writes pass.
 func (f *FaultyStore) FailWrites(hook func(write int, keys []string) When) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook, f.n = hook, 0
 }
 
-// SetDown makes everything fail with err, including views, until it is called with nil. A lease that is held stays.
+// SetDown makes the store's calls and views fail with err, until SetDown is called with nil. Lease waits meanwhile. A
+// lease that is held stays, and so does a presence.
 func (f *FaultyStore) SetDown(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

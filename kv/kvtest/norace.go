@@ -2,5 +2,5 @@
 
 package kvtest
 
-// RaceDetector is set in tests that run with it.
+// RaceDetector reports whether the race detector is on.
 const RaceDetector = false

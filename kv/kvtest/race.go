@@ -2,5 +2,6 @@
 
 package kvtest
 
-// RaceDetector is set where reading 32 MiB of JSON takes longer than a request may.
+// RaceDetector reports whether the race detector is on. With it, reading 32 MiB of JSON takes longer than a request
+// may.
 const RaceDetector = true

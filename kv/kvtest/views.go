@@ -75,17 +75,17 @@ func Values(v kv.View) string {
 	return strings.Join(all, " ")
 }
 
-// Healthy reports whether a view is synced, is up to date and has these Values.
+// Healthy returns a function that reports whether a view is synced, is up to date and has these Values.
 func Healthy(values string) func(kv.View) bool {
 	return func(v kv.View) bool { return v.Synced && v.Err == nil && Values(v) == values }
 }
 
-// Troubled reports whether a view has these Values and an error of this kind.
+// Troubled returns a function that reports whether a view has these Values and an error of this kind.
 func Troubled(kind error, values string) func(kv.View) bool {
 	return func(v kv.View) bool { return errors.Is(v.Err, kind) && Values(v) == values }
 }
 
-// Held reports whether a view has these Values, the first held by a session.
+// Held returns a function that reports whether a view has these Values, and its first entry is held by a session.
 func Held(values string) func(kv.View) bool {
 	return func(v kv.View) bool {
 		return Values(v) == values && len(v.Entries) > 0 && v.Entries[0].Session != ""
@@ -162,7 +162,7 @@ func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View 
 	}
 }
 
-// Never fails the test if a view so far was bad.
+// Never fails the test if bad reports true for one of the views so far.
 func (w *Views) Never(t *testing.T, what string, bad func(kv.View) bool) {
 	t.Helper()
 	if i := slices.IndexFunc(w.All(), bad); i >= 0 {

@@ -15,8 +15,8 @@ import (
 
 // Config names a store. The zero value means Consul by its own environment variables, with kv.DefaultPrefix.
 type Config struct {
-	// URL is empty or "consul" for Consul by its environment variables (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …),
-	// or file://DIR for a watched directory, which is created if it is missing, unless Existing is set.
+	// URL is empty or "consul" for Consul by its environment variables (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …).
+	// file://DIR is a watched directory, which is created if it is missing, unless Existing is set.
 	URL string
 	// Prefix is the prefix of all keys in Consul; empty: kv.DefaultPrefix. A directory has none.
 	Prefix string

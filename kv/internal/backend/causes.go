@@ -5,9 +5,8 @@ import "strings"
 // maxCauses bounds how many causes of one outage are distinguished.
 const maxCauses = 8
 
-// Causes are the errors seen since the last success, so that each kind is logged once: an outage that begins with
-// a refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is
-// ready.
+// Causes are the errors seen since the last success, so that each kind is logged once. An outage that begins with a
+// refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is ready.
 type Causes map[string]bool
 
 // New reports whether err is the first of its kind since the last success. A nil err is a success. Numbers in its

@@ -31,7 +31,7 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 // View returns the current view.
 func (v *Viewer) View() kv.View { return v.view }
 
-// Set replaces the entries by sorted ones from an answer that proves absence too.
+// Set replaces the view's entries. entries are sorted, and come from an answer that proves that other keys are absent.
 func (v *Viewer) Set(entries []kv.Entry) {
 	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
 	v.view.Synced = true
