@@ -16,11 +16,12 @@ import (
 	"kedge/sync/fleet/reports"
 )
 
-// Assemble computes a Fleet from a store's entries; it ignores entries of other kinds. It is pure. Units that only
-// a pin or a report names are included.
+// Assemble computes a Fleet as of now from a store's entries; it has no side effects. A key that it can't parse becomes
+// one of the Errors. Units that only pins or reports name are included, up to a bound.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
 
-// assembler computes one Fleet after the other. It parses only those reports and pins that changed.
+// assembler computes one Fleet after the other from successive views of a store. It parses only those reports and pins
+// that changed.
 type assembler struct {
 	reports   reports.Reader
 	pins      kv.Parsed[deployments.Pin]
@@ -127,11 +128,11 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 	return u
 }
 
-// maxTold bounds the units of a role that are shown though only reports name them, as they were removed from Git:
-// a node's token can invent any number.
+// maxTold bounds, for each role, the units that are shown though only reports name them, and those that only pins name.
+// Such units were removed from Git, or invented: a token can write any number of them.
 const maxTold = 20
 
-// named adds a unit that a node's report names.
+// named adds a unit to told, with the node whose report names it, unless the unit is known already.
 func (a *assembly) named(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.told == nil {
@@ -141,8 +142,8 @@ func (a *assembly) named(id deployments.UnitID, node string) {
 	}
 }
 
-// overflow adds the units that only reports name, at most maxTold a role, and an error for the nodes that report
-// more.
+// overflow adds the units in told, at most maxTold of each role. For a role that has more it adds an error, with their
+// number.
 func (a *assembly) overflow() {
 	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.told), deployments.UnitID.Compare) {
@@ -160,12 +161,12 @@ func (a *assembly) overflow() {
 	}
 }
 
-// someKeys ends the key of an error that is about keys of a role. The error of the role's prefix itself says that the
-// prefix can't be read.
+// someKeys ends those keys of Fleet.Errors whose errors are about some keys of a role. A key that is the role's prefix
+// alone says that the prefix can't be read.
 const someKeys = "*"
 
-// takePins adds pins to their units, and at most maxTold units a role that only pins name: an operator's token can
-// invent any number.
+// takePins adds the pins to their units. Of the units that only pins name it adds at most maxTold for each role, as an
+// operator's token can invent any number. The other pins become an error, with their number.
 func (a *assembly) takePins() {
 	shown, more := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}
 	slices.SortFunc(a.pins, func(x, y keyed) int { return cmp.Compare(x.Key, y.Key) })
@@ -186,10 +187,11 @@ func (a *assembly) takePins() {
 	}
 }
 
-// maxUnitErrors bounds the error text kept with a unit, in bytes. Each error is listed under its key, too.
+// maxUnitErrors is the length of Unit.Error, in bytes, from which no further errors of node pins are added.
+// Fleet.Errors has each of them under its key, too.
 const maxUnitErrors = 4 << 10
 
-// badRole adds an error of a role's reports; the first of a kind stays.
+// badRole adds an error about a role's reports, unless the role has the same error already.
 func (a *assembly) badRole(role deployments.RoleID, err error) {
 	key := kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role) + someKeys
 	if was := a.fleet.Errors[key]; !strings.Contains(was, err.Error()) {
@@ -277,7 +279,8 @@ func (a *assembly) mirror(e kv.Entry) {
 	a.fleet.Mirror = &s
 }
 
-// assign counts the live nodes by their agent's version, and finds those that no unit is for.
+// assign sets Fleet.Agents, the number of live nodes by their agent's version, and Fleet.Unassigned, the live nodes
+// whose role has no unit.
 func (a *assembly) assign() {
 	used := map[deployments.RoleID]bool{}
 	for id, u := range a.units {
@@ -387,7 +390,8 @@ func (a *assembly) nodes(u *Unit) {
 	u.versions = reportedVersions(u.Nodes)
 }
 
-// converged reports whether a node reports what it should run. If nothing is desired, it is converged.
+// converged reports whether a node's report r says that the node does what d decides. A node that keeps what it runs
+// may also be waiting. It returns false if d is invalid, or if the node doesn't follow the current record.
 func converged(d policy.Decision, r deployments.UnitReport) bool {
 	switch {
 	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration: // it doesn't follow the current record

@@ -8,8 +8,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// comparedText returns how the tree at dest differed from a release, and what an observing node would do; empty:
-// no comparison was made.
+// comparedText returns in words how the tree at dest differed from the release, and what an observing node would do. It
+// is empty if there is nothing to say.
 func comparedText(r deployments.UnitReport) string {
 	c := r.Compared
 	if c == nil {

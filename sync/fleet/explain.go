@@ -24,7 +24,8 @@ type Decision struct {
 // Step is one line of a Decision's chain.
 type Step = deployments.StepStatus
 
-// Explain returns why a node runs what it runs of a unit.
+// Explain returns the decision that says what a node should run of a unit, with the steps that led to it. It is an
+// error if f doesn't have the unit, or the unit doesn't have the node.
 func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
@@ -46,7 +47,8 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	return d, nil
 }
 
-// Named returns the unit for a node's name and a unit's own name, as in web-1/app, if that is unambiguous.
+// Named returns the unit on a node whose own name is unit, as app in web-1/app. It is an error if the node has no such
+// unit, or several in different roles.
 func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	var found, others []string
 	var id deployments.UnitID
@@ -84,7 +86,7 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	return id, fmt.Errorf("no node %s has reported: there are %s", node, some(names))
 }
 
-// Unit returns a unit. The error names units with similar names.
+// Unit returns the unit with the given ID. If there is none, the error names a similar one, or those that there are.
 func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
 	if i < 0 {
@@ -124,7 +126,8 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	return u, &u.Nodes[j], nil
 }
 
-// storeStep returns which parts of the store could not be read, so that everything else may be wrong.
+// storeStep returns a step that says which parts of the store could not be read, as everything else may then be wrong.
+// The second result is false if all were read.
 func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -149,7 +152,7 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	}, len(says) > 0
 }
 
-// gitStep returns the mirror's state.
+// gitStep returns the step about Git: the commit that the mirror is at, and what is wrong with the mirror.
 func gitStep(f *Fleet) Step {
 	s := Step{What: "Git"}
 	m := f.Mirror
@@ -180,7 +183,8 @@ func gitStep(f *Fleet) Step {
 	return s
 }
 
-// turn returns a node's place in a rollout: the live nodes that follow the record go by rank.
+// turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted by rank, and go
+// back in reverse order. It is empty if the node has no place: it is gone, pinned, or was sent back already.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -292,7 +296,8 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	return s
 }
 
-// pastPin returns how many releases Git is ahead of the pin that decided for n, in words; empty: none.
+// pastPin returns in words how many releases Git is ahead of the pin that decided for n. It is empty if no pin did, or
+// if the number is unknown.
 func pastPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {

@@ -16,7 +16,7 @@ import (
 // NodeExplanation is the answer of kedge explain in words, for one unit on one node.
 type NodeExplanation struct {
 	Verdict string // what should run, and whether it does
-	// Notes are the reasons, and other facts about it.
+	// Notes are the decision's reason, and other facts about the unit on this node.
 	Notes []Note
 	// Trace lists the steps of the decision, in order.
 	Trace []Step
@@ -25,7 +25,8 @@ type NodeExplanation struct {
 	Gone   bool
 }
 
-// ExplainNode puts a decision of Explain or Local in words. Pointers in it are written in full: see Unit.Names.
+// ExplainNode puts a decision of Explain or Local in words. Pointers that occur in the texts are in full: Unit.Names
+// shortens them.
 func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (NodeExplanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
@@ -152,7 +153,8 @@ func summarize(u *Unit, n *Node, d Decision) string {
 
 func anyStep(Step) bool { return true }
 
-// mentions reports whether a step that some selects contains a text already.
+// mentions reports whether d's trace has a step that contains text, or what follows its first colon. It looks only at
+// steps for which some returns true.
 func mentions(d Decision, text string, some func(Step) bool) bool {
 	text = message.OneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix

@@ -19,8 +19,9 @@ type Release struct {
 	Pointer deployments.Pointer
 }
 
-// Releases returns the releases of a unit that the store knows, newest first, without duplicates: Git's, the
-// pin's, the history's, and those that nodes run. It skips a history that may not be read.
+// Releases returns the releases of a unit that the store knows, without duplicates. They are, in this order: Git's and
+// the record's, the pin's, the history's (newest first), and those that nodes run. It skips a history that may not be
+// read. An unknown unit is an error.
 func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Release, error) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
@@ -61,7 +62,8 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	return releases, nil
 }
 
-// FindRelease returns the one release of a unit, among those of Releases, that has a given version.
+// FindRelease returns the one release of a unit, among those of Releases, that has the given version. It is an error if
+// none or several have it.
 func FindRelease(
 	ctx context.Context,
 	store kv.Store,

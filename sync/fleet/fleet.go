@@ -32,9 +32,10 @@ type Fleet struct {
 	Unassigned []Unassigned `json:"unassigned"`
 	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
-	// unread are the prefixes that could not be read whole, sorted: the rest of the fleet is what could be read.
+	// unread are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer came
+	// in time.
 	unread []string
-	// late is that of unread that didn't come in time; empty: none.
+	// late is the one prefix in unread for which no answer came in time; empty: none.
 	late string
 }
 
@@ -44,9 +45,9 @@ var (
 	ErrLate   = errors.New("no answer came in time for the keys")
 )
 
-// Unread returns an ErrUnread that names the prefixes of which more is stored than is read, an ErrLate that names the
-// one that didn't come in time, or both: what they hold is missing in f or out of date. Nil: there are none. Errors
-// says more about each.
+// Unread returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read whole.
+// The error wraps ErrUnread and names the prefixes of which more is stored than is read. It wraps ErrLate and names the
+// prefix for which no answer came in time. f.Errors says more about each prefix.
 func (f *Fleet) Unread() error {
 	more := slices.DeleteFunc(slices.Clone(f.unread), func(prefix string) bool { return prefix == f.late })
 	unread := fmt.Errorf("%w below %s", ErrUnread, strings.Join(more, ", "))
@@ -83,7 +84,8 @@ type Unit struct {
 	Gone      int `json:"gone"`
 	// Error says why the record or a pin doesn't parse.
 	Error string `json:"error,omitempty"`
-	// versions are those that nodes report of their releases; nil: see Nodes.
+	// versions are the versions of releases, by digest, as nodes report them; nil: they have yet to be computed from
+	// Nodes.
 	versions map[deployments.Digest]string
 }
 
@@ -138,7 +140,8 @@ func (f Filter) takes(id deployments.UnitID) bool {
 		(f.Unit == "" || f.Unit == id.Unit)
 }
 
-// prefix returns the narrowest prefix of a kind's keys that has a folder key: only there is absence certain.
+// prefix returns the narrowest prefix to read for the filter that has a folder key: that of a role, or else kind.
+// Without a folder key, a missing key wouldn't be known to be absent.
 func (f Filter) prefix(kind string) string {
 	if f.Stage == "" || f.Role == "" {
 		return kind
@@ -166,17 +169,19 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 	return all
 }
 
-// kinds are the prefixes that a Fleet is read from, in an order that keeps it consistent: a mirror takes an order
-// in the transaction that obeys it, it writes its state with, or after, the records that the state is about, and a
-// node reports after it has read its record. The history of pinned units is read in addition.
+// kinds are the prefixes that a Fleet is read from; in addition, the history of pinned units is read. Their order keeps
+// the Fleet consistent. A mirror deletes an order in the transaction that obeys it. It writes its state together with,
+// or after, the records that the state is about. A node reports after it has read its record.
 var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
 // Read reads the fleet once, from the leader.
 //
-// If a part can't be read, or its folder is missing, as before any mirror has run, Errors says so. It is an error
-// if no part can be read. Of a part that holds more than is read, the roles that have a record are read one by one;
-// see Unread. A part that doesn't come in time is left out, and is in Unread, too, if the store answers another
-// question then. A second one is an error.
+// If a part of the store can't be read, as the token may not or no mirror has run yet, Errors says so. It is an error
+// if that holds for every part, unless the store is known to be empty.
+//
+// If a part holds more than is read at once, Read reads those roles that have a record one by one. A part for which no
+// answer comes in time is left out if the store answers another request then. Unread names such parts. A second late
+// part is an error, as is any other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
@@ -228,8 +233,8 @@ func answers(ctx context.Context, store kv.Store) bool {
 	return err == nil || errors.Is(err, kv.ErrNotFound) || errors.Is(err, kv.ErrDenied)
 }
 
-// lateError is the error of a prefix that didn't come in time, though the store answers. Mostly a gigabyte is stored
-// there, and Consul takes longer than the request may to make the answer.
+// lateError means that the answer for a prefix didn't come in time, though the store answers. Mostly a gigabyte is
+// stored there, and Consul takes longer to make the answer than the request may last.
 type lateError struct {
 	prefix string
 	err    error
@@ -241,8 +246,9 @@ func (e *lateError) Error() string {
 }
 func (e *lateError) Unwrap() error { return e.err }
 
-// byRole reads, of a kind of which too much is stored to be read at once, what belongs to the roles that have a
-// record among entries, up to kv.MaxList together. failed are the roles that can't be read, by prefix.
+// byRole reads the entries of a kind role by role, if they are too many to be read at once. It reads only roles that
+// have a record among entries, and up to kv.MaxList bytes. failed has the errors of the roles that can't be read, by
+// prefix; err is any other failure.
 func byRole(ctx context.Context, store kv.Store, kind string, entries []kv.Entry) (
 	read []kv.Entry, failed map[string]error, err error,
 ) {
@@ -283,7 +289,8 @@ func everyIs(errs map[string]error, target error) bool {
 	return true
 }
 
-// withErrors records why parts of the store can't be read, or may be out of date.
+// withErrors records in f why parts of the store can't be read or may be out of date, and returns f. trouble has the
+// errors by prefix; a nil error counts as none.
 func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 	for prefix, err := range trouble {
 		if err == nil {
@@ -314,7 +321,7 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 	return f
 }
 
-// watchPause is the least time between two calls of Watch's f. longestPause bounds it if calls take long.
+// watchPause is the least time between two calls of Watch's f, and longestPause the most after a call that took long.
 const (
 	watchPause   = 100 * time.Millisecond
 	longestPause = 5 * time.Second

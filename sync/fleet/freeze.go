@@ -22,8 +22,9 @@ func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 	return f.Mirror.Freezes()
 }
 
-// FreezeOf says that a unit's rollouts are frozen now, or when they will be next. Empty: not within FreezeAhead,
-// or the rollout is frozen and its reason says so.
+// FreezeOf returns a text that says until when a unit's rollouts are frozen, or when the next freeze begins. It is
+// empty if there is none within FreezeAhead. It is empty, too, if the unit's rollout is in phase frozen, as its reason
+// says the same.
 func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if u, err := f.Unit(id); err == nil && u.Record != nil && u.Record.Rollout != nil &&
 		u.Record.Rollout.Phase == deployments.PhaseFrozen {

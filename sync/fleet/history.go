@@ -65,8 +65,8 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 	return all
 }
 
-// gitAhead counts, for each release that a pin of u names or holds, how many others Git has named since. history
-// is the unit's, in any order.
+// gitAhead returns, for each release that a pin of u names or holds, how many other releases Git has named since that
+// one. A release that neither the record nor history names has no entry. history is that of u, in any order.
 func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil
@@ -89,8 +89,8 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	return counts
 }
 
-// namedByGit returns the release that Git names, from the target of a record, or of a past one: while a unit pin
-// is rolled out, the target is the pin's.
+// namedByGit returns the release that Git names. target and pinned are fields of a record, or of a history entry. While
+// a unit pin is rolled out, target is the pin's release, and pinned has Git's.
 func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployments.Pointer {
 	if pinned != nil {
 		return pinned.Target
@@ -124,7 +124,7 @@ func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running returns the releases that live nodes run.
+// running returns the releases of those live nodes that the function which selects.
 func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {

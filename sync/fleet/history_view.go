@@ -35,7 +35,8 @@ func HistoryRow(h deployments.History) []Text {
 	}
 }
 
-// PinOf returns the pin of all nodes that led to a generation, if one did: no commit asked for its release.
+// PinOf returns the pin of all nodes that led to generation h. ok is false if a commit led to it, or if h doesn't list
+// the pin.
 func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
 	if h.Pinned == nil {
 		return pin, false
@@ -48,7 +49,8 @@ func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
 	return pin, ok
 }
 
-// HistoryNotes returns what else led to a generation, and its pins and orders, oldest first.
+// HistoryNotes returns the lines to show below a generation: its note unless a pin says more, then its pins and orders,
+// oldest first. A last line says if the history has left some out.
 func HistoryNotes(h deployments.History) []Text {
 	type event struct {
 		at   time.Time

@@ -12,8 +12,9 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Local is Explain without the store, from the status of a node's own agent at a time. The steps named store say
-// how current the agent's view was. unit is UNIT, or ROLE/UNIT if several roles have one of that name.
+// Local is Explain without the store: it takes the decision from s, the status of a node's own agent, as of the time
+// at. It also returns the unit's ID, and a Fleet of this unit on this node. The steps named store say how current the
+// agent's view was. unit is UNIT, or ROLE/UNIT if several roles have a unit of that name.
 func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {

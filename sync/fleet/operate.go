@@ -67,7 +67,8 @@ func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error 
 	return fmt.Errorf("%s has no record, only nodes' reports: add %[1]s.yaml to Git", id)
 }
 
-// Unpin removes the pin of a unit, or of one of its nodes, and reports whether there was one.
+// Unpin removes the pin of a unit or, if node isn't empty, of that node. It reports whether there was one; false, too,
+// if the token may not read pins.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -176,15 +177,15 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 	return history, nil
 }
 
-// RollbackOptions are the other fields of a Rollback's pin.
+// RollbackOptions are the fields, apart from the release, of the pin that Rollback writes.
 type RollbackOptions struct {
 	Reason, By string
 	AtOnce     bool
 }
 
-// Rollback pins a unit to the last good release before the one that its pin, or else its record, names, and
-// returns the pin. It knows the releases of the record and the history. A release that a node has in quarantine,
-// or that was rolled back, isn't good.
+// Rollback pins a unit to the last good release before the one that its pin, or else its record, names, and returns the
+// pin. It chooses among the releases of the record and of the history. A release isn't good if a node has it in
+// quarantine, or if it failed and was not tried again later.
 func Rollback(
 	ctx context.Context,
 	store kv.Store,
@@ -219,7 +220,7 @@ func Rollback(
 	return pin, Pin(ctx, store, id, "", pin)
 }
 
-// lastGood returns the release for Rollback; it is pure.
+// lastGood returns the release that Rollback pins u to. It has no side effects.
 func lastGood(u *Unit, history []deployments.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
@@ -314,7 +315,8 @@ func some(names []string) string {
 	return strings.Join(names, ", ") + more
 }
 
-// Missing returns an error for what a filter names and the store doesn't know; nil: something matches.
+// Missing returns an error if f has no units because the store doesn't know what filter names; f was read with this
+// filter. It is nil if something matches, or if that is unknown.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) || len(f.unread) > 0 {
 		return nil

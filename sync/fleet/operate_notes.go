@@ -12,8 +12,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// PinNotes returns what an operator should know before pinning or unpinning a unit, or one of its nodes. atOnce is
-// the new pin's.
+// PinNotes returns what an operator should know before pinning or unpinning a unit or, if node isn't empty, that node.
+// atOnce is the AtOnce of the new pin. The result is nil if the fleet can't be read.
 func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
@@ -134,7 +134,8 @@ func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
 	return failed, stable
 }
 
-// Pinned says that orders have no effect on a unit because it is pinned; empty: it isn't.
+// Pinned returns a text that says that a unit is pinned, and how to unpin it. It is empty if no pin is in force, or if
+// that can't be read.
 func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {

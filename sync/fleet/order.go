@@ -68,8 +68,9 @@ var ErrNotTaken = errors.New("no mirror has taken the order")
 // orderPoll is how often Outcome checks whether an order was taken.
 const orderPoll = 50 * time.Millisecond
 
-// Outcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
-// SendOrder.
+// Outcome waits until the mirror has taken an order, and returns its effect in words. was is the result of SendOrder.
+// The error wraps ErrNotTaken if that takes longer than within, or if ctx ends first. It is an error, too, if the order
+// changed nothing.
 func Outcome(
 	ctx context.Context,
 	store kv.Store,
@@ -102,7 +103,8 @@ func Outcome(
 	}
 }
 
-// outcome returns the unit's state after an order was taken. was is its record from before.
+// outcome returns the unit's state in words after an order was taken. was is its record from before. It is an error if
+// the order changed nothing.
 func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {

@@ -33,7 +33,7 @@ var escapes = [...]string{
 
 const reset = "\x1b[0m"
 
-// Text is a text with its tone. It contains no control characters, wherever it came from.
+// Text is a text with its tone. It contains no control characters but line breaks, wherever it came from.
 type Text struct {
 	Text string
 	Tone Tone
@@ -59,8 +59,8 @@ func (p *printer) raw(line string) {
 // unbroken is a blank at which wrap doesn't break a line.
 const unbroken = "\x1f"
 
-// align formats rows as lines with aligned columns. If a line is wider than the terminal, its widest cells are
-// clipped, those of the columns in firm last.
+// align formats rows as lines with aligned columns, each line beginning with indent. If lines are wider than the
+// terminal, it clips the cells of the widest columns. Columns whose indexes are in firm are clipped last.
 func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	if len(rows) == 0 {
 		return nil
@@ -122,7 +122,8 @@ func columns(rows [][]Text) (wide []int, total int) {
 	return wide, total
 }
 
-// wrap writes head and text, and breaks full lines between words; further lines are indented.
+// wrap writes head and then text in tone s. It breaks lines that are too wide between words, and indents further lines
+// by indent columns.
 func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	column := width(head)
 	line, empty := head, true
@@ -175,8 +176,7 @@ func clip(text string, n int) string {
 	return string([]rune(text)[:max(0, n-1)]) + "…"
 }
 
-// CleanLines removes control characters, and those that change a line's direction, from a text, but keeps line
-// breaks.
+// CleanLines replaces control characters, and those that change a line's direction, by blanks, but keeps line breaks.
 func CleanLines(s string) string {
 	lines := strings.Split(s, "\n")
 	for i := range lines {
@@ -188,8 +188,8 @@ func CleanLines(s string) string {
 // Clean returns a text from an untrusted source as one line without control characters, of at most n columns.
 func Clean(s string, n int) string { return clip(message.OneLine(s), n) }
 
-// Wrap breaks each line of a text between words where it is full, and indents the rest by two more than the line.
-// Commands stay in one piece. A width of 0 changes nothing.
+// Wrap breaks the lines of text that are wider than width between words. It indents a line's further parts by two more
+// columns than the line, and doesn't break commands. A width of 0 changes nothing.
 func Wrap(text string, width int) string {
 	if width == 0 {
 		return text

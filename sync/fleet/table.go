@@ -110,7 +110,8 @@ func bar(n, all int) string {
 	return strings.Repeat("█", full) + strings.Repeat("░", long-full)
 }
 
-// unit writes the notes below a unit's row.
+// unit writes what belongs below a unit's row: its notes, and the nodes that need attention or, with opt.Nodes, all
+// nodes.
 func (p *printer) unit(f *Fleet, u *Unit) {
 	for _, n := range f.Notes(u) {
 		p.wrap("  "+p.paint(n.About.Tone, n.About.Text)+" ", 4, oneWord(n.Says.Text), n.Says.Tone)

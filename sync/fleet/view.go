@@ -18,8 +18,8 @@ type Note struct {
 	About, Says Text
 }
 
-// unavailable returns which parts of the store can't be read now, and why. Mostly that is the whole store, for one
-// reason.
+// unavailable returns the prefixes that can't be read because the store is unavailable, and the reason for the first of
+// them. Mostly these are all prefixes, for one reason.
 func unavailable(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
 		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
@@ -35,7 +35,8 @@ func unavailable(f *Fleet) (parts []string, why string) {
 	return parts, why
 }
 
-// lastKnown says which parts of a fleet may be out of date; empty: none.
+// lastKnown returns the prefixes below which f may be out of date or incomplete, and a text that says so. Both are
+// empty if there are none.
 func lastKnown(f *Fleet) (parts []string, text string) {
 	parts, why := unavailable(f)
 	var texts []string
@@ -49,7 +50,8 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	return append(parts, f.unread...), strings.Join(texts, "; ")
 }
 
-// LastKnown says which parts of f may be out of date or lacking because they can't be read now, and why; empty: none.
+// LastKnown returns a text that says which parts of f may be out of date or incomplete because they can't be read now,
+// and why. It is empty if there are none.
 func (f *Fleet) LastKnown() string {
 	_, text := lastKnown(f)
 	return text
@@ -58,7 +60,8 @@ func (f *Fleet) LastKnown() string {
 // maxFaults bounds the different errors listed for one kind of key, and the keys listed for one error.
 const maxFaults = 20
 
-// Faults returns the errors of f that belong to no unit.
+// Faults returns notes on the errors of f that belong to no unit, and on the live nodes for whose role there is no
+// unit.
 func (f *Fleet) Faults() (all []Note) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -118,7 +121,8 @@ func (f *Fleet) Faults() (all []Note) {
 // MirrorHasRun reports whether a mirror has ever taken a commit.
 func (f *Fleet) MirrorHasRun() bool { return f.Mirror != nil && f.Mirror.Head != "" }
 
-// MirrorNotes return the mirror's state, and then what is wrong with it. A text may have several lines.
+// MirrorNotes returns notes on the mirror: its state, the agents' versions if they differ, its error, and freeze
+// windows. A note's text may have several lines.
 func (f *Fleet) MirrorNotes() []Note {
 	about := Text{"mirror", Dim}
 	m := f.Mirror
@@ -155,7 +159,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	return append(all, f.freezeNotes()...)
 }
 
-// agentVersions returns how many live nodes run which version of the agent, most common first.
+// agentVersions returns in words how many live nodes run each version of the agent, the most common version first.
 func (f *Fleet) agentVersions() string {
 	all := 0
 	for _, n := range f.Agents {
@@ -220,8 +224,8 @@ func (f *Fleet) Row(u *Unit) []Text {
 	return []Text{{u.ID.String(), Bold}, target, u.runs(name), pin, state, phase}
 }
 
-// Attention returns the fleet without the units that run what they should everywhere and of which there is nothing to
-// remark, and how many those are.
+// Attention returns a copy of f with only those units that need attention, and how many units it left out. It leaves
+// out a unit without notes if every listed node that isn't gone is converged and has no problem.
 func (f *Fleet) Attention() (some *Fleet, fine int) {
 	copied := *f
 	copied.Units = slices.DeleteFunc(slices.Clone(f.Units), func(u Unit) bool {
@@ -298,8 +302,9 @@ func (u *Unit) RolloutReason() string {
 	return message.OneLine(message.Rollout(u.Record.Rollout))
 }
 
-// NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been
-// in that state. problem is what is wrong with it.
+// NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been in
+// that state. problem joins the node's error, its drift from the release, and how dest compares with the release. It is
+// empty if there is nothing to say.
 func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	r := n.Report
 	problem = message.OneLine(r.Error)
@@ -397,7 +402,8 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// gitStory returns how many releases Git is ahead of what a pin names, or holds on its nodes, in words.
+// gitStory returns in words how many releases Git is ahead of the release that pin names. For a hold pin it takes the
+// releases that the live nodes selected by holds run, and the largest number. It is empty if the number is unknown.
 func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	kept := []deployments.Pointer{pin.Release}
 	if pin.Hold {

@@ -22,12 +22,12 @@ var ErrRefused = errors.New("refused")
 
 // WaitOptions are the options of Wait.
 type WaitOptions struct {
-	// Commit is a hash, of which seven digits are enough: the mirror must have taken this commit, or one after it.
-	// Empty: any.
+	// Commit is the hash of a commit, or its first seven or more digits. Wait then also waits until the mirror has taken
+	// this commit or a later one. Empty: it waits for no commit.
 	Commit string
-	// Push leaves out units that Commit didn't change, even if they aren't converged.
+	// Push makes Wait ignore the units that Commit didn't change, even if they aren't converged.
 	Push bool
-	// Patience is how long the store may be unreachable without a break; 0: for ever.
+	// Patience is how long the store may stay unreachable before Wait gives up; 0: for ever.
 	Patience time.Duration
 	// Progress, if not nil, is called with what is missing whenever that changes.
 	Progress func(missing string)
@@ -35,8 +35,9 @@ type WaitOptions struct {
 
 // Wait waits until all live nodes of the selected units run what they should, and no rollout is under way.
 //
-// ErrRefused means that it can't succeed any more; kv.ErrUnavailable that the store was unreachable for longer
-// than Patience. When ctx ends, the error says what was still missing, and wraps ctx's.
+// An error that wraps ErrRefused means that waiting longer can't help. One that wraps kv.ErrUnavailable means that the
+// store was unreachable for longer than opt.Patience. If ctx ends, the error says what was still missing, and wraps
+// ctx.Err().
 func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
 	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push, before: map[nodeUnit]time.Time{}}
 	if w.commit != "" {
@@ -99,7 +100,8 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 	return err
 }
 
-// outage ends a wait once the store has been unreachable for limit. The time before the first answer counts.
+// outage ends a wait once the store has been unreachable for limit. Until its first answer the store counts as
+// unreachable.
 type outage struct {
 	timer   *time.Timer // nil: it may last for ever
 	limit   time.Duration
@@ -146,7 +148,7 @@ type waitError struct {
 func (e waitError) Error() string { return e.missing }
 func (e waitError) Unwrap() error { return e.err }
 
-// waiter is the state of Wait between two fleets that it checks.
+// waiter is the state that Wait keeps from one fleet that it checks to the next.
 type waiter struct {
 	filter Filter
 	commit string
@@ -154,8 +156,8 @@ type waiter struct {
 	taken  bool
 	head   *string // the first head that was seen
 	outage *outage
-	// before has the time at which nodes entered their state before a retry: such a state says nothing about the
-	// new try.
+	// before has, for the nodes of each unit with a pending order, when they entered their states (UnitReport.Since). A
+	// node that is still in that state says nothing about the order's effect.
 	before map[nodeUnit]time.Time
 }
 
@@ -167,8 +169,8 @@ type nodeUnit struct {
 // retryInterval is the time between two tries of a read that failed.
 const retryInterval = 500 * time.Millisecond
 
-// confirm checks a fleet that is read now. While the store is away it tries again, as no change may come that
-// would cause another try.
+// confirm reads the fleet anew, and returns the result of check. It repeats a read that failed after retryInterval, as
+// perhaps no change of the store will cause another check. If ctx ends, missing is the last read's error.
 func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
 	for {
 		f, err := Read(ctx, store, filter)
@@ -194,7 +196,7 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 	}
 }
 
-// check returns what is still missing, or an error if waiting longer can't help.
+// check returns what f still lacks, empty if the wait is over, or an error if waiting longer can't help.
 func (w *waiter) check(f *Fleet) (missing string, err error) {
 	if missing, err := w.checkHead(f); missing != "" || err != nil {
 		return missing, err
@@ -246,7 +248,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	return strings.Join(all, "; "), nil
 }
 
-// refusal returns what to add to "no such unit" if the newest commit was refused: the unit may be in it.
+// refusal returns a text to append to "no such unit" if the mirror refused the newest commit, which may have the unit.
+// Otherwise it is empty.
 func (f *Fleet) refusal() string {
 	if f.Mirror == nil || f.Mirror.Refused == "" {
 		return ""
@@ -254,7 +257,8 @@ func (f *Fleet) refusal() string {
 	return fmt.Sprintf("; the mirror refused %s: %s", short(f.Mirror.Refused), message.OneLine(f.Mirror.Error))
 }
 
-// checkHead returns what is missing until the mirror has taken the commit.
+// checkHead returns what is missing as long as the mirror has not taken w.commit. missing is empty once the mirror has
+// taken it, or if there is no commit to wait for. It is an error if the mirror refused the commit.
 func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil
@@ -291,8 +295,8 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 	return missing, nil
 }
 
-// older reports whether a unit's record was written before the commit. If Past doesn't reach back that far, that
-// is unknown.
+// older reports whether u has no record, or one that was written for a commit before w.commit. It returns false if that
+// is unknown, as when the mirror's Past doesn't reach back that far.
 func (w *waiter) older(f *Fleet, u Unit) bool {
 	if u.Record == nil {
 		return true // a removed unit goes on as it is
@@ -311,20 +315,24 @@ func (w *waiter) older(f *Fleet, u Unit) bool {
 	return false
 }
 
-// among reports whether a head with this Past descends from the commit.
+// among reports whether past lists w.commit. If past is a mirror's MirrorState.Past, its head then descends from the
+// commit.
 func (w *waiter) among(past string) bool {
 	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
 	})
 }
 
-// leapt reports whether the head changed during this wait to one whose Past doesn't reach back to the first head, so
-// that the commits between them are unknown. A head whose Past does reach back may have been pushed before the commit.
+// leapt reports whether the mirror's head has changed since w first saw it, and the new Past doesn't list that first
+// head. The commits in between are then unknown, and may include w.commit. If Past does list the first head, they are
+// known, and w.commit may yet come.
 func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
-// checkHopeless returns an error if no wait can bring a unit to what it should run.
+// checkHopeless returns an ErrRefused if a node has refused what u should run, or if the rollout was rolled back.
+// Waiting longer doesn't help then. While u has a pending order, it notes the nodes' states in w.before instead, and
+// returns nil.
 func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
@@ -355,8 +363,8 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	return nil
 }
 
-// rollout returns the rollout to wait for: a pin that nodes follow by themselves overrides it, and a permanently
-// stopped one is not waited for.
+// rollout returns the rollout of u that Wait waits for; nil: none. It is nil for an orphaned unit, whose rollout is
+// stopped for good, and while a pin is in force that nodes follow by themselves.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
 	if u.Record == nil || u.Pinned(now) && !policy.Paced(*u.Record, *u.Pin) || u.orphaned() {
 		return nil
@@ -364,8 +372,8 @@ func rollout(u *Unit, now time.Time) *deployments.Progress {
 	return u.Record.Rollout
 }
 
-// pending says that the mirror has yet to take a pin that it rolls out, or a pin's end; empty: it has. Until then
-// nodes run what they should by a record that is about to change.
+// pending returns a text if the mirror has yet to write a pin, or the end of a pin, into the record of u. Until then
+// nodes follow a record that is about to change. Empty: nothing is pending.
 func pending(u *Unit, now time.Time) string {
 	switch {
 	case u.Record == nil || u.orphaned():

@@ -2,8 +2,8 @@ package message
 
 import "kedge/deployments"
 
-// Hint returns what an operator can do about a reason, with the command to type; empty: nothing, or it goes on by
-// itself. node is empty if the reason is about the whole unit.
+// Hint returns what an operator can do about a reason, with the command to type; empty: nothing, or nothing is needed.
+// node is empty if the reason is about the whole unit.
 func Hint(id deployments.UnitID, node string, reason deployments.Reason) string {
 	unit := id.String()
 	switch reason {

@@ -12,8 +12,8 @@ import (
 	"kedge/deployments"
 )
 
-// texts has the words for each reason. {name} stands for a fact. A part in brackets is left out if one of its
-// facts is missing.
+// texts has the words for each reason that rolloutText doesn't have. {name} stands for a fact. A part in brackets is
+// left out if one of its facts is missing.
 var texts = map[deployments.Reason]string{
 	// of a rollout
 	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][, and {opens} opens][ ({reason})]",
@@ -114,7 +114,8 @@ var (
 	placeholder = regexp.MustCompile(`\{([a-z_]+)\}`)
 )
 
-// fill replaces the facts in a part of a text; empty: one is missing. A time is shown in minutes, in UTC.
+// fill returns a part of a text with each {name} replaced by the fact of that name; empty: a fact is missing. Times are
+// shown in UTC, to the minute.
 func fill(part string, facts deployments.Facts) string {
 	complete := true
 	text := placeholder.ReplaceAllStringFunc(part, func(name string) string {
@@ -128,7 +129,7 @@ func fill(part string, facts deployments.Facts) string {
 	return text
 }
 
-// minute formats a time in minutes, in UTC, and returns any other fact unchanged.
+// minute formats a time, in UTC and to the minute, and returns any other fact unchanged.
 func minute(fact string) string {
 	t, err := time.Parse(time.RFC3339, fact)
 	if err != nil {

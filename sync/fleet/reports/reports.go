@@ -12,9 +12,9 @@ import (
 	"kedge/kv"
 )
 
-// MaxRole bounds what is kept of the reports of one role: their units on all nodes, with the digests, paths and facts
-// that they list. Each takes some 430 bytes of memory, and perhaps 8 in the store. What kv.MaxList has room for are
-// some 30 units on each of 10,000 nodes.
+// MaxRole bounds how many items are kept of the reports of one role. Items are the units, on all nodes, and the
+// digests, paths, facts and logged errors that reports list. Each takes some 430 bytes of memory, and perhaps 8 in the
+// store. kv.MaxList has room for some 30 units on each of 10,000 nodes.
 const MaxRole = 500_000
 
 // ErrTooMuch is the error of a report that wasn't read, as other reports of its role fill MaxRole.
@@ -41,8 +41,9 @@ type sized struct {
 	size   int
 }
 
-// Read returns the reports among a view's entries, in their order. Beyond MaxRole it reads those of live nodes before
-// those of dead ones, and short ones before long ones: what a node says of some units is short.
+// Read returns the reports among a view's entries, in their order. If a role passes MaxRole, it reads reports of live
+// nodes before those of dead ones. It then reads short ones before long ones, as the report of a node with a few units
+// is short. The reports that it doesn't read have an ErrTooMuch.
 func (r *Reader) Read(entries []kv.Entry) []Report {
 	all := make([]Report, 0, len(entries))
 	for _, e := range entries {
@@ -68,8 +69,8 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 	return all
 }
 
-// read parses reports in the given order, of which it knows some from the view before. It returns false if a role
-// passes MaxRole: no more of that role's are read.
+// read parses reports in the given order, and takes those that haven't changed from was, the view before. It returns
+// false if a role passes MaxRole: that role's further reports get an ErrTooMuch.
 func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
 	known, parse := was.Next(len(order), parse)
 	sizes, full := map[deployments.RoleID]int{}, map[deployments.RoleID]error{}
@@ -106,7 +107,8 @@ func parse(value []byte) (sized, error) {
 	return sized{report, sizeOf(report)}, err
 }
 
-// sizeOf counts what a report lists: each takes more memory than it has bytes.
+// sizeOf returns the number of items that a report lists, which MaxRole bounds. It counts items and not bytes, as an
+// item may take more memory than it has bytes.
 func sizeOf(r deployments.Report) int {
 	n := len(r.Facts) + len(r.Units)
 	for _, u := range r.Units {
