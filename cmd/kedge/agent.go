@@ -144,7 +144,8 @@ finishes or takes back what it had begun.`,
 	return c
 }
 
-// override applies environment variables, then flags, over the file's settings, and notes in from which it took.
+// override replaces those of the file's settings that a flag or an environment variable gives; a flag wins. For each of
+// these it puts the name of the flag or the variable into the map from.
 func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	var errs []error
 	text := func(name string) (string, bool) {
@@ -238,7 +239,7 @@ func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	return errors.Join(errs...)
 }
 
-// runAgent runs the agent; file is the file that conf may have come from.
+// runAgent runs the agent until ctx ends. Errors about missing settings name file as a place for them.
 func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error {
 	log, err := a.logger()
 	if err != nil {
@@ -363,7 +364,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	return node.Run(ctx)
 }
 
-// completeHook completes the instance's lifecycle action in AutoScaling. If it can't, the agent runs nevertheless.
+// completeHook completes the instance's lifecycle action in AutoScaling. It only logs errors: the agent runs
+// nevertheless.
 func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {

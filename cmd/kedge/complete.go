@@ -25,7 +25,8 @@ const (
 	wantRelease        // a version of the unit that the first argument names, or hold
 )
 
-// completeArgs completes a command's arguments from the store: the first as want[0] says, and so on.
+// completeArgs makes the shell complete a command's arguments from the store: the first with names of kind want[0], and
+// so on. It completes --node, too, if the command has that flag. It returns c.
 func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 	c.ValidArgsFunction = func(cmd *cobra.Command, args []string, typed string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		if len(args) >= len(want) {

@@ -30,7 +30,8 @@ type agentConfig struct {
 	Node     string `yaml:"node"`
 	StateDir string `yaml:"state_dir"`
 	Listen   string `yaml:"listen"`
-	// ListenStatus is the address that serves to other machines what Listen serves to this one only.
+	// ListenStatus is the address that serves /status and /metrics to other machines. Listen serves them only if it is a
+	// loopback address.
 	ListenStatus string `yaml:"listen_status"`
 
 	Sources words `yaml:"sources"`
@@ -128,8 +129,8 @@ func checkAddress(address string) error {
 	return nil
 }
 
-// agentDefaults returns the settings that hold if neither file, environment nor flags set them. A zero has a
-// meaning: verify_every: 0s is never.
+// agentDefaults returns the settings that hold if neither file, environment nor flags set them. A zero doesn't mean
+// that a setting is missing: verify_every: 0s is never.
 func agentDefaults() agentConfig {
 	return agentConfig{
 		SnapshotMaxAge:   72 * time.Hour,
@@ -139,7 +140,7 @@ func agentDefaults() agentConfig {
 	}
 }
 
-// durationOf parses a duration. Its error has no position, as goccy would add.
+// durationOf parses a duration in YAML. Its error has no position, so configError adds the field's.
 func durationOf(d *time.Duration, text []byte) (err error) {
 	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
 	if *d, err = time.ParseDuration(s); err != nil || *d < 0 {
@@ -213,8 +214,8 @@ func (u *unitPatterns) parse(typed []string) error {
 
 const defaultAgentConfig = "/etc/kedge/agent.yaml"
 
-// readAgentConfig reads file, strictly, and adds to from where its settings stand. A missing default file is an empty
-// one; a missing named one is an error.
+// readAgentConfig reads file, strictly, and puts the place of each setting in it into the map from. If file is "", it
+// reads the default file, and returns the defaults if that is missing. A missing file that was named is an error.
 func readAgentConfig(file string, from origins) (agentConfig, error) {
 	c := agentDefaults()
 	name := file
@@ -281,8 +282,8 @@ func agentFields(yield func(string) bool) {
 	}
 }
 
-// otherVariables are the names beginning with KEDGE_ that are no field of agent.yaml: flags of all commands and of
-// the mirror, and variables that only the mirror reads.
+// otherVariables are the known variables that are no field of agent.yaml, in lower case and without KEDGE_. They are
+// those of other flags, and those that have no flag.
 var otherVariables = strings.Fields(
 	`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
 	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
@@ -294,7 +295,8 @@ var otherVariables = strings.Fields(
 // no effect, unlike KEDGE_DESTS.
 var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
-// checkVariables refuses unknown variables that begin with KEDGE_: a mistyped KEDGE_DEST would have no effect.
+// checkVariables returns an error for unknown variables that begin with KEDGE_: a mistyped KEDGE_DEST would have no
+// effect.
 func checkVariables(environment []string) error {
 	known := slices.Collect(agentFields)
 	known = append(known, otherVariables...)
@@ -323,8 +325,8 @@ func (a *app) warnOfVariables(environment []string) {
 	}
 }
 
-// unknownVariables yields the variables that begin with KEDGE_ and aren't known, and the known one that is meant, or
-// "".
+// unknownVariables yields the variables that begin with KEDGE_ and aren't known. meant is the known variable with a
+// similar name, or "".
 func unknownVariables(environment, known []string) iter.Seq2[string, string] {
 	return func(yield func(name, meant string) bool) {
 		for _, variable := range environment {
@@ -345,11 +347,11 @@ func unknownVariables(environment, known []string) iter.Seq2[string, string] {
 	}
 }
 
-// quoteHint says how to write texts that the parser can't tell from YAML.
+// quoteHint says how to write texts that YAML reads as something else.
 const quoteHint = `: put texts that contain a colon or a bracket in quotes, as in ["http://host:8080/"]`
 
-// configError adds to a mistake its place in a file, as FILE:LINE:COLUMN. An error without a place gets the
-// field's, if that is known.
+// configError adds to err its place in a file, as FILE:LINE:COLUMN. If err has no place, it adds that of field, if
+// given.
 func configError(file string, err error, field ...*token.Position) error {
 	var at yaml.Error
 	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {
@@ -378,7 +380,7 @@ func configError(file string, err error, field ...*token.Position) error {
 	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
-// list splits the text of a flag or variable at commas.
+// list splits the text of a flag or variable at commas and blanks.
 func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
@@ -399,7 +401,7 @@ func readMirrors(text string) (mirrorLists, error) {
 	return m, nil
 }
 
-// mirrors returns the typed mirrors, or an error if one is no URL.
+// mirrors returns the lists as object.Mirrors. It is an error if a text is no URL prefix, or a prefix has no mirror.
 func (m mirrorLists) mirrors() (object.Mirrors, error) {
 	out := object.Mirrors{}
 	for prefix, urls := range m {
@@ -408,7 +410,8 @@ func (m mirrorLists) mirrors() (object.Mirrors, error) {
 	return out, out.Check()
 }
 
-// byteRate parses a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000.
+// byteRate parses a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000. It returns 0, for no bound,
+// if s is empty or 0.
 func byteRate(s string) (int64, error) {
 	t := strings.ToLower(strings.ReplaceAll(strings.TrimSuffix(strings.TrimSpace(s), "/s"), ",", ""))
 	if t == "" || t == "0" {

@@ -61,7 +61,8 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain computes the answer for the arguments.
+// explain returns the decision for the command's arguments: about unit id on node, in fleet f. For UNIT alone it asks
+// the agent of this machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {
@@ -108,7 +109,8 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	return f, id, node, d, notFound(f, err)
 }
 
-// notFound adds to the error that something isn't in f that a part of f wasn't read.
+// notFound adds to err, which says that something isn't in f, that a part of f wasn't read. It returns err unchanged if
+// all was read.
 func notFound(f *fleet.Fleet, err error) error {
 	if unread := f.Unread(); err != nil && unread != nil {
 		return fmt.Errorf("%w; but %w", err, unread)
@@ -116,7 +118,8 @@ func notFound(f *fleet.Fleet, err error) error {
 	return err
 }
 
-// readToExplain reads a part of the fleet. If the store is away, the error says how to ask the node itself about unit.
+// readToExplain reads the part of the fleet that filter selects. If filter names a unit that doesn't exist, that is an
+// error. If the store is away, the error says how to ask the node itself about unit.
 func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit string) (*fleet.Fleet, error) {
 	store, err := a.quiet()
 	if err != nil {
@@ -136,7 +139,7 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit strin
 	return f, err
 }
 
-// localStatus asks this machine's agent, at its socket.
+// localStatus returns the status of this machine's agent, which it asks at the socket in stateDir.
 func localStatus(ctx context.Context, stateDir string) (s policy.NodeStatus, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

@@ -36,7 +36,7 @@ func (a *app) printJSON(v any) error {
 	return err
 }
 
-// filterOf parses STAGE, STAGE/ROLE or STAGE/ROLE/UNIT.
+// filterOf parses STAGE, STAGE/ROLE or STAGE/ROLE/UNIT. Without an argument the filter selects all units.
 func filterOf(args []string) (fleet.Filter, error) {
 	if len(args) == 0 {
 		return fleet.Filter{}, nil

@@ -38,7 +38,7 @@ const (
 // errNotConverged leads to exit code 3: a wait timed out.
 var errNotConverged = errors.New("not converged in time")
 
-// usageError leads to exit code 2, and names the manual.
+// usageError is an error that leads to exit code 2, and to a line that names the command's manual.
 type usageError struct{ err error }
 
 func (e usageError) Error() string { return e.err.Error() }
@@ -46,7 +46,7 @@ func (e usageError) Unwrap() error { return e.err }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
-// hintError adds a line that says what to do next.
+// hintError is an error after which a line is printed that says what to do next.
 type hintError struct {
 	error
 	hint string
@@ -312,7 +312,7 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs that a daemon was asked to stop, and finishes its current work first. calledOff cancels that.
+// logStop logs message when ctx ends, which asks a daemon to finish its current work and stop. calledOff cancels that.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
 }

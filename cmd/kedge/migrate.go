@@ -16,7 +16,8 @@ import (
 	"kedge/sync/migrate"
 )
 
-// checkManifests reports where a node would treat a manifest differently from stretcher.
+// checkManifests prints where a node would treat the named manifests differently from stretcher. It is an error if no
+// node would take one of them. With archives it reads their archives, too; with fix it adapts them to kedge.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {
@@ -79,8 +80,8 @@ func archiveText(found *migrate.Archive) string {
 	return fmt.Sprintf("; its archive holds %s of %s", count(found.Files, "file"), bytesText(found.Bytes))
 }
 
-// fixManifest adapts a manifest to kedge: a file in place; any other manifest, of which there must be only one, to
-// standard output.
+// fixManifest adapts a manifest to kedge: a file in place, any other manifest to standard output. alone is set if it is
+// the only manifest, as it must be for standard output.
 func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrate.Inspection, alone bool) error {
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")
 	if !isFile && !alone {

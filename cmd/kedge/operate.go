@@ -19,7 +19,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// operateCommands returns the commands of operators. Each writes one key.
+// operateCommands returns the commands of operators. Each writes or deletes one key.
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
@@ -104,12 +104,13 @@ func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	return nil
 }
 
-// notInTime leads to exit code 3, like errNotConverged.
+// notInTime is an error that counts as errNotConverged for errors.Is, and so leads to exit code 3.
 type notInTime struct{ error }
 
 func (e notInTime) Is(target error) bool { return target == errNotConverged }
 
-// onUnit opens the store and parses the first argument as a unit.
+// onUnit returns a function for cobra.Command.RunE. It parses the first argument as a unit, opens the store, and calls
+// f with these.
 func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		id, err := deployments.ParseUnitID(args[0])

@@ -175,7 +175,8 @@ func endpointHint(to string) string {
 	return "; AWS_ENDPOINT_URL_S3 names " + safetext.URLs(endpoint)
 }
 
-// flagMistake returns an error if a flag's value is invalid for the manifest field of that name; "" is not set.
+// flagMistake returns an error if a flag's value is invalid for the manifest's field of that name. An empty value is
+// valid, as the flag was not given.
 func flagMistake(name, value string) error {
 	if value == "" {
 		return nil

@@ -137,7 +137,8 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	return c
 }
 
-// problems prints problems, and returns an error if there are any.
+// problems prints found, as JSON with --json, and returns an error that counts them. where ends the error's text, but
+// not with --json.
 func (a *app) problems(found deployments.Problems, where string) error {
 	if a.json {
 		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
@@ -148,7 +149,7 @@ func (a *app) problems(found deployments.Problems, where string) error {
 	return fmt.Errorf("%s %s", count(len(found), "problem"), where)
 }
 
-// inFile adds a file's name to a manifest's problems.
+// inFile adds a file's name to the problems in err or, if err is another error, to its text.
 func inFile(err error, file string) error {
 	problems := deployments.Problems(nil)
 	if !errors.As(err, &problems) {

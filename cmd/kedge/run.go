@@ -33,7 +33,8 @@ var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
 
-// programArgs returns a program's arguments; called as stretcher, it is kedge run.
+// programArgs returns kedge's arguments for a program called by name with args. Called as stretcher, it is kedge run,
+// and stretcher's long flags with one dash get a second one.
 func programArgs(name string, args []string) []string {
 	if filepath.Base(name) != stretcherName {
 		return args

@@ -19,7 +19,8 @@ import (
 	"kedge/policy"
 )
 
-// snapshotWriter returns the function by which a mirror saves the records of desired/ as one signed object.
+// snapshotWriter returns the function by which a mirror saves the records of desired/ as one signed object. The
+// function is nil if url is empty.
 func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.Context, []kv.Entry) error, error) {
 	if url == "" {
 		return nil, nil
@@ -61,8 +62,9 @@ var errSnapshotSigners = errors.New(
 	"a snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
 )
 
-// snapshotReader returns the function by which an agent reads the snapshot. It must be signed by a key in the
-// file, made for this URL, and no older than maxAge, as whoever can write the object may put back an old one.
+// snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The snapshot must be
+// signed by a key in signersFile, be made for this URL, and be no older than maxAge. Otherwise whoever can write the
+// object could put back an old one.
 func snapshotReader(
 	url, signersFile string,
 	maxAge time.Duration,

@@ -20,9 +20,9 @@ import (
 	"kedge/sync/agent"
 )
 
-// supervised notifies systemd about an agent: READY, once, when node has converged or timeout has passed; before
-// that, that the start takes longer; afterwards, the watchdog's keep-alives. The latter two are sent only while
-// the agent's loop runs. It also sends a line for systemctl status. It returns when ctx ends, and at once if
+// supervised notifies systemd about an agent. It sends READY once, when node is idle (see Agent.Idle) or timeout has
+// passed. Before that it asks for a longer start timeout; afterwards it sends the watchdog's keep-alives. It does both
+// only while the agent's loop runs. It also sends a line for systemctl status. It returns when ctx ends, and at once if
 // systemd expects no notifications.
 func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
@@ -70,7 +70,7 @@ func tell(log *slog.Logger, lines ...string) {
 	}
 }
 
-// statusLine returns a line with what a node runs, and what is wrong.
+// statusLine returns a line that says whether a node is ready, with the version and the state of each unit.
 func statusLine(s policy.NodeStatus) string {
 	var units []string
 	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {

@@ -22,7 +22,7 @@ func helpTopics() string {
 	return b.String()
 }
 
-// noPage says that neither a command nor a page has that name.
+// noPage returns the error that neither a command nor a page has that name. It names similar ones.
 func noPage(root *cobra.Command, name string) error {
 	near := root.SuggestionsFor(name)
 	if topic := deployments.Nearest(name, func(yield func(string) bool) {

@@ -8,8 +8,8 @@ import (
 	"kedge/sync/trace"
 )
 
-// startTraces sends spans to the collector that OpenTelemetry's variables name, if they name one, until stop is called;
-// stop waits a moment for what is left.
+// startTraces returns a sender of spans to the collector that OpenTelemetry's variables name; nil, which is usable, if
+// they name none. stop ends it, after a moment for the spans that are left.
 func startTraces(service string, log *slog.Logger) (traces *trace.Sender, stop func(), err error) {
 	c, err := trace.FromEnvironment(os.Getenv, service)
 	if err != nil {

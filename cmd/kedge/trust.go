@@ -45,7 +45,8 @@ func manifestSigner(
 	return sign, signed, nil
 }
 
-// readSigningKey reads the SSH private key that a setting names, which has no passphrase.
+// readSigningKey reads an SSH private key from the file that a setting, such as --sign, names. A key with a passphrase
+// is an error.
 func readSigningKey(setting, file string) (ssh.Signer, error) {
 	pem, err := inputfile.ReadOnce(setting, file)
 	if err != nil {
@@ -64,9 +65,10 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners returns the check of a manifest that an agent makes before it uses it, and a mirror before it names
-// it: a key in file must have made its signature, manifest.yaml.sig beside it. Without a file it returns nil, as
-// the pointer's digest is enough.
+// trustSigners returns a function that checks a manifest's signature, the object beside it whose name has .sig
+// appended. A key in file, an allowed_signers file, must have made the signature. An agent calls the function before it
+// uses a manifest, and a mirror before it names one. If file is empty, the function is nil, as the pointer's digest is
+// enough.
 func trustSigners(
 	file string,
 	objects *object.Client,

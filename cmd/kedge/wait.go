@@ -103,7 +103,8 @@ than --patience, 3 when the time is over.`,
 	return a.completeArgs(c, wantPart)
 }
 
-// waitError returns the error of a wait in ctx that ended with err, and a hint.
+// waitError returns err, with which a wait in ctx ended, with the reason why it ended and a hint. outer is the
+// command's context, which has no timeout.
 func (a *app) waitError(
 	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
 ) error {
@@ -133,7 +134,7 @@ type WaitOutcome struct {
 	Message string `json:"message,omitempty"`
 }
 
-// waited prints how a wait ended, as JSON if asked for, and returns its error.
+// waited prints, with --json, how a wait ended that began at the time in began, and returns err.
 func (a *app) waited(commit string, began time.Time, err error) error {
 	if !a.json {
 		return err
@@ -158,7 +159,8 @@ func (a *app) waited(commit string, began time.Time, err error) error {
 	return errors.Join(a.printJSON(o), err)
 }
 
-// withMissing adds to an error which unit doesn't exist, and the name of a similar one.
+// withMissing returns err, with a hint if the store doesn't know what filter names. The hint says so, and names
+// something similar.
 func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()

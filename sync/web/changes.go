@@ -19,7 +19,8 @@ type changes struct {
 	known map[deployments.UnitID]change
 }
 
-// change describes the start of a unit's generation. Commit is empty if the history doesn't have it.
+// change describes what began a unit's generation. Author, Subject and At are empty if the history doesn't have the
+// generation.
 type change struct {
 	generation int64
 	Commit     string
@@ -36,7 +37,7 @@ const (
 	changesAtOnce = 4
 )
 
-// of returns what began the unit's current generation, if that was read.
+// of returns what began the unit's current generation. It has only the Commit if the history has not been read yet.
 func (c *changes) of(u *fleet.Unit) change {
 	if u.Record == nil {
 		return change{}
@@ -52,7 +53,8 @@ func (c *changes) of(u *fleet.Unit) change {
 	return latest
 }
 
-// load reads what is missing, and reports whether anything is new.
+// load reads what began the current generation of each unit, unless it is cached, for at most maxChanges units. It
+// returns true if there was anything to read, and all of it was read.
 func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool {
 	ctx, cancel := context.WithTimeout(ctx, changesWithin)
 	defer cancel()

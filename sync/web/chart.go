@@ -17,7 +17,7 @@ type chart struct {
 	Changes int
 }
 
-// chartWidth and chartHeight are the size of its drawing.
+// chartWidth and chartHeight are the size of a chart's drawing, in SVG units.
 const chartWidth, chartHeight = 1000, 100
 
 // chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone.
@@ -67,7 +67,8 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	return c
 }
 
-// area returns the SVG path of the area below a stepped line; tops are shares of each sample's total.
+// area returns the SVG path of the area below a stepped line. tops has the line's height at each sample, in nodes, and
+// x returns the coordinate of a time.
 func area(samples []sample, tops []int, x func(time.Time) int) string {
 	var b strings.Builder
 	y := func(i int) int {

@@ -67,7 +67,8 @@ const (
 
 var unitStates = []string{stateWrong, stateRollout, stateFrozen, statePinned, stateBehind, stateConverged}
 
-// is reports whether a unit is in one of unitStates, or has a node in a state.
+// is reports whether a unit is in the given one of unitStates. For any other state, it reports whether a live node that
+// isn't converged is in that state.
 func (u *unit) is(state string) bool {
 	switch state {
 	case stateWrong:
@@ -168,7 +169,7 @@ type pager struct {
 	Previous, Next string // addresses; empty: there is none
 }
 
-// paged returns the rows of the filter's page.
+// paged returns the rows of the filter's page, and what to show about the other pages. path is the list's URL path.
 func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	pages := max(1, (len(rows)+pageRows-1)/pageRows)
 	f.Page = min(f.Page, pages)

@@ -99,7 +99,8 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first returns the fleet. Right after the start it waits a moment until the fleet was read.
+// first returns the current snapshot. Right after the start it waits up to firstRead for the first read of the store;
+// nil: there was none.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
@@ -188,7 +189,8 @@ type past struct {
 // maxPasts bounds the cached histories.
 const maxPasts = 64
 
-// history returns a unit's history, and reads it if it may have changed.
+// history returns a unit's history, from the cache unless the record's Generation or Retry has changed. If the history
+// can't be read, the result has err.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	if u.Record == nil {
 		return &past{}
@@ -216,7 +218,7 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	return read
 }
 
-// checkCommitURL returns an error for a URL that no browser should follow.
+// checkCommitURL returns an error unless address is empty, or an http or https URL with {commit} in it.
 func checkCommitURL(address string) error {
 	if address == "" {
 		return nil

@@ -41,7 +41,8 @@ type patch struct {
 	Reload bool `json:"reload,omitempty"`
 }
 
-// patchOf compares two renderings of a page; before may be nil.
+// patchOf returns the patch that turns rendering before into after. If before is nil, it has the whole page. If the
+// renderings differ in code or in fixed elements, it only tells the browser to reload.
 func patchOf(before, after *rendered) patch {
 	p := patch{HTML: map[string]string{}, Lists: map[string][]string{}}
 	if before == nil {

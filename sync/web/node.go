@@ -25,7 +25,7 @@ type nodePage struct {
 	Steps     []traceStep
 	Report    []fleet.Note
 	Health    healthView
-	// Commands are commands that would change something for this node alone.
+	// Commands are commands to run for this node alone: to change its pin, or to explain its state.
 	Commands []command
 }
 
@@ -102,7 +102,8 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	return v, nil
 }
 
-// unitsOn returns the units of a node.
+// unitsOn returns at most maxNodeUnits units of the node called name, and how many more it has. here is the unit whose
+// page is shown.
 func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUnit, more int) {
 	for _, u := range s.all() {
 		i, found := slices.BinarySearchFunc(u.Nodes, name, func(n fleet.Node,
@@ -122,7 +123,7 @@ func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUn
 	return units, more
 }
 
-// notesOf returns notes with releases by their names, bounded.
+// notesOf returns at most maxNotes of notes, with their texts cut, and pointers replaced by the releases' names.
 func notesOf(u *unit, notes []fleet.Note) (all []fleet.Note) {
 	for _, n := range notes {
 		n.About.Text = fleet.Clean(strings.TrimSuffix(n.About.Text, ":"), 80)

@@ -55,7 +55,7 @@ func mapOf(u *unit) nodeMap {
 	return m
 }
 
-// columnsOf returns how many cells a line has in a map of n.
+// columnsOf returns how many cells a line has in a map of n nodes.
 func columnsOf(n int) int {
 	for _, columns := range []int{25, 50, 75, 100, 125} {
 		if n <= columns*columns/5 {

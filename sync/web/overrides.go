@@ -56,7 +56,7 @@ type frozenRow struct {
 // maxOverrides bounds each list.
 const maxOverrides = 80
 
-// overridesOf lists what overrides Git; what ends first comes first.
+// overridesOf lists what overrides Git. Pins that end first come first.
 func (s *snapshot) overridesOf(commitURL string) overrides {
 	v := overrides{Mirror: s.mirror(commitURL), Faults: s.faults()}
 	for _, u := range s.all() {

@@ -135,7 +135,8 @@ func problems(units []*unit) (worst []problem, more int) {
 	return worst, more
 }
 
-// found returns the nodes whose names contain the words of a query.
+// found returns at most maxFound nodes whose names contain one of the words of a query. It passes over units whose
+// STAGE/ROLE/UNIT contains one.
 func found(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
@@ -258,7 +259,7 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	return r
 }
 
-// percent formats a share of all. It is 100 only for all, and 0 only for none.
+// percent formats n as a percentage of all. It returns 100% only if n is all, and 0% only if n is 0.
 func percent(n, all int) string {
 	switch p := 0; {
 	case all == 0:

@@ -93,7 +93,8 @@ func (r *rendered) close() *rendered {
 // maxPages bounds the cached pages of one snapshot.
 const maxPages = 128
 
-// render returns the page at a path for a snapshot; nil if the store wasn't read yet.
+// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s if
+// the page stays the same as long as s does.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
@@ -235,7 +236,8 @@ func (r *rendered) missing(code int, s *snapshot, text string) {
 	r.add("message", nothing(text, faults))
 }
 
-// addIfEmpty says in a list without rows why it has none: there are none, or none passes the filter.
+// addIfEmpty adds to a list without rows a row that says why it has none: filtered if the filter leaves anything out,
+// else none.
 func (r *rendered) addIfEmpty(list string, f filter, none, filtered string) {
 	switch {
 	case len(r.lists[list]) > 0:

@@ -14,8 +14,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// snapshot is a fleet as read at one time, with the counts that pages show. It doesn't change: it contains points
-// in time, from which browsers compute elapsed times.
+// snapshot is a fleet as read at one time, with the counts that pages show. What it says doesn't change: it contains
+// times, from which browsers compute elapsed times.
 type snapshot struct {
 	*fleet.Fleet
 	// away is why the store can't be read now; empty: it can, or that wasn't checked yet.
@@ -84,7 +84,7 @@ type share struct {
 	Release deployments.Pointer
 	Name    string
 	Count   int
-	// Class is the release's colour: see classOf.
+	// Class is the release's colour: see unit.colour.
 	Class string
 }
 
@@ -95,9 +95,10 @@ const maxShares = 5
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
-	// target is what most of the unit should run: a pin's release, or the record's target.
+	// target is the release that nodes without a pin of their own should run: the unit pin's, or else the record's target.
 	target deployments.Pointer
-	// shares are how many live nodes run each release: the maxShares most common ones, then one for all others.
+	// shares has the number of live nodes for each release that has a colour, most common first, and then one share for
+	// all other releases.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int
@@ -157,7 +158,8 @@ func stateOf(n *fleet.Node) string {
 	return fleet.Clean(text, 24)
 }
 
-// colour sorts the shares, and assigns colours: v0 to the target, v1 to the stable release, v2 and on to others.
+// colour sets u.shares and u.classes from counts. The target gets the colour v0, the stable release v1, and the most
+// common others v2 and on.
 func (u *unit) colour(counts map[deployments.Digest]*share) {
 	all := make([]*share, 0, len(counts))
 	for _, c := range counts {
@@ -207,14 +209,15 @@ func (u *unit) class(n *fleet.Node) string {
 	return cmp.Or(u.classes[n.Report.Running.Digest], "vx")
 }
 
-// progress is the progress of a rollout, in numbers.
+// progress is how far a rollout has come, in numbers of nodes.
 type progress struct {
 	Phase deployments.Phase
 	Label string
 	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed are parts of them.
 	Admitted, Converged, Failed, Of int
 	Since                           time.Time
-	// Until is when the phase is expected to end, by the mirror or by the trend. Zero: unknown.
+	// ExpectedEnd is when the phase is expected to end, according to the mirror or estimated from the trend; zero:
+	// unknown.
 	ExpectedEnd time.Time
 }
 
@@ -243,7 +246,7 @@ var phaseLabels = map[deployments.Phase]string{
 	deployments.PhaseRolledBack: "rolled back",
 }
 
-// progressOf counts a rollout's nodes; nil: none is under way.
+// progressOf returns how far the rollout of u has come; nil: no rollout is under way.
 func progressOf(u *unit, now time.Time) *progress {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return nil
@@ -286,7 +289,7 @@ func progressOf(u *unit, now time.Time) *progress {
 	return p
 }
 
-// problem is the worst problem of a unit.
+// problem is the worst problem of a unit, or one that belongs to no unit.
 type problem struct {
 	ID   deployments.UnitID
 	Tone string // bad or warn
@@ -340,7 +343,7 @@ func problemOf(u *unit, now time.Time) *problem {
 	return p
 }
 
-// failingStates lists the states in which nodes count as failing.
+// failingStates returns the failing states that nodes of u are in, as a list for people.
 func failingStates(u *unit) string {
 	var names []string
 	for _, state := range []deployments.State{deployments.StateUnhealthy, deployments.StateQuarantined,

@@ -9,14 +9,14 @@ import (
 	"kedge/deployments"
 )
 
-// trends record what share of each unit's nodes ran which release, since the dashboard was started: the store has
-// only the current state.
+// trends record how many live nodes of each unit ran each release since the dashboard was started: the store has only
+// the current state.
 type trends struct {
 	mu    sync.Mutex
 	units map[deployments.UnitID][]sample
 }
 
-// sample is how many live nodes ran which release at a time.
+// sample is the number of live nodes that ran each release at one time.
 type sample struct {
 	at     time.Time
 	counts map[deployments.Digest]int
@@ -85,7 +85,8 @@ func (t *trends) of(id deployments.UnitID) []sample {
 // minTrend is how long nodes must have been changing before their pace is used for an estimate.
 const minTrend = 15 * time.Second
 
-// ends estimates when all nodes run the release, by the pace of its samples; zero: there is no estimate.
+// ends estimates when the number of nodes that run the release reaches of, by its pace in samples. The time is zero if
+// there is no estimate.
 func ends(samples []sample, release deployments.Digest, of int) time.Time {
 	if len(samples) < 3 {
 		return time.Time{}

@@ -129,7 +129,7 @@ func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL 
 	return v
 }
 
-// urgency ranks nodes: those with faults come first.
+// urgency returns a node's rank in a list that begins with rank 0: failing, changing, converged, and gone nodes.
 func urgency(n *fleet.Node) int {
 	switch healthOf(n) {
 	case failing:

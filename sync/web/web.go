@@ -38,8 +38,8 @@ type Config struct {
 	Store kv.Store
 	// Listen is HOST:PORT; with port 0 the system chooses one, see Addr.
 	Listen string
-	// Hosts are the host names that browsers use for it, besides localhost and IP addresses. Others are refused:
-	// otherwise a web site could point its own name at this server, and read the dashboard through its visitors'
+	// Hosts are the host names by which browsers reach the dashboard, besides localhost and IP addresses. Others are
+	// refused: otherwise a web site could point its own name at this server, and read the dashboard through its visitors'
 	// browsers (DNS rebinding).
 	Hosts []string
 	// CommitURL is the URL of a commit's page, with {commit} for its hash; empty: commits are no links.
@@ -72,7 +72,8 @@ const maxViewers = 200
 // again.
 const maxConns = 1000
 
-// New listens. The error is the listener's, or the configuration's.
+// New returns a dashboard that listens at c.Listen, for Run to serve. It is an error if it can't listen there, or if
+// c.CommitURL is invalid.
 func New(c Config) (*Web, error) {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if err := checkCommitURL(c.CommitURL); err != nil {
@@ -93,8 +94,8 @@ func New(c Config) (*Web, error) {
 // Addr returns the address that it listens on.
 func (w *Web) Addr() string { return w.listener.Addr().String() }
 
-// Run watches the store and answers requests until ctx ends; then it returns nil. During an outage of the store
-// pages show that.
+// Run watches the store and answers requests until ctx ends; then it returns nil. While the store is away, pages show
+// what was last known, and say so.
 func (w *Web) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -153,8 +154,8 @@ func (w *Web) show(f *fleet.Fleet) {
 	})
 }
 
-// replace replaces the current snapshot, which change gets, or nil if there is none. If change returns nil,
-// nothing is replaced.
+// replace makes the result of change the current snapshot. change gets the old one, or nil if there is none. If it
+// returns nil, the old one stays.
 func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -168,8 +169,8 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// copied returns a copy of a snapshot, nil of nil, for pages to be made anew after a change that the fleet doesn't
-// hold: the store went away or came back, or the units' newest changes were read.
+// copied returns a copy of a snapshot; nil if s is nil. With it, pages are rendered anew after a change that isn't in
+// the fleet. That is: the store went away or came back, or the units' newest changes were read.
 func (s *snapshot) copied() *snapshot {
 	if s == nil {
 		return nil
@@ -253,7 +254,8 @@ func (w *Web) probe(ctx context.Context) {
 	}
 }
 
-// ask reads a key, and the store's datacenter until that is known.
+// ask returns an error unless the store answers a read in time. It also reads the store's datacenter, until that is
+// known.
 func (w *Web) ask(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()

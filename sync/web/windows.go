@@ -15,13 +15,13 @@ import (
 // windowRow is one freeze window of kedge.yaml, with its openings in the next week.
 type windowRow struct {
 	Name, Reason string
-	// Allow is set if rollouts may start only while the window is open. Otherwise they may start only while it isn't.
+	// Allow is set if rollouts may start only while the window is open. Otherwise they may start only while it is closed.
 	Allow bool
 	// HoldsRunning is set if rollouts under way have to wait as well.
 	HoldsRunning bool
 	Units        string
-	// Open is set while the window is open. From and To are the current opening, or the next one; zero: none in
-	// the next week.
+	// Open is set while the window is open. From and To are the current opening, whose From is zero, or the next one. Both
+	// are zero if there is none in the next week.
 	Open     bool
 	From, To time.Time
 	// Later lists the openings after that, in words.
@@ -41,7 +41,8 @@ const (
 	weekWidth = 7 * 24 * 6
 )
 
-// windowsOf lists the freeze windows: open ones first, then by their next opening.
+// windowsOf lists at most maxWindows freeze windows: open ones first, then by their next opening. more is how many
+// others there are.
 func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	windows, more := s.Freezes()
 	more += max(0, len(windows)-maxWindows)

@@ -20,7 +20,7 @@ func plural(n int, noun string) string {
 	return noun + "s"
 }
 
-// agree returns the verb of one or of several.
+// agree returns one of two forms of a verb: one if n is 1, else several.
 func agree(n int, one, several string) string {
 	if n == 1 {
 		return one

@@ -86,7 +86,8 @@ const (
 	brokenVersion = "1.2.0"
 )
 
-// New prepares a demo: its directories, its repo, its store. Nothing runs before Live or Walk; Close ends it.
+// New prepares a demo: its directories, its repo, its store. Neither mirror nor agents run before Live or Walk. Close
+// ends the demo.
 func New(ctx context.Context, c Config) (_ *Demo, err error) {
 	if _, err := exec.LookPath("git"); err != nil {
 		return nil, ErrNoGit

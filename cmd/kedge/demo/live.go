@@ -52,7 +52,7 @@ func (d *Demo) Live() error {
 	return err
 }
 
-// printChanges prints a line for each node that changed, if stdout is no terminal.
+// printChanges prints a line for each node that changed since the last call. Live uses it if there is no terminal.
 func (d *Demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {

@@ -17,7 +17,7 @@ import (
 // stepTimeout bounds one step of the walk. It is far longer than any step takes, so that a fault ends in an error.
 const stepTimeout = time.Minute
 
-// ErrNotConverged is wrapped by Walk if a step takes longer than stepTimeout.
+// ErrNotConverged is wrapped by the error of Walk if a step takes longer than stepTimeout.
 var ErrNotConverged = errors.New("not converged in time")
 
 // Walk plays an operator's day step by step, and prints each step with its duration.
@@ -154,7 +154,7 @@ func (d *Demo) wait(version string, nodes ...string) error {
 	return d.checkLive(version, nodes...)
 }
 
-// until waits until missing returns nothing for each of nodes.
+// until waits until missing returns "" for each of nodes. After stepTimeout it returns an ErrNotConverged.
 func (d *Demo) until(missing func(fleet.Node) string, nodes ...string) error {
 	ctx, cancel := context.WithTimeout(d.ctx, stepTimeout)
 	defer cancel()
