@@ -208,12 +208,14 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes the failed release at aside. If something is mounted in it, and a log is configured, discard only
-// logs that: a mount shall not prevent the restore.
+// discard removes the failed release at aside. If something is mounted in it, discard only logs that: a mount shall not
+// prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
-	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {
-		m.c.Log.Warn("a release that failed can't be removed", "error", err)
+	if errors.Is(err, safefs.ErrMounted) {
+		if m.c.Log != nil {
+			m.c.Log.Warn("a release that failed can't be removed", "error", err)
+		}
 		return nil
 	}
 	return err

@@ -191,7 +191,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (s
 			return addStats(ctx, staging, x, stats)
 		})
 	}
-	return stats, group.Wait()
+	err = group.Wait() // which sets stats
+	return stats, err
 }
 
 // noteFiles records the stats of a staged release. If files of base were hard-linked, which changes their ctimes, it
