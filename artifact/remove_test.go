@@ -46,3 +46,15 @@ func TestPruningAndHealingLeaveMountsAlone(t *testing.T) {
 		t.Errorf("another one stays: %v", err)
 	}
 }
+
+// What was at dest before is put back even if something is mounted in the release that failed; a log may be missing.
+func TestAMountDoesNotPreventARestore(t *testing.T) {
+	aside := filepath.Join(t.TempDir(), "failed")
+	if err := os.MkdirAll(filepath.Join(aside, "log"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	treetest.BindMount(t, filepath.Join(aside, "log"))
+	if err := (moveSwitcher{}).discard(aside); err != nil {
+		t.Error(err)
+	}
+}
