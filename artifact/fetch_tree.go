@@ -45,7 +45,7 @@ type builder struct {
 	// above them, exist.
 	made []chan struct{}
 
-	// back is told how much was written.
+	// back syncs the file system in the background, each time that workers have reported so many bytes as written.
 	back *backgroundSync
 
 	mu   sync.Mutex

@@ -26,7 +26,7 @@ type History struct {
 	// if the record is lost.
 	Claim int64 `json:"claim,omitempty"`
 	Retry int64 `json:"retry,omitempty"`
-	// Pinned is copied from the record while a pin overrides it.
+	// Pinned is a copy of Record.Pinned: what Git asked for while a unit pin was rolled out instead; nil: none was.
 	Pinned *Pinned `json:"pinned,omitempty"`
 	// Note says what else led to the generation: a change by hand that was put back, an order, a rollout that was
 	// stopped.

@@ -25,7 +25,7 @@ type Record struct {
 	// After and Drift are copied from the unit file for agents, which don't read Git.
 	After []string `json:"after,omitempty"`
 	Drift Drift    `json:"drift,omitempty"`
-	// Adopt is copied from the unit file, too.
+	// Adopt is a copy of the unit file's adopt: nodes may take over the tree that is at dest if it equals the release.
 	Adopt bool `json:"adopt,omitempty"`
 	// Paced is set if the unit has a rollout. Agents then ignore its unit pins unless they say at_once: the mirror
 	// rolls them out as Target.

@@ -25,7 +25,8 @@ type ResolveInputs struct {
 	// Running is the release that is live; zero: none. Quarantined are the digests that failed on this node.
 	Running     deployments.Pointer
 	Quarantined []deployments.Digest
-	// AtDest is what lies, while Running is zero, at the dest of the record's target or of its stable release.
+	// AtDest is what lies at the dest of the record's target or of its stable release. It matters only while Running is
+	// zero.
 	AtDest Found
 	// Leavable is set if what was at dest before the first release can be put back.
 	Leavable bool

@@ -73,8 +73,8 @@ type Config struct {
 
 // Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
 // backoff, up to seven tries without progress. The pauses between these take some 6 seconds, or longer if the server
-// says so. Then the error wraps a sentinel of this package if one fits. AWS is configured by its own environment,
-// profile or instance role, when the first s3:// URL is used.
+// says so. After the last try the error wraps a sentinel of this package if one fits. AWS is configured by its own
+// environment, profile or instance role, when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none

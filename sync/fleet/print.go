@@ -188,8 +188,8 @@ func CleanLines(s string) string {
 // Clean returns a text from an untrusted source as one line without control characters, of at most n columns.
 func Clean(s string, n int) string { return clip(message.OneLine(s), n) }
 
-// Wrap breaks the lines of text that are wider than width between words. It indents a line's further parts by two more
-// columns than the line, and doesn't break commands. A width of 0 changes nothing.
+// Wrap breaks each line of text that exceeds width columns, between words but never inside a command. It indents
+// continuation lines by two columns more than their line. A width of 0 changes nothing.
 func Wrap(text string, width int) string {
 	if width == 0 {
 		return text

@@ -231,8 +231,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal returns the release that a record was made to roll out. That is its Target, except in the record of a rollback
-// from want, whose Target is the stable release: there it is want.
+// goal returns the release that r was made to roll out: want if r rolls want back, and r.Target otherwise. The Target
+// of a rollback is the stable release.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want

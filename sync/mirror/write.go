@@ -148,8 +148,8 @@ func (w *writer) noteWritten(c change, now time.Time) {
 		"generation", c.after.Generation, "commit", c.after.Commit, "phase", phase, "reason", reason)
 }
 
-// traceWritten sends the spans that end now that the change c is written. One is the push's, if c's record is the first
-// of its commit or pin; the other the rollout's, if c ends it.
+// traceWritten sends the trace spans that writing c completes. These are the push's span if c's record is the first of
+// its commit or pin, and the rollout's span if c ends the rollout.
 func (w *writer) traceWritten(c change, now time.Time) {
 	if w.trace == nil || c.value == nil {
 		return

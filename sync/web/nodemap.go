@@ -19,7 +19,7 @@ type nodeMap struct {
 	Left int
 }
 
-// mapRow is a line of a map. Its paths are runs of cells that look alike.
+// mapRow is one row of a nodeMap, drawn as SVG paths: each path has the cells of one look.
 type mapRow struct {
 	Key      string
 	Columns  int

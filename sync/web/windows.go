@@ -32,11 +32,9 @@ type windowRow struct {
 }
 
 const (
-	// maxWindows bounds the listed windows, maxOpenings the openings drawn of each, and laterOpenings those in
-	// words.
-	maxWindows    = 40
-	maxOpenings   = 100
-	laterOpenings = 3
+	maxWindows    = 40  // bounds the freeze windows that are listed
+	maxOpenings   = 100 // bounds the openings that are drawn of each window
+	laterOpenings = 3   // how many later openings of each window are listed in words
 	// weekWidth is the width of the drawing of a week: six units an hour.
 	weekWidth = 7 * 24 * 6
 )
