@@ -171,24 +171,51 @@ func TestAWayBackBeganOnce(t *testing.T) {
 	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 2,
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
 	goesBack := func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateSwitching && u.RollingBack && u.Failed == two.Digest
+		return u.State == deployments.StateSwitching && u.RollingBack
 	}
-	before := a.awaitUnit(app, "goes back", goesBack)
+	before := a.awaitUnit(app, "goes back", func(u deployments.UnitReport) bool {
+		return goesBack(u) && u.Failed == two.Digest
+	})
 	if before.Since.IsZero() {
 		t.Error("it goes back since no time")
 	}
-	for range 2 {
-		a.stop()
-		a = w.start()
-		if again := a.awaitUnit(app, "goes back", goesBack); !again.Since.Equal(before.Since) {
-			t.Errorf("it goes back since %s, and since %s after a restart of the agent", before.Since, again.Since)
+	pin := kv.NodePinKey(app, node)
+	for _, then := range []struct {
+		what   string
+		target deployments.Pointer
+		do     func()
+	}{
+		{"at first", two, func() {}},
+		{"after a restart", two, func() {}},
+		{"in the rollback", one, func() {
+			w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 3, Rollout: &deployments.Progress{
+				Phase: deployments.PhaseRollingBack, Cutoff: 1<<64 - 1, Failed: two.Digest, Since: time.Now()}})
+		}},
+		{"under a pin", one, func() { w.put(pin, one.String()) }},
+		{"after the pin", two, func() {
+			w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 4,
+				Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
+			w.delete(pin)
+		}},
+	} {
+		then.do()
+		for _, when := range []string{"", ", after a restart of the agent"} {
+			again := a.awaitUnit(app, "goes back "+then.what+when, func(u deployments.UnitReport) bool {
+				return goesBack(u) && u.Want == then.target
+			})
+			if !again.Since.Equal(before.Since) {
+				t.Errorf("it goes back since %s, and %s%s since %s", before.Since, then.what, when, again.Since)
+			}
+			a.stop()
+			a = w.start()
 		}
 	}
 	if err := os.Remove(w.path("sick")); err != nil {
 		t.Fatal(err)
 	}
+	w.desire(app, deployments.Record{Target: one, Generation: 5})
 	a.awaitUnit(app, "is back", func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateQuarantined && u.Running == one && !u.RollingBack
+		return u.State == deployments.StateConverged && u.Running == one && !u.RollingBack
 	})
 }
 

@@ -104,10 +104,7 @@ func (u *unit) standing() standing {
 		}
 		return standing{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
 	case s.Unfinished && u.failedHere(target):
-		back := u.failed(deployments.StateSwitching, target)
-		f, _ := u.failure(target)
-		back.since = f.At
-		return back
+		return u.failed(deployments.StateSwitching, target)
 	case s.Unfinished:
 		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
@@ -201,10 +198,13 @@ func (u *unit) failed(state deployments.State, target deployments.Pointer) stand
 }
 
 // stamp returns the standing, and records since when the unit is in its state. An unhealthy unit is so since its checks
-// first failed, and a unit that goes back since its release failed. Both times survive a restart of the agent, because
-// otherwise each restart would begin another deadline.
+// first failed, and a unit that goes back since its release failed, whatever it should run by now. Both times survive a
+// restart of the agent, because otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) standing {
 	s := u.standing()
+	if s.since.IsZero() {
+		s.since = u.state().FailedAt
+	}
 	switch {
 	case !s.since.IsZero():
 		u.reported = reported{s.state, s.since}

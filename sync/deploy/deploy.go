@@ -172,6 +172,8 @@ type State struct {
 	Unfinished bool
 	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
 	RollingBack bool
+	// FailedAt is when the deployment that goes back failed; zero: none goes back, or an earlier version wrote the journal.
+	FailedAt time.Time
 	// While a deployment is under way, Health is that of the release that it went back to; Recover tries an unhealthy one
 	// again. Otherwise Health is what KeepHealth last stored of the running release.
 	Health Health
@@ -241,6 +243,9 @@ func (u *Unit) State() State {
 		s.Leaving, s.RollingBack = d.Leaves, d.Fault != nil || d.Unserved != nil
 		if s.RecoversTo = d.target(); d.Step.beforeSwitch() {
 			s.RecoversTo = d.From
+		}
+		if d.Fault != nil {
+			s.FailedAt = d.Fault.At
 		}
 		s.Health = d.Unserved.health()
 	} else {

@@ -17,6 +17,8 @@ type fault struct {
 	Reason string `json:"reason"`
 	Check  string `json:"check,omitempty"` // the health check that failed; empty: no check did
 	Told   bool   `json:"told,omitempty"`  // the release's failure commands have run already
+	// At is when the deployment failed; zero in journals of earlier versions.
+	At time.Time `json:"at,omitzero"`
 
 	err error // the error that Reason quotes; nil after a restart
 }
@@ -55,10 +57,11 @@ func (j *journal) fail(err error) {
 	if len(j.Quarantined) >= maxQuarantined {
 		j.Quarantined = slices.Delete(j.Quarantined, 0, 1)
 	}
+	now := time.Now().UTC()
 	j.Quarantined = append(j.Quarantined, Failure{
-		Digest: d.Release.Digest, Key: d.Key, Step: string(d.Step), Back: d.Back, Reason: short(err), At: time.Now().UTC(),
+		Digest: d.Release.Digest, Key: d.Key, Step: string(d.Step), Back: d.Back, Reason: short(err), At: now,
 	})
-	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
+	d.Fault = &fault{Step: d.Step, Reason: short(err), At: now, err: err}
 	if failed := new(checkError); errors.As(err, &failed) {
 		d.Fault.Check = failed.check
 	}
