@@ -15,6 +15,7 @@ import (
 	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 const (
@@ -331,10 +332,8 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 	group.Go(func() error {
 		defer close(batches)
 		for from := 0; from < len(f.index.Entries); from += batch {
-			select {
-			case batches <- from:
-			case <-ctx.Done():
-				return ctx.Err()
+			if err := wait.Send(ctx, batches, from); err != nil {
+				return err
 			}
 		}
 		return nil

@@ -90,10 +90,8 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	group.Go(func() error {
 		defer close(todo)
 		for _, s := range spans {
-			select {
-			case todo <- s:
-			case <-ctx.Done():
-				return ctx.Err()
+			if err := wait.Send(ctx, todo, s); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -235,10 +233,8 @@ func (f *fetch) tryReadSpan(
 			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.Offset, err)
 		}
 		f.meter.Add(fr.Size)
-		select {
-		case out <- fetched{i, buffer}:
-		case <-ctx.Done():
-			return i, ctx.Err()
+		if err := wait.Send(ctx, out, fetched{i, buffer}); err != nil {
+			return i, err
 		}
 	}
 	return s.to, nil

@@ -92,7 +92,6 @@ const (
 	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, settled
 	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer agent: needs
 	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
-	ReasonUnproven           Reason = "Unproven"           // a bare pointer beside a running mirror
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error

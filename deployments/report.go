@@ -21,7 +21,8 @@ type Report struct {
 	// each time that the report was lost because the node was cut off (see kv.Presence). 0: the first report, which has no
 	// number yet.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Ready is the answer of /ready: every unit of every role is converged and healthy.
+	// Ready is the answer of /ready: since the agent started each unit has had a healthy release in service, and now none
+	// is unhealthy or drained.
 	Ready bool `json:"ready"`
 	// Reason says what is wrong with the node's role as a whole, with its Facts, as ReasonTooManyUnits. Mostly
 	// empty.

@@ -15,6 +15,7 @@ import (
 
 	"kedge/artifact/meter"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 // maxPatched bounds the sizes of the old and the new file of a patch, as both are in memory. Larger files come from
@@ -198,10 +199,8 @@ func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 				to = to[:1]
 			}
 			for _, c := range to {
-				select {
-				case c <- r:
-				case <-ctx.Done():
-					return ctx.Err()
+				if err := wait.Send(ctx, c, r); err != nil {
+					return err
 				}
 			}
 		}

@@ -19,6 +19,7 @@ import (
 	"kedge/artifact/meter"
 	"kedge/artifact/safefs"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 const (
@@ -221,10 +222,8 @@ func (p *packer) run(ctx context.Context) error {
 				last = job.after
 			}
 			for _, to := range []chan *packing{order, todo} {
-				select {
-				case to <- job:
-				case <-ctx.Done():
-					return ctx.Err()
+				if err := wait.Send(ctx, to, job); err != nil {
+					return err
 				}
 			}
 		}

@@ -138,7 +138,7 @@ func (c *Client) PassOver(s Source, err error) {
 	reason := deployments.ReasonDigestMismatch
 	switch {
 	case errors.Is(err, ErrNotFound):
-		c.log.Info("a mirror lacks an object", "url", deployments.ShownURL(s.URL))
+		c.log.Info("a mirror does not have an object: asking the next source", "url", deployments.ShownURL(s.URL))
 		return
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrDenied), errors.Is(err, context.DeadlineExceeded):
 		reason = deployments.ReasonStorageUnavailable

@@ -1,4 +1,4 @@
-// Package wait holds what loops need to wait: a pause that a context ends, backoff, jitter and a signal.
+// Package wait holds what loops need to wait: a pause and a send that a context ends, backoff, jitter and a signal.
 package wait
 
 import (
@@ -21,6 +21,16 @@ func For(ctx context.Context, d time.Duration) error {
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+}
+
+// Send sends v on c. If ctx ends first, it returns ctx's error.
+func Send[T any](ctx context.Context, c chan<- T, v T) error {
+	select {
+	case c <- v:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

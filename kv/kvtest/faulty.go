@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -129,12 +130,7 @@ func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.Vie
 	views := make(chan kv.View)
 	ended := make(chan error, 1)
 	go func() {
-		ended <- f.store.Watch(ctx, prefix, func(v kv.View) {
-			select {
-			case views <- v:
-			case <-ctx.Done():
-			}
-		})
+		ended <- f.store.Watch(ctx, prefix, func(v kv.View) { _ = wait.Send(ctx, views, v) })
 	}()
 	var shown, latest kv.View
 	wasDown := false

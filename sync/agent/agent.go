@@ -369,7 +369,7 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 			continue // once more: the store may have come up just now
 		}
 		if retry.Tries() == 0 {
-			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
+			a.c.Log.Warn("the store can't be reached, and this node's name isn't known yet: asking again", "error", err)
 		}
 		unknown(fmt.Errorf("this node's name isn't known yet: %w", err))
 		if retry.Wait(ctx) != nil {

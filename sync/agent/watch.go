@@ -95,7 +95,7 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 		}
 		if retry.Tries() == 0 && ctx.Err() == nil {
 			a.c.Log.Warn(
-				"the store is away, nothing is known from before, and the snapshot can't be read: trying again",
+				"the store can't be reached, nothing is saved from before, and the snapshot can't be read: trying again",
 				"error",
 				err,
 			)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 
@@ -69,7 +70,8 @@ func marked(run string, since uint64) ([]int, error) { return markedOf(processes
 
 // markedOf returns the processes of list that have run's mark in their environment and began no earlier than since, a
 // time of beganAt. 0 means that they may have begun at any time. Reading the environment of a process that hangs may
-// take long, so most processes are excluded by since first.
+// take long, so most processes are excluded by since first. Processes in the middle of execve(2) are read again, for up
+// to execLast.
 func markedOf(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -80,33 +82,34 @@ func markedOf(list func() ([]int, error), run string, since uint64) ([]int, erro
 	}
 	mark := []byte("\x00" + runMark + run + "\x00")
 	self := os.Getpid()
+	unread := slices.DeleteFunc(all, func(pid int) bool { return pid == self || since > 0 && beganAt(pid) < since })
 	var pids []int
-	for _, pid := range all {
-		if pid == self || since > 0 && beganAt(pid) < since {
-			continue
+	for begin := time.Now(); ; time.Sleep(execPoll) {
+		var execs []int
+		for _, pid := range unread {
+			switch env, execing := environOf(pid); {
+			case execing:
+				execs = append(execs, pid)
+			case bytes.Contains(append([]byte{0}, env...), mark):
+				pids = append(pids, pid)
+			}
 		}
-		if bytes.Contains(append([]byte{0}, environOf(pid)...), mark) {
-			pids = append(pids, pid)
+		if unread = execs; len(unread) == 0 || time.Since(begin) > execLast {
+			return pids, nil
 		}
 	}
-	return pids, nil
 }
 
 // environOf returns the environment that a process was started with. It is empty if the process was given none, has
-// ended, or is another user's. In the middle of execve(2) a process shows an empty environment, and environOf waits for
-// up to execLast until it shows the new one.
-func environOf(pid int) []byte {
-	for begin := time.Now(); ; time.Sleep(execPoll) {
-		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		if err != nil || len(env) > 0 || noEnviron(pid) || time.Since(begin) > execLast {
-			return env
-		}
-	}
+// ended, or is another user's. In the middle of execve(2) a process shows an empty environment, and execing is set.
+func environOf(pid int) (env []byte, execing bool) {
+	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	return env, err == nil && len(env) == 0 && !noEnviron(pid)
 }
 
 const (
 	execPoll = 200 * time.Microsecond
-	execLast = time.Second // reading a program may wait for a disk
+	execLast = time.Second // for all processes together, as a program may be read from a slow disk
 )
 
 // noEnviron reports whether a process has no environment for good: it was given none, is exiting, or is a thread of the

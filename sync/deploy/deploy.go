@@ -212,7 +212,7 @@ func Open(c Config) (*Unit, error) {
 		return nil, err
 	}
 	if u.cutOff = u.j.Deployment != nil; !u.cutOff {
-		if err := u.pruneBefore(); err != nil {
+		if err := u.removeOriginal(); err != nil {
 			u.log.Warn("could not remove the incomplete copy of what was at dest before kedge", "error", err)
 		}
 	}

@@ -103,12 +103,8 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 				once, done := context.WithTimeoutCause(trying, w.timeout, fmt.Errorf("no answer within %s", w.timeout))
 				identity, err := w.try(once)
 				done()
-				select {
-				case outcomes <- outcome{i, identity, err, time.Now()}:
-				case <-trying.Done():
-					return
-				}
-				if wait.For(trying, w.interval) != nil {
+				if wait.Send(trying, outcomes, outcome{i, identity, err, time.Now()}) != nil ||
+					wait.For(trying, w.interval) != nil {
 					return
 				}
 			}

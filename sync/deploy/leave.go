@@ -131,11 +131,11 @@ func (u *Unit) ForgetBefore() error {
 		return err
 	}
 	u.at("forgotten")
-	return u.pruneBefore()
+	return u.removeOriginal()
 }
 
-// pruneBefore removes the copy of what was at dest before the first release, unless Leave may need it.
-func (u *Unit) pruneBefore() error {
+// removeOriginal removes the copy of what was at dest before the first release, unless Leave may need it.
+func (u *Unit) removeOriginal() error {
 	if u.j.Before != nil {
 		return nil
 	}

@@ -366,7 +366,7 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 // stays for inspection until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
-	if err := u.pruneBefore(); err != nil {
+	if err := u.removeOriginal(); err != nil {
 		return err
 	}
 	if d.Fault == nil {

@@ -164,7 +164,7 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("history of %s: %w", id, err)
+		return nil, fmt.Errorf("reading the history of %s: %w", id, err)
 	}
 	history := []deployments.History{}
 	for _, e := range entries {

@@ -405,12 +405,12 @@ func pinStory(p deployments.Pin, now time.Time) string {
 // gitStory returns in words how many releases Git is ahead of the release that pin names. For a hold pin it takes the
 // releases that the live nodes selected by holds run, and the largest number. It is empty if the number is unknown.
 func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
-	kept := []deployments.Pointer{pin.Release}
+	pinned := []deployments.Pointer{pin.Release}
 	if pin.Hold {
-		kept = running(u, holds)
+		pinned = running(u, holds)
 	}
 	moved, known := 0, false
-	for _, p := range kept {
+	for _, p := range pinned {
 		if n, ok := u.GitAhead[p]; ok {
 			moved, known = max(moved, n), true
 		}

@@ -126,7 +126,7 @@ func (a *historyKeeper) readNeeded(ctx context.Context, commit *git.Commit, seen
 func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) error {
 	entries, err := a.store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
 	if err != nil {
-		return fmt.Errorf("history of %s: %w", role, err)
+		return fmt.Errorf("reading the history of %s: %w", role, err)
 	}
 	a.read[role] = true
 	for _, e := range entries { // sorted by generation

@@ -81,6 +81,11 @@ func (w *Watcher) Forget(dest string) {
 func (w *Watcher) close() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	select {
+	case <-w.opened:
+	default:
+		close(w.opened) // Watch may yet be called, and must not open what nobody would close
+	}
 	if w.watcher != nil {
 		w.watcher.Close()
 	}

@@ -21,6 +21,11 @@ func TestNoWarningAtTheEnd(t *testing.T) {
 		t.Errorf("it logs %s", log.String())
 	}
 	w = New(slog.New(slog.NewTextHandler(&log, nil)))
+	w.Run(ctx)
+	if w.Watch(t.TempDir()+"/late", func() {}); w.watcher != nil || log.Len() > 0 {
+		t.Errorf("a watch after the end opens an inotify that nobody closes, and logs %q", log.String())
+	}
+	w = New(slog.New(slog.NewTextHandler(&log, nil)))
 	w.Watch(t.TempDir()+"/missing/dest", func() {})
 	if !strings.Contains(log.String(), "periodic check only") {
 		t.Errorf("of a directory that can't be watched it logs %q", log.String())

@@ -42,8 +42,6 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 		return "sign it with a key that this node trusts: kedge publish --sign KEYFILE"
 	case deployments.ReasonAgentTooOld:
 		return "upgrade kedge on this node"
-	case deployments.ReasonUnproven:
-		return "change the release in Git, or pin it: kedge pin " + unit + " POINTER"
 	case deployments.ReasonOlderThanFloor:
 		return "publish the old tree anew, as a new version; or start the agent with --allow-older-pins"
 	case deployments.ReasonUnhealthy:

@@ -71,7 +71,6 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonCreatedAhead:       "made ahead of this node's clock[: {created}][; the floor is {settled}]",
 	deployments.ReasonAgentTooOld:        "this agent is too old for the record[: it needs format level {needs}]",
 	deployments.ReasonOldGeneration:      "the record is older than one that this node acted on[: {generation} after {acted_on}]",
-	deployments.ReasonUnproven:           "a bare pointer beside a running mirror: waits until the mirror has written",
 	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
 	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
 	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",

@@ -18,7 +18,7 @@ import (
 const MaxRole = 500_000
 
 // ErrTooMuch is the error of a report that wasn't read, as other reports of its role fill MaxRole.
-var ErrTooMuch = errors.New("it is not read")
+var ErrTooMuch = errors.New("too much in the reports of one role")
 
 // Report is a node's entry in status/, parsed.
 type Report struct {
@@ -83,8 +83,8 @@ func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
 		p, err := parse(n.Entry)
 		if sizes[role]+p.size > MaxRole {
 			delete(known, n.Entry.Key)
-			full[role] = fmt.Errorf("the reports of %s/%s have more than %d units, paths and facts together: %w",
-				role.Stage, role.Role, MaxRole, ErrTooMuch)
+			full[role] = fmt.Errorf("%w: those of %s/%s list more than %d units, paths and facts together; the rest are not read",
+				ErrTooMuch, role.Stage, role.Role, MaxRole)
 			n.Err = full[role]
 			continue
 		}

@@ -133,7 +133,7 @@ func packSection(r io.Reader) (io.Reader, error) {
 		case err != nil:
 			return nil, fmt.Errorf("pack: %w", noEOF(err))
 		case kind == flushPkt:
-			return nil, errors.New("pack: the server sends none")
+			return nil, errors.New("the server ended its answer to fetch without a pack")
 		case kind == dataPkt && line == "packfile":
 			return sideband.NewDemuxer(sideband.Sideband64k, r), nil
 		}

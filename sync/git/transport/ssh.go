@@ -33,10 +33,10 @@ type sshServer struct {
 	endpoint transport.Endpoint
 	access   Access
 
-	mu    sync.Mutex
-	conn  *ssh.Client
-	files string // the contents of the key and known_hosts files when conn was opened
-	v0    bool   // conn's server refuses GIT_PROTOCOL
+	mu      sync.Mutex
+	conn    *ssh.Client
+	keyData string // the contents of the key and known_hosts files when conn was opened
+	v0      bool   // conn's server refuses GIT_PROTOCOL
 }
 
 // sshSession is one run of git-upload-pack. Reads and writes end when the session or its context does.
@@ -45,8 +45,9 @@ type sshSession struct {
 	in     io.WriteCloser
 	out    *bufio.Reader
 	errors boundedBuffer
-	stop   func() bool
-	hello  *greeting // nil: the server speaks protocol v0
+	// unwatch ends the watch of the context at whose end the connection is closed.
+	unwatch func() bool
+	hello   *greeting // nil: the server speaks protocol v0
 }
 
 func (s *sshServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
@@ -153,13 +154,13 @@ func (p *sshPack) Close() error {
 // begin starts git-upload-pack, and reads the server's greeting. If that fails on a connection that was kept open,
 // begin retries once on a new one.
 func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
-	config, files, err := s.config()
+	config, keyData, err := s.config()
 	if err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.conn != nil && s.files == files {
+	if s.conn != nil && s.keyData == keyData {
 		short, cancel := context.WithTimeout(ctx, sessionTimeout)
 		session, err := s.start(short, ctx)
 		cancel()
@@ -171,7 +172,7 @@ func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	if err := s.dial(ctx, config); err != nil {
 		return nil, err
 	}
-	s.files = files
+	s.keyData = keyData
 	session, err := s.start(ctx, ctx)
 	if err != nil && !errors.As(err, new(*Refusal)) {
 		s.drop()
@@ -185,7 +186,7 @@ func (s *sshServer) start(starting, running context.Context) (*sshSession, error
 	conn := s.conn
 	hang := context.AfterFunc(starting, func() { conn.Close() })
 	defer hang()
-	session := &sshSession{stop: func() bool { return true }}
+	session := &sshSession{unwatch: func() bool { return true }}
 	err := session.start(conn, &s.v0, "git-upload-pack "+quoted(s.endpoint.Path))
 	if err != nil {
 		defer session.end()
@@ -194,7 +195,7 @@ func (s *sshServer) start(starting, running context.Context) (*sshSession, error
 		}
 		return nil, s.explain(session, err)
 	}
-	session.stop = context.AfterFunc(running, func() { conn.Close() })
+	session.unwatch = context.AfterFunc(running, func() { conn.Close() })
 	return session, nil
 }
 
@@ -247,7 +248,7 @@ func (s *sshSession) start(conn *ssh.Client, v0 *bool, command string) (err erro
 
 // end ends the session; its connection stays open.
 func (s *sshSession) end() {
-	s.stop()
+	s.unwatch()
 	if s.Session != nil {
 		s.Close()
 	}
