@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"encoding/json"
 	"strings"
 	"time"
 
@@ -116,6 +117,45 @@ type reported struct {
 	goneSince time.Time
 	unhealthy outages
 	report    deployments.Report
+}
+
+// outages are the units of a node that are unhealthy or roll back, by name.
+type outages map[string]outage
+
+// outage is the time since which a unit is out of service. state and entered are the unit's state in the newest report,
+// and the time at which the unit entered it.
+type outage struct {
+	since   time.Time
+	state   deployments.State
+	entered time.Time
+}
+
+// next returns the outages after a node's next report. A watch shows only the newest report, so a unit may meanwhile
+// have tried another release and failed again: that begins a new outage.
+func (o outages) next(units map[string]deployments.UnitReport, now time.Time) outages {
+	var all outages
+	for name, u := range units {
+		if u.State != deployments.StateUnhealthy && !u.RollingBack {
+			continue
+		}
+		since := now
+		if was, known := o[name]; known && was.goesOn(u) {
+			since = was.since
+		}
+		if all == nil {
+			all = outages{}
+		}
+		all[name] = outage{since, u.State, u.Since}
+	}
+	return all
+}
+
+// goesOn reports whether u, a unit's next report, continues the outage o instead of beginning another.
+func (o outage) goesOn(u deployments.UnitReport) bool {
+	if u.State == o.state {
+		return u.Since.Equal(o.entered)
+	}
+	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
 // order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that carries it out removes the key.
@@ -275,4 +315,13 @@ func clip(s string, n int) string {
 		return s[:i] + "\n..."
 	}
 	return s + "..."
+}
+
+// encode returns a record's JSON. Equal records have equal bytes.
+func encode(r deployments.Record) []byte {
+	value, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // plain data
+	}
+	return value
 }

@@ -27,7 +27,7 @@ type observer struct {
 	mu  sync.Mutex
 	now observed
 
-	// Each watch calls its method one call at a time: only that method uses these fields.
+	// These fields need no lock: each is used by one method, which stores the views of one watch, one view at a time.
 	parsedRecords kv.Parsed[deployments.Record]
 	parsedPins    kv.Parsed[deployments.Pin]
 	parsedOrders  kv.Parsed[deployments.Order]
@@ -37,45 +37,6 @@ type observer struct {
 	left          map[string]time.Time // when each key that is missing in status/ vanished
 	hook          uint64               // the last version of kv.MirrorHook that was passed on
 	complain      rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
-}
-
-// outages are the units of a node that are unhealthy or roll back, by name.
-type outages map[string]outage
-
-// outage is the time since which a unit is out of service. state and entered are the unit's state in the newest report,
-// and the time at which the unit entered it.
-type outage struct {
-	since   time.Time
-	state   deployments.State
-	entered time.Time
-}
-
-// next returns the outages after a node's next report. A watch shows only the newest report, so a unit may meanwhile
-// have tried another release and failed again: that begins a new outage.
-func (o outages) next(units map[string]deployments.UnitReport, now time.Time) outages {
-	var all outages
-	for name, u := range units {
-		if u.State != deployments.StateUnhealthy && !u.RollingBack {
-			continue
-		}
-		since := now
-		if was, known := o[name]; known && was.goesOn(u) {
-			since = was.since
-		}
-		if all == nil {
-			all = outages{}
-		}
-		all[name] = outage{since, u.State, u.Since}
-	}
-	return all
-}
-
-// goesOn reports whether u, a unit's next report, continues the outage o instead of beginning another.
-func (o outage) goesOn(u deployments.UnitReport) bool {
-	if u.State == o.state {
-		return u.Since.Equal(o.entered)
-	}
-	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
 func newObserver(log *slog.Logger, hooked func()) *observer {
@@ -269,7 +230,7 @@ func (o *observer) pins(v kv.View) {
 	})
 }
 
-// sawFolders records the folder keys of a view.
+// sawFolders records the folder keys in a view of a kind of keys, and whether the kind's own folder key is missing.
 func (now *observed) sawFolders(kind string, v kv.View) {
 	folders := maps.Clone(now.folders)
 	if folders == nil {

@@ -8,6 +8,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // Change is one write that results from a commit.
@@ -70,10 +71,10 @@ func first(
 	r := move.Record
 	r.Nodes, r.Joined = 0, 0
 	if r.Rollout == nil {
-		return r, reasonOf("", move)
+		return r, message.Transition(move.Reason, move.Facts)
 	}
 	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
-	how := reasonOf("", move)
+	how := message.Transition(move.Reason, move.Facts)
 	if r.Rollout.Phase != deployments.PhaseFrozen && u.Rollout != nil {
 		how = "all its nodes at once"
 		if most := u.Rollout.MaxUnavailable; most.N > 0 {

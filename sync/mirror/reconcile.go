@@ -3,7 +3,6 @@ package mirror
 import (
 	"bytes"
 	"cmp"
-	"encoding/json"
 	"slices"
 	"strings"
 	"time"
@@ -189,11 +188,8 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
 		return w, doWrite
 	}
-	w.after = policy.Orphaned(c.record)
-	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(w.after); bytes.Equal(
-		w.value,
-		encode(c.record),
-	) {
+	w.kind, w.reason, w.after = "update", "its file is no longer in Git", policy.Orphaned(c.record)
+	if w.value = encode(w.after); bytes.Equal(w.value, encode(c.record)) {
 		return change{}, doNothing
 	}
 	w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
@@ -359,15 +355,6 @@ func onlyMoves(before, after deployments.Record) bool {
 	still.Reason, still.Facts, still.Message = after.Rollout.Reason, after.Rollout.Facts, after.Rollout.Message
 	before.Rollout = &still
 	return bytes.Equal(encode(before), encode(after))
-}
-
-// encode returns a record's JSON. Equal records have equal bytes.
-func encode(r deployments.Record) []byte {
-	value, err := json.Marshal(r)
-	if err != nil {
-		panic(err) // plain data
-	}
-	return value
 }
 
 // record returns the history entry of a new generation.
