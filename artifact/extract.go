@@ -126,7 +126,8 @@ func idCached(known map[string]int, name string, lookup func(string) (string, er
 var (
 	errBomb    = fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
 	errEntries = fmt.Errorf("the archive has more than %d entries", maxTarEntries)
-	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes", maxNames)
+	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes in total",
+		maxNames)
 )
 
 // bounded is a reader that fails with errBomb once more than left bytes were read.
@@ -384,8 +385,8 @@ func (x *extractor) takeDir() error {
 	return nil
 }
 
-// keep returns a copy of name, which may be a slice of a far longer PAX record that would stay in memory. If all kept
-// names have more than maxNames bytes, the error is errNames.
+// keep returns a copy of name, which may be a slice of a far longer PAX record that would stay in memory. If the kept
+// names have more than maxNames bytes in total, the error is errNames.
 func (x *extractor) keep(name string) (string, error) {
 	if x.names += len(name); x.names > maxNames {
 		return name, errNames

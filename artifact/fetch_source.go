@@ -71,7 +71,8 @@ func (a *archiveSource) open(ctx context.Context) error {
 				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest,
 				deployments.ShownURL(o.URL), o.Size, a.size)
 		case s.Mirror() && !o.Ranges:
-			failed = fmt.Errorf("%w: it ignores Range", object.ErrUnavailable)
+			failed = fmt.Errorf("%w as a mirror: it ignores Range requests, with which parts of an archive are read",
+				object.ErrUnavailable)
 		default:
 			a.now = place{o, s}
 			return nil

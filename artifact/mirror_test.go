@@ -170,7 +170,7 @@ func TestMirrorsThatIgnoreRange(t *testing.T) {
 		t.Fatal(err)
 	}
 	treetest.Same(t, dir, new.dir)
-	if !strings.Contains(log.String(), "it ignores Range") {
+	if !strings.Contains(log.String(), "ignores Range requests") {
 		t.Errorf("the log says nothing of it: %s", log.String())
 	}
 }

@@ -121,7 +121,7 @@ type publisher struct {
 }
 
 func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
-	there, err := p.published()
+	there, err := p.storedManifest()
 	if err != nil {
 		return out, err
 	}
@@ -179,7 +179,9 @@ type before struct {
 	manifest *deployments.Manifest // nil: none that parses
 }
 
-func (p *publisher) published() (b before, err error) {
+// storedManifest reads the manifest that is stored for this version. It returns the zero before if there is none, or if
+// the credentials may not read it.
+func (p *publisher) storedManifest() (b before, err error) {
 	b.raw, err = p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
 	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) { // see Client.Put
 		return b, nil

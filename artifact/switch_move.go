@@ -47,7 +47,7 @@ func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release)
 			return err
 		}
 		if err := m.copyBeside(ctx, parent, r); err != nil {
-			return fmt.Errorf("copying the tree beside dest: %w", err)
+			return fmt.Errorf("copying the tree to a place beside dest: %w", err)
 		}
 	}
 	if err := safefs.RemoveTree(tree); err != nil {

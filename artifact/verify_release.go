@@ -72,7 +72,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 		return nil, err
 	}
 	if !how.quick {
-		r.noteVerified(name, rec, v)
+		r.updateStats(name, rec, v)
 	}
 	found := v.found
 	top, err := os.Lstat(dir)
@@ -93,9 +93,9 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	return r.changeFiles(name).overlaid(dir, found)
 }
 
-// noteVerified records the stats of the files that were right. If one file's content was wrong, it drops the stats of
+// updateStats records the stats of the files that were right. If one file's content was wrong, it drops the stats of
 // all releases of this dest.
-func (r *Releases) noteVerified(name string, rec *record, v *verifier) {
+func (r *Releases) updateStats(name string, rec *record, v *verifier) {
 	var err error
 	if slices.ContainsFunc(v.found, func(d Difference) bool { return d.What == "content" }) {
 		err = r.forgetStats()

@@ -96,7 +96,7 @@ func (e *expander) list(list *parse.ListNode, dot any) error {
 			return err
 		}
 		if e.out.Len() > MaxManifest {
-			return fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
+			return fmt.Errorf("the manifest has more than %d bytes once its variables are filled in", MaxManifest)
 		}
 	}
 	return nil
@@ -399,7 +399,7 @@ func format(values []any) (string, error) {
 		rest = verb[end+1:]
 	}
 	if size > 8*MaxManifest {
-		return "", fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
+		return "", fmt.Errorf("the result has more than %d bytes, which is the limit of a whole manifest", MaxManifest)
 	}
 	return fmt.Sprintf(layout, values[1:]...), nil
 }

@@ -49,5 +49,5 @@ func ParseMirrorState(value []byte) (MirrorState, error) {
 // Equal reports whether two states say the same.
 func (s MirrorState) Equal(other MirrorState) bool { return reflect.DeepEqual(s, other) }
 
-// Taken returns the commit that the mirror took last, whether or not it is fully written.
-func (s MirrorState) Taken() string { return cmp.Or(s.Applying, s.Head) }
+// LastCommit returns the commit that the mirror took last, whether or not it is fully written.
+func (s MirrorState) LastCommit() string { return cmp.Or(s.Applying, s.Head) }

@@ -89,7 +89,7 @@ const (
 	ReasonUnsigned           Reason = "Unsigned"
 	ReasonDigestMismatch     Reason = "DigestMismatch"
 	ReasonOlderThanFloor     Reason = "OlderThanFloor"
-	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, settled
+	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, floor
 	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer agent: needs
 	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error

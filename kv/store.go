@@ -45,7 +45,7 @@ var (
 	ErrConflict = errors.New("the key was changed meanwhile")
 	ErrDenied   = errors.New("permission denied")
 	ErrNoFolder = errors.New("no such folder") // an ErrDenied: no right to read the folder key, or no mirror has made it
-	// an ErrNoFolder, but the token may read the folder: for messages
+	// ErrEmpty is an ErrNoFolder for a folder that the token may read. It makes messages more exact.
 	ErrEmpty       = errors.New("the folder holds no key yet")
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")

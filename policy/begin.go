@@ -89,7 +89,8 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	return next, true
 }
 
-// begin returns the record of a new target that Git names.
+// begin returns the state in which the rollout of Git's new target begins or, if there is nothing to roll out, has
+// ended. If successor has no room for another target, begin returns its state, which waits or rolls back.
 func begin(in *inputs, st state, target deployments.Pointer) state {
 	next, ok := successor(in, st, target)
 	if !ok {
@@ -194,7 +195,7 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	return launch(in, next)
 }
 
-// gitsRecord returns what has to be kept of Git's record while a pin overrides it.
+// gitsRecord returns what the record keeps of Git's wishes while a pin overrides them; endPin goes back to that.
 func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned

@@ -52,8 +52,8 @@ func (b Bounds) CheckSource(source string) error {
 	}
 	if b.NoLocal && !named && isLocal(source) {
 		return fmt.Errorf(
-			"%s lies on this machine or its link, from which nothing is taken unless sources names it "+
-				"(or local_sources is set on an agent)",
+			"%s leads to this machine or its own network link, and sources doesn't name it "+
+				"(on an agent, local_sources allows all of them)",
 			deployments.ShownURL(source),
 		)
 	}

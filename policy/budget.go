@@ -81,10 +81,11 @@ func (x *place) isAdmitted(st state) bool {
 }
 
 // readmit raises Record.Joined, so that the record applies to nodes that came back, in the order in which they joined.
-// It readmits as many as the budget has room for, and at most most. moved reports whether Joined rose.
-func readmit(in *inputs, st state, v summary, most int) (next state, moved bool) {
+// It readmits no more nodes than the budget has room for, and no more than limit. If Joined rose, moved is set and the
+// bake starts anew.
+func readmit(in *inputs, st state, v summary, limit int) (next state, moved bool) {
 	room, _ := room(in, v)
-	room = min(room, most)
+	room = min(room, limit)
 	for _, n := range v.waiting {
 		if room <= 0 {
 			break

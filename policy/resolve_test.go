@@ -118,7 +118,7 @@ func TestResolve(t *testing.T) {
 			ActRun, v2, none, FromTarget, "runs already", "", time.Time{}},
 		{"not admitted, on a target that was replaced",
 			ResolveInputs{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Superseded: replaced})},
-			ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
+			ActStage, v3, v2, FromRunning, "superseded", "", time.Time{}},
 		{"rolled back, its turn to come",
 			ResolveInputs{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})},
 			ActRun, v2, none, FromRunning, "turn", "", time.Time{}},

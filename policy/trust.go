@@ -28,11 +28,11 @@ type Signers struct{ all []signer }
 
 // signer is one line of an allowed_signers file.
 type signer struct {
-	line          int
-	principals    string
-	key           ssh.PublicKey
-	namespaces    []string  // patterns; empty: any
-	after, before time.Time // zero: no bound
+	line                    int
+	principals              string
+	key                     ssh.PublicKey
+	namespaces              []string  // patterns; empty: any
+	validAfter, validBefore time.Time // zero: no bound
 }
 
 // Len returns the number of keys.
@@ -89,9 +89,9 @@ func parseSigner(line string) (signer, error) {
 				}
 			}
 		case "valid-after":
-			s.after, err = parseValid(value)
+			s.validAfter, err = parseValid(value)
 		case "valid-before":
-			s.before, err = parseValid(value)
+			s.validBefore, err = parseValid(value)
 		case "cert-authority":
 			return s, errors.New("option cert-authority: certificate authorities are not supported: list each signer's own key")
 		default:
@@ -183,7 +183,8 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 			refused = fmt.Errorf("%w: the key %s of %s may sign for %s, not for %s", ErrUntrusted, finger,
 				one.principals, strings.Join(one.namespaces, ","), namespace)
 			continue
-		case !one.after.IsZero() && now.Before(one.after), !one.before.IsZero() && !now.Before(one.before):
+		case !one.validAfter.IsZero() && now.Before(one.validAfter),
+			!one.validBefore.IsZero() && !now.Before(one.validBefore):
 			refused = fmt.Errorf("%w: the key %s of %s is not valid at this time", ErrUntrusted, finger, one.principals)
 			continue
 		}

@@ -131,7 +131,7 @@ func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 		case Hardlink:
 			e.Original = int(r.number(maxEntries))
 			if e.Original >= i || x.Entries[e.Original].Kind != File {
-				return 0, fmt.Errorf("entry %d: %q is a hard link to what is not a file before it", i, e.Path)
+				return 0, fmt.Errorf("entry %d: %q is a hard link, but not to a file that comes earlier in the index", i, e.Path)
 			}
 		}
 		if r.err != nil {

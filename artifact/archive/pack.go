@@ -169,7 +169,7 @@ type packer struct {
 	out         io.Writer
 	archive     hash.Hash
 	meter       *meter.Meter
-	stream      int64 // bytes of the tar stream so far
+	streamed    int64 // bytes of the tar stream so far
 	// free has buffers of frames that were written, for reuse.
 	free chan []byte
 }
@@ -268,13 +268,13 @@ func (p *packer) write(job *packing) error {
 		return err
 	}
 	p.archive.Write(job.data)
-	f := Frame{Offset: p.index.ArchiveSize(), Size: int64(len(job.data)), Start: p.stream, Length: job.length,
+	f := Frame{Offset: p.index.ArchiveSize(), Size: int64(len(job.data)), Start: p.streamed, Length: job.length,
 		Sum: job.sum, Content: job.content}
 	p.index.Frames = append(p.index.Frames, f)
 	for _, o := range job.offsets {
-		p.index.Entries[o.entry].Offset = p.stream + o.at
+		p.index.Entries[o.entry].Offset = p.streamed + o.at
 	}
-	p.stream += job.length
+	p.streamed += job.length
 	for _, part := range job.parts {
 		p.meter.Add(part.n)
 	}

@@ -24,11 +24,11 @@ var (
 		"and a URL only if sources names it")
 
 	errToPlainHTTP = errors.New("a redirect from https may not lead to plain http")
-	errWithoutEnd  = errors.New("it is redirected more than ten times")
+	errWithoutEnd  = errors.New("it is redirected too often: nine redirects are followed")
 )
 
-// maxRedirects bounds the redirects of one request.
-const maxRedirects = 10
+// maxRequests bounds the requests of one read: the first, and one for each redirect that it follows.
+const maxRequests = 10
 
 func thisMachine(u *url.URL) bool {
 	ip := net.ParseIP(u.Hostname())
@@ -71,7 +71,7 @@ func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !c.mayRead(r.URL)):
 		return errPlainHTTP
 	}
-	if len(via) >= maxRedirects {
+	if len(via) >= maxRequests {
 		return errWithoutEnd
 	}
 	to := *r.URL

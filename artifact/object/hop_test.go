@@ -208,7 +208,7 @@ func TestRedirectsOfS3(t *testing.T) {
 		if !errors.Is(err, c.want) || err == nil && string(data) != "here" {
 			t.Errorf("%s: %q, %v", c.name, data, err)
 		}
-		if most := map[error]int32{nil: 2, errWithoutEnd: maxRedirects}[c.want]; asked.Load() > max(most, 1) {
+		if most := map[error]int32{nil: 2, errWithoutEnd: maxRequests}[c.want]; asked.Load() > max(most, 1) {
 			t.Errorf("%s: it was asked %d times", c.name, asked.Load())
 		}
 	}

@@ -311,7 +311,7 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		return s.put(ctx, u, b, opt.ContentType)
 	})
 	if errors.Is(err, errOccupied) {
-		err = c.same(ctx, url, b)
+		err = c.verifyExisting(ctx, url, b)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
@@ -339,8 +339,8 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 	return nil
 }
 
-// same returns ErrExists unless the stored object equals b.
-func (c *Client) same(ctx context.Context, url string, b *body) error {
+// verifyExisting returns ErrExists unless the stored object equals b.
+func (c *Client) verifyExisting(ctx context.Context, url string, b *body) error {
 	o, err := c.Stat(ctx, url)
 	if err != nil {
 		return err

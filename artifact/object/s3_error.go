@@ -73,7 +73,7 @@ func s3Error(err error) error {
 				)
 			}
 			return fmt.Errorf(
-				"%w: %s answered %s; it does so for a missing object too where s3:ListBucket isn't allowed",
+				"%w: %s answered %s; it answers so for a missing object, too, if s3:ListBucket isn't allowed",
 				ErrDenied,
 				call,
 				message,
@@ -82,7 +82,7 @@ func s3Error(err error) error {
 			return fmt.Errorf("%w: %s answered %s", ErrDenied, call, message)
 		case "NoSuchBucket":
 			return fmt.Errorf(
-				"%w: there is no such bucket (its name, AWS_REGION and AWS_ENDPOINT_URL_S3 say which is asked for)",
+				"%w: there is no such bucket: check its name, AWS_REGION and AWS_ENDPOINT_URL_S3",
 				ErrNotFound,
 			)
 		case "NoSuchVersion":

@@ -294,7 +294,10 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		return err
 	}
 	as := map[bool]string{true: "pin", false: "record"}[b.Pinned]
-	log.Info("the event is handed on", "unit", b.Unit.String(), "release", b.Pointer.String(), "as", as,
-		"changed", b.Changed)
+	says := "the unit follows the event's release"
+	if !b.Changed {
+		says = "the unit follows the event's release already"
+	}
+	log.Info(says, "unit", b.Unit.String(), "release", b.Pointer.String(), "as", as, "changed", b.Changed)
 	return nil
 }

@@ -27,7 +27,7 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 	}
 	if keyFile == "" {
 		return nil, hintError{
-			errors.New("--snapshot needs --snapshot-key: nodes take none that isn't signed"),
+			errors.New("--snapshot needs --snapshot-key: nodes take only signed snapshots"),
 			"ssh-keygen -t ed25519 -N '' -f snapshot.key",
 		}
 	}

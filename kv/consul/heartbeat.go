@@ -113,8 +113,12 @@ func (h *heartbeat) keep(ctx context.Context) {
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
 			h.store.strayed.Add(1)
-			h.store.log.Info("registering the service again: the Consul agent does not know it",
-				"service", h.id, "error", h.register(ctx))
+			if err := h.register(ctx); err != nil {
+				h.store.log.Warn("the Consul agent does not know the service, which could not be registered again",
+					"service", h.id, "error", err)
+			} else {
+				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)
+			}
 		case causes.New(err):
 			h.store.log.Warn("heartbeat failed", "service", h.id, "error", err)
 		}

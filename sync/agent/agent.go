@@ -400,7 +400,7 @@ func (a *Agent) rename(name string) {
 		return
 	}
 	if name != was {
-		a.c.Log.Info("using the name that the store's agent has for this node", "node", name, "was", was)
+		a.c.Log.Info("using the name that the Consul agent has for this node", "node", name, "was", was)
 	}
 	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
 		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)

@@ -333,7 +333,8 @@ func (a *Agent) warnOfUnobserved() {
 			return deployments.MatchesUnit([]string{p}, id)
 		})
 		if !named && p != "*/*/*" {
-			a.c.Log.Warn("observe names no unit that this node has", "observe", p)
+			a.c.Log.Warn("a pattern in observe matches no unit of this node: if it is mistyped, "+
+				"the unit that it was meant for is deployed", "observe", p)
 		}
 	}
 }

@@ -157,8 +157,8 @@ func (a *Agent) replaced(u *unit) bool {
 	return false
 }
 
-// contends reports whether a unit that will yield its dest to u is still deploying to that dest. Until that deployment
-// ends, the node is out of service on behalf of u as well. a.mu is held.
+// contends reports whether u, which runs nothing yet, waits for a unit that will yield its dest to u but still deploys
+// to it. Until that deployment ends, the node is out of service because of u, too. a.mu is held.
 func (a *Agent) contends(u *unit) bool {
 	if !u.state().Running.IsZero() {
 		return false

@@ -57,7 +57,7 @@ func factsOf(err error) deployments.Facts {
 		return facts.With("dest", foreign.dest).With("found", foreign.found)
 	}
 	if future := new(deploy.FutureError); errors.As(err, &future) {
-		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Floor.Format(time.RFC3339))
+		return facts.With("created", future.Created.Format(time.RFC3339)).With("floor", future.Floor.Format(time.RFC3339))
 	}
 	return facts
 }

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Status returns the agent's whole state.
+// Status returns what /status shows: the agent's reports, sources, decisions and what it waits for.
 func (a *Agent) Status() policy.NodeStatus {
 	roles := a.Report()
 	a.mu.Lock()

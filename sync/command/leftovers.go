@@ -68,10 +68,10 @@ func killMarked(run string, since uint64, list func() ([]int, error)) {
 // the agent isn't root, those of other users, which it couldn't end either.
 func marked(run string, since uint64) ([]int, error) { return markedOf(processes, run, since) }
 
-// markedOf returns the processes of list that have run's mark in their environment and began no earlier than since, a
-// time of beganAt. 0 means that they may have begun at any time. Reading the environment of a process that hangs may
-// take long, so most processes are excluded by since first. Processes in the middle of execve(2) are read again, for up
-// to execLast.
+// markedOf returns those processes of list that have run's mark in their environment. It leaves out processes that
+// began before since, a time as beganAt returns it; 0 leaves out none. This comes first, because reading the
+// environment of a process that hangs may take long. A process in the middle of execve(2) is read again, for up to
+// execLast.
 func markedOf(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil

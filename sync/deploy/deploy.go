@@ -172,7 +172,8 @@ type State struct {
 	Unfinished bool
 	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
 	RollingBack bool
-	// FailedAt is when the deployment that goes back failed; zero: none goes back, or an earlier version wrote the journal.
+	// FailedAt is when the deployment that goes back failed; zero: none goes back, or an earlier version wrote the
+	// journal.
 	FailedAt time.Time
 	// While a deployment is under way, Health is that of the release that it went back to; Recover tries an unhealthy one
 	// again. Otherwise Health is what KeepHealth last stored of the running release.
@@ -346,8 +347,8 @@ type Request struct {
 	// Adopt lets the unit take over the tree at dest before the first release, if that equals the release byte for byte.
 	// Its health is then checked, and no commands run except failure commands.
 	Adopt bool
-	// MayLeave keeps what lies at dest before the first release for Leave, even after the deployment has
-	// succeeded, until ForgetBefore.
+	// MayLeave keeps a copy of what was at dest before the unit's first release, so that Leave can put it back. A
+	// deployment that succeeds keeps the copy, too; ForgetBefore removes it.
 	MayLeave bool
 }
 

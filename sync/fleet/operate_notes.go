@@ -44,7 +44,8 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 			if !u.Pins[other].Expired(f.At) {
 				notes = append(
 					notes,
-					fmt.Sprintf("%s has a pin of its own, which goes before: %s", message.Clean(other), pinName(u, u.Pins[other])),
+					fmt.Sprintf("%s has a pin of its own, which takes precedence: %s", message.Clean(other),
+						pinName(u, u.Pins[other])),
 				)
 			}
 		}

@@ -211,7 +211,7 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 	}
 	for _, c := range []struct{ unit, node, want string }{
 		{"prod/web/ap", "", "no unit prod/web/ap: did you mean prod/web/app?"},
-		{"prod/web/app", "", "before: hold by bob\nweb-1 has a pin of its own, which goes before: 2 d5856351"},
+		{"prod/web/app", "", "before: hold by bob\nweb-1 has a pin of its own, which takes precedence: 2 d5856351"},
 		{"prod/web/app", "web-1", "before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\n" +
 			"no node web-2 of prod/web/app has reported: did you mean web-1?"},

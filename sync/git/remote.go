@@ -72,13 +72,13 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 		room: maxCache}
 	if c.CacheDir == "" {
 		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
-			return nil, fmt.Errorf("cache of the repository: %w", err)
+			return nil, fmt.Errorf("making a directory for the repository's cache: %w", err)
 		}
 		r.temporary = true
 		return r, nil
 	}
 	if err := os.MkdirAll(c.CacheDir, 0o700); err != nil {
-		return nil, fmt.Errorf("cache of the repository: %w", err)
+		return nil, fmt.Errorf("making a directory for the repository's cache: %w", err)
 	}
 	r.dir = c.CacheDir
 	r.cache = r.kept()
@@ -87,7 +87,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 		left, _ := filepath.Glob(filepath.Join(c.CacheDir, cut))
 		for _, name := range left {
 			if err := os.RemoveAll(name); err != nil {
-				return nil, fmt.Errorf("cache of the repository: %w", err)
+				return nil, fmt.Errorf("making a directory for the repository's cache: %w", err)
 			}
 		}
 	}

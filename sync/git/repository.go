@@ -292,22 +292,22 @@ const (
 	maxNames    = 300 // in bytes
 )
 
-// missing returns an ErrNoBranch for a branch of the repository where. It tells the operator which branches exist;
-// there has their full names.
-func missing(branch, where string, there []string) error {
-	if len(there) == 0 {
-		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)
+// missing returns an ErrNoBranch for a branch that the repository at address doesn't have. The error lists some of the
+// branches that exist. existing has the full names of all, and is changed.
+func missing(branch, address string, existing []string) error {
+	if len(existing) == 0 {
+		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, address)
 	}
-	slices.Sort(there)
-	for i, name := range there {
-		there[i] = strings.TrimPrefix(name, "refs/heads/")
+	slices.Sort(existing)
+	for i, name := range existing {
+		existing[i] = strings.TrimPrefix(name, "refs/heads/")
 	}
 	more := ""
-	if n := len(there) - maxBranches; n > 0 {
+	if n := len(existing) - maxBranches; n > 0 {
 		more = fmt.Sprintf(" and %d more", n)
 	}
-	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, where,
-		safetext.Line(strings.Join(there[:min(len(there), maxBranches)], ", "), maxNames), more)
+	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, address,
+		safetext.Line(strings.Join(existing[:min(len(existing), maxBranches)], ", "), maxNames), more)
 }
 
 // CheckLocal returns an error if a repository's address names a path on this machine, and no repository is there.

@@ -62,7 +62,7 @@ func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) er
 	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err
 	}
-	_ = s.remember(hash) // for when the signer is removed; a full disk must not refuse a good commit
+	_ = s.rememberSigned(hash) // for when the signer is removed; a full disk must not refuse a good commit
 	return nil
 }
 
@@ -126,7 +126,7 @@ func (s *Signers) remembered() ([]string, error) {
 	return strings.Fields(string(data)), err
 }
 
-func (s *Signers) remember(hash string) error {
+func (s *Signers) rememberSigned(hash string) error {
 	if s.memory == "" {
 		return nil
 	}

@@ -49,8 +49,9 @@ type Archive struct {
 	Outside []string
 }
 
-// Inspect parses a manifest as a node would. If objects isn't nil, it fetches the archive and unpacks it into a
-// temporary directory. The error is of the inspection itself, not of what it found.
+// Inspect parses a manifest as a node would. If objects isn't nil and src has no variables, it also unpacks the archive
+// into a temporary directory. What is wrong with the manifest is in the Inspection; the error only says why the
+// inspection itself failed.
 func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection, error) {
 	in := Inspection{Source: s}
 	m, err := deployments.ParseTemplate(s.Raw, s.URL)

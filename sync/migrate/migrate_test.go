@@ -400,7 +400,7 @@ func TestBridge(t *testing.T) {
 		t.Fatal(err)
 	}
 	for text, bounds := range map[string]policy.Bounds{
-		"lies on this machine": {NoLocal: true}, "is not from s3://acme": {Sources: []string{"s3://acme"}},
+		"leads to this machine": {NoLocal: true}, "is not from s3://acme": {Sources: []string{"s3://acme"}},
 	} {
 		options.Bounds = bounds
 		if b, err := bridge("from elsewhere"); err == nil || !strings.Contains(err.Error(), text) || b.Changed {

@@ -102,7 +102,7 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 // readAccepted reads the commit that the store holds, so that the store can be reconciled with it while a newer commit
 // is refused. It tries again with each new head, because a fetch may have brought the commit.
 func (a *acceptor) readAccepted(head string) {
-	taken := a.own.state.Taken()
+	taken := a.own.state.LastCommit()
 	if a.commit != nil || taken == "" || a.recalled == head {
 		return
 	}
@@ -156,7 +156,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 // candidate returns the commit in to as a candidate, with what refuse needs to know of the store's commit. descends and
 // accepted are left for the caller to set.
 func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
-	c := candidate{from: a.own.state.Taken(), rules: a.own.state.Rules, to: to}
+	c := candidate{from: a.own.state.LastCommit(), rules: a.own.state.Rules, to: to}
 	if other := a.own.state.Repo; other != a.repo {
 		c.otherRepo = other
 	}

@@ -172,7 +172,7 @@ func (f *follower) logChange(before, after gitState) {
 		return
 	}
 	if after.bad != nil {
-		f.log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
+		f.log.Error("the commit is refused: what was mirrored before stays", "commit", after.head, "error", after.bad)
 		return
 	}
 	f.log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject,

@@ -263,7 +263,7 @@ func (l *leader) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		case err == nil:
 			if lastErr != nil {
-				l.c.Log.Info("the store takes writes again", "store", l.c.Store)
+				l.c.Log.Info("the store is up to date with Git again", "store", l.c.Store)
 			}
 			lastErr = nil
 			conflicts = 0
@@ -275,7 +275,7 @@ func (l *leader) loop(ctx context.Context) error {
 			}
 		default:
 			if lastErr == nil {
-				l.c.Log.Warn("the store refuses writes: trying again", "store", l.c.Store, "error", err)
+				l.c.Log.Warn("could not bring the store up to date with Git: trying again", "store", l.c.Store, "error", err)
 			}
 			lastErr = err
 			again = retry.Next()

@@ -32,7 +32,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		at: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_head_applied_timestamp_seconds",
 			Help: "When the commit that the store holds was written there."}),
 		refused: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_refused",
-			Help: "1 while the branch's newest commit is not taken."}),
+			Help: "1 while the branch's newest commit is refused."}),
 		polls: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_polls_total",
 			Help: "Reads of the branch in Git, by result."}, []string{"result"}),
 		commits: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_commits_total",

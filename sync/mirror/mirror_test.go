@@ -358,7 +358,7 @@ func TestPushAfterPush(t *testing.T) {
 	if app.Generation < 1 || app.Generation > 20 || base.Generation > 4 || app.Commit != heads[19] {
 		t.Errorf("app %+v, base %+v", app, base)
 	}
-	if strings.Contains(m.log.String(), "the store refuses writes: trying again") {
+	if strings.Contains(m.log.String(), "could not bring the store up to date with Git: trying again") {
 		t.Error("there was trouble")
 	}
 }
@@ -488,7 +488,7 @@ func TestStoreOutage(t *testing.T) {
 	store.setFail(kv.ErrUnavailable)
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	m.await("a log line", func() error {
-		if !strings.Contains(m.log.String(), "the store refuses writes: trying again") {
+		if !strings.Contains(m.log.String(), "could not bring the store up to date with Git: trying again") {
 			return errors.New("nothing is said")
 		}
 		return nil

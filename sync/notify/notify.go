@@ -372,7 +372,8 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 // maxPast bounds the generations of one unit that a receiver is notified of after it was away.
 const maxPast = 5
 
-// historyOf returns the newest entries of a unit's history, oldest first.
+// historyOf returns the newest entries of a unit's history, at most maxPast, oldest first. If the history can't be
+// read, it logs that and returns none.
 func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
 	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
 	if err != nil {

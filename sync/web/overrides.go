@@ -109,7 +109,7 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 // maxFaults bounds the listed faulty keys.
 const maxFaults = 20
 
-// faults returns the errors that belong to no unit.
+// faults returns the first maxFaults errors that belong to no unit.
 func (s *snapshot) faults() []fleet.Note {
 	all := s.Faults()
 	all = all[:min(len(all), maxFaults)]

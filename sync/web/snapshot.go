@@ -95,7 +95,8 @@ const maxShares = 5
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
-	// target is the release that nodes without a pin of their own should run: the unit pin's, or else the record's target.
+	// target is the release that the unit is meant to reach: its pin's, or the record's target if there is no pin or it
+	// holds. Nodes may have to run another one, such as stable once the target was rolled back.
 	target deployments.Pointer
 	// shares has the number of live nodes for each release that has a colour, most common first, and then one share for
 	// all other releases.

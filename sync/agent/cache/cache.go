@@ -80,7 +80,7 @@ func (c *Cache) Role(name string) *Role {
 func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	counts := c.counts(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
-		s.seen = v.Entries
+		s.lastView = v.Entries
 		c.notePassedOver(s.role, counts)
 	}
 	if s.accept(v, counts, now, c.c.Log) {
@@ -163,10 +163,10 @@ func (c *Cache) Rename(node string) {
 // changed.
 func (c *Cache) Recount(role string, now time.Time) {
 	r := c.Role(role)
-	if r == nil || r.Pins.seen == nil {
+	if r == nil || r.Pins.lastView == nil {
 		return
 	}
-	entries := r.Pins.only(r.Pins.seen, c.counts(r.Pins, nil, true))
+	entries := r.Pins.only(r.Pins.lastView, c.counts(r.Pins, nil, true))
 	if equalEntries(r.Pins.entries, entries) {
 		return
 	}

@@ -29,15 +29,15 @@ func (o origin) String() string {
 // Source is what a node knows of the keys below one watched prefix: the records of a role, or its pins. Only a
 // synced view, the last known state or a snapshot can show that a key is missing.
 type Source struct {
-	Prefix  string
-	role    *Role
-	desired bool // records, not pins
-	entries []kv.Entry
-	seen    []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
-	from    origin
-	at      time.Time // when entries last changed
-	err     error     // why the store's view may be out of date
-	since   time.Time // when err last became nil or non-nil
+	Prefix   string
+	role     *Role
+	desired  bool // records, not pins
+	entries  []kv.Entry
+	lastView []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
+	from     origin
+	at       time.Time // when entries last changed
+	err      error     // why the store's view may be out of date
+	since    time.Time // when err last became nil or non-nil
 
 	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]

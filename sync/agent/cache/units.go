@@ -117,7 +117,7 @@ func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
 	was, first := r.PassedOver, ""
 	r.PassedOver = 0
 	own := mine(r.Pins.Prefix, c.c.Node)
-	for _, e := range r.Pins.seen {
+	for _, e := range r.Pins.lastView {
 		if own(e.Key) && !counts(e.Key) {
 			if r.PassedOver++; r.PassedOver == 1 {
 				first = e.Key

@@ -33,7 +33,7 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 	case deployments.ReasonNotAdmitted:
 		return "waits to be admitted to the release of " + from
 	case deployments.ReasonSuperseded:
-		return "stays on what it runs, of a rollout that was replaced, until it is admitted to the release of " + from
+		return "keeps the release of a superseded rollout, until it is admitted to the release of " + from
 	case deployments.ReasonAwaitingRollback:
 		return "the rollout of " + from + " is being rolled back, and this node's turn has yet to come"
 	case deployments.ReasonRolledBack:
@@ -118,7 +118,7 @@ func pinStep(
 	case deployments.ReasonExpired:
 		return says + ": it has ended", ""
 	case deployments.ReasonOutranked:
-		return says + ": the " + OneLine(f["outranked_by"]) + " goes before it", ""
+		return says + ": the " + OneLine(f["outranked_by"]) + " takes precedence", ""
 	case deployments.ReasonHeld:
 		return says + ": keeps what runs", unpin
 	}
@@ -143,7 +143,7 @@ func recordStep(id deployments.UnitID, reason deployments.Reason, f deployments.
 		says += "; orphaned: its file is no longer in Git"
 	}
 	if f["outranked_by"] != "" {
-		says += ": the " + f["outranked_by"] + " goes before it"
+		says += ": the " + f["outranked_by"] + " takes precedence"
 	}
 	return OneLine(says), ""
 }

@@ -30,7 +30,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonNoRecord:
 		return "add " + unit + ".yaml to the deployments repo, or put a pointer at desired/" + unit
 	case deployments.ReasonInvalidRecord:
-		return "the mirror, where one runs, writes it anew; else write it by hand"
+		return "if a mirror runs, it writes the record anew; otherwise write it by hand"
 	case deployments.ReasonNotAdmitted, deployments.ReasonStable, deployments.ReasonSuperseded:
 		if node == "" {
 			return ""

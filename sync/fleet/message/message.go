@@ -62,13 +62,13 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonStableQuarantined:  "the stable release failed on this node: it stays on what it runs",
 	deployments.ReasonPinPaced:           "the mirror rolls the pin out, within max_unavailable",
 	deployments.ReasonExpired:            "the pin has ended",
-	deployments.ReasonOutranked:          "[the {outranked_by} ]goes before it",
-	deployments.ReasonSuperseded:         "stays on what it runs, of a rollout that was replaced, until it is admitted",
+	deployments.ReasonOutranked:          "another key takes precedence[: the {outranked_by}]",
+	deployments.ReasonSuperseded:         "keeps the release of a superseded rollout, until it is admitted",
 	deployments.ReasonSourceNotAllowed:   "its sources don't allow this place[: {url}]",
 	deployments.ReasonUnsigned:           "no trusted key has signed the release[: {error}]",
 	deployments.ReasonDigestMismatch:     "the content doesn't match its digest[: {error}]",
 	deployments.ReasonOlderThanFloor:     "made before this node's version floor[: {error}]",
-	deployments.ReasonCreatedAhead:       "made ahead of this node's clock[: {created}][; the floor is {settled}]",
+	deployments.ReasonCreatedAhead:       "made ahead of this node's clock[: {created}][; the floor is {floor}]",
 	deployments.ReasonAgentTooOld:        "this agent is too old for the record[: it needs format level {needs}]",
 	deployments.ReasonOldGeneration:      "the record is older than one that this node acted on[: {generation} after {acted_on}]",
 	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
@@ -173,7 +173,7 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		return "all of its " + f["known"] + " nodes are gone"
 	case deployments.ReasonReplacedTooOften:
 		if f["paused"] != "" {
-			return "replaced too often while it is paused: resume it first"
+			return "too many releases came while it was paused, so the newest waits: resume it first"
 		}
 		return "replaced too often: all nodes go to stable first"
 	case deployments.ReasonRollingBack:

@@ -41,9 +41,9 @@ type sized struct {
 	size   int
 }
 
-// Read returns the reports among a view's entries, in their order. If a role passes MaxRole, it reads reports of live
-// nodes before those of dead ones. It then reads short ones before long ones, as the report of a node with a few units
-// is short. The reports that it doesn't read have an ErrTooMuch.
+// Read returns the reports among a view's entries, in the order of the entries. If those of a role exceed MaxRole, it
+// prefers live nodes to dead ones and, among either, short reports to long ones: a few huge reports must not displace
+// those of all other nodes. A report that it leaves out has ErrTooMuch as its Err.
 func (r *Reader) Read(entries []kv.Entry) []Report {
 	all := make([]Report, 0, len(entries))
 	for _, e := range entries {
@@ -83,7 +83,8 @@ func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
 		p, err := parse(n.Entry)
 		if sizes[role]+p.size > MaxRole {
 			delete(known, n.Entry.Key)
-			full[role] = fmt.Errorf("%w: those of %s/%s list more than %d units, paths and facts together; the rest are not read",
+			full[role] = fmt.Errorf(
+				"%w: those of %s/%s list more than %d units, paths and facts together; the rest are not read",
 				ErrTooMuch, role.Stage, role.Role, MaxRole)
 			n.Err = full[role]
 			continue
