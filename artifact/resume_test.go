@@ -168,7 +168,7 @@ func TestTheLogSaysWhyMoreIsFetched(t *testing.T) {
 		}, []string{"delta can't be used", "no such object"}},
 		"the server ignores Range": {routeWarm, func(_ *testing.T, n *node) {
 			n.proxy.Play(func(r objecttest.Request) objecttest.Fault { return n.proxy.WithoutRange() })
-		}, []string{"ignores Range requests"}},
+		}, []string{"ignores Range"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
