@@ -369,7 +369,8 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 			continue // once more: the store may have come up just now
 		}
 		if retry.Tries() == 0 {
-			a.c.Log.Warn("the store can't be reached, and this node's name isn't known yet: asking again", "error", err)
+			a.c.Log.Warn("could not ask Consul for this node's name: asking again, and reading no records until then",
+				"error", err)
 		}
 		unknown(fmt.Errorf("this node's name isn't known yet: %w", err))
 		if retry.Wait(ctx) != nil {

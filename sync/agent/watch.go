@@ -95,7 +95,8 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 		}
 		if retry.Tries() == 0 && ctx.Err() == nil {
 			a.c.Log.Warn(
-				"the store can't be reached, nothing is saved from before, and the snapshot can't be read: trying again",
+				"some records or pins are known neither from the store nor from this node's disk, and the snapshot can't be "+
+					"read: trying again",
 				"error",
 				err,
 			)

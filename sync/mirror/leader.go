@@ -263,7 +263,7 @@ func (l *leader) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		case err == nil:
 			if lastErr != nil {
-				l.c.Log.Info("the store is up to date with Git again", "store", l.c.Store)
+				l.c.Log.Info("the mirror works without errors again", "store", l.c.Store)
 			}
 			lastErr = nil
 			conflicts = 0
