@@ -44,6 +44,9 @@ type Bridged struct {
 // mirror runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
+	if err := o.Naming.check(); err != nil {
+		return b, err
+	}
 	id, err := o.Naming.UnitOf(o.URL)
 	if err != nil {
 		whole := deployments.UnitID{Stage: o.Naming.Stage, Role: o.Naming.Role, Unit: o.Naming.Unit}
@@ -115,7 +118,7 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 			return false, nil
 		case err != nil || was.By != pin.By:
 			return false, fmt.Errorf(
-				"somebody has pinned it, which counts more than an event: see kedge explain, or kedge unpin %s",
+				"somebody has pinned it, and a pin takes precedence over an event: see kedge explain, or kedge unpin %s",
 				id,
 			)
 		}

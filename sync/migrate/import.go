@@ -62,6 +62,9 @@ func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []st
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
 	}
+	if err := o.Naming.check(); err != nil {
+		return nil, nil, err
+	}
 	to := strings.TrimSuffix(cmp.Or(o.To, o.Prefix+"kedge"), "/") + "/"
 	listed, err := list(ctx, o.Objects, o.Prefix)
 	if err != nil {
@@ -147,8 +150,8 @@ func Keep(
 		return p, err
 	}
 	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || after.Src != before.Src {
-		return p, errors.Join(err,
-			errors.New("its src is relative to the manifest, which can't move then: write the whole URL"))
+		return p, errors.Join(err, fmt.Errorf("%s can't be copied, as its src is relative to its own place: write src as a "+
+			"whole URL", from))
 	}
 	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)),
 		object.PutOptions{ContentType: "application/yaml"})
@@ -182,7 +185,7 @@ adopt: true # nodes that hold this release already take it over as it is
 `, from, p)
 	if err == nil {
 		if len(releaseLine.FindAllIndex(was, -1)) != 1 {
-			return false, fmt.Errorf("%s has no line that begins with release: and could be replaced", file)
+			return false, fmt.Errorf("%s: want exactly one line that begins with \"release:\", as import replaces it", file)
 		}
 		release := strings.ReplaceAll("release: "+p.String(), "$", "$$")
 		text = releaseLine.ReplaceAllString(string(was), release+"$1")

@@ -241,6 +241,11 @@ func TestImport(t *testing.T) {
 	p.write(key("notes.yml"), "dest: /none\n")
 	repo := t.TempDir()
 	options := ImportOptions{Objects: p.objects, Prefix: p.url + "manifests", Repo: repo, Fix: true, Archives: true}
+	mistyped := options
+	mistyped.Naming.Patterns = []string{"manifest_{rolle}_{stage}.yml"}
+	if _, _, err := Import(t.Context(), mistyped); err == nil || !strings.Contains(err.Error(), "{rolle} is none of") {
+		t.Errorf("with a pattern that doesn't parse: %v", err)
+	}
 	run := func() map[string]Imported {
 		t.Helper()
 		done, strange, err := Import(t.Context(), options)

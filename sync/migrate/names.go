@@ -26,6 +26,16 @@ var DefaultPatterns = []string{"manifest_{role}_{stage}.yml"}
 // DefaultUnit is a unit's name if nothing else gives one.
 const DefaultUnit = "app"
 
+// check returns an error for a pattern that doesn't parse, which would otherwise look like manifests without a unit.
+func (n Naming) check() error {
+	for _, pattern := range n.Patterns {
+		if _, err := compile(pattern); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // UnitOf returns the unit of the manifest at a path, and an error if no pattern gives one.
 func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 	patterns := n.Patterns
@@ -57,7 +67,7 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 		}
 	}
 	return deployments.UnitID{}, fmt.Errorf(
-		"%s gives no unit: it matches none of %s, or names another stage or role than those given",
+		"%s gives no unit: its name and --stage, --role and --unit have to give a valid STAGE/ROLE/UNIT by one of %s",
 		path,
 		strings.Join(patterns, ", "),
 	)
