@@ -142,14 +142,23 @@ func TestThefts(t *testing.T) {
 	for name, theft := range map[string]struct {
 		release deployments.Pointer
 		says    string
+		reason  deployments.Reason
 	}{
-		"a release without a signature":           {unsigned, "is not signed"},
-		"a release signed by the thief":           {own, "not signed by an allowed signer"},
-		"an old release, whose signature is good": {old, "before this node's version floor 2026-11-20T02:00:00Z"},
+		"a release without a signature": {
+			unsigned, "has no signature, and signers are configured here", deployments.ReasonUnsigned},
+		"a release signed by the thief": {own, "not signed by an allowed signer", deployments.ReasonUnsigned},
+		"an old release, whose signature is good": {
+			old, "before this node's version floor 2026-11-20T02:00:00Z", deployments.ReasonOlderThanFloor},
 	} {
 		t.Run("KV token, record: "+name, func(t *testing.T) {
 			record(theft.release)
 			stays(t, theft.says)
+			w.reported("web-1", "app", func(u deployments.UnitReport) string {
+				if u.Reason != theft.reason {
+					return fmt.Sprintf("its reason is %q, not %q", u.Reason, theft.reason)
+				}
+				return ""
+			})
 			recovers(t)
 		})
 		t.Run("KV token, pin: "+name, func(t *testing.T) {

@@ -54,10 +54,11 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, hintError{
-			fmt.Errorf("the signing key %s has a passphrase", file),
-			"publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml",
+		hint := "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"
+		if setting == "--snapshot-key" {
+			hint = "the mirror signs by itself, with a key without a passphrase: ssh-keygen -t ed25519 -N '' -f snapshot.key"
 		}
+		return nil, hintError{fmt.Errorf("the signing key %s has a passphrase", file), hint}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the signing key %s: %w", file, err)
@@ -96,7 +97,8 @@ func trustSigners(
 		switch {
 		case err == nil:
 		case errors.Is(err, object.ErrNotFound):
-			return fmt.Errorf("%s is not signed, and signers are configured here: publish it with --sign", p.URL)
+			return fmt.Errorf("%w: %s has no signature, and signers are configured here: publish it with --sign",
+				policy.ErrUntrusted, p.URL)
 		case unsigned != nil && errors.Is(err, unsigned):
 			return fmt.Errorf("the signature of %s: %w", p.URL, err)
 		default:
