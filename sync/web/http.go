@@ -143,10 +143,11 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 // nodes lists the nodes of a unit's map, cell by cell, for the tooltips.
 func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 	s := w.first(r.Context())
-	var u *unit
-	if s != nil {
-		u = s.find(deployments.UnitID{Stage: r.PathValue("stage"), Role: r.PathValue("role"), Unit: r.PathValue("unit")})
+	if s == nil {
+		http.Error(rw, notRead, http.StatusServiceUnavailable)
+		return
 	}
+	u := s.find(deployments.UnitID{Stage: r.PathValue("stage"), Role: r.PathValue("role"), Unit: r.PathValue("unit")})
 	if u == nil {
 		http.Error(rw, "There is no such unit.", http.StatusNotFound)
 		return
@@ -186,7 +187,7 @@ type past struct {
 	err               string
 }
 
-// maxPasts bounds the cached histories.
+// maxPasts bounds the cached pasts.
 const maxPasts = 64
 
 // history returns a unit's history, from the cache unless the record's Generation or Retry has changed. If the history

@@ -1,6 +1,7 @@
 package web
 
 import (
+	"context"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -234,6 +235,24 @@ func TestPages(t *testing.T) {
 	if r := w.render(t.Context(), nil, "", nil); r.code != http.StatusServiceUnavailable ||
 		!strings.Contains(markup(document(r)), "not read yet") {
 		t.Errorf("before the first read: %d", r.code)
+	}
+}
+
+// What scripts fetch tells a store that was not read from a unit that isn't there.
+func TestDataBeforeTheFirstRead(t *testing.T) {
+	t.Parallel()
+	w := &Web{changed: make(chan struct{})}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for path, serve := range map[string]http.HandlerFunc{"/-/nodes/prod/web/app": w.nodes, "/-/fleet.json": w.json} {
+		r, answer := httptest.NewRequestWithContext(gone, http.MethodGet, path, nil), httptest.NewRecorder()
+		r.SetPathValue("stage", "prod")
+		r.SetPathValue("role", "web")
+		r.SetPathValue("unit", "app")
+		if serve(answer, r); answer.Code != http.StatusServiceUnavailable ||
+			!strings.Contains(answer.Body.String(), notRead) {
+			t.Errorf("%s: %d %s", path, answer.Code, answer.Body)
+		}
 	}
 }
 
