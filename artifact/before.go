@@ -214,7 +214,7 @@ func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
 	if errors.Is(err, safefs.ErrMounted) {
 		if m.c.Log != nil {
-			m.c.Log.Warn("a release that failed can't be removed", "error", err)
+			m.c.Log.Warn("left a failed release beside dest, as something is mounted in it", "error", err)
 		}
 		return nil
 	}

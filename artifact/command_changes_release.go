@@ -59,8 +59,8 @@ func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 		var left int
 		left, err = r.changeFiles(filepath.Base(rel.Dir)).recordAfter(r.dirOf(rel), found)
 		if left > 0 {
-			r.log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
-				"remembered", maxChanges, "left_out", left)
+			r.log.Warn("the release's commands made more paths than kedge records: the others count as drift",
+				"dir", rel.Dir, "recorded", maxChanges, "left_out", left)
 		}
 	}
 	if err != nil {

@@ -124,7 +124,8 @@ func idCached(known map[string]int, name string, lookup func(string) (string, er
 }
 
 var (
-	errBomb    = fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+	errBomb = fmt.Errorf("the archive unpacks to more than %d times its size, or more than %d GiB: "+
+		"refused as a decompression bomb", maxGrowth, maxUnpacked>>30)
 	errEntries = fmt.Errorf("the archive has more than %d entries", maxTarEntries)
 	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes in total",
 		maxNames)
@@ -234,20 +235,20 @@ func (x *extractor) tar(r *bufio.Reader) error {
 func (x *extractor) localName(name string) (string, error) {
 	switch {
 	case strings.HasPrefix(name, "/"):
-		return "", errors.New("an absolute name")
+		return "", errors.New("its name is absolute")
 	case strings.ContainsAny(name, "\x00\n"):
-		return "", errors.New("a name with control characters")
+		return "", errors.New("its name has a NUL or a line break")
 	case len(name) > maxEntryName:
-		return "", fmt.Errorf("a name of %d bytes, at most %d are allowed", len(name), maxEntryName)
+		return "", fmt.Errorf("its name has %d bytes, at most %d are allowed", len(name), maxEntryName)
 	case slices.Contains(strings.Split(name, "/"), ".."):
-		return "", errors.New("a name with .. in it, that could lead out of the release")
+		return "", errors.New("its name has .. in it, which could lead out of the release")
 	}
 	clean := path.Clean(name)
 	if clean == "." {
 		return "", nil
 	}
 	if strings.Count(clean, "/") >= archive.MaxLevels {
-		return "", fmt.Errorf("more than %d directories deep", archive.MaxLevels)
+		return "", fmt.Errorf("it lies more than %d directories deep", archive.MaxLevels)
 	}
 	for dir := path.Dir(clean); dir != "."; dir = path.Dir(dir) {
 		if x.links[dir] {
@@ -267,13 +268,13 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		return nil
 	case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeGNUSparse:
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
-		return errors.New("a device or pipe: refused")
+		return errors.New("it is a device or a pipe, which a release may not have")
 	default:
-		return fmt.Errorf("an entry of type %q: refused", h.Typeflag)
+		return fmt.Errorf("its type %q is not one that a release may have", h.Typeflag)
 	}
 	if h.Mode&0o4000 != 0 ||
 		h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // on a directory, set-group-id gives no rights
-		return errors.New("it is setuid or setgid: refused")
+		return errors.New("it is setuid or setgid, which nothing in a release may be")
 	}
 	if h.Size < 0 || h.Size > x.left {
 		return errBomb
@@ -288,7 +289,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
-			return errors.New("the release's top is no directory")
+			return errors.New("it is the release's top, and not a directory")
 		}
 		x.top = a
 		return nil
@@ -302,7 +303,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 			return err
 		}
 		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
-			return errors.Join(errors.New("a directory in the place of another entry"), err)
+			return errors.Join(errors.New("it is a directory, and an earlier entry of its name is not"), err)
 		}
 		_, there := x.dirs[name]
 		name, err := x.keep(name)
@@ -339,11 +340,12 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	case tar.TypeLink:
 		target, err := x.localName(h.Linkname)
 		if err != nil {
-			return fmt.Errorf("a hard link to %q: %w", safetext.Cut(h.Linkname, shownName), err)
+			return fmt.Errorf("it is a hard link to %q: %w", safetext.Cut(h.Linkname, shownName), err)
 		}
 		info, err := x.root.Lstat(target)
 		if err != nil || !info.Mode().IsRegular() {
-			return fmt.Errorf("a hard link to %q, which is no file of the archive so far", safetext.Cut(h.Linkname, shownName))
+			return fmt.Errorf("it is a hard link to %q, which is not an earlier file of the archive",
+				safetext.Cut(h.Linkname, shownName))
 		}
 		return x.root.Link(target, name)
 	}

@@ -363,12 +363,12 @@ func hostile(t testing.TB) map[string]struct {
 	add("link out", "leads out", special(tar.TypeSymlink, "link", "../../etc"))
 	add("absolute link", "leads out", special(tar.TypeSymlink, "link", "/etc/passwd"))
 	add("link up by a detour", "leads out", dir, special(tar.TypeSymlink, "link", "dir/../../x"))
-	add("a line's end in a name", "control", file("a\nb", "x"))
+	add("a line's end in a name", "line break", file("a\nb", "x"))
 	add("through a link", "through the symbolic link",
 		dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
 	add(
 		"directory over a link",
-		"in the place",
+		"and an earlier entry of its name is not",
 		dir,
 		special(tar.TypeSymlink, "link", "dir"),
 		tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755},
@@ -376,10 +376,10 @@ func hostile(t testing.TB) map[string]struct {
 	add("link over a directory", "replace a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))
 	add("hard link out", "..", special(tar.TypeLink, "hard", "../../etc/passwd"))
 	add("absolute hard link", "absolute", special(tar.TypeLink, "hard", "/etc/passwd"))
-	add("hard link to nothing", "no file", special(tar.TypeLink, "hard", "nothing"))
+	add("hard link to nothing", "not an earlier file", special(tar.TypeLink, "hard", "nothing"))
 	add(
 		"hard link to a link",
-		"no file",
+		"not an earlier file",
 		file("x", "x"),
 		special(tar.TypeSymlink, "link", "x"),
 		special(tar.TypeLink, "hard", "link"),

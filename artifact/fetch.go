@@ -165,7 +165,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	}
 	// The old release and the delta had wrong content.
 	if n, first := f.spoiled.sum(); n > 0 {
-		f.fallBack("the old release has wrong content", "dir", base.dir, "files", n, "first", first)
+		f.fallBack("the old release or the delta has wrong content", "dir", base.dir, "files", n, "first", first)
 	}
 	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
 		return err
@@ -275,8 +275,8 @@ func (f *fetch) decode(data []byte) (*archive.Index, error) {
 		return nil, fmt.Errorf("%w: %w", archive.ErrIndex, err)
 	}
 	if size := f.manifest.Size; size != 0 && size != x.ArchiveSize() {
-		return nil, fmt.Errorf("%w: its frames have %d bytes, the manifest's archive %d", archive.ErrIndex, x.ArchiveSize(),
-			size)
+		return nil, fmt.Errorf("%w: it describes an archive of %d bytes, and the manifest one of %d", archive.ErrIndex,
+			x.ArchiveSize(), size)
 	}
 	return x, nil
 }

@@ -192,7 +192,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	for {
 		i, from, err := f.delta.Next(last, len(f.index.Entries), len(f.old.index.Entries))
 		if err != nil {
-			f.fallBack("the delta can't be used to its end", "error", err)
+			f.fallBack("only a part of the delta can be used", "error", err)
 		}
 		if err != nil || i < 0 {
 			return nil
@@ -203,7 +203,8 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 		}
 		e := &f.index.Entries[i]
 		if e.Kind != archive.File || e.Size == 0 || f.old.has(i) {
-			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
+			f.fallBack("only a part of the delta can be used", "error", "it has content for a path that needs none from it",
+				"path", e.Path)
 			return nil // damaged: the rest comes from the archive
 		}
 		whole, err := f.patch(w, old, i, from)

@@ -127,9 +127,12 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 			for job := range frames {
 				fr := &f.index.Frames[job.frame]
 				raw, err = decoder.DecodeAll(job.data, raw[:0])
-				if err != nil || int64(len(raw)) != fr.Length {
-					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", archive.ErrIndex, job.frame,
-						fr.Length, err)
+				if err != nil {
+					return fmt.Errorf("%w: decoding frame %d of the archive: %w", archive.ErrIndex, job.frame, err)
+				}
+				if int64(len(raw)) != fr.Length {
+					return fmt.Errorf("%w: frame %d of the archive decodes to %d bytes, and not to %d", archive.ErrIndex,
+						job.frame, len(raw), fr.Length)
 				}
 				buffers <- job.data
 				if err := w.writeFrame(ctx, job.frame, raw); err != nil {

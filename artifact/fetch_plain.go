@@ -201,5 +201,6 @@ func matches(sum hash.Hash, checksum string) bool {
 }
 
 func wrongChecksum(sum hash.Hash, checksum string) error {
-	return fmt.Errorf("%w: the manifest says %s, its bytes have %x", deployments.ErrDigest, checksum, sum.Sum(nil))
+	return fmt.Errorf("%w: the manifest gives the archive's checksum as %s, and the archive has %x", deployments.ErrDigest,
+		checksum, sum.Sum(nil))
 }

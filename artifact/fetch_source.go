@@ -71,7 +71,7 @@ func (a *archiveSource) open(ctx context.Context) error {
 				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest,
 				deployments.ShownURL(o.URL), o.Size, a.size)
 		case s.Mirror() && !o.Ranges:
-			failed = fmt.Errorf("%w as a mirror: it ignores Range requests, with which parts of an archive are read",
+			failed = fmt.Errorf("the mirror ignores Range requests, with which parts of an archive are read: %w",
 				object.ErrUnavailable)
 		default:
 			a.now = place{o, s}

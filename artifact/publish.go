@@ -232,13 +232,14 @@ func (p *publisher) sign(manifest []byte) error {
 	}
 	if p.opt.Signed != nil {
 		there, readErr := p.objects.ReadAll(p.ctx, p.url+signatureName, MaxSignature)
-		if readErr == nil {
-			readErr = p.opt.Signed(manifest, there)
+		if readErr != nil {
+			return fmt.Errorf("this version is signed already, and that signature can't be read: %w", readErr)
 		}
-		if readErr == nil {
+		wrong := p.opt.Signed(manifest, there)
+		if wrong == nil {
 			return nil
 		}
-		err = fmt.Errorf("%w (%w)", err, readErr)
+		err = fmt.Errorf("%w (%w)", err, wrong)
 	}
 	return fmt.Errorf(
 		"%w: this version is signed already, by another key: sign with that one, or choose another version",
@@ -292,7 +293,8 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	text = append(text, more...)
 	if _, err := deployments.ParseTemplate(text, p.url+manifestName); err != nil {
 		return nil, fmt.Errorf(
-			"the manifest's template, with what publishing adds to its end (write it as plain lines, FIELD: VALUE): %w",
+			"the manifest's template isn't valid with the fields that publishing appends; write it as plain lines, "+
+				"FIELD: VALUE: %w",
 			err,
 		)
 	}

@@ -66,7 +66,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	}
 	if err != nil {
 		p.log.Warn("can't look for earlier releases, which get no deltas: name them with --since",
-			"below", p.beside, "error", err)
+			"prefix", p.beside, "error", err)
 		return nil, nil
 	}
 	seen := map[deployments.Digest]bool{index: true}
@@ -79,7 +79,8 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 			return nil, p.ctx.Err()
 		}
 		if err != nil {
-			p.log.Warn("an earlier release can't be used, and gets no delta", "url", l.URL, "error", err)
+			p.log.Warn("could not make a delta from an earlier release: nodes that run it fetch more",
+				"url", l.URL, "error", err)
 			continue
 		}
 		if !seen[e.manifest.Index.SHA256] {
@@ -101,7 +102,7 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 		p.log.Warn(
 			"there are too many releases to look at all of them: some that were published last may get no deltas; "+
 				"name them with --since",
-			"below",
+			"prefix",
 			p.beside,
 			"objects",
 			maxListed,
@@ -179,7 +180,8 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 		case err != nil && e.named, errors.Is(err, errUpload):
 			return nil, nil, fmt.Errorf("delta from %s: %w", e.pointer.URL, err)
 		case err != nil:
-			p.log.Warn("an earlier release can't be used, and gets no delta", "url", e.pointer.URL, "error", err)
+			p.log.Warn("could not make a delta from an earlier release: nodes that run it fetch more",
+				"url", e.pointer.URL, "error", err)
 			continue
 		case done[from]:
 			continue

@@ -249,7 +249,7 @@ func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 		if err != nil || len(second.Deltas) != c.deltas {
 			t.Errorf("%s: %d deltas, want %d: %v", name, len(second.Deltas), c.deltas, err)
 		}
-		if said := strings.Count(log.String(), "gets no delta"); said != 1-c.deltas {
+		if said := strings.Count(log.String(), "could not make a delta"); said != 1-c.deltas {
 			t.Errorf("%s: the log says:\n%s", name, log.String())
 		}
 	}

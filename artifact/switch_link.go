@@ -161,7 +161,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	}
 	if there, err := os.Readlink(r.link()); err == nil && there == target {
 		if err := r.adopt(); err != nil {
-			r.log.Warn("could not name what was at dest before kedge", "dest", r.dest, "error", err)
+			r.log.Warn("could not move what was at dest before kedge to its own place beside dest", "dest", r.dest, "error", err)
 		}
 		return durable.SyncDir(r.parent())
 	}
@@ -184,7 +184,7 @@ func (r *Releases) switchTo(rel *Release) error {
 				err)
 		}
 	case err == nil && info.Mode()&fs.ModeSymlink == 0:
-		err = errors.New("it is a file: move it away first")
+		err = errors.New("dest is neither a directory nor a symbolic link: move it away first")
 	default:
 		err = os.Rename(link, r.link())
 	}

@@ -205,8 +205,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	}
 	left, err := s.changeFiles(r).recordAfter(dest.Path(""), found)
 	if left > 0 && s.c.Log != nil {
-		s.c.Log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
-			"remembered", maxChanges, "left_out", left)
+		s.c.Log.Warn("the release's commands made more paths than kedge records: the others count as drift",
+			"dest", r.Manifest.Dest, "recorded", maxChanges, "left_out", left)
 	}
 	return err
 }

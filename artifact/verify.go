@@ -252,12 +252,12 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("list of hashes: %w", err)
+		return nil, fmt.Errorf("hashing the files of %s: %w", dir, err)
 	}
 	defer top.Close()
 	entries, err := archive.Scan(ctx, top)
 	if err != nil {
-		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
+		return nil, fmt.Errorf("hashing the files of %s: %w", dir, err)
 	}
 	dirs, buffer := &safefs.Dirs{Top: top}, make([]byte, 256<<10)
 	defer dirs.Close()
@@ -268,13 +268,13 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 		}
 		fd, err := dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
-			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
+			return nil, fmt.Errorf("hashing the files of %s: %w", dir, err)
 		}
 		f := os.NewFile(uintptr(fd), e.Path)
 		e.Sum, err = hashSlowly(ctx, f, nil, buffer)
 		f.Close()
 		if err != nil {
-			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
+			return nil, fmt.Errorf("hashing the files of %s: %w", dir, err)
 		}
 	}
 	return (&archive.Index{Entries: entries}).Encode(), nil

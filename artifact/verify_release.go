@@ -103,6 +103,6 @@ func (r *Releases) updateStats(name string, rec *record, v *verifier) {
 		err = r.writeStats(name, rec.Index, v.stats)
 	}
 	if err != nil {
-		r.log.Warn("could not record the files of a release", "release", name, "error", err)
+		r.log.Warn("could not update what is recorded of a release's files", "dest", r.dest, "release", name, "error", err)
 	}
 }

@@ -153,7 +153,7 @@ func TestParseOrder(t *testing.T) {
 		{"a typo", "promte", Order{}, `"promte": want promote, pause, resume, abort or retry`},
 		{"a typo in YAML", "order: promte\nby: bob\n", Order{}, "order:1:8"},
 		{"an unknown field", "order: pause\nwho: bob\n", Order{}, `unknown field "who"`},
-		{"no verb", "by: bob\n", Order{}, "no order"},
+		{"no verb", "by: bob\n", Order{}, "the order lacks"},
 		{"too large", strings.Repeat("x", MaxOrder+1), Order{}, "at most"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -218,16 +218,17 @@ func (r *manifestReader) read(root ast.Node) {
 	case m.Src != "" && m.Dest == "" && seen["dest"] == nil:
 		r.at(place("src"), "dest is missing: where should src go live?")
 	case m.Src == "" && m.Index != nil:
-		r.at(place("index"), "an index without src")
+		r.at(place("index"), "index needs src: add the archive's URL, or remove index")
 	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
 		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
 	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
 		r.at(place("shared"),
-			"shared needs sync_strategy release: the others change dest in place, and excludes keep a path there")
+			"shared needs sync_strategy release: with rsync, name the paths in excludes instead")
 	case nested(m.Shared):
 		r.at(place("shared"), "one shared path lies within another, or is given twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
-		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
+		r.at(place("excludes"),
+			"excludes work with sync_strategy rsync only: with release, leave the files out of the archive")
 	}
 	for name := range m.Secrets {
 		if _, twice := m.Commands.Env[name]; twice {
@@ -240,19 +241,23 @@ func (r *manifestReader) read(root ast.Node) {
 
 func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	m := r.m
-	if m.Src != "" && m.Strategy != StrategyRelease {
-		r.traps.at(
-			place("sync_strategy"),
-			"sync_strategy %s changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not",
-			m.Strategy,
-		)
+	switch {
+	case m.Src == "":
+	case m.Strategy == StrategyRsync:
+		r.traps.at(place("sync_strategy"),
+			"sync_strategy rsync changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not")
+	case m.Strategy == StrategyMv:
+		r.traps.at(place("sync_strategy"),
+			"with sync_strategy mv dest is missing until the tree is moved there: a kill in between takes the release down; "+
+				"sync_strategy: release does not")
 	}
 	for _, theirs := range []string{"/home/", "/tmp/", "/var/tmp/", "/dev/shm/"} {
 		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {
 			r.traps.at(
 				place("dest"),
 				"dest %s lies below a directory that users other than root can change: such users can take the release down, "+
-					"or have their own files run with more rights than they have; a directory of root's, such as /srv, is safe",
+					"or have their own files run with more rights than they have; choose one below a directory that only root can "+
+					"change, such as /srv",
 				clip(m.Dest),
 			)
 		}
@@ -391,7 +396,7 @@ func (r *manifestReader) variables(n ast.Node, what, example string, most int, r
 		case !variableName.MatchString(name) || len(name) > 128:
 			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
 		case strings.HasPrefix(name, "KEDGE_"):
-			r.at(v.Key, "variable %q: names that begin with KEDGE_ are kedge's own", clip(name))
+			r.at(v.Key, "variable %q: names that begin with KEDGE_ are reserved: choose another", clip(name))
 		default:
 			names[name] = true
 			read(name, r.resolve(v.Value))

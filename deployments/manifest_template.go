@@ -241,7 +241,8 @@ func (e *expander) arg(n parse.Node, dot any) (any, error) {
 	case *parse.IdentifierNode:
 		return e.call(n.Ident, nil)
 	}
-	return nil, fmt.Errorf("%s: a manifest's templates have no data but variables", clip(n.String()))
+	return nil, fmt.Errorf("%s: a manifest's template can use environment variables only, as in {{ env \"NAME\" }}",
+		clip(n.String()))
 }
 
 // functions are the functions of templates, each with the least and the most arguments it takes (-1: no bound).
@@ -263,7 +264,7 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		if usage := functionUsage[name]; usage != "" {
 			return nil, errors.New(usage)
 		}
-		return nil, fmt.Errorf("it has %d arguments", len(args))
+		return nil, fmt.Errorf("wrong number of arguments: %d", len(args))
 	}
 	if name == "and" || name == "or" { // and, or evaluate only as many arguments as they need
 		var value any
@@ -465,8 +466,8 @@ func (e expansion) hide(problems Problems) {
 		}
 		if len(names) > 0 {
 			slices.Sort(names)
-			p.Message = fmt.Sprintf("the text here is not valid with the value of %s, which is not shown: "+
-				"try the manifest without the variable", clip(strings.Join(slices.Compact(names), ", ")))
+			p.Message = fmt.Sprintf("this line isn't valid once the value of %s is filled in, which "+
+				"is not shown: see that variable on this node", clip(strings.Join(slices.Compact(names), ", ")))
 		}
 	}
 }

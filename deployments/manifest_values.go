@@ -70,7 +70,7 @@ func asCreated(s string) (time.Time, error) {
 func asChecksum(s string) (string, error) {
 	s = strings.ToLower(s)
 	if _, err := hex.DecodeString(s); err != nil {
-		return "", fmt.Errorf("checksum %q: want hexadecimal digits", clip(s))
+		return "", fmt.Errorf("checksum %q: want 32, 40, 64 or 128 hexadecimal digits", clip(s))
 	}
 	switch len(s) {
 	case 32, 40, 64, 128:

@@ -42,7 +42,7 @@ func TestErrorsQuoteNoVariable(t *testing.T) {
 		}
 	}
 	_, err := ParseManifest([]byte(base+"keep: {{ must_env `PLAIN` }}\n"), manifestURL, env)
-	check(t, err, "manifest:4:7: the text here is not valid with the value of PLAIN")
+	check(t, err, "manifest:4:7: this line isn't valid once the value of PLAIN")
 }
 
 func TestMask(t *testing.T) {

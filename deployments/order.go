@@ -69,7 +69,7 @@ func ParseOrder(value []byte) (Order, error) {
 	case r.err() != nil:
 		return Order{}, fmt.Errorf("the order doesn't parse: %w", r.err())
 	case seen["order"] == nil:
-		return Order{}, errors.New("the order has no order: want " + verbList())
+		return Order{}, errors.New(`the order lacks the field "order": want ` + verbList())
 	}
 	return o, nil
 }

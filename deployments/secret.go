@@ -71,7 +71,7 @@ func checkSecretName(source, name string) error {
 		}
 	default:
 		if clean := path.Clean("/" + name); clean != "/"+strings.TrimPrefix(name, "/") {
-			return errors.New("want a path without empty parts or dots alone")
+			return errors.New("want a path without empty parts, . and ..")
 		}
 		if strings.ContainsAny(name, "?%") {
 			return errors.New("want a name without ? and %")

@@ -90,7 +90,7 @@ func TestManifestSecrets(t *testing.T) {
 	}
 	for bad, says := range map[string]string{
 		"commands: {env: {A: b}}\nsecrets: {A: ssm:/x}": `2:1: variable "A" stands in secrets and in commands.env`,
-		"secrets: {KEDGE_X: ssm:/x}":                    "kedge's own",
+		"secrets: {KEDGE_X: ssm:/x}":                    "are reserved",
 		"secrets: {A: }":                                "has no reference",
 		"secrets: {A: null}":                            "has no reference",
 		"secrets: {A: hunter2}":                         "1:14: want a reference, as in ssm:/prod/db",

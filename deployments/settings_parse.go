@@ -213,14 +213,15 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 
 func asCron(s string) (string, error) {
 	if strings.HasPrefix(strings.TrimSpace(s), "@") || strings.Contains(s, "TZ=") {
-		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\", and the zone in zone", clip(s))
+		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\", and its time zone in the field zone",
+			clip(s))
 	}
 	schedule, err := cron.ParseStandard(s)
 	if err != nil {
 		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\": %w", clip(s), err)
 	}
 	if schedule.Next(time.Unix(0, 0)).IsZero() {
-		return "", fmt.Errorf("%q: there is no such day, so the window would never open", clip(s))
+		return "", fmt.Errorf("%q: there is no such day, so the window would never begin", clip(s))
 	}
 	return s, nil
 }

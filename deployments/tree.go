@@ -29,8 +29,8 @@ func (t *Tree) Warnings() (words []string) {
 	}
 	for _, role := range slices.SortedFunc(maps.Keys(units), RoleID.Compare) {
 		if n := units[role]; n > MaxRoleUnits {
-			words = append(words, fmt.Sprintf("%s has %d units: a node runs %d of one role, and leaves out the rest; "+
-				"give it several roles", role, n, MaxRoleUnits))
+			words = append(words, fmt.Sprintf("%s has %d units: a node runs at most %d of one role, and leaves out the "+
+				"rest: divide them among several roles", role, n, MaxRoleUnits))
 		}
 	}
 	return words

@@ -416,7 +416,8 @@ const maxDuration = 365 * 24 * time.Hour
 func asDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d < 0 || d > maxDuration {
-		return 0, fmt.Errorf("%q: want a duration, as in 30s, 5m or 1h30m", clip(s))
+		return 0, fmt.Errorf("%q: want a duration, as in 30s, 5m or 1h30m, of at most %d hours", clip(s),
+			int(maxDuration.Hours()))
 	}
 	return d, nil
 }

@@ -78,7 +78,7 @@ func ParseKey(key string) (Key, error) {
 	case HistoryPrefix:
 		names, least, most = "STAGE/ROLE/UNIT/GENERATION", 5, 5
 	default:
-		return Key{}, errors.New("it is no key of a unit or a node")
+		return Key{}, errors.New("want a key below desired/, pins/, control/, status/ or history/")
 	}
 	if len(parts) < least || len(parts) > most {
 		return Key{}, fmt.Errorf("want %s%s", k.Kind, names)

@@ -157,7 +157,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 	if failed[u.Release.Digest] {
 		r.Rollout = &deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Failed: u.Release.Digest,
 			Since: now.UTC().Truncate(time.Millisecond), Reason: deployments.ReasonRolledBack,
-			Message: "it failed, as the nodes report, before the store lost its record"}
+			Message: "nodes report that the release had failed before the store lost the record"}
 		return r
 	}
 	r.Target = r.Stable // from there Git's release is rolled out, through its gates

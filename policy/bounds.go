@@ -52,8 +52,8 @@ func (b Bounds) CheckSource(source string) error {
 	}
 	if b.NoLocal && !named && isLocal(source) {
 		return fmt.Errorf(
-			"%s leads to this machine or its own network link, and sources doesn't name it "+
-				"(on an agent, local_sources allows all of them)",
+			"%s leads to this machine or its own network link: name it in sources, or let the agent have local_sources, "+
+				"which allows all such URLs",
 			deployments.ShownURL(source),
 		)
 	}

@@ -298,7 +298,7 @@ func TestNextCountsFailures(t *testing.T) {
 		{"after it has had its time", func(s *Situation) {
 			gone(1, report{State: switching, Want: v2, Generation: 2})(s)
 			s.Record.Rollout.Since = ago(10 * time.Minute)
-		}, "1 of 9 nodes failed (NODE1: gone while it switched)"},
+		}, "1 of 9 nodes failed (NODE1: gone before it converged)"},
 		{"which counts from when it left", func(s *Situation) {
 			gone(1, report{State: switching, Want: v2, Generation: 2})(s)
 			s.Record.Rollout.Since, s.Nodes[1].GoneSince = ago(10*time.Minute), ago(time.Minute)
@@ -350,7 +350,8 @@ func TestNextCountsFailures(t *testing.T) {
 			late(s)
 			s.Nodes[1].Report.State, s.Nodes[1].Report.Error = retrying, "no route to S3"
 		}, "(NODE1: not converged in time, no route to S3)"},
-		{"or nothing at all", func(s *Situation) { late(s); s.Nodes[1].Report = report{} }, "(NODE1: not converged in time, and silent)"},
+		{"or nothing at all", func(s *Situation) { late(s); s.Nodes[1].Report = report{} },
+			"(NODE1: not converged in time, no report about the unit)"},
 		{"not before it is", func(s *Situation) { s.Record.Rollout.Since = ago(10*time.Minute - 1) }, ""},
 		{"nor one that was not asked to hurry", func(s *Situation) {
 			late(s)

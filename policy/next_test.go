@@ -149,7 +149,7 @@ func TestNext(t *testing.T) {
 		{"promote ends the canaries", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Order = "promote" }, rolling, 3, "3 of 10"},
 		{"no room, no admission", 2, rolling, func(s *Situation) {}, rolling, 2, ""},
 		{"one converged, one admitted", 2, rolling, func(s *Situation) { there(s, 1) }, rolling, 3, "3 of 10"},
-		{"all converged ends it", 10, rolling, func(s *Situation) { there(s, 10) }, done, 0, "every node converged"},
+		{"all converged ends it", 10, rolling, func(s *Situation) { there(s, 10) }, done, 0, "the rollout is complete"},
 		{"a node that leaves in mid-switch is in flight until it is back", 2, rolling, func(s *Situation) {
 			there(s, 1)
 			s.Unit.Rollout.MaxUnavailable.N = 1
@@ -159,7 +159,7 @@ func TestNext(t *testing.T) {
 			there(s, 1)
 			s.Record.Rollout.Since = ago(10 * time.Minute)
 			s.Nodes[1].Gone, s.Nodes[1].Report.State, s.Nodes[1].Report.Want = true, deployments.StateSwitching, s.Unit.Release
-		}, back, 10, "gone while it switched"},
+		}, back, 10, "gone before it converged"},
 		{"a node that deregisters frees its slot", 2, rolling, func(s *Situation) { s.Nodes = s.Nodes[1:] }, rolling, 2, "2 of 9"},
 		{"a node that boots above the cutoff runs stable, and takes no slot", 2, rolling, func(s *Situation) {
 			there(s, 1)
@@ -185,7 +185,7 @@ func TestNext(t *testing.T) {
 			for i := range s.Nodes {
 				s.Nodes[i].Gone = true
 			}
-		}, rolling, 2, "all of its 10 nodes are gone"},
+		}, rolling, 2, "10 nodes are gone"},
 		{"or on the way back, too", 2, back, func(s *Situation) {
 			for i := range s.Nodes {
 				s.Nodes[i].Gone = true
@@ -219,7 +219,7 @@ func TestNext(t *testing.T) {
 			s.Record.Rollout.Since = ago(9 * time.Minute)
 		}, back, 4, ""},
 		{"and is left behind then", 4, back, hangsOnTheWayBack, back, 2, ""},
-		{"nor is the end held up for it", 0, back, hangsOnTheWayBack, halted, 0, "2 nodes have yet to come back"},
+		{"nor is the end held up for it", 0, back, hangsOnTheWayBack, halted, 0, "2 nodes have yet to go back"},
 		{"resume in a freeze waits for it to end", 1, paused, func(s *Situation) {
 			baking(s)
 			s.Freeze, s.Order = FreezeState{Frozen: true, By: "xmas"}, "resume"
@@ -244,7 +244,7 @@ func TestNext(t *testing.T) {
 			s.Record, s.Order = Next(*s).Record, ""
 			s.Record.Rollout.Cutoff, s.Unit.Rollout.MaxFailures.N = math.MaxUint64, 0
 			each(s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
-		}, done, 0, "every node converged"},
+		}, done, 0, "the rollout is complete"},
 		{"but no others", 0, rolling, func(s *Situation) {
 			endedWithFailures(s)
 			s.Order = "retry"
@@ -286,10 +286,10 @@ func TestNext(t *testing.T) {
 					u.State, u.Running, u.Quarantined, u.Error = deployments.StateQuarantined, v2, []deployments.Digest{v1.Digest}, "health"
 				}
 			}
-		}, done, 0, "every node converged"},
+		}, done, 0, "the rollout is complete"},
 		{"back to stable, which all run", 0, halted, func(s *Situation) {
 			s.Unit.Release = s.Record.Stable
-		}, done, 0, "every node runs it"},
+		}, done, 0, "every node runs the release"},
 		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) {
 			settled(s)
 			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
@@ -323,7 +323,7 @@ func TestNext(t *testing.T) {
 			there(s, 1)
 			held(s)
 			s.Order = "promote"
-		}, first, 1, "within a freeze"},
+		}, first, 1, "despite a freeze"},
 		{"not where it approves of canaries alone", 1, waiting, func(s *Situation) {
 			baking(s)
 			s.Unit.Rollout.Approval = deployments.Manual
@@ -375,7 +375,7 @@ func TestNext(t *testing.T) {
 			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
 			s.Record, s.Now = Next(*s).Record, noon.Add(30*time.Minute)
 			s.Nodes[0].Report.State = deployments.StateConverged
-		}, done, 0, "every node converged"},
+		}, done, 0, "the rollout is complete"},
 		{"but not where one is let go from a pin", 10, rolling, func(s *Situation) {
 			baking(s)
 			there(s, 10)

@@ -71,7 +71,7 @@ func strong(made *packet.Signature, signer *openpgp.Entity) error {
 	}
 	for _, key := range (openpgp.EntityList{signer}).KeysById(*made.IssuerKeyId) {
 		if bits, err := key.PublicKey.BitLength(); err == nil && isRSA(key.PublicKey.PubKeyAlgo) && bits < minRSA {
-			return fmt.Errorf("it was made with an RSA key of %d bits: %d is the least that counts", bits, minRSA)
+			return fmt.Errorf("the RSA key has %d bits: sign with one of at least %d bits", bits, minRSA)
 		}
 	}
 	return nil

@@ -73,11 +73,13 @@ func TestNextWrites(t *testing.T) {
 		}, "2 of 10", 10 * time.Minute},
 		{"a bare pointer to what Git names as well becomes a record", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v2}
-		}, func(s *Situation, r *record) { *r = record{Target: v2, Stable: v2, Generation: 1, Commit: "c2"} }, "every node runs it", 0},
+		}, func(s *Situation, r *record) { *r = record{Target: v2, Stable: v2, Generation: 1, Commit: "c2"} },
+			"every node runs the release", 0},
 		{"after and drift go to nodes at once", 2, rolling, func(s *Situation) { s.Unit.After, s.Unit.Drift = []string{"base"}, deployments.DriftHeal }, func(s *Situation, r *record) {
 			r.After, r.Drift = []string{"base"}, deployments.DriftHeal
 		}, "", 9 * time.Minute},
-		{"the end makes the target stable", 10, rolling, func(s *Situation) { there(s, 10) }, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
+		{"the end makes the target stable", 10, rolling, func(s *Situation) { there(s, 10) },
+			func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "the rollout is complete", 0},
 		{"all at once are on their way before it has ended", 0, rolling, func(s *Situation) {
 			s.Unit.Rollout.MaxUnavailable = deployments.Amount{}
 		}, func(s *Situation, r *record) {
@@ -88,7 +90,7 @@ func TestNextWrites(t *testing.T) {
 			there(s, 9)
 			s.Nodes[9].Report.State = switching
 			s.Unit.Rollout.MaxFailures.N, s.Record.Rollout.Since = 1, ago(time.Hour)
-		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
+		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "the rollout is complete", 0},
 		{"all bake, where there are no canaries", 10, rolling, func(s *Situation) {
 			there(s, 10)
 			s.Unit.Rollout.Bake = 5 * time.Minute
@@ -98,7 +100,7 @@ func TestNextWrites(t *testing.T) {
 		{"not once more after canaries", 10, rolling, func(s *Situation) {
 			canary(s)
 			there(s, 10)
-		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
+		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "the rollout is complete", 0},
 
 		{"a canary that baked no time has to converge first", 0, first, func(s *Situation) { s.Unit.Rollout.Canary.N = 1 }, func(s *Situation, r *record) {
 			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 1), noon, "1 of 1 canary admitted"
@@ -316,7 +318,8 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Message: "1 of 1 canary admitted",
 				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "1 of 1 canary admitted", 10 * time.Minute},
-		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Message, s.Order = "x", "hurry" }, same, "it is none of", 9 * time.Minute},
+		{"an order that isn't one leaves the reason as it was", 2, rolling,
+			func(s *Situation) { s.Record.Rollout.Message, s.Order = "x", "hurry" }, same, "no such order", 9 * time.Minute},
 		{"abort where there is nothing to go back to", 2, rolling, func(s *Situation) {
 			s.Record.Stable, s.Order = deployments.Pointer{}, "abort"
 		}, func(s *Situation, r *record) {

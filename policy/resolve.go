@@ -309,7 +309,7 @@ func (d *Decision) allow(f ResolveInputs) {
 		if err == nil {
 			continue
 		}
-		err = fmt.Errorf("%w on this node", err)
+		err = fmt.Errorf("not allowed on this node: %w", err)
 		d.Invalid = first(d.Invalid, err)
 		step := deployments.Step{What: "bounds", Reason: deployments.ReasonSourceNotAllowed, Blocks: true,
 			Facts: deployments.Facts{"url": p.URL, "error": err.Error()}}

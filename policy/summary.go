@@ -229,7 +229,7 @@ func summarize(in *inputs, st state) summary {
 	}
 	if !back && v.late > 0 {
 		u := &v.firstLate.Report
-		v.countFailed(v.firstLate, deployments.ReasonNotInTime, cmp.Or(u.Error, string(u.State), "and silent"))
+		v.countFailed(v.firstLate, deployments.ReasonNotInTime, cmp.Or(u.Error, string(u.State), "no report about the unit"))
 		v.failed += v.late - 1
 	}
 	slices.SortFunc(v.waiting, byJoined)

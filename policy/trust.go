@@ -138,11 +138,11 @@ func (s Signers) VerifySnapshot(snapshot, signature []byte, now time.Time) (prin
 func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (principal string, err error) {
 	switch {
 	case len(bytes.TrimSpace(signature)) == 0:
-		return "", fmt.Errorf("%w: it has none, and signed commits only are taken", ErrUntrusted)
+		return "", fmt.Errorf("%w: the commit has no signature, and only signed ones are accepted", ErrUntrusted)
 	case bytes.Contains(signature, []byte("BEGIN PGP")):
 		return "", fmt.Errorf(
-			"%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); "+
-				"or sign by SSH: git config gpg.format ssh",
+			"%w: the commit has an OpenPGP signature, and the mirror has no OpenPGP keys: give it some by --signed-by-pgp, "+
+				"or sign by SSH (git config gpg.format ssh)",
 			ErrUntrusted,
 		)
 	}
@@ -151,7 +151,7 @@ func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (princip
 
 func (s Signers) verify(message, signature []byte, namespace string, now time.Time) (string, error) {
 	if !bytes.Contains(signature, []byte("BEGIN SSH SIGNATURE")) {
-		return "", fmt.Errorf("%w: it is not an SSH signature", ErrUntrusted)
+		return "", fmt.Errorf("%w: the signature is not an SSH signature", ErrUntrusted)
 	}
 	sig, err := sshsig.Unarmor(bytes.TrimSpace(signature))
 	if err != nil {
@@ -165,7 +165,7 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 	}
 	if bits := rsaBits(sig.PublicKey); bits > 0 && bits < minRSA {
 		return "", fmt.Errorf(
-			"%w: it was made with an RSA key of %d bits: %d is the least that counts, or an ed25519 key",
+			"%w: the RSA key has %d bits: sign with one of at least %d bits, or with an ed25519 key",
 			ErrUntrusted,
 			bits,
 			minRSA,

@@ -138,7 +138,7 @@ func TestVerifyCommit(t *testing.T) {
 		signature []byte
 		says      string
 	}{
-		{nil, "it has none"},
+		{nil, "the commit has no signature"},
 		{sign(t, alice, ManifestNamespace, payload), "made for"},
 		{[]byte("-----BEGIN PGP SIGNATURE-----\n"), "gpg.format ssh"},
 		{bytes.ToUpper(sign(t, alice, "git", payload)), "doesn't parse"},

@@ -158,9 +158,9 @@ func (x *Index) decodeFrames(r *cursor, end int64) error {
 		case r.err != nil:
 			return fmt.Errorf("frame %d: %w", i, r.err)
 		case f.Size == 0 || f.Length == 0 || f.Size > maxEncoded(f.Length):
-			return fmt.Errorf("frame %d: %d bytes that decode to %d", i, f.Size, f.Length)
+			return fmt.Errorf("frame %d: %d bytes can't decode to %d", i, f.Size, f.Length)
 		case length&1 == 1 && f.Content.IsZero():
-			return fmt.Errorf("frame %d: no hash of its content", i)
+			return fmt.Errorf("frame %d: the hash of its content is zero", i)
 		}
 		if length&1 == 1 {
 			ended := func(e *Entry) bool { return e.Kind != File || e.Offset+e.Size <= start }
@@ -169,7 +169,7 @@ func (x *Index) decodeFrames(r *cursor, end int64) error {
 			}
 			if within == len(x.Entries) || start < x.Entries[within].Offset ||
 				start+f.Length > x.Entries[within].Offset+x.Entries[within].Size {
-				return fmt.Errorf("frame %d: it has a hash of its content, which is not one file's", i)
+				return fmt.Errorf("frame %d: it has a hash of its content, but does not lie within one file", i)
 			}
 		}
 		offset += f.Size

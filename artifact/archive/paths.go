@@ -58,7 +58,7 @@ func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	}
 	if strings.HasPrefix(target, "/") {
 		return fmt.Errorf(
-			"the symbolic link %q leads out of the tree, to %q, which takes symlinks: any in the manifest",
+			"the symbolic link %q leads out of the tree, to %q: symlinks: any in the manifest allows that",
 			clip(p),
 			clip(target),
 		)
@@ -69,7 +69,7 @@ func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 		case "..":
 			if depth--; depth < 0 || !climbing {
 				return fmt.Errorf(
-					"the symbolic link %q leads out of the tree, or might: %q; that takes symlinks: any in the manifest",
+					"the symbolic link %q leads out of the tree, or may do so, to %q: symlinks: any in the manifest allows that",
 					clip(p),
 					clip(target),
 				)

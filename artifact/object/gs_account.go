@@ -65,7 +65,7 @@ func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	}
 	if err := json.Unmarshal(data, &key); err != nil {
 		// the error itself may quote a part of the key
-		return nil, fmt.Errorf("%s isn't JSON: want the key file of a service account", file)
+		return nil, fmt.Errorf("%s is not the key file of a service account in JSON", file)
 	}
 	if key.Type != "service_account" {
 		return nil, fmt.Errorf("%s holds credentials of type %q: want a service_account's key", file, key.Type)

@@ -84,7 +84,7 @@ func parseHeaders(data []byte, address string) (http.Header, error) {
 		case !ok || name == "" || value == "" || strings.ContainsAny(host, "/@"):
 			return nil, fmt.Errorf("line %d: want HOST NAME: VALUE, as in artifacts.example.com Authorization: Bearer …", n)
 		case slices.ContainsFunc([]byte(name), notToken), slices.ContainsFunc([]byte(value), isControl):
-			return nil, fmt.Errorf("line %d: the header has a character that HTTP allows in none", n)
+			return nil, fmt.Errorf("line %d: the header has a character that HTTP does not allow in headers", n)
 		case slices.Contains(ownHeaders, name), slices.Contains(connectionHeaders, name):
 			return nil, fmt.Errorf("line %d: %s is set by kedge itself", n, name)
 		}

@@ -16,12 +16,13 @@ import (
 )
 
 var (
-	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
-	errToHere    = errors.New("a redirect from another machine may not lead to this one")
+	errPlainHTTP = errors.New("plain http is accepted only from this machine and from URLs that sources names: " +
+		"use https://")
+	errToHere = errors.New("a redirect from another machine may not lead to this one")
 	// errLocalAddress counts as ErrUnavailable, not as the release's fault, as a name may lead to another address
 	// later.
-	errLocalAddress = errors.New("it is this machine's own address, or link-local: another machine may not lead there, " +
-		"and a URL only if sources names it")
+	errLocalAddress = errors.New("the address is this machine's own, or link-local: a URL may lead there only if " +
+		"sources names it, and a redirect from another machine never")
 
 	errToPlainHTTP = errors.New("a redirect from https may not lead to plain http")
 	errWithoutEnd  = errors.New("it is redirected too often: nine redirects are followed")

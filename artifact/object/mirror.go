@@ -135,10 +135,13 @@ func (c *Client) PassOver(s Source, err error) {
 	if !s.Mirror() {
 		return
 	}
-	reason := deployments.ReasonDigestMismatch
+	var reason deployments.Reason // empty: the error says it
 	switch {
+	case errors.Is(err, deployments.ErrDigest):
+		reason = deployments.ReasonDigestMismatch
 	case errors.Is(err, ErrNotFound):
-		c.log.Info("a mirror does not have an object: asking the next source", "url", deployments.ShownURL(s.URL))
+		c.log.Info("a mirror of the object storage lacks an object: asking the next source",
+			"url", deployments.ShownURL(s.URL))
 		return
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrDenied), errors.Is(err, context.DeadlineExceeded):
 		reason = deployments.ReasonStorageUnavailable
@@ -146,9 +149,8 @@ func (c *Client) PassOver(s Source, err error) {
 	c.mirrors.mu.Lock()
 	c.mirrors.failed[s.mirror] = time.Now()
 	c.mirrors.mu.Unlock()
-	c.log.Warn("a mirror failed: asking it last for a while", "mirror", deployments.ShownURL(s.mirror),
-		"url", deployments.ShownURL(s.URL),
-		"reason", reason, "error", err)
+	c.log.Warn("a mirror of the object storage failed: asking it last for a while",
+		"mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL), "reason", reason, "error", err)
 }
 
 // EachSource calls try with one source of an object after the other, until try returns nil. If it never does, the

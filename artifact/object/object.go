@@ -30,7 +30,7 @@ var (
 	// ErrUnavailable, too: an instance's role takes a moment at boot.
 	ErrCredentials = errors.New("no AWS credentials")
 	ErrNotFound    = errors.New("no such object")
-	ErrDenied      = errors.New("access to the object is denied")
+	ErrDenied      = errors.New("access is denied")
 	// ErrExists means that the object exists with other bytes: a release is immutable.
 	ErrExists = errors.New("the object exists with other bytes")
 	// ErrTooLarge means that the object is larger than the caller's bound.
@@ -328,7 +328,7 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 		return err
 	}
 	if len(data) > partSize {
-		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step",
+		return fmt.Errorf("%s: the new content has %d bytes, and at most %d can be written in one step",
 			deployments.ShownURL(url), len(data), partSize)
 	}
 	b := &body{ReaderAt: bytes.NewReader(data), size: int64(len(data)), progress: func(int64) {}, replace: true}

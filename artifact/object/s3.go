@@ -218,7 +218,7 @@ func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int6
 	case out.ContentRange != nil:
 		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(*out.ContentRange, want) {
 			out.Body.Close()
-			return nil, 0, fmt.Errorf("S3 answered with %q, asked for %s", *out.ContentRange, want)
+			return nil, 0, fmt.Errorf("S3 answered with Content-Range %q, want %s…", *out.ContentRange, want)
 		}
 	default:
 		if size := aws.ToInt64(out.ContentLength); size != o.Size {

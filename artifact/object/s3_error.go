@@ -66,7 +66,7 @@ func s3Error(err error) error {
 		case "AccessDenied", "Forbidden": // the latter where the answer has no body
 			if strings.Contains(strings.ToLower(api.ErrorMessage()), "kms") {
 				return fmt.Errorf(
-					"%w: %s answered %s: it is the key's policy, or the role's right to use the key, not the object's",
+					"%w: %s answered %s: the policy of the KMS key, or the role's, doesn't allow the use of that key",
 					ErrDenied,
 					call,
 					message,
@@ -134,7 +134,7 @@ func credentialSources(getenv func(string) string) string {
 	if strings.EqualFold(getenv("AWS_EC2_METADATA_DISABLED"), "true") {
 		tried = append(tried, "the instance's role is switched off by AWS_EC2_METADATA_DISABLED")
 	} else {
-		tried = append(tried, "the instance's role was asked for")
+		tried = append(tried, "the instance's role is asked for only if none of these is set")
 	}
 	return strings.Join(tried, ", ")
 }

@@ -310,8 +310,9 @@ func (w *walk) step(name string) error {
 		return PathError("stat", path, err)
 	case st.Mode&unix.S_IFMT == unix.S_IFLNK:
 		if !w.fixed || w.trust.plantable(&here) || !w.trust.has(st.Uid) {
-			return fmt.Errorf("%s is a symbolic link that others than root could have made (its directory belongs to user %d): "+
-				"name the directory that it leads to: %w", path, here.Uid, ErrUnsafe)
+			return fmt.Errorf("%s is a symbolic link that users other than root could have made (the link belongs to user %d, "+
+				"its directory to user %d, with mode %#o): set dest to the path that it leads to: %w", path, st.Uid, here.Uid,
+				here.Mode&0o7777, ErrUnsafe)
 		}
 		return w.follow(name, path)
 	}

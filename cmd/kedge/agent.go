@@ -248,7 +248,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if conf.EC2 && (conf.Stage == "" || len(conf.Roles) == 0) {
 		instance, err := ec2.Describe(ctx)
 		if err != nil {
-			return fmt.Errorf("this node's stage and roles: %w", err)
+			return fmt.Errorf("reading this node's stage and roles from its EC2 tags: %w", err)
 		}
 		conf.Stage = cmp.Or(conf.Stage, instance.Tags[ec2.TagStage])
 		if len(conf.Roles) == 0 {
@@ -312,7 +312,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if conf.Maintenance {
 		maintainer, ok := store.(kv.Maintainer)
 		if !ok {
-			return usagef("maintenance mode is Consul's: %s has none", store)
+			return usagef("--maintenance needs Consul: %s has no maintenance mode", store)
 		}
 		maintenance = maintainer.Maintain
 	}
@@ -375,7 +375,7 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 			hook.Timeout = max(time.Second, conf.LifecycleTimeout-time.Since(began))
 			break
 		}
-		log.Error("the lifecycle hook can't be completed yet", "hook", hook.Name, "error", err)
+		log.Warn("could not read the instance for the lifecycle hook: trying again", "hook", hook.Name, "error", err)
 		select {
 		case <-ctx.Done():
 			return
@@ -383,7 +383,8 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 		}
 	}
 	if err := hook.Run(ctx, converged); err != nil && ctx.Err() == nil {
-		log.Error("the lifecycle hook is not completed", "error", err)
+		log.Error("could not complete the lifecycle hook: AutoScaling goes by the hook's own timeout and default result",
+			"hook", hook.Name, "group", hook.Group, "instance", hook.Instance.ID, "error", err)
 	}
 }
 
@@ -397,7 +398,7 @@ func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
 		case <-ctx.Done():
 			return
 		case <-hangup:
-			log.Info("SIGHUP: trying again what failed", "any", node.Retry(deployments.UnitID{}))
+			log.Info("SIGHUP: releases that failed on this node are tried again", "has_units", node.Retry(deployments.UnitID{}))
 		}
 	}
 }

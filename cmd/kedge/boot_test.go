@@ -181,7 +181,7 @@ func testBootDay(t *testing.T, m *machine) {
 		m.is("app", "active")
 		m.do("systemctl", "reload", "kedge-agent")
 		await(t, "another try, after a reload", func() error {
-			_, err := m.try("sh", "-c", "journalctl --boot --no-pager --unit=kedge-agent | grep 'SIGHUP: trying again'")
+			_, err := m.try("sh", "-c", "journalctl --boot --no-pager --unit=kedge-agent | grep 'SIGHUP: releases that failed on this node'")
 			return err
 		})
 	})
@@ -247,7 +247,8 @@ func testBootDay(t *testing.T, m *machine) {
 		m.bootedInOrder()
 		// Not when systemd took note of READY: what the agent then starts is started by its unit, before that counts as
 		// active.
-		line := m.do("sh", "-c", "journalctl --boot --no-pager --output=short-monotonic --unit=kedge-agent | grep 'first convergence'")
+		line := m.do("sh", "-c", "journalctl --boot --no-pager --output=short-monotonic --unit=kedge-agent | "+
+			"grep 'for the first time since the agent started'")
 		var converged float64
 		if _, err := fmt.Sscanf(line, "[%f]", &converged); err != nil {
 			t.Fatalf("%v: %q", err, line)

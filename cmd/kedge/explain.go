@@ -129,7 +129,7 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit strin
 	f, err := fleet.Read(ctx, store, filter)
 	switch {
 	case errors.Is(err, kv.ErrUnavailable):
-		local := "on the node, as root, its agent says what it goes by: kedge explain " + unit
+		local := "the node's own agent can answer without the store; on the node, as root: kedge explain " + unit
 		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + local}
 	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.Unread() != nil:
 		return nil, f.Unread()

@@ -122,12 +122,12 @@ func (a *app) storeHint(err error) string {
 func (a *app) unreadHint(err error) string {
 	var hints []string
 	if errors.Is(err, fleet.ErrUnread) {
-		hints = append(hints, "remove the keys that don't belong there; until then a part alone may be read whole, as by "+
+		hints = append(hints, "remove the keys that don't belong there; until then, look at one role at a time: "+
 			"kedge status STAGE/ROLE")
 	}
 	if errors.Is(err, fleet.ErrLate) {
-		hints = append(hints, "try again, as Consul may have been busy. If it stays so, count the keys: "+
-			"consul kv get -keys -separator= "+cmp.Or(a.prefix, kv.DefaultPrefix)+"pins/ | wc -l (or another prefix), "+
+		hints = append(hints, "try again, as Consul may have been busy. If it stays so, count the keys below the prefix "+
+			"that the error names: consul kv get -keys -separator= "+cmp.Or(a.prefix, kv.DefaultPrefix)+"PREFIX | wc -l, "+
 			"and remove those that don't belong there")
 	}
 	return strings.Join(hints, "\n")
@@ -314,7 +314,7 @@ func (a *app) logger() (*slog.Logger, error) {
 
 // logStop logs message when ctx ends, which asks a daemon to finish its current work and stop. calledOff cancels that.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
-	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
+	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }
 
 // terminal returns the width of stdout's terminal, or 0 if it is none.

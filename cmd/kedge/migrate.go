@@ -62,7 +62,7 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 		return a.problems(refused, "in "+sources[0].Name+": no node would take it")
 	case len(refused) > 0:
 		return a.problems(refused,
-			fmt.Sprintf("in %s: no node would take those that have one", count(len(sources), "manifest")))
+			fmt.Sprintf("in some of %s: no node would take a manifest that has a problem", count(len(sources), "manifest")))
 	case a.json:
 		return a.printJSON(notes)
 	case len(sources) == 1:
@@ -86,7 +86,8 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")
 	if !isFile && !alone {
 		return usagef(
-			"--fix writes files, or what comes of one manifest to standard output: %s is neither; kedge import --fix copies whole prefixes",
+			"--fix can't change %s in place: give it files, or this manifest alone, whose result goes to standard output; "+
+				"for a whole prefix: kedge import --fix",
 			in.Source.Name,
 		)
 	}
@@ -171,7 +172,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 				}
 			}
 			for _, url := range strange {
-				a.tell("passed over, as its name matches no pattern of --match: %s", url)
+				a.tell("passed over, as its name gives no unit by --match, --stage, --role and --unit: %s", url)
 			}
 			switch {
 			case err != nil:
@@ -181,7 +182,8 @@ Exit code 1 where a manifest is one that no node would take.`,
 			case len(refused) > 0:
 				return a.problems(refused, "in manifests that no node would take: see kedge check --manifest")
 			case len(done) == 0:
-				return fmt.Errorf("no manifest below %s has a name that matches a pattern of --match", o.Prefix)
+				return fmt.Errorf("no manifest below %s has a name that gives a unit by --match, --stage, --role and --unit",
+					o.Prefix)
 			}
 			return nil
 		},

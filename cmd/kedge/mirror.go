@@ -70,7 +70,8 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			}
 			defer store.Close()
 			if err := git.CheckLocal(args[0]); err != nil && noMirrorHasRun(cmd.Context(), store) {
-				return hintError{err, "nothing was ever mirrored to this store, so the mirror ends instead of waiting for it.\n" +
+				return hintError{err, "nothing was ever mirrored to this store, so the mirror ends instead of waiting for the " +
+					"repository.\n" +
 					"If this is a first start: check the path for a typo, or make a repository: git init --bare -b " +
 					c.Branch + " " + args[0] + "\n" +
 					"If Consul has lost its data: mount the repository again. Nodes keep what they run until then."}
@@ -118,7 +119,8 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		&c.Accept,
 		"accept",
 		"",
-		"full hash of a `commit` to take, once, whatever its history and the units that it removes: for a repo that was replaced",
+		"full hash of a `commit` to take, once, whatever its history and the units that it removes: for a repo that was "+
+			"replaced",
 	)
 	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
 	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second,
@@ -140,7 +142,8 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 		&c.CacheDir,
 		"cache-dir",
 		os.Getenv("CACHE_DIRECTORY"),
-		"`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)",
+		"`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a "+
+			"temporary one)",
 	)
 	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"),
 		"`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")

@@ -33,7 +33,7 @@ where something differs.`,
 			live, err := releases.Current()
 			if errors.Is(err, artifact.ErrNoRelease) {
 				return hintError{
-					fmt.Errorf("%s is no release of kedge's: %w", dest, err),
+					fmt.Errorf("%s leads to no release that kedge made: %w", dest, err),
 					"only sync_strategy: release keeps what it needs to verify a tree",
 				}
 			}

@@ -169,7 +169,7 @@ func TestPinsKeepTheBudgetAndTheQuarantine(t *testing.T) {
 	}
 	do("pin", "prod/web/app", zero.String(), "--reason", "incident")
 	s.stable(zero)
-	if err := says(", which was rolled back: nodes go to 1 ", "unpin", "prod/web/app"); err != nil {
+	if err := says(" rolled back: nodes go to 1 ", "unpin", "prod/web/app"); err != nil {
 		t.Error(err)
 	}
 	s.rolledBack(two)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -118,7 +117,8 @@ as it is: another level takes another version.`,
 				object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}), opt)
 			progress.clear()
 			if errors.Is(err, object.ErrUnavailable) {
-				hint := "run it again when the storage answers: it takes up what is there already" + endpointHint(opt.To)
+				hint := "run kedge publish again when the storage answers: what was uploaded already is not uploaded " +
+					"again" + endpointHint(opt.To)
 				if errors.Is(err, object.ErrCredentials) {
 					hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
 				}
@@ -154,7 +154,8 @@ as it is: another level takes another version.`,
 		&created,
 		"created",
 		os.Getenv("SOURCE_DATE_EPOCH"),
-		"when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)",
+		"when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when "+
+			"this version was published first)",
 	)
 	f.BoolVar(
 		&unconditional,
@@ -168,11 +169,12 @@ as it is: another level takes another version.`,
 
 // endpointHint says which S3 was asked, if it is another than AWS's.
 func endpointHint(to string) string {
-	endpoint := cmp.Or(os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
-	if endpoint == "" || !strings.HasPrefix(to, "s3://") {
-		return ""
+	for _, name := range []string{"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} {
+		if endpoint := os.Getenv(name); endpoint != "" && strings.HasPrefix(to, "s3://") {
+			return "; " + name + " names " + safetext.URLs(endpoint)
+		}
 	}
-	return "; AWS_ENDPOINT_URL_S3 names " + safetext.URLs(endpoint)
+	return ""
 }
 
 // flagMistake returns an error if a flag's value is invalid for the manifest's field of that name. An empty value is

@@ -257,7 +257,7 @@ func TestPublishByFlagsAndTemplate(t *testing.T) {
 		},
 		"against the default": {
 			"dest: /srv/a\nexcludes: [a]\n",
-			[]string{"--name", "a", "--version", "6"}, "", "yaml:2:1: excludes are rsync's",
+			[]string{"--name", "a", "--version", "6"}, "", "yaml:2:1: excludes work with sync_strategy rsync only",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -94,7 +94,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 				err = look.Check(cmd.Context(), tree)
 			}
 			if problems := deployments.Problems(nil); errors.As(err, &problems) {
-				return a.problems(problems, fmt.Sprintf("in %s: nothing of this commit would be taken", dir))
+				return a.problems(problems, fmt.Sprintf("in %s: the mirror would take nothing of it", dir))
 			}
 			if err != nil {
 				return err
@@ -114,7 +114,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && len(inspect.Bounded(tree.Settings, tree.Units)) > 0 {
 				fmt.Fprintln(a.stderr,
-					"what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases")
+					"not checked: whether the releases keep to kedge.yaml's dests, users and commands; --releases checks that")
 			}
 			return nil
 		},

@@ -158,7 +158,7 @@ Exit code 0 when it is deployed, or when there is no event; 1 on every failure. 
 func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, randomDelay time.Duration) error {
 	if randomDelay > 0 {
 		delay := rand.N(randomDelay)
-		one.Log.Info("waits before it begins", "duration", delay.Round(time.Millisecond))
+		one.Log.Info("random delay before the deployment", "duration", delay.Round(time.Millisecond))
 		if err := wait.For(ctx, delay); err != nil {
 			return err
 		}

@@ -104,8 +104,8 @@ func snapshotReader(
 			return nil, fmt.Errorf("%s: the snapshot is of %s, %v old, and snapshot_max_age is %v", url,
 				s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
 		case s.At.Sub(now) > snapshotAhead:
-			return nil, fmt.Errorf("%s: the snapshot is of %s, which has yet to come by this node's clock", url,
-				s.At.Format(time.RFC3339))
+			return nil, fmt.Errorf("%s: the snapshot is dated %s, ahead of this node's clock: correct that, or the mirror's",
+				url, s.At.Format(time.RFC3339))
 		}
 		var entries []kv.Entry
 		for key, record := range s.Records {
@@ -114,7 +114,8 @@ func snapshotReader(
 			}
 		}
 		slices.SortFunc(entries, func(a, b kv.Entry) int { return strings.Compare(a.Key, b.Key) })
-		log.Info("the snapshot is signed", "url", url, "by", who, "of", s.At, "records", len(entries))
+		log.Info("read the snapshot: its signature and age are valid",
+			"url", url, "signer", who, "created", s.At, "records", len(entries))
 		return entries, nil
 	}, nil
 }

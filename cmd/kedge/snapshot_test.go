@@ -143,7 +143,7 @@ func TestFirstBootWithoutConsul(t *testing.T) {
 		}
 		return err
 	})
-	if log := first.logged(); !strings.Contains(log, "using the snapshot") {
+	if log := first.logged(); !strings.Contains(log, "using the mirror's snapshot") {
 		t.Errorf("the log does not say where the release came from:\n%s", log)
 	}
 

@@ -30,7 +30,8 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 	}
 	watchdog, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		log.Warn("could not send a keep-alive to systemd's watchdog", "error", err)
+		log.Warn("could not read systemd's watchdog settings (WATCHDOG_USEC, WATCHDOG_PID): no keep-alives are sent",
+			"error", err)
 	}
 	const often = 10 * time.Second
 	interval := min(cmp.Or(watchdog/3, often), often)

@@ -176,7 +176,7 @@ func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err e
 
 // waitReady requests an agent's /ready until it answers 200.
 func waitReady(ctx context.Context, address string) error {
-	last := "the agent was not asked"
+	last := "the agent at " + address + " has not answered yet"
 	for {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/ready", nil)
 		if err != nil {
@@ -188,7 +188,7 @@ func waitReady(ctx context.Context, address string) error {
 			if response.StatusCode == http.StatusOK {
 				return nil
 			}
-			last = "the agent says " + response.Status
+			last = "the agent answers " + response.Status + ": see why with curl http://" + address + "/ready"
 		} else if ctx.Err() == nil {
 			last = err.Error()
 		}

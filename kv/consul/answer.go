@@ -3,7 +3,6 @@ package consul
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -45,7 +44,8 @@ func (a answers) CloseIdleConnections() {
 }
 
 // errLongAnswer is the error of reading beyond maxAnswer.
-var errLongAnswer = errors.New("consul's answer is too long")
+var errLongAnswer = fmt.Errorf("the answer has more than %d MiB: see whether CONSUL_HTTP_ADDR leads to a Consul agent",
+	maxAnswer>>20)
 
 // boundedBody is an answer's body whose reads fail with errLongAnswer if more than left bytes remain.
 type boundedBody struct {
@@ -90,24 +90,25 @@ func (r *pairReader) readAll(body *boundedBody) error {
 	d := json.NewDecoder(body)
 	switch start, err := d.Token(); {
 	case err != nil:
-		return fmt.Errorf("read consul's list: %w", err)
+		return fmt.Errorf("read Consul's list: %w", err)
 	case start == nil: // null
 		return nil
 	case start != json.Delim('['):
-		return fmt.Errorf("read consul's list: it begins with %v", start)
+		return fmt.Errorf("read Consul's list: want a JSON list, not %v: see whether CONSUL_HTTP_ADDR leads to a "+
+			"Consul agent", start)
 	}
 	for d.More() {
 		body.left = maxAnswer
 		var pair api.KVPair
 		if err := d.Decode(&pair); err != nil {
-			return fmt.Errorf("read consul's list: %w", err)
+			return fmt.Errorf("read Consul's list: %w", err)
 		}
 		if err := r.take(&pair); err != nil {
 			return err
 		}
 	}
 	if _, err := d.Token(); err != nil { // it was cut off
-		return fmt.Errorf("read consul's list: %w", err)
+		return fmt.Errorf("read Consul's list: %w", err)
 	}
 	return nil
 }

@@ -243,7 +243,8 @@ type absentError struct {
 
 func (e *absentError) Error() string {
 	if e.empty {
-		return fmt.Sprintf("list %s: there is no %s: no mirror has created it yet", e.prefix, e.folder)
+		return fmt.Sprintf("list %s: the folder key %s does not exist: no mirror has run with this prefix, or Consul "+
+			"has lost its data", e.prefix, e.folder)
 	}
 	return fmt.Sprintf(
 		"list %s: the answer lacks the folder key %s: the token may not read it, or no mirror has created it yet: %v",

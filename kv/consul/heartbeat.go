@@ -120,7 +120,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)
 			}
 		case causes.New(err):
-			h.store.log.Warn("heartbeat failed", "service", h.id, "error", err)
+			h.store.log.Warn("could not send the heartbeat to the Consul agent: trying again", "service", h.id, "error", err)
 		}
 	}
 }

@@ -27,7 +27,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		return nil, fmt.Errorf("lease: %w", err)
 	}
 	if ttl < minTTL || ttl > maxTTL {
-		return nil, fmt.Errorf("lease %s: a ttl of %v; Consul takes %v to %v", key, ttl, minTTL, maxTTL)
+		return nil, fmt.Errorf("lease %s: the TTL is %v: Consul takes %v to %v", key, ttl, minTTL, maxTTL)
 	}
 	value, err := json.Marshal(kv.LeaseHolder{Holder: holder})
 	if err != nil {
@@ -223,7 +223,8 @@ func (l *lease) keep() {
 		case errors.Is(err, kv.ErrLeaseLost):
 			l.lose()
 		case l.ctx.Err() == nil:
-			l.store.log.Warn("could not renew the lease", "key", l.key, "left", l.left(), "error", err)
+			l.store.log.Warn("could not renew the lease: trying again until it expires", "key", l.key,
+				"expires_in", l.left(), "error", err)
 			next = min(time.Second, l.ttl/10)
 		}
 	}

@@ -18,7 +18,7 @@ func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
 	if on && !strings.HasPrefix(reason, kv.MaintenanceReason) {
 		return fmt.Errorf("maintenance mode: the reason %q does not begin with %q", reason, kv.MaintenanceReason)
 	}
-	return s.do(ctx, "maintenance mode", requestTimeout, func(q *api.QueryOptions) error {
+	return s.do(ctx, "switch the node's maintenance mode", requestTimeout, func(q *api.QueryOptions) error {
 		// These calls take no options, so the client itself gets the current token and the remaining time.
 		config := s.config
 		config.Token = q.Token

@@ -288,7 +288,7 @@ func (p *presence) newSession() *api.SessionEntry {
 
 // errOtherNode means that the Consul agent that answers belongs to another node, whose health says nothing about
 // this one.
-var errOtherNode = errors.New("the Consul agent is another node's")
+var errOtherNode = errors.New("the Consul agent belongs to another node")
 
 // openNodeSession creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or
 // errOtherNode if there can't be one.
@@ -339,8 +339,8 @@ func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) 
 	}
 	if !p.mute && ctx.Err() == nil {
 		p.mute = errors.Is(err, kv.ErrDenied)
-		s.log.Warn("could not register the service at the Consul agent: if this process dies, its node still counts as live",
-			"service", PresenceService, "error", err)
+		s.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
+			"service", PresenceService, "name", p.name, "error", err)
 	}
 	return plain
 }

@@ -198,8 +198,8 @@ func (p *presence) repair() error {
 		case e.Session != "" && e.Session == p.session && bytes.Equal(e.Value, p.held[key]):
 			continue
 		case e.Session != "" && e.Session == p.session && !bytes.Equal(e.Value, p.tried[key]):
-			p.store.log.Warn("this node's entry is an earlier one, as after the restore of a snapshot: joining anew",
-				"name", p.name, "key", key)
+			p.store.log.Warn("the store has an older value of this node's entry, as after the restore of a snapshot: "+
+				"writing it again", "name", p.name, "key", key)
 			before = p.session
 			p.lose()
 		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back one of its own

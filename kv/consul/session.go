@@ -34,7 +34,7 @@ func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id stri
 		return err
 	})
 	if err == nil && id == "" {
-		err = fmt.Errorf("create a session: Consul gave no name: %w", kv.ErrUnavailable)
+		err = fmt.Errorf("create a session: Consul returned no session ID: %w", kv.ErrUnavailable)
 	}
 	return id, err
 }

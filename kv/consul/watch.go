@@ -127,7 +127,10 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 			return err
 		}
 		if !trusted(l.meta) {
-			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix,
+			if !l.meta.KnownLeader {
+				return fmt.Errorf("list %s: the Consul server knows no leader: %w", prefix, kv.ErrUnavailable)
+			}
+			return fmt.Errorf("list %s: the Consul server had its last contact with the leader %v ago: %w", prefix,
 				l.meta.LastContact, kv.ErrUnavailable)
 		}
 		took := time.Since(asked)

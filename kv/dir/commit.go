@@ -144,7 +144,8 @@ func (d *Store) finish() error {
 	var changes []change
 	if err := json.Unmarshal(data, &changes); err != nil {
 		// It was renamed into place whole, so no crash did this. Moving it away keeps the evidence.
-		d.log.Error("could not read the journal: setting it aside", "error", err)
+		d.log.Error("the store's journal of an interrupted commit can't be read: setting it aside, and the commit is lost",
+			"file", d.path(journalFile), "error", err)
 		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
 	}
 	if err := d.apply(changes); err != nil {

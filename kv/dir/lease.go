@@ -23,7 +23,7 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		return nil, fmt.Errorf("lease: %w", err)
 	}
 	if ttl <= 0 {
-		return nil, fmt.Errorf("lease %s: a ttl of %v", key, ttl)
+		return nil, fmt.Errorf("lease %s: the TTL %v is not positive", key, ttl)
 	}
 	value, err := json.Marshal(kv.LeaseHolder{Holder: holder})
 	if err != nil {

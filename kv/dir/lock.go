@@ -84,11 +84,11 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 		}
 		f.Close()
 		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return nil, fmt.Errorf("lock the store: %w", err)
+			return nil, fmt.Errorf("lock %s: %w", d.path(lockFile), err)
 		}
 		if time.Since(began) > lockTimeout {
 			return nil, fmt.Errorf(
-				"lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
+				"lock the store: other processes have held %s for %v: if one of them is suspended, continue or kill it: %w",
 				d.path(lockFile),
 				lockTimeout,
 				kv.ErrUnavailable,

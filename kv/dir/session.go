@@ -36,7 +36,7 @@ func (d *Store) openSession(name string) (*session, error) {
 	// Another process may be testing the lock for an instant.
 	if err := unix.Flock(int(s.file.Fd()), unix.LOCK_EX); err != nil {
 		s.close()
-		return nil, fmt.Errorf("lock the session: %w", err)
+		return nil, fmt.Errorf("lock the session %s: %w", s.path(), err)
 	}
 	if _, err := fmt.Fprintf(s.file, "%s, process %d\n", name, os.Getpid()); err != nil {
 		s.close()

@@ -42,8 +42,12 @@ func Store(c Config) (kv.Store, error) {
 			Err: fmt.Errorf("open the store %q: the directory must be absolute, as in file:///var/lib/kedge-kv", c.URL),
 		}
 	}
-	if info, err := os.Stat(path); c.Existing && (err != nil || !info.IsDir()) { // a symbolic link is fine
-		return nil, fmt.Errorf("open the store %q: there is no such directory", c.URL)
+	switch info, err := os.Stat(path); { // a symbolic link is fine
+	case !c.Existing:
+	case err != nil:
+		return nil, fmt.Errorf("open the store %q: %w", c.URL, err)
+	case !info.IsDir():
+		return nil, fmt.Errorf("open the store %q: it is not a directory", c.URL)
 	}
 	return dir.Open(path, c.Log)
 }

@@ -344,7 +344,7 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 	}
 	a.awaitRunning(app, two)
 	await(t, "the recovery's line", func() (bool, string) { // after the report
-		n := w.log.Count("the job succeeds again")
+		n := w.log.Count("a job succeeded after one that had failed")
 		return n == 1, fmt.Sprintf("logged %d times", n)
 	})
 }

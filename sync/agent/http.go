@@ -60,14 +60,15 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 	mux.HandleFunc("GET /converged", a.condition("converged", a.unconverged))
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {
-			http.Error(w, "the agent's loop does not run", http.StatusServiceUnavailable)
+			http.Error(w, "the agent hangs: its loop has not answered for 10s", http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")
 	})
 	if !open {
 		refuse := func(w http.ResponseWriter, _ *http.Request) {
-			http.Error(w, "not at this address: ask at listen_status, or on the node itself", http.StatusForbidden)
+			http.Error(w, "this address serves neither /status nor /metrics: ask at the address in listen_status, or run "+
+				"kedge explain UNIT as root on the node", http.StatusForbidden)
 		}
 		mux.HandleFunc("GET /status", refuse)
 		mux.HandleFunc("GET /metrics", refuse)
@@ -104,22 +105,27 @@ func writeJSON(w http.ResponseWriter, code int, v any) {
 	_ = e.Encode(v) // an error means that the client has gone
 }
 
+// noSocket logs why the agent runs without its socket. It returns nil.
+func (a *Agent) noSocket(path string, err error) error {
+	a.c.Log.Warn("could not listen at the agent's socket: kedge explain UNIT does not work on this node", "path", path,
+		"error", err)
+	return nil
+}
+
 // serveSocket serves all that handler does, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all units), until ctx
 // ends. It listens at a socket that only the agent's own user can open. If it can't listen there, for example because
 // the path is too long, it returns nil, and the agent runs without the socket.
 func (a *Agent) serveSocket(ctx context.Context, path string) error {
 	if len(path) > maxSocketPath {
-		a.c.Log.Warn("no socket for kedge retry on this node: the state directory's path is too long", "path", path)
-		return nil
+		return a.noSocket(path, fmt.Errorf("the path has %d bytes, at most %d are allowed: choose a shorter state directory",
+			len(path), maxSocketPath))
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // left by a kill; this process has the lock
-		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
-		return nil
+		return a.noSocket(path, err)
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {
-		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
-		return nil
+		return a.noSocket(path, err)
 	}
 	mux := a.handler(true)
 	mux.HandleFunc("POST /retry", func(w http.ResponseWriter, r *http.Request) {

@@ -150,7 +150,7 @@ func (u *unit) destChanged() bool {
 		u.log.Warn("something else has deployed to dest", "dest", u.dest, "found", found, "expected", u.mark.LeadsTo,
 			"healing", u.goal.heal)
 	case changed && found == "" && len(u.drift) == 0:
-		u.log.Warn("dest is gone", "dest", u.dest, "expected", u.mark.LeadsTo, "healing", u.goal.heal)
+		u.log.Warn("dest is gone, or leads nowhere", "dest", u.dest, "expected", u.mark.LeadsTo, "healing", u.goal.heal)
 	}
 	u.foreign = found
 	return changed
@@ -190,7 +190,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	u.drift, u.unhealable, u.foreign = paths, paths, ""
 	a.mu.Unlock()
 	if len(left) > 0 {
-		u.log.Warn("drift is healed, except what the release's commands made: deploy it again to restore that",
+		u.log.Warn("drift is healed in part: what only the release's commands make comes back with the next deployment",
 			"paths", len(left), "first", left[0].Path, "what", left[0].What)
 		return nil
 	}
@@ -245,7 +245,8 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	if err != nil {
 		return err
 	}
-	u.log.Info("observed, and touched nothing", "release", p.String(), "dest", found.Dest, "missing", found.Missing,
+	u.log.Info("compared dest with the release, and changed nothing",
+		"release", p.String(), "dest", found.Dest, "missing", found.Missing,
 		"differs", found.Differs, "paths", found.Paths)
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -304,7 +305,8 @@ func (w *healthWatch) start(ctx context.Context) {
 	w.stop()
 	monitor, err := w.u.deploy.Monitor()
 	if err != nil {
-		w.u.log.Error("could not continue the checks of the running release", "release", s.Running.String(), "error", err)
+		w.u.log.Error("could not read the health checks of the running release: it counts as healthy until the next "+
+			"deployment or restart", "release", s.Running.String(), "error", err)
 	}
 	w.of = s.Running
 	w.a.mu.Lock()
@@ -338,7 +340,8 @@ func (w *healthWatch) keep() {
 	}
 	w.kept = h
 	if err := w.u.deploy.KeepHealth(h); err != nil {
-		w.u.log.Warn("could not write down that the running release is or was unhealthy, which a restart forgets now",
+		w.u.log.Warn("could not save the health of the running release: a restart of the agent would begin with an older "+
+			"result",
 			"error", err)
 	}
 }

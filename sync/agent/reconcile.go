@@ -151,8 +151,8 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
 		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source ||
 			errorText(d.Invalid) != errorText(was.Invalid) {
-			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(),
-				"reason", string(d.Reason), "why", message.Decision(d.Reason, d.Facts))
+			u.log.Info("decided what the unit should run", "action", string(d.Action), "target", d.Target.String(),
+				"reason", string(d.Reason), "message", message.Decision(d.Reason, d.Facts))
 			if d.Invalid != nil && errorText(d.Invalid) != errorText(was.Invalid) {
 				u.log.Error("a record or pin can't be used, and changes nothing", "error", d.Invalid)
 			}
@@ -321,7 +321,8 @@ func (a *Agent) noteConvergence() {
 		}
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
-		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+		a.c.Log.Info("every unit runs what it should, for the first time since the agent started",
+			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 	}
 }
 

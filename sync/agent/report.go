@@ -70,7 +70,7 @@ func (a *Agent) report(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
 		defer cancel()
 		if err := presence.Close(ctx); err != nil {
-			a.c.Log.Warn("could not remove the node's status", "error", err)
+			a.c.Log.Warn("could not remove this node's status: the node shows until its session ends", "error", err)
 		}
 	}()
 	written := map[string]writtenReport{}

@@ -21,10 +21,11 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		return dependency{}
 	}
 	if u.cycle != "" {
-		return dependency{u.id.Unit, "its record makes a cycle: " + u.cycle, true}
+		return dependency{u.id.Unit, "the units wait for one another: " + u.cycle, true}
 	}
 	if name := a.successor(u); name != "" {
-		return dependency{name, "its file is no longer in Git: waits for " + name + ", which may take its dest", false}
+		return dependency{name, "waits for " + name + ", which may take over the dest of this unit, whose file is no " +
+			"longer in Git", false}
 	}
 	// A release that already runs elsewhere, or ran before, needs nothing that is yet to come.
 	r := u.record.Value
@@ -35,17 +36,18 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		dep := a.units[id]
 		switch {
 		case dep == nil || !dep.decided || dep.decision.Source == policy.FromNothing && dep.state().Running.IsZero():
-			return dependency{name, "waits for " + name + ", which has no record", true}
+			return dependency{name, "waits for " + name + ", of which this node knows no record", true}
 		case dep.observes: // it never converges: what another tool deploys there has to be the release
 			if c := dep.comparison; !proven && (c == nil || c.Differs > 0 || c.Release != dep.decision.Target.Digest) {
-				return dependency{name, "waits for " + name + ", which is only observed here, and differs from its release", true}
+				return dependency{name, "waits for " + name + ", which is only observed here, until what is at its dest equals " +
+					"its release", true}
 			}
 		case proven && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or left as it is
 			if dep.state().Running.IsZero() {
 				return dependency{
 					name,
-					"waits for " + name + ", of which nothing runs: " + message.Decision(dep.decision.Reason, dep.decision.Facts),
+					"waits for " + name + ", which runs no release here: " + message.Decision(dep.decision.Reason, dep.decision.Facts),
 					true,
 				}
 			}
@@ -211,7 +213,8 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 func (a *Agent) endRefusals(u *unit) {
 	for p, why := range u.refused {
 		if why.dest != "" && a.checkDest(u, why.dest) == nil {
-			u.log.Info("the place that another unit had is free", "release", p.String(), "dest", why.dest)
+			u.log.Info("the dest that another unit had is free: no longer refusing the release",
+				"release", p.String(), "dest", why.dest)
 			delete(u.refused, p)
 			u.wake.Set()
 		}

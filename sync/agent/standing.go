@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"syscall"
@@ -98,7 +99,9 @@ func (u *unit) standing() standing {
 		return at(u.phase, u.lastErr)
 	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
 		facts := s.Health.Facts
-		err := fmt.Errorf("the release that it went back to is unhealthy: %s: %s", facts["check"], facts["error"])
+		err := fmt.Errorf("the release that the unit went back to is unhealthy: %s: %s",
+			cmp.Or(facts["check"], facts["step"]),
+			facts["error"])
 		if f, _ := u.failure(target); u.failedHere(target) {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
@@ -194,6 +197,7 @@ func (u *unit) observing() standing {
 func (u *unit) failed(state deployments.State, target deployments.Pointer) standing {
 	f, _ := u.failure(target)
 	err := f.Err(target)
+	err.Unfinished = state == deployments.StateSwitching
 	return standing{state: state, reason: err.Reason, facts: err.Facts, err: err}
 }
 

@@ -58,7 +58,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	for a.lacksFolder(s) {
 		err := a.c.Store.EnsureFolders(ctx, s.Prefix)
 		if err == nil {
-			a.c.Log.Info("made the folder key, as there may be no mirror", "prefix", s.Prefix)
+			a.c.Log.Info("the folder key is there now, made by this agent or by a mirror", "prefix", s.Prefix)
 			a.mu.Lock()
 			a.making[s] = false
 			a.mu.Unlock()
@@ -95,7 +95,7 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 		}
 		if retry.Tries() == 0 && ctx.Err() == nil {
 			a.c.Log.Warn(
-				"some records or pins are known neither from the store nor from this node's disk, and the snapshot can't be "+
+				"neither the store nor this node's disk has told what is below a prefix, and the mirror's snapshot can't be "+
 					"read: trying again",
 				"error",
 				err,

@@ -148,7 +148,11 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 // drain sets or ends the drain of a unit; package deploy calls it around a switch.
 func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
 	if slices.Contains(a.drained.Units(), u.id) != on {
-		u.log.Info("drain", "on", on)
+		says := "the unit is drained: /ready answers 503 until that ends"
+		if !on {
+			says = "the unit is no longer drained"
+		}
+		u.log.Info(says)
 	}
 	err := a.drained.Set(ctx, u.id, on)
 	a.changed.Set()
@@ -226,7 +230,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case lastErr != nil && was == nil:
 		u.log.Warn("the job failed: trying again", "job", string(j.kind), "release", j.release.String(), "error", lastErr)
 	case lastErr == nil && was != nil && err == nil:
-		u.log.Info("the job succeeds again", "job", string(j.kind))
+		u.log.Info("a job succeeded after one that had failed", "job", string(j.kind), "earlier", was)
 	}
 	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
 		u.log.Info("the release is live and healthy", "release", r.String(), "version", after.Version,

@@ -88,7 +88,7 @@ func (u *Unit) resume(ctx context.Context) error {
 		switch {
 		case a.Digest.IsZero():
 		case a.CutOff >= u.maxCutOff && !d.Step.goesBack() && d.Step != stepSuccess:
-			err := fmt.Errorf("the agent or the machine ended %d times while it was in this step", a.CutOff)
+			err := fmt.Errorf("the agent or the machine ended %d times during this step", a.CutOff)
 			u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(d.Step), "error", err)
 			j.fail(err)
 			return
@@ -96,7 +96,7 @@ func (u *Unit) resume(ctx context.Context) error {
 			j.setAttempt(a)
 		}
 		if again != "" {
-			u.log.Info("the machine was restarted: runs post commands again", "release", d.Release.String())
+			u.log.Info("the machine was restarted: running the release's post commands again", "release", d.Release.String())
 			d.enter(again)
 		}
 	})

@@ -86,7 +86,8 @@ func checkTCP(ctx context.Context, address string) error {
 // checkSystemd passes while a unit is active. The identity that it returns is the unit's invocation ID, which changes
 // with a restart.
 func checkSystemd(ctx context.Context, unit string) (string, error) {
-	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).
+	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID",
+		"--", unit).
 		Output()
 	if err != nil {
 		var exit *exec.ExitError
@@ -126,7 +127,7 @@ func checkConsul(ctx context.Context, service string) error {
 	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)
 	if syntax := new(json.SyntaxError); errors.As(err, &syntax) {
 		// The client ignores this answer's status: an answer that doesn't parse is the text of a refusal.
-		return errors.New("the local Consul agent denied access: the token needs service:read")
+		return errors.New("the local Consul agent refused to answer: mostly the token lacks service:read")
 	}
 	if err != nil {
 		return cause(ctx, fmt.Errorf("asking the local Consul agent: %w", err))

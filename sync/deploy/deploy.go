@@ -214,7 +214,7 @@ func Open(c Config) (*Unit, error) {
 	}
 	if u.cutOff = u.j.Deployment != nil; !u.cutOff {
 		if err := u.removeOriginal(); err != nil {
-			u.log.Warn("could not remove the incomplete copy of what was at dest before kedge", "error", err)
+			u.log.Warn("could not remove the copy of what was at dest before kedge, which is no longer needed", "error", err)
 		}
 	}
 	if err := u.keepFloor(); err != nil {
@@ -274,7 +274,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 		return nil
 	}
 	u.text.reset()
-	u.log.Warn("found a deployment that was cut off", "release", d.Release.String(), "step", string(d.Step))
+	u.log.Warn("going on with an unfinished deployment", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
 		// It comes before the step changes, as it finds the step's commands by their mark.
 		if err := u.resume(ctx); err != nil {

@@ -81,9 +81,9 @@ func (m Mark) Changed() (found string, changed bool) {
 	case err != nil:
 		return "", true
 	case live != m.LeadsTo:
-		return "it leads to " + live, true
+		return "dest leads to " + live, true
 	case m.inode != 0 && inodeOf(live) != m.inode:
-		return "it is another directory", true
+		return "dest is another directory than before", true
 	case !last.IsZero() && last != m.running:
 		return "release " + last.Short(), true
 	}

@@ -122,12 +122,12 @@ type OlderError struct {
 }
 
 func (e *OlderError) Error() string {
-	made := "it does not say when it was made"
+	made := "its manifest has no time of creation, which counts as"
 	if !e.Created.IsZero() {
-		made = "made at " + e.Created.Format(time.RFC3339)
+		made = "made at " + e.Created.Format(time.RFC3339) + ","
 	}
 	// The text is short, as an error in a report has 300 bytes.
-	return fmt.Sprintf("%s, before this node's version floor %s for %s: "+
+	return fmt.Sprintf("%s before this node's version floor %s for %s: "+
 		"publish it anew as a new version, or pin it where the agent has allow_older_pins",
 		made, e.Floor.Format(time.RFC3339), e.Of)
 }
@@ -137,8 +137,8 @@ func (e *OlderError) Error() string {
 type FutureError struct{ Created, Floor time.Time }
 
 func (e *FutureError) Error() string {
-	return fmt.Sprintf("it says that it was made at %s, which is ahead of this node's clock: releases made before %s are "+
-		"refused from now on. Correct the clock of whoever publishes, or this node's",
+	return fmt.Sprintf("the running release says that it was made at %s, ahead of this node's clock: releases made "+
+		"before %s are refused from now on. Correct the clock of whoever publishes, or this node's",
 		e.Created.Format(time.RFC3339), e.Floor.Format(time.RFC3339))
 }
 
@@ -248,7 +248,7 @@ func (u *Unit) keepFloor() error {
 		return err
 	}
 	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("removing what an earlier version kept: %w", err)
+		return fmt.Errorf("removing the version floor of an earlier kedge: %w", err)
 	}
 	return nil
 }

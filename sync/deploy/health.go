@@ -176,7 +176,8 @@ func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	case err == nil && v.wasStable():
 		return true, nil
 	case err == nil && v.since.Sub(v.begin) > v.timeout:
-		return true, fmt.Errorf("not healthy within %s: it restarted", v.timeout)
+		return true, fmt.Errorf("not healthy within %s: the checks pass, but not for long enough yet, as after a restart "+
+			"of the service", v.timeout)
 	case err != nil && now.Sub(v.begin) >= v.timeout:
 		return true, fmt.Errorf("not healthy within %s: %w", v.timeout, err)
 	}

@@ -56,7 +56,7 @@ func TestObserve(t *testing.T) {
 			return "", map[bool]error{true: down}[at == 10*time.Second]
 		}}, timeout: time.Minute, stable: 15 * time.Second, ends: 26 * time.Second},
 		"restarts all the while": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at / (4 * time.Second)), nil }},
-			timeout: time.Minute, stable: 10 * time.Second, ends: 64 * time.Second, err: "restarted"},
+			timeout: time.Minute, stable: 10 * time.Second, ends: 64 * time.Second, err: "not for long enough"},
 		"restarts once": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at < 8*time.Second), nil }},
 			timeout: time.Minute, stable: 10 * time.Second, ends: 18 * time.Second},
 		"tried rarely, and fails meanwhile": {checks: []answers{func(at time.Duration) (string, error) { return "", map[bool]error{true: down}[at >= 5*time.Second] }},
@@ -328,5 +328,5 @@ func TestConsulCheck(t *testing.T) {
 	must(agent.UpdateTTL("web", "", api.HealthWarning))
 	want("is warning")
 	t.Setenv("CONSUL_HTTP_TOKEN", "")
-	want("needs service:read")
+	want("lacks service:read")
 }

@@ -79,7 +79,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	u.log.Info("leaving the release for what was there before kedge", "release", r.Pointer.String())
+	u.log.Info("putting back what was at dest before kedge", "release", r.Pointer.String())
 	err = u.save(func(j *journal) {
 		if j.Deployment != nil && failed == nil {
 			j.Deployment.enter(stepBack)
@@ -143,7 +143,7 @@ func (u *Unit) removeOriginal() error {
 }
 
 // errLeft is the error that the failure commands of a release see when Leave left it.
-var errLeft = errors.New("its rollout has stopped: what was there before kedge is back")
+var errLeft = errors.New("the rollout of the release has stopped: dest has again what was there before kedge")
 
 // restore puts back what was at dest before the first release, which has failed or was stopped.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {

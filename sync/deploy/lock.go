@@ -104,7 +104,7 @@ func (l *destLock) open(flags int) (*os.File, error) {
 	}
 	var st unix.Stat_t
 	if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
-		err = fmt.Errorf("%s is not a file of kedge's: remove it", LockFile(l.dest))
+		err = fmt.Errorf("%s is no lock file of kedge, but a link or another kind of file: remove it", LockFile(l.dest))
 	}
 	if err != nil {
 		f.Close()
@@ -145,17 +145,17 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), er
 	switch {
 	case err != nil && !unwritable(err):
 		l.close()
-		return nil, fmt.Errorf("locking dest: %w", err)
+		return nil, fmt.Errorf("locking dest %s: %w", dest, err)
 	case err == nil:
 		if err := u.await(ctx, l); err != nil {
 			l.close()
-			return nil, fmt.Errorf("waiting for another deployment to %s to end: %w", dest, err)
+			return nil, fmt.Errorf("taking the lock of dest %s: %w", dest, err)
 		}
 		if own := u.agentLine(); own != "" {
 			l.agent = own
 		} else if unit, lives := l.livingAgent(ctx); lives {
-			u.log.Warn("an agent deploys to dest, too: it reports this as a foreign deployment, "+
-				"and undoes it where it heals drift",
+			u.log.Warn("an agent manages dest: it will report this deployment as another tool's, and undo it if the unit has "+
+				"drift: heal",
 				"dest", dest, "unit", unit, "hint", "kedge pin "+unit+" POINTER has the agent deploy it")
 		}
 	}
@@ -183,7 +183,7 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 			return err
 		}
 		if !l.waited {
-			u.log.Warn("something else deploys to dest: waits until it is done", "dest", l.dest)
+			u.log.Warn("another process is deploying to dest: waiting until it has ended", "dest", l.dest)
 			l.waited = true
 		}
 		if err := retry.Wait(ctx); err != nil {

@@ -129,7 +129,7 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 		case err == nil || try >= limits.Retry || errors.Is(err, deployments.ErrDigest):
 			return err
 		}
-		u.log.Warn("the release could not be fetched: trying again", "try", try+1, "of", limits.Retry,
+		u.log.Warn("the release could not be put on disk: trying again", "try", try+1, "of", limits.Retry,
 			"wait", limits.RetryWait, "error", err)
 		if wait.For(ctx, limits.RetryWait) != nil {
 			return errors.Join(context.Cause(ctx), err)

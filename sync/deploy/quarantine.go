@@ -42,13 +42,20 @@ type Failed struct {
 	Reason deployments.Reason
 	Facts  deployments.Facts
 	Err    error
+	// Unfinished is set while the node still goes back.
+	Unfinished bool
 }
 
 func (f *Failed) Error() string {
-	if f.Back.IsZero() {
-		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Short(), f.Step, f.Err)
+	release := f.Release.Short()
+	switch {
+	case f.Back.IsZero():
+		return fmt.Sprintf("release %s failed in %s, and no other is known to be good here: %v", release, f.Step, f.Err)
+	case f.Unfinished:
+		return fmt.Sprintf("release %s failed in %s, and the node goes back to %s: %v", release, f.Step, f.Back.Short(),
+			f.Err)
 	}
-	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Short(), f.Step, f.Back.Short(), f.Err)
+	return fmt.Sprintf("release %s failed in %s, and the node went back to %s: %v", release, f.Step, f.Back.Short(), f.Err)
 }
 
 func (f *Failed) Unwrap() error { return f.Err }

@@ -81,7 +81,7 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		return u.stayOutOfService(ctx, d, err)
 	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
 		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
-		return fmt.Errorf("deploying %s was stopped in %s, and will be finished later: %w", d.Release, s, err)
+		return fmt.Errorf("the deployment of %s is unfinished in step %s, and goes on at the next try: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
 		u.log.Warn("undoing the deployment", "release", d.Release.String(), "step", string(s), "error", err)
 		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
@@ -91,7 +91,8 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 			fmt.Errorf("it took longer than %s", undoWithin))
 		defer cancel()
 		if failed := u.advance(ctx); failed != nil {
-			return fmt.Errorf("deploying %s was stopped in %s: %w; undoing it: %w", d.Release, s, err, failed)
+			return fmt.Errorf("deploying %s was stopped in %s: %w; undoing it failed, and is tried again: %w",
+				d.Release, s, err, failed)
 		}
 		return fmt.Errorf("deploying %s was stopped in %s, and undone: %w", d.Release, s, err)
 	case u.ending():

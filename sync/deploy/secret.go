@@ -39,7 +39,8 @@ func (u *Unit) checkSecrets(r *artifact.Release) error {
 		return nil
 	}
 	if u.c.Secrets == nil {
-		return errors.New("it has secrets, and this node reads none: secrets in agent.yaml says which it may")
+		return errors.New("the release needs secrets, and this node may read none: allow them by secrets in agent.yaml, " +
+			"or by --secrets")
 	}
 	return u.c.Secrets.Check(r.Manifest.Secrets)
 }
@@ -81,7 +82,8 @@ func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) p
 	return func(ctx context.Context) (string, error) {
 		with, err := u.withSecrets(ctx, env, r, duringChecks)
 		if err != nil {
-			u.log.Warn("a check is left out", "check", nameOf(c), "error", err)
+			u.log.Warn("a health check counts as passed without being run, as its secrets can't be read",
+				"check", nameOf(c), "error", err)
 			return "", nil
 		}
 		return newProbe(c, with)(ctx)

@@ -63,7 +63,8 @@ func Describe(ctx context.Context) (Instance, error) {
 	if response := new(smithyhttp.ResponseError); errors.As(err, &response) &&
 		response.HTTPStatusCode() == http.StatusNotFound {
 		return i, fmt.Errorf(
-			"the metadata of %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in the file",
+			"the metadata of instance %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in "+
+				"agent.yaml",
 			i.ID,
 		)
 	}
@@ -187,7 +188,11 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 		done()
 		switch {
 		case err == nil:
-			h.Log.Info("lifecycle hook completed", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID, "result", result)
+			level, says := slog.LevelInfo, "told AutoScaling that the instance is ready"
+			if result != "CONTINUE" {
+				level, says = slog.LevelError, "the instance did not converge in time: told AutoScaling to replace it"
+			}
+			h.Log.Log(ctx, level, says, "hook", h.Name, "group", h.Group, "instance", h.Instance.ID, "result", result)
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)

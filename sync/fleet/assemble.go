@@ -156,8 +156,8 @@ func (a *assembly) overflow() {
 		nodes[role] = max(nodes[role], a.told[id])
 	}
 	for role, n := range more {
-		a.badRole(role, fmt.Errorf("%d more units have no record, and are named by reports alone, "+
-			"as of %s: see whether that node's agent is yours", n, nodes[role]))
+		a.badRole(role, fmt.Errorf("%d more units have no record, and only reports name them, "+
+			"such as that of node %s: see whether that node's agent is yours", n, nodes[role]))
 	}
 }
 
@@ -240,7 +240,7 @@ func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 	u := a.units[id]
 	switch {
 	case err != nil:
-		a.bad(e.Key, fmt.Errorf("%w: write one of them, or delete the key", err))
+		a.bad(e.Key, fmt.Errorf("%w; write a valid order, or delete the key", err))
 	case u == nil || u.Record == nil:
 		a.bad(e.Key, fmt.Errorf("an order to %s a unit without a valid record: delete the key", order.Verb))
 	default:

@@ -37,7 +37,7 @@ func comparedText(r deployments.UnitReport) string {
 	case r.Reason != deployments.ReasonObserving:
 		return "was not adopted: dest differed in " + differs
 	case c.Dest == "":
-		return "observes: would run commands alone"
+		return "observes: the release has commands only, and nothing to compare"
 	case c.Missing:
 		return "observes: dest doesn't exist, and would be made"
 	case c.Differs == 0:

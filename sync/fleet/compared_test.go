@@ -22,8 +22,9 @@ func TestComparedText(t *testing.T) {
 			&deployments.Compared{Dest: "/srv/app", Differs: 9, Paths: []string{"a", "b"}}),
 		"observes: dest doesn't exist, and would be made": observing(
 			&deployments.Compared{Dest: "/srv/app", Differs: 1, Missing: true, Paths: []string{"."}}),
-		"observes: would run commands alone": observing(&deployments.Compared{}),
-		"adopted as it was at dest":          {Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},
+		"observes: the release has commands only, and nothing to compare": observing(&deployments.Compared{}),
+		"adopted as it was at dest": {
+			Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},
 		"was not adopted: dest differed in 1 path (a)": {
 			Compared: &deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}},
 		},

@@ -66,7 +66,7 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	case len(found) == 1:
 		return id, nil
 	case len(found) > 1:
-		return id, fmt.Errorf("%s/%s is one of several: want %s", node, unit, strings.Join(found, " or "))
+		return id, fmt.Errorf("%s has several units called %s: want %s", node, unit, strings.Join(found, " or "))
 	case len(others) > 0:
 		return id, fmt.Errorf("no unit %s on %s: there are %s", unit, node, some(others))
 	}
@@ -133,8 +133,9 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	if text != "" {
 		hint := "see to the store, then look again; nodes go on with what they know"
 		if len(f.unread) > 0 {
-			hint = "remove what doesn't belong there, then look again; on the node, kedge explain " + id.Unit +
-				" says what it goes by"
+			hint = "remove the keys that don't belong there, if any, then look again; on the node, as root, its agent " +
+				"answers: " +
+				"kedge explain " + id.Unit
 		}
 		return Step{What: "store", Says: text, Blocks: true, Hint: hint}, true
 	}
@@ -172,11 +173,12 @@ func gitStep(f *Fleet) Step {
 	}
 	switch {
 	case f.mirrorStopped():
-		s.Says, s.Blocks = s.Says+"; none runs now, so nothing newer comes, and orders wait", true
-		s.Hint = "start kedge mirror; pins are obeyed without one"
+		s.Says += "; no mirror runs now, so newer commits, orders, and pins of units with a rollout, wait"
+		s.Blocks = true
+		s.Hint = "start kedge mirror; nodes obey their own pins, hold and --at-once without one"
 	case m.Refused != "":
 		s.Says, s.Blocks = s.Says+"; it refused "+message.Clean(short(m.Refused))+": "+message.OneLine(m.Error), true
-		s.Hint = "correct it and push again; in a clone, kedge check --releases says the same"
+		s.Hint = "correct what it names, and push again; in a clone, kedge check --releases finds most of that before"
 	case m.Error != "":
 		s.Says, s.Blocks = s.Says+"; "+message.OneLine(m.Error), true
 	}
@@ -250,15 +252,18 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		(d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
 	switch {
 	case n.Gone:
-		s.Says, s.Hint = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
+		s.Says, s.Hint = "gone: its session in the store has ended",
+			"see whether the machine, its agent and its Consul agent run"
 	case r.State == "":
 		s.Says, s.Hint = join(n.Message, trouble), "see whether its agent runs, with this stage and role"
 	case behind:
 		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
-		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
+			"explain " + u.ID.Unit
 	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
-		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
-		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+		s.Says = "has yet to see this decision: it still aims at " + cmp.Or(r.Want.String(), "nothing")
+		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
+			"explain " + u.ID.Unit
 	case r.Reason == deployments.ReasonUnsigned:
 		s.What, s.Says, s.Hint = "signature", cmp.Or(trouble, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
 			n.Name, r.Reason)
@@ -280,11 +285,13 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	case r.State == deployments.StateConverged && trouble != "":
 		s.Says = "runs it, but: " + trouble
 		if !d.Stage.IsZero() {
-			s.Says = "can't have the release ready: " + trouble
+			s.Says = "can't stage the next release ahead of its turn: " + trouble
 		}
 	default:
 		s.Blocks = false
-		s.Says = "has nothing against it"
+		if s.Says = "reports no error"; r.State == deployments.StateInvalid {
+			s.Says = "refuses it, for the reason above"
+		}
 		if r.State == deployments.StateFetching || r.State == deployments.StateSwitching {
 			s.Says = "on its way: " + n.Shown().Text
 		}

@@ -241,7 +241,7 @@ type lateError struct {
 }
 
 func (e *lateError) Error() string {
-	const text = "it didn't come in time, though other keys did: see how much is stored below %s (%v)"
+	const text = "the keys below %s did not come in time, though others did: count them (%v)"
 	return fmt.Sprintf(text, e.prefix, e.err)
 }
 func (e *lateError) Unwrap() error { return e.err }
@@ -271,7 +271,8 @@ func byRole(ctx context.Context, store kv.Store, kind string, entries []kv.Entry
 			size += e.Size()
 		}
 		if size > kv.MaxList {
-			failed[prefix] = fmt.Errorf("%w: with other roles' keys there are more than %d MiB", kv.ErrTooLarge, kv.MaxList>>20)
+			failed[prefix] = fmt.Errorf("%w: with the keys of other roles there are more than %d MiB: look at this role alone",
+				kv.ErrTooLarge, kv.MaxList>>20)
 			size = before
 			continue
 		}

@@ -71,7 +71,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		case w.Kind == deployments.FreezeDeny && soon:
 			says += "no rollout starts from " + timeAhead(o.From, f.At)
 		case w.Kind == deployments.FreezeAllow && !o.From.IsZero():
-			says += "is not open until " + timeAhead(o.From, f.At)
+			says += "is closed until " + timeAhead(o.From, f.At)
 		default:
 			continue
 		}

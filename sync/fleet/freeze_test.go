@@ -44,7 +44,7 @@ func TestFreezesToComeInWords(t *testing.T) {
 				"Wed 2026-11-25 09:00 UTC (in 21h): hours, which is not open"},
 		"outside of what allows it": {windows: []window{hours}, at: 6 * time.Hour,
 			explain: "no rollout starts now until Wed 2026-11-25 09:00 UTC (in 15h): hours, which is not open",
-			status:  "freeze  hours: is not open until Wed 2026-11-25 09:00 UTC (in 15h)\n"},
+			status:  "freeze  hours: is closed until Wed 2026-11-25 09:00 UTC (in 15h)\n"},
 		"its rollout says so": {windows: []window{soon}, at: 190 * time.Minute, rollout: frozen,
 			status: "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n"},
 		"many": {windows: []window{soon, soon, soon, soon, soon},

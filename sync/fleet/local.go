@@ -82,7 +82,7 @@ func sourceStep(s policy.SourceStatus, at time.Time) Step {
 		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
 	}
 	if !s.ErrorSince.IsZero() {
-		step.Says += ", which may be out of date for " + brief(at.Sub(s.ErrorSince))
+		step.Says += ", and may have been out of date for " + brief(at.Sub(s.ErrorSince))
 	}
 	step.Says += ": " + message.OneLine(s.Error)
 	return step

@@ -206,7 +206,7 @@ func Rollback(
 	case len(f.Units) == 0:
 		return deployments.Pin{}, fmt.Errorf("rollback: %w", NoUnit(ctx, store, id))
 	case f.Units[0].Record == nil:
-		return deployments.Pin{}, fmt.Errorf("rollback: the store has no good record of %s; see kedge status", id)
+		return deployments.Pin{}, fmt.Errorf("rollback: the store has no valid record of %s: see kedge status", id)
 	}
 	history, err := History(ctx, store, id)
 	if err != nil && !errors.Is(err, kv.ErrDenied) {

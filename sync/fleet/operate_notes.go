@@ -33,11 +33,11 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 		was, pinned = *u.Pin, true
 	}
 	if pinned {
-		notes = append(notes, "before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
+		notes = append(notes, "pinned before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
 	}
 	if node == "" && u.Record != nil && u.Record.Paced && !atOnce && !f.MirrorRunning {
 		notes = append(notes, "no mirror runs, and nodes wait until one admits them, within max_unavailable: "+
-			"start one, or let all nodes follow at once: --at-once")
+			"start one, or let all nodes follow at once: kedge pin --at-once")
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
@@ -85,7 +85,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 		return says + ": nodes go there within max_unavailable"
 	case p == nil || u.Record.Stable.IsZero():
 	case p.Phase == deployments.PhaseRollingBack:
-		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Stable) + ", within max_unavailable"
+		return says + ", which is being rolled back: nodes go to " + u.Release(u.Record.Stable) + ", within max_unavailable"
 	case p.Phase == deployments.PhaseRolledBack:
 		return says + ", which was rolled back: nodes run " + u.Release(u.Record.Stable)
 	default:
@@ -115,7 +115,7 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 		says = "the one live node runs it already"
 	}
 	if failed, stable := rolledBack(u.Record); !failed.IsZero() && stable.Digest == release.Digest {
-		says += ", as " + u.Release(failed) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
+		says += ", as " + u.Release(failed) + " was rolled back before: the pin keeps them on it, whatever Git names next"
 	}
 	return says
 }
@@ -142,5 +142,5 @@ func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
 		return ""
 	}
-	return "it is pinned, and its nodes follow the pin until: kedge unpin " + id.String()
+	return "the unit is pinned, and its nodes follow the pin until you remove it: kedge unpin " + id.String()
 }

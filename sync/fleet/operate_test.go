@@ -211,13 +211,13 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 	}
 	for _, c := range []struct{ unit, node, want string }{
 		{"prod/web/ap", "", "no unit prod/web/ap: did you mean prod/web/app?"},
-		{"prod/web/app", "", "before: hold by bob\nweb-1 has a pin of its own, which takes precedence: 2 d5856351"},
-		{"prod/web/app", "web-1", "before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
+		{"prod/web/app", "", "pinned before: hold by bob\nweb-1 has a pin of its own, which takes precedence: 2 d5856351"},
+		{"prod/web/app", "web-1", "pinned before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\n" +
 			"no node web-2 of prod/web/app has reported: did you mean web-1?"},
 		{"prod/web/base", "", ""},
-		{"prod/web/old", "", "before: hold until 2025-11-24 12:00 UTC, which has ended"},
-		{"prod/web/old", "web-1", "before: hold until 2025-11-24 12:00 UTC, which has ended"},
+		{"prod/web/old", "", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},
+		{"prod/web/old", "web-1", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},
 	} {
 		if c.unit == "prod/web/ap" {
 			if got := Follows(t.Context(), s, id(c.unit), ""); got != "" {
@@ -313,12 +313,13 @@ func TestPinsSayWhatMoves(t *testing.T) {
 	if got := notes(false); got != "" {
 		t.Errorf("with a mirror: %q", got)
 	}
-	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "the one live node runs it already, as 2 d5856351 was rolled back by itself") {
+	back := "the one live node runs it already, as 2 d5856351 was rolled back before"
+	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, back) {
 		t.Errorf("%q", got)
 	}
 	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: one, Stable: one, Generation: 9,
 		Pinned: &deployments.Pinned{Target: two, Stable: one, Failed: two.Digest}}))
-	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "as 2 d5856351 was rolled back by itself") {
+	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "as 2 d5856351 was rolled back before") {
 		t.Errorf("after the mirror has taken the pin up: %q", got)
 	}
 	if got := RunsAlready(t.Context(), s, app, two); got != "" {

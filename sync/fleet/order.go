@@ -108,11 +108,11 @@ func Outcome(
 func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
-		return "", fmt.Errorf("%s %s was taken; where it stands can't be read: %w", verb, id, err)
+		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect can't be read: %w", verb, id, err)
 	}
 	r, err := deployments.ParseRecord(e.Value)
 	if err != nil {
-		return "", fmt.Errorf("%s %s was taken; %w", verb, id, err)
+		return "", fmt.Errorf("%s %s: the mirror took the order, but the record doesn't parse: %w", verb, id, err)
 	}
 	if e.Version == was.Version {
 		why := "the mirror found nothing to do"
@@ -125,7 +125,7 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	case r.Rollout != nil:
 		return message.Progress(r.Rollout), nil
 	case verb == "retry":
-		return "each node on which it failed tries it once more", nil
+		return "each node on which the release failed tries it once more", nil
 	}
-	return "no rollout is under way any more: every node runs the target", nil
+	return "no rollout is under way any more: every node may run the target", nil
 }

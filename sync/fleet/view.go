@@ -101,7 +101,8 @@ func (f *Fleet) Faults() (all []Note) {
 		all = append(all, Note{Text{"error", Bad}, Text{named + ": " + what, Plain}})
 	}
 	if more > 0 {
-		all = append(all, Note{Text{"error", Bad}, Text{fmt.Sprintf("%d more keys are wrong", more), Plain}})
+		all = append(all, Note{Text{"error", Bad}, Text{fmt.Sprintf("%d more keys have errors: kedge status --json lists "+
+			"all", more), Plain}})
 	}
 	nodes := map[string][]string{} // nodes by stage and role
 	for _, n := range f.Unassigned {
@@ -145,7 +146,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	all := []Note{{about, Text{head, Plain}}}
 	if f.mirrorStopped() {
 		all = append(all,
-			Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
+			Note{Says: Text{"no mirror runs now: commits, orders, and pins of units with a rollout, wait until one does", Bad}})
 	}
 	if len(f.Agents) > 1 {
 		all = append(all, Note{Says: Text{"agents: " + f.agentVersions(), Plain}})

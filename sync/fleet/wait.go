@@ -62,7 +62,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 	err := Watch(watching, store, filter, func(f *Fleet) {
 		if parts, why := unavailable(f); len(parts) == len(kinds) {
 			w.outage.begin()
-			missing, reason = "the store can't be reached: "+why, why
+			missing, reason = "the store is unavailable: "+why, why
 			progress()
 			return
 		}
@@ -216,7 +216,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		case w.filter == Filter{}:
 			return "", nil // the commit is taken, and a repo without units has no nodes to wait for
 		}
-		return "", fmt.Errorf("commit %s is taken, and brought no such unit", short(w.commit))
+		return "", fmt.Errorf("the mirror has taken commit %s, and Git has no such unit: see the name, or kedge status",
+			short(w.commit))
 	}
 	units := f.Units
 	if w.filter.Unit == "" { // waiting for a fleet doesn't include units that were removed from Git
@@ -268,7 +269,7 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 		m = *f.Mirror
 	}
 	if m.Applying != "" && strings.HasPrefix(m.Applying, w.commit) {
-		return fmt.Sprintf("the mirror is about to write %s", short(m.Applying)), nil
+		return fmt.Sprintf("the mirror is about to write the records of commit %s", short(m.Applying)), nil
 	}
 	if w.taken {
 		return "", nil
@@ -358,7 +359,7 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 		}
 	}
 	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack && pending(u, now) == "" {
-		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), message.Rollout(p))
+		return fmt.Errorf("%s: %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), message.Rollout(p))
 	}
 	return nil
 }

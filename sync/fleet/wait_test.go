@@ -191,7 +191,7 @@ func TestWaitForACommit(t *testing.T) {
 		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}),
 			reportOf("web-1", runs("app", "1")))
 		err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, WaitOptions{Commit: second})
-		if err == nil || !strings.Contains(err.Error(), "brought no such unit") {
+		if err == nil || !strings.Contains(err.Error(), "has no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
 	})

@@ -114,7 +114,7 @@ func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 		return err
 	}
 	if r.blind.Swap(false) {
-		r.log.Info("the repository is watched again", "repo", r.path)
+		r.log.Info("watching the repository for pushes", "repo", r.path)
 	}
 	changed() // for changes before the watch began
 	for {
@@ -135,7 +135,7 @@ func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 				continue
 			}
 			if event.Name == dir && event.Has(fsnotify.Remove|fsnotify.Rename) {
-				return fmt.Errorf("%s was moved away", dir)
+				return fmt.Errorf("%s was moved or removed", dir)
 			}
 			if err := add(); err != nil {
 				return err

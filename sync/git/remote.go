@@ -87,7 +87,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 		left, _ := filepath.Glob(filepath.Join(c.CacheDir, cut))
 		for _, name := range left {
 			if err := os.RemoveAll(name); err != nil {
-				return nil, fmt.Errorf("making a directory for the repository's cache: %w", err)
+				return nil, fmt.Errorf("removing an unfinished fetch from the repository's cache: %w", err)
 			}
 		}
 	}
@@ -137,7 +137,7 @@ func (r *remoteRepo) Objects() (*Objects, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.cache == "" {
-		return nil, fmt.Errorf("repository %s was not fetched yet", r.server.Address())
+		return nil, fmt.Errorf("the cache has no usable copy of repository %s: the next poll fetches one", r.server.Address())
 	}
 	in, err := OpenObjects(filepath.Join(r.cache, "objects"))
 	if err != nil {

@@ -112,7 +112,7 @@ func (a *acceptor) readAccepted(head string) {
 		return
 	}
 	if err != nil {
-		a.log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
+		a.log.Warn("the commit that was mirrored last can't be read: rollouts, pins and orders wait until another is taken",
 			"commit", taken, "error", err)
 		return
 	}
@@ -148,7 +148,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if follows { // an error means that the store's commit isn't in this repository
 		return false
 	}
-	a.log.Warn("the commit is taken whatever its history, as --accept names it: remove that flag now",
+	a.log.Warn("--accept names this commit: its history is not checked. Remove that flag once the commit is taken",
 		"commit", c.to.Hash, "instead_of", c.from, "history", err)
 	return true
 }
@@ -253,8 +253,8 @@ func refuse(c candidate) error {
 		return nil
 	case len(stays) == 0:
 		return fmt.Errorf(
-			"commit %s has no unit at all, and %d have records: to remove them all, set max_removed: 100 in kedge.yaml in a "+
-				"commit before it",
+			"commit %s has no unit at all, and %d units have records: to remove them all, set max_removed: 100 in kedge.yaml "+
+				"in a commit before it",
 			short(c.to.Hash),
 			len(c.had),
 		)

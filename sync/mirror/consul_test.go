@@ -253,7 +253,7 @@ func TestJunkOrders(t *testing.T) {
 	}
 	m.logs("can't be obeyed")
 	put("control/prod/web/app", "pause")
-	m.logs("order taken")
+	m.logs("read an operator's order")
 	for line := range strings.Lines(m.log.String()) {
 		if len(line) > 2*maxLogged {
 			t.Errorf("a line of %d bytes: %.200s", len(line), line)

@@ -290,7 +290,7 @@ func (l *agentLog) Handle(_ context.Context, r slog.Record) error {
 	l.all.mu.Lock()
 	defer l.all.mu.Unlock()
 	switch p := attrs["target"]; {
-	case r.Message == "decided" && p != "" && !l.decided[p]:
+	case r.Message == "decided what the unit should run" && p != "" && !l.decided[p]:
 		l.decided[p] = true
 		l.all.decided[p] = append(l.all.decided[p], r.Time)
 	case r.Message == "the release is live and healthy" && attrs["release"] != l.live:

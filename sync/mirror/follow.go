@@ -166,7 +166,7 @@ func (f *follower) logChange(before, after gitState) {
 		f.log.Warn("could not read Git, what was mirrored stays", "repo", f.repo, "branch", f.branch,
 			"error", after.away)
 	case after.away == nil && before.away != nil:
-		f.log.Info("Git can be read again", "repo", f.repo, "head", after.head)
+		f.log.Info("reading Git works now", "repo", f.repo, "head", after.head)
 	}
 	if after.head == before.head {
 		return

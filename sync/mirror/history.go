@@ -218,7 +218,7 @@ func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.T
 			ops = append(ops, w.ops...)
 		}
 		if err := a.commit(ctx, ops...); err != nil {
-			return 0, fmt.Errorf("write %d entries of the history: %w", len(batch), err)
+			return 0, fmt.Errorf("writing %d entries of the history: %w", len(batch), err)
 		}
 		for _, w := range batch {
 			a.add(w.unit, *w.history)

@@ -117,7 +117,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		if err := lease.Release(ctx); err != nil && !errors.Is(err, kv.ErrLeaseLost) {
-			m.c.Log.Warn("could not release the mirror's lease, it will expire", "error", err)
+			m.c.Log.Warn("could not release the mirror's lease: another mirror takes over once it has expired", "error", err)
 		}
 	}()
 	held, cancel := context.WithCancelCause(ctx)
@@ -140,7 +140,7 @@ func (m *Mirror) setLeading(lease kv.Lease) {
 
 // run leads until ctx ends or the lease turns out to be lost.
 func (l *leader) run(ctx context.Context) error {
-	if err := l.persist(ctx, "begin", l.begin); err != nil {
+	if err := l.persist(ctx, "begin to lead", l.begin); err != nil {
 		return err
 	}
 	defer l.acceptor.inspecting.Wait()
@@ -263,7 +263,7 @@ func (l *leader) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		case err == nil:
 			if lastErr != nil {
-				l.c.Log.Info("the mirror works without errors again", "store", l.c.Store)
+				l.c.Log.Info("the mirror works without errors again", "store", l.c.Store, "earlier", lastErr)
 			}
 			lastErr = nil
 			conflicts = 0
@@ -310,7 +310,8 @@ const conflictsLogged = 5
 // reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // once a minute
-		l.c.Log.Warn("the store's keys differ from what its watch shows", "store", l.c.Store, "times", nth, "error", err)
+		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+
+			"writer below desired/ or control/?", "store", l.c.Store, "times", nth, "error", err)
 	}
 	l.written.writeError(
 		ctx,
@@ -345,7 +346,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			return 0, err
 		}
 		if todo.hearing > 0 && !l.hearing {
-			l.c.Log.Info("nodes may report before their records change, as their reports were just read",
+			l.c.Log.Info("waiting for nodes to report before the records of these units are written",
 				"units", todo.hearing, "until", todo.again)
 		}
 		l.hearing = todo.hearing > 0

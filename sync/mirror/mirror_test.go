@@ -445,7 +445,7 @@ func TestLocalRepoHoweverItIsKept(t *testing.T) {
 	o.Git(o.Bare, "repack", "-q", "-a", "-d")
 	push("app/4")
 	m.await("watch", func() error {
-		if !strings.Contains(m.log.String(), "watched again") {
+		if !strings.Contains(m.log.String(), "watching the repository for pushes") {
 			return errors.New("the repository isn't watched any more")
 		}
 		return nil

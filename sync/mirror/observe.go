@@ -141,7 +141,8 @@ func (o *observer) fleet(v kv.View) {
 	left := o.trackLeft(listed, at)
 	if bad > 0 {
 		o.complain.Do(func() {
-			o.log.Warn("a node's report can't be used", "key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
+			o.log.Warn("a node's report can't be used: the node counts as one that has not reported",
+				"key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
 		})
 	}
 	o.update(func(now *observed) {

@@ -215,7 +215,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		base = policy.Base{Record: c.record, Floor: c.record.Generation}
 	case foreign:
 		base = policy.Base{Record: mine.record, Floor: mine.record.Generation, Restored: true}
-		w.kind, w.note = "restore", "a change by hand was put back"
+		w.kind, w.note = "restore", "another writer's change of the record was undone"
 	case unknown:
 		unheard = true
 		past := in.history[u.ID]

@@ -34,7 +34,7 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	was := desired(t, store)
 
 	o.Git(o.Work, "config", "commit.gpgsign", "false")
-	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "it has none")
+	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "the commit has no signature")
 	sameDesired(t, store, was)
 
 	eve := o.SignBy(filepath.Join(dir, "eve"))

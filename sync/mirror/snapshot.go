@@ -67,7 +67,7 @@ func (s *snapshots) run(ctx context.Context) error {
 		switch {
 		case err == nil:
 			if retry.Tries() > 0 {
-				s.log.Info("the snapshot of the desired state can be written again")
+				s.log.Info("the snapshot of the desired state was written, after errors")
 			}
 			retry.Reset()
 			again = time.After(snapshotEvery)

@@ -108,7 +108,7 @@ func (w *writer) write(
 					}
 				}
 			}
-			return fmt.Errorf("write %d keys: %w", len(ops), err)
+			return fmt.Errorf("writing %d keys: %w", len(ops), err)
 		}
 		for _, c := range batch {
 			w.noteWritten(c, now)
@@ -126,8 +126,8 @@ func (w *writer) noteWritten(c change, now time.Time) {
 	}
 	if c.order.version != 0 {
 		w.orders[c.unit] = c.order.version
-		w.log.Info("order taken", "unit", c.unit, "order", c.order.Verb, "by", c.order.By, "why", c.order.Reason,
-			"outcome", c.reason)
+		w.log.Info("read an operator's order", "unit", c.unit, "order", c.order.Verb, "by", c.order.By,
+			"reason", c.order.Reason, "outcome", c.reason)
 	}
 	if c.kind == "none" {
 		w.history.wrote(c)

@@ -183,7 +183,7 @@ func checkURL(s string) error {
 	u, err := url.Parse(s)
 	switch {
 	case err != nil || u.Host == "":
-		return errors.New("it is no URL: want https://HOST/PATH")
+		return errors.New("want a URL as in https://HOST/PATH")
 	case u.Scheme == "https":
 		return nil
 	case u.Scheme == "http" && slices.Contains([]string{"localhost", "127.0.0.1", "::1"}, u.Hostname()):

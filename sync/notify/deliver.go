@@ -149,7 +149,7 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, to, bytes.NewReader(body))
 	if err != nil {
-		return errors.New("its URL can't be used")
+		return errors.New("the URL doesn't parse, and is not shown, as it may be secret")
 	}
 	req.Header = header
 	req.Header.Set("User-Agent", "kedge")

@@ -154,7 +154,7 @@ func after(was notified, u unitNow) (events []Event, now notified) {
 		case r.Orphaned:
 			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
 		case p == nil && (r.Paced || was.Generation == r.Generation && was.Standing != now.Standing):
-			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: every node runs %s", u.id, nameOf(r.Target)))
+			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: the rollout of %s is complete", u.id, nameOf(r.Target)))
 		case p == nil, now.Standing == "":
 		case slices.Contains(Kinds(), Kind(p.Phase)):
 			event(Kind(p.Phase), fmt.Sprint(p.Since.Unix()), p.Since, fmt.Sprintf("%s: %s", u.id, message.Progress(p)))
@@ -164,7 +164,7 @@ func after(was notified, u unitNow) (events []Event, now notified) {
 	if u.known && len(u.unhealthy) > 0 != was.Unhealthy {
 		now.Unhealthy = len(u.unhealthy) > 0
 		now.HealthChanges++
-		kind, text := KindRecovered, fmt.Sprintf("%s is healthy on every live node again", u.id)
+		kind, text := KindRecovered, fmt.Sprintf("%s: its health checks fail on no live node any more", u.id)
 		if now.Unhealthy {
 			kind, text = KindUnhealthy, fmt.Sprintf("%s fails its health checks on %s", u.id, few(u.unhealthy))
 		}

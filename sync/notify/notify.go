@@ -270,7 +270,8 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 		return err
 	}
 	if err := json.Unmarshal(e.Value, c); err != nil {
-		n.log.Warn("the record of which events a receiver has had doesn't parse: beginning anew", "key", c.key, "error", err)
+		n.log.Warn("the record of which events a receiver has had doesn't parse: it is told only what happens from now on",
+			"key", c.key, "error", err)
 		c.Units = nil
 	}
 	c.stored = e.Value
@@ -427,7 +428,8 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 		}
 		if refusals >= maxRefusals || time.Since(began) > n.giveUp {
 			n.sent.WithLabelValues(receiver, "dropped").Inc()
-			n.log.Error("a notification is dropped", "receiver", receiver, what, id, "tries", retry.Tries()+1, "error", err)
+			n.log.Error("gave up a notification: the receiver refused it, or took none for a day",
+				"receiver", receiver, what, id, "tries", retry.Tries()+1, "error", err)
 			return nil
 		}
 		n.sent.WithLabelValues(receiver, "failed").Inc()

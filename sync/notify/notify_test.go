@@ -338,7 +338,7 @@ func TestTroubleIsTold(t *testing.T) {
 		"rolling-back: prod/web/app: going back: 1 of 3 nodes failed (web-1: 503), at most 0 may",
 		"rolled-back: prod/web/app: rolled-back: 1 of 3 nodes failed (web-1: 503), at most 0 may",
 		"unhealthy: prod/web/app fails its health checks on web-1",
-		"recovered: prod/web/app is healthy on every live node again",
+		"recovered: prod/web/app: its health checks fail on no live node any more",
 	}
 	var have []string
 	for _, r := range w.requests() {
@@ -477,7 +477,7 @@ func TestCommitStatuses(t *testing.T) {
 			w.write(r, nil)
 			got := w.await(3)
 			stop()
-			for i, want := range []string{"12 of 40 nodes admitted", "every node runs 2", "aborted by an operator"} {
+			for i, want := range []string{"12 of 40 nodes admitted", "the rollout of 2 ", "aborted by an operator"} {
 				var body map[string]string
 				if err := json.Unmarshal(got[i].body, &body); err != nil {
 					t.Fatal(err)

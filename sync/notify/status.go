@@ -43,7 +43,7 @@ func statusOf(u unitNow) (s commitStatus, ok bool) {
 	case p == nil:
 		s.state, s.description = statusSuccess, "every node may run "+nameOf(r.Target)
 		if r.Paced {
-			s.description = "every node runs " + nameOf(r.Target)
+			s.description = "the rollout of " + nameOf(r.Target) + " is complete"
 		}
 	case p.Phase == deployments.PhaseRollingBack, p.Phase == deployments.PhaseRolledBack,
 		p.Phase == deployments.PhasePaused && p.Reason != deployments.ReasonPaused:

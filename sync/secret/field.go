@@ -26,7 +26,7 @@ func pick(source, raw, field string) (string, error) {
 		return text, nil
 	}
 	if string(value) == "null" || value[0] == '{' || value[0] == '[' {
-		return "", fmt.Errorf("its field %q is no text and no number", field)
+		return "", fmt.Errorf("its field %q is null, an object or a list: want text, a number, true or false", field)
 	}
 	return string(value), nil // a number, true or false
 }

@@ -23,7 +23,7 @@ func readFile(name, allowed string) (string, error) {
 func readCredential(name string) (string, error) {
 	dir := os.Getenv("CREDENTIALS_DIRECTORY")
 	if dir == "" {
-		return "", errors.New("systemd passes no credentials: the agent's unit needs LoadCredential= or the like")
+		return "", errors.New("systemd passes no credentials: the agent's systemd service needs LoadCredential= or the like")
 	}
 	return readBelow(dir, filepath.Join(dir, name))
 }

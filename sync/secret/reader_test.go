@@ -185,7 +185,7 @@ func TestSSMAndSecretsManager(t *testing.T) {
 		"ssm:/prod/gone":                "ParameterNotFound",
 		"secretsmanager:prod/gone":      "ResourceNotFound",
 		"secretsmanager:prod/db#gone":   `no field "gone"`,
-		"secretsmanager:prod/db#more":   "no text and no number",
+		"secretsmanager:prod/db#more":   "is null, an object or a list",
 		"secretsmanager:prod/text#user": "no JSON object",
 	} {
 		if got, err := one(t, r, ref); err == nil || !strings.Contains(err.Error(), says) {

@@ -92,15 +92,15 @@ func vaultToken() (string, error) {
 	if token := os.Getenv("VAULT_TOKEN"); token != "" {
 		return token, nil
 	}
-	file := os.Getenv("VAULT_TOKEN_FILE")
+	setting, file := "VAULT_TOKEN_FILE", os.Getenv("VAULT_TOKEN_FILE")
 	if file == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
 			return "", errors.New("there is no token for Vault: set VAULT_TOKEN_FILE")
 		}
-		file = filepath.Join(home, ".vault-token")
+		setting, file = "the default, as neither VAULT_TOKEN nor VAULT_TOKEN_FILE is set", filepath.Join(home, ".vault-token")
 	}
-	data, err := inputfile.Read("VAULT_TOKEN_FILE", file)
+	data, err := inputfile.Read(setting, file)
 	if err != nil {
 		return "", fmt.Errorf("reading the token for Vault: %w", err)
 	}

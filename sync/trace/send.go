@@ -98,7 +98,8 @@ func (s *Sender) Run(ctx context.Context) {
 			}
 			if ctx.Err() == nil {
 				s.warnings.Do(func() {
-					s.log.Warn("could not send spans: the oldest are dropped", "url", safetext.URLs(s.c.URL), "error", err)
+					s.log.Warn("could not send trace spans: trying again, and dropping the oldest if too many wait",
+						"url", safetext.URLs(s.c.URL), "error", err)
 				})
 			}
 			_ = retry.Wait(ctx)
@@ -151,7 +152,8 @@ func (s *Sender) send(ctx context.Context) error {
 		return fmt.Errorf("it answers %s", answer.Status)
 	case code/100 != 2:
 		s.warnings.Do(func() {
-			s.log.Warn("the collector refuses spans", "url", safetext.URLs(s.c.URL), "answer", answer.Status)
+			s.log.Warn("the collector refused trace spans: they are dropped",
+				"url", safetext.URLs(s.c.URL), "answer", answer.Status)
 		})
 	}
 	s.mu.Lock()

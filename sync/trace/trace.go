@@ -104,7 +104,8 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 		return Config{}, nil
 	}
 	if u, err := url.Parse(c.URL); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return c, errors.New("OTEL_EXPORTER_OTLP_ENDPOINT: want http://HOST:PORT, as in http://127.0.0.1:4318")
+		return c, errors.New("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT: want http://HOST:PORT, " +
+			"as in http://127.0.0.1:4318")
 	}
 	if p := first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"); p == "grpc" {
 		return c, errors.New("OTEL_EXPORTER_OTLP_PROTOCOL grpc: kedge speaks http/json, at the collector's port 4318")

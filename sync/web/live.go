@@ -113,7 +113,7 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	case w.viewers <- struct{}{}:
 		defer func() { <-w.viewers }()
 	default:
-		http.Error(rw, "Too many watch it: reload by hand.", http.StatusServiceUnavailable)
+		http.Error(rw, "Too many browsers follow changes now: reload this page to see them.", http.StatusServiceUnavailable)
 		return
 	}
 	rw.Header().Set("Content-Type", "text/event-stream")

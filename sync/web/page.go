@@ -210,7 +210,7 @@ func (s *snapshot) problems() (all []problem) {
 	if m := s.Mirror; m != nil {
 		if !s.MirrorRunning {
 			all = append(all, problem{Tone: "bad", What: "no mirror runs",
-				Why: "what is pushed or asked for waits until one does; pins are obeyed"})
+				Why: "commits, orders, and pins of units with a rollout, wait until one does"})
 		}
 		switch {
 		case m.Refused != "":

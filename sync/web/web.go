@@ -242,7 +242,7 @@ func (w *Web) probe(ctx context.Context) {
 			since = time.Now()
 		}
 		if err != nil {
-			why = fmt.Sprintf("The store has not answered since %s: %v", since.UTC().Format("15:04:05 UTC"), err)
+			why = fmt.Sprintf("The store could not be read since %s: %v", since.UTC().Format("15:04:05 UTC"), err)
 		}
 		if ctx.Err() == nil && why != s.away {
 			w.replace(func(old *snapshot) *snapshot {

@@ -48,7 +48,7 @@ func CheckCommit(ops []kv.Op) error {
 			return fmt.Errorf("commit: %w", err)
 		}
 		if seen[op.Key] {
-			return fmt.Errorf("commit: the key %s is there twice", op.Key)
+			return fmt.Errorf("commit: two operations have the key %s", op.Key)
 		}
 		seen[op.Key] = true
 		switch op.Kind {

@@ -15,9 +15,9 @@ type TooMuchError struct {
 }
 
 func (e *TooMuchError) Error() string {
-	return fmt.Sprintf("%v: more than %d MiB are stored below %s, at %s among others: "+
-		"remove the keys that don't belong there; until then what was known before counts",
-		kv.ErrUnavailable, kv.MostListed(e.Prefix)>>20, e.Prefix, e.Sample)
+	return fmt.Sprintf("more than %d MiB are stored below %s, at %s among others, and are not read: remove the keys that "+
+		"don't belong there; until then an agent or mirror that runs goes on with what it last read",
+		kv.MostListed(e.Prefix)>>20, e.Prefix, e.Sample)
 }
 
 func (e *TooMuchError) Is(target error) bool {

@@ -52,7 +52,7 @@ func (r *Role) Unknown() error {
 			case s.err != nil:
 				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.err)
 			}
-			return errors.New("reading " + s.Prefix)
+			return errors.New("waiting for the store's first answer for " + s.Prefix)
 		}
 	}
 	return nil

@@ -198,7 +198,7 @@ func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 		case generation(e) > generation(merged[i]):
 			merged[i] = e
 		case generation(e) < generation(merged[i]):
-			log.Warn("an unconfirmed record is older than the last one: keeping the last one", "key", e.Key,
+			log.Warn("ignoring an older record, as the store's answer may be out of date: keeping the newer one", "key", e.Key,
 				"generation", generation(e), "kept", generation(merged[i]))
 		}
 	}

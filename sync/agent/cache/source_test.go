@@ -166,7 +166,7 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	unconfirmed := func(entries []kv.Entry) {
 		r.Records.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(r.Records.Prefix, "n1"), time.Now(), quiet())
 	}
-	if r.Known() || unknown(r) != "reading desired/prod/web/" {
+	if r.Known() || unknown(r) != "waiting for the store's first answer for desired/prod/web/" {
 		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	unconfirmed(nil)
@@ -180,7 +180,7 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 			t.Errorf("%s isn't known", e.Key)
 		}
 	}
-	if r.Known() || unknown(r) != "reading pins/prod/web/" {
+	if r.Known() || unknown(r) != "waiting for the store's first answer for pins/prod/web/" {
 		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	r.Pins.accept(kv.View{Synced: true}, mine(r.Pins.Prefix, "n1"), time.Now(), quiet())

@@ -125,6 +125,6 @@ func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
 		}
 	}
 	if was == 0 && r.PassedOver > 0 {
-		c.c.Log.Warn("pins are ignored, as their units have no record", "pins", r.PassedOver, "first", first)
+		c.c.Log.Warn("ignoring pins of units of which this node knows no record", "pins", r.PassedOver, "first", first)
 	}
 }

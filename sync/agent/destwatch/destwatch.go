@@ -43,7 +43,8 @@ func (w *Watcher) open() {
 	}
 	var err error
 	if w.watcher, err = fsnotify.NewWatcher(); err != nil {
-		w.log.Warn("changes of dest will be seen by the periodic check only", "error", err)
+		w.log.Warn("could not open inotify: only the check at verify_every, if that is set, finds changes of dest by others",
+			"error", err)
 	}
 	close(w.opened)
 }
@@ -58,7 +59,8 @@ func (w *Watcher) Watch(dest string, changed func()) {
 	}
 	err := w.watcher.Add(filepath.Dir(dest))
 	if err != nil && !errors.Is(err, fsnotify.ErrClosed) { // closed: the agent is ending
-		w.log.Warn("changes of dest will be seen by the periodic check only", "dest", dest, "error", err)
+		w.log.Warn("could not watch dest: only the check at verify_every, if that is set, finds changes by others",
+			"dest", dest, "error", err)
 	}
 }
 
@@ -114,7 +116,7 @@ func (w *Watcher) Run(ctx context.Context) {
 				time.AfterFunc(linkDelay, changed)
 			}
 		case err := <-w.watcher.Errors:
-			w.log.Warn("watching dests", "error", err)
+			w.log.Warn("events about dests may have been lost: looking at every dest now", "error", err)
 			w.mu.Lock()
 			for _, changed := range w.changed { // events may have been missed
 				time.AfterFunc(linkDelay, changed)

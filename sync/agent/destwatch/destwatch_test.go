@@ -27,7 +27,7 @@ func TestNoWarningAtTheEnd(t *testing.T) {
 	}
 	w = New(slog.New(slog.NewTextHandler(&log, nil)))
 	w.Watch(t.TempDir()+"/missing/dest", func() {})
-	if !strings.Contains(log.String(), "periodic check only") {
+	if !strings.Contains(log.String(), "verify_every") {
 		t.Errorf("of a directory that can't be watched it logs %q", log.String())
 	}
 	w.Run(ctx)

@@ -128,7 +128,7 @@ func (d *Tracker) Run(ctx context.Context) {
 			d.mu.Lock()
 			d.lost = true
 			d.mu.Unlock()
-			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
+			err := d.maintenance(ctx, want, "kedge has drained "+strings.Join(names, ", ")+": see kedge status")
 			switch {
 			case err == nil:
 				retry.Reset()
@@ -141,7 +141,8 @@ func (d *Tracker) Run(ctx context.Context) {
 			case ctx.Err() != nil:
 				return
 			case retry.Tries() == 0:
-				d.log.Warn("could not switch maintenance mode: trying again", "on", want, "error", err)
+				d.log.Warn("could not set this node's maintenance mode in Consul: trying again", "on", want, "units", names,
+					"error", err)
 			}
 			again = time.After(retry.Next())
 		}

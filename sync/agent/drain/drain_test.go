@@ -23,7 +23,8 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		var away atomic.Bool
 		converged := make(chan struct{})
 		d := New(func(_ context.Context, on bool, reason string) error {
-			if on && (!strings.HasPrefix(reason, kv.MaintenanceReason) || !strings.HasSuffix(reason, " //app")) {
+			if on && (!strings.HasPrefix(reason, kv.MaintenanceReason) ||
+				!strings.HasSuffix(reason, " //app: see kedge status")) {
 				t.Errorf("the reason is %q", reason) // of another the node isn't taken back
 			}
 			if away.Load() {

@@ -24,7 +24,7 @@ func (d *Dir) moveOldFailures(log *slog.Logger) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading what failed on this node: %w", err)
+		return fmt.Errorf("reading the failures that an earlier version recorded: %w", err)
 	}
 	var old struct {
 		Units map[string]map[deployments.Digest]struct {

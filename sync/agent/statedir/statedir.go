@@ -122,7 +122,7 @@ func (d *Dir) removeLeftovers() error {
 		}
 		for _, path := range left {
 			if err := os.Remove(path); err != nil {
-				return fmt.Errorf("removing what a kill left: %w", err)
+				return fmt.Errorf("removing an unfinished file of an earlier run: %w", err)
 			}
 		}
 	}

@@ -27,9 +27,9 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 	case deployments.ReasonRunsTarget:
 		return from + ", whose release this node runs already"
 	case deployments.ReasonStable:
-		return "the stable release, until this node is admitted to the one of " + from
+		return "the stable release, until this node is admitted to the release of " + from
 	case deployments.ReasonStableFirst:
-		return "the stable release first, then the one of " + from + ", as the record doesn't name what this node runs"
+		return "the stable release first, then the release of " + from + ", as the record doesn't name what this node runs"
 	case deployments.ReasonNotAdmitted:
 		return "waits to be admitted to the release of " + from
 	case deployments.ReasonSuperseded:
@@ -40,7 +40,7 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 		if f["release"] == "" {
 			return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
 		}
-		return "the stable release, as the one of " + from + rolledBack(f)
+		return "the stable release, as the release of " + from + rolledBack(f)
 	case deployments.ReasonOrphaned:
 		return "stays on what it runs, as the unit's file is no longer in Git"
 	case deployments.ReasonNothingToGoBack:
@@ -51,7 +51,8 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 		return "keeps what was there before kedge, as the release of " + from + rolledBack(f)
 	case deployments.ReasonStableQuarantined:
 		if f["phase"] == "" {
-			return "stays on what it runs, as the stable release failed on this node, until it is admitted to the release of " + from
+			return "stays on what it runs, as the stable release failed on this node, until it is admitted to the release " +
+				"of " + from
 		}
 	case deployments.ReasonSourceNotAllowed:
 		return "the release may not be used on this node"
@@ -176,7 +177,10 @@ func admissionStep(
 	case deployments.ReasonRejoined:
 		return "was away, and stays on what it runs until its turn", ""
 	case deployments.ReasonRolledBack:
-		return OneLine("runs stable: " + cmp.Or(f["release"], "none")), ""
+		if f["release"] == "" {
+			return "rolled back, and there is no stable release", ""
+		}
+		return OneLine("rolled back, so stable: " + f["release"]), ""
 	case deployments.ReasonStableQuarantined:
 		if f["phase"] != "" {
 			return OneLine("stays on what it runs, as stable failed here: " + f["release"]),
@@ -188,7 +192,7 @@ func admissionStep(
 	case deployments.ReasonStable:
 		return OneLine("not admitted yet, so stable: " + f["release"]), waits
 	case deployments.ReasonStableFirst:
-		return OneLine("admitted, by way of stable: " + f["release"]), ""
+		return OneLine("admitted, but goes to stable first: " + f["release"]), ""
 	}
 	return Text(reason, f), ""
 }

@@ -8,11 +8,11 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	unit := id.String()
 	switch reason {
 	case deployments.ReasonFrozen:
-		return "wait, or let it go on within the freeze: kedge promote " + unit
+		return "wait, or let the rollout go on despite the freeze: kedge promote " + unit
 	case deployments.ReasonOrphaned:
 		return "put " + unit + ".yaml back into Git, or pin what is to run: kedge pin " + unit + " POINTER"
 	case deployments.ReasonBaking:
-		return "wait, or let the rest go at once: kedge promote " + unit
+		return "wait, or end the bake now, so that the others follow within max_unavailable: kedge promote " + unit
 	case deployments.ReasonAwaitingApproval:
 		return "kedge promote " + unit + ", or kedge abort " + unit
 	case deployments.ReasonPaused:

@@ -5,6 +5,7 @@ package message
 import (
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -25,62 +26,65 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonPromoted:         "promoted by an operator",
 	deployments.ReasonResumed:          "resumed by an operator",
 	deployments.ReasonFreezeEnded:      "goes on after a freeze",
-	deployments.ReasonConverged:        "every node converged",
+	deployments.ReasonConverged:        "the rollout is complete",
 	deployments.ReasonEveryNode:        "every node at once",
 	deployments.ReasonFirstRelease:     "first release: every node at once",
-	deployments.ReasonRunsAlready:      "every node runs it, or did so last",
+	deployments.ReasonRunsAlready:      "every node runs the release already, or did when it last reported",
 	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
-	deployments.ReasonNodesMissing:     "[{live} of {known} ]known nodes are there: waits for the others",
-	deployments.ReasonUnheard:          "[node {node} ]has yet to report what serves there",
-	deployments.ReasonUnaware:          "[node {node} ]is healthy, and has yet to notice that it was admitted",
-	deployments.ReasonNothingToGoBack:  "there is nothing to go back to",
-	deployments.ReasonOrphaned:         "its file is no longer in Git, so it stands where it is",
+	deployments.ReasonNodesMissing: "[{live} of {known} ]known nodes are live and follow the rollout: " +
+		"waits for the others",
+	deployments.ReasonUnheard:         "[node {node} ]has yet to report whether anything serves at dest",
+	deployments.ReasonUnaware:         "[node {node} ]is healthy, and has yet to notice that it was admitted",
+	deployments.ReasonNothingToGoBack: "there is nothing to go back to",
+	deployments.ReasonOrphaned:        "its file is no longer in Git, so it stands where it is",
 
 	// of a refused order
-	deployments.ReasonUnknownOrder:    "it is none of promote, pause, resume, abort, retry",
-	deployments.ReasonNotSeenYet:      "the rollout that it was given for was replaced by one that nobody has seen yet",
+	deployments.ReasonUnknownOrder:    "there is no such order: want promote, pause, resume, abort or retry",
+	deployments.ReasonNotSeenYet:      "the rollout that it was given for was replaced: look at the new one first",
 	deployments.ReasonNothingUnderWay: "no rollout is under way",
 	deployments.ReasonNotPaused:       "the rollout is not paused",
-	deployments.ReasonRollingAlready:  "it goes on already",
+	deployments.ReasonRollingAlready:  "the rollout goes on already",
 
 	// of a node
-	deployments.ReasonNoRecord:           "there is no record, so nothing changes",
-	deployments.ReasonInvalidRecord:      "the record doesn't parse, so nothing changes[: {error}]",
-	deployments.ReasonInvalidPin:         "the pin doesn't parse, so nothing changes[: {key}][: {error}]",
-	deployments.ReasonPinned:             "pinned[ by {by}][ until {until}][ ({reason})]",
-	deployments.ReasonHeld:               "held[ by {by}][ until {until}][ ({reason})]",
-	deployments.ReasonTarget:             "the record's target[ of Git commit {commit}][, generation {generation}]",
-	deployments.ReasonAdmitted:           "admitted to the target[ of Git commit {commit}]",
-	deployments.ReasonRunsTarget:         "not admitted, but it runs the target already",
-	deployments.ReasonStable:             "the stable release, until this node is admitted to the target",
-	deployments.ReasonStableFirst:        "the stable release first, as it runs one that the record doesn't name",
-	deployments.ReasonNotAdmitted:        "not admitted to the target yet",
-	deployments.ReasonRejoined:           "this node was away: it stays on what it runs until its turn",
-	deployments.ReasonAwaitingRollback:   "stays on what it runs until its turn to go back",
-	deployments.ReasonLeaving:            "goes back to what was there before kedge",
-	deployments.ReasonRestored:           "went back to what was there before kedge",
-	deployments.ReasonStableQuarantined:  "the stable release failed on this node: it stays on what it runs",
-	deployments.ReasonPinPaced:           "the mirror rolls the pin out, within max_unavailable",
-	deployments.ReasonExpired:            "the pin has ended",
-	deployments.ReasonOutranked:          "another key takes precedence[: the {outranked_by}]",
-	deployments.ReasonSuperseded:         "keeps the release of a superseded rollout, until it is admitted",
-	deployments.ReasonSourceNotAllowed:   "its sources don't allow this place[: {url}]",
-	deployments.ReasonUnsigned:           "no trusted key has signed the release[: {error}]",
-	deployments.ReasonDigestMismatch:     "the content doesn't match its digest[: {error}]",
-	deployments.ReasonOlderThanFloor:     "made before this node's version floor[: {error}]",
-	deployments.ReasonCreatedAhead:       "made ahead of this node's clock[: {created}][; the floor is {floor}]",
-	deployments.ReasonAgentTooOld:        "this agent is too old for the record[: it needs format level {needs}]",
-	deployments.ReasonOldGeneration:      "the record is older than one that this node acted on[: {generation} after {acted_on}]",
+	deployments.ReasonNoRecord:          "there is no record, so nothing changes",
+	deployments.ReasonInvalidRecord:     "the record doesn't parse, so nothing changes[: {error}]",
+	deployments.ReasonInvalidPin:        "the pin doesn't parse, so nothing changes[: {key}][: {error}]",
+	deployments.ReasonPinned:            "pinned[ by {by}][ until {until}][ ({reason})]",
+	deployments.ReasonHeld:              "held[ by {by}][ until {until}][ ({reason})]",
+	deployments.ReasonTarget:            "the record's target[ of Git commit {commit}][, generation {generation}]",
+	deployments.ReasonAdmitted:          "admitted to the target[ of Git commit {commit}]",
+	deployments.ReasonRunsTarget:        "not admitted, but it runs the target already",
+	deployments.ReasonStable:            "the stable release, until this node is admitted to the target",
+	deployments.ReasonStableFirst:       "the stable release first, as it runs one that the record doesn't name",
+	deployments.ReasonNotAdmitted:       "not admitted to the target yet",
+	deployments.ReasonRejoined:          "this node was away: it stays on what it runs until its turn",
+	deployments.ReasonAwaitingRollback:  "stays on what it runs until its turn to go back",
+	deployments.ReasonLeaving:           "goes back to what was there before kedge",
+	deployments.ReasonRestored:          "went back to what was there before kedge",
+	deployments.ReasonStableQuarantined: "the stable release failed on this node: it stays on what it runs",
+	deployments.ReasonPinPaced:          "the mirror rolls the pin out, within max_unavailable",
+	deployments.ReasonExpired:           "the pin has ended",
+	deployments.ReasonOutranked:         "another key takes precedence[: the {outranked_by}]",
+	deployments.ReasonSuperseded:        "keeps the release of a superseded rollout, until it is admitted",
+	deployments.ReasonSourceNotAllowed:  "this node's configuration doesn't allow releases from there[: {url}]",
+	deployments.ReasonUnsigned:          "no trusted key has signed the release[: {error}]",
+	deployments.ReasonDigestMismatch:    "the content doesn't match its digest[: {error}]",
+	deployments.ReasonOlderThanFloor:    "the release is too old for this node[: {error}]",
+	deployments.ReasonCreatedAhead: "made in the future[: {created}]" +
+		"[; releases made before {floor} are refused from now on]",
+	deployments.ReasonAgentTooOld: "this agent is too old for the record[: it needs format level {needs}]",
+	deployments.ReasonOldGeneration: "the record is older than the one followed last" +
+		"[: generation {generation}, not {acted_on}]",
 	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
 	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
-	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",
+	deployments.ReasonStorageUnavailable: "[node {node} ]can't read from the object storage, and tries again[: {error}]",
 	deployments.ReasonSecretUnavailable:  "[node {node} ]can't read a secret, and tries again[: {error}]",
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
-	deployments.ReasonObserving:          "the node only observes it, and touches nothing[; {differs} files differ]",
+	deployments.ReasonObserving:          "the node only observes the unit, and touches nothing[; {differs} paths differ]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
-	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
-	deployments.ReasonForeignDeployment:  "something else has deployed to its dest[ {dest}][: {found}]",
-	deployments.ReasonTooManyUnits:       "more units than a node takes of one role[: {left_out} are left out, {limit} are taken]",
+	deployments.ReasonDestInUse:          "another unit deploys to the same directory, or above or below it[: {error}]",
+	deployments.ReasonForeignDeployment:  "something other than the agent has deployed to dest[ {dest}][: {found}]",
+	deployments.ReasonTooManyUnits:       "the role has more units than a node takes[: {limit}; it leaves out {left_out}]",
 	deployments.ReasonGone:               "its agent is away[: {error}]",
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
 }
@@ -99,7 +103,7 @@ func Text(reason deployments.Reason, facts deployments.Facts) string {
 			text += ": " + facts["error"]
 		}
 	}
-	if facts["stable"] == "none" {
+	if facts["stable"] == "none" && reason != deployments.ReasonReplacedTooOften {
 		text += "; there is nothing to go back to"
 	}
 	if text = OneLine(text); text == "" {
@@ -152,13 +156,18 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		}
 		return f["admitted"] + " of " + f["of"] + " nodes admitted"
 	case deployments.ReasonTooManyFailed:
-		return fmt.Sprintf("%s of %s nodes failed (%s: %s), at most %s may",
-			f["failed"], f["of"], f["node"], failure(f), f["limit"])
+		says := fmt.Sprintf("%s of %s failed (%s: %s)", f["failed"], plural(f["of"], "node", "nodes"), f["node"],
+			failure(f))
+		failed, _ := strconv.Atoi(f["failed"])
+		if limit, err := strconv.Atoi(f["limit"]); err == nil && failed <= limit {
+			return says + ", and no node runs the release"
+		}
+		return says + ", at most " + f["limit"] + " may"
 	case deployments.ReasonForced:
 		if f["starts"] != "" {
-			return "started within a freeze by an operator"
+			return "started by an operator, despite a freeze"
 		}
-		return "goes on within a freeze by an operator"
+		return "promoted by an operator, despite a freeze"
 	case deployments.ReasonRetried:
 		if f["ended"] != "" {
 			return "tried once more where it failed"
@@ -170,12 +179,15 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		if f["known"] == "" || f["known"] == "0" {
 			return "waits for a node: none is known"
 		}
-		return "all of its " + f["known"] + " nodes are gone"
+		return "no live node follows the rollout: " + plural(f["known"], "node is", "nodes are") + " gone"
 	case deployments.ReasonReplacedTooOften:
 		if f["paused"] != "" {
 			return "too many releases came while it was paused, so the newest waits: resume it first"
 		}
-		return "replaced too often: all nodes go to stable first"
+		if f["stable"] == "none" {
+			return "too many releases came before one was stable, so the newest waits"
+		}
+		return "too many releases came one after the other: all nodes go to stable first"
 	case deployments.ReasonRollingBack:
 		if f["order"] == "retry" {
 			return "the release is being rolled back: retry when that is done"
@@ -183,14 +195,14 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		return "the release is being rolled back: push another, or retry when that is done"
 	case deployments.ReasonRolledBack:
 		if f["pin"] != "" {
-			return "it was so before the pin"
+			return "it was rolled back before the pin, whose end does not try it again"
 		}
 		return "the release is rolled back: push another, or retry"
 	case deployments.ReasonPausedAlready:
 		if f["order"] == "promote" {
 			return "the rollout is paused: resume it first"
 		}
-		return "it is paused already"
+		return "the rollout is paused already"
 	}
 	return ""
 }
@@ -199,7 +211,7 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 func failure(f deployments.Facts) string {
 	switch cause, text := deployments.Reason(f["cause"]), f["error"]; {
 	case cause == deployments.ReasonGone:
-		return "gone while it switched"
+		return "gone before it converged"
 	case cause == deployments.ReasonNotInTime:
 		return "not converged in time, " + text
 	case cause == deployments.ReasonUnhealthy && text == "":

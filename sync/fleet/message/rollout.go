@@ -14,7 +14,7 @@ func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	case deployments.ReasonUnhealthy:
 		return "a canary is no longer healthy"
 	case deployments.ReasonPinned:
-		return "a pin goes to its nodes"
+		return "a pin is in force, and nodes follow it at once"
 	}
 	return Text(reason, facts)
 }
@@ -42,7 +42,7 @@ func Rollout(p *deployments.Progress) string {
 	if p.Phase == deployments.PhaseRolledBack {
 		text = strings.TrimSuffix(rolledBackPrefix+strings.TrimPrefix(text, rolledBackPrefix), ": ")
 		if n := facts["left"]; n != "" {
-			text += "; " + plural(n, "node has", "nodes have") + " yet to come back"
+			text += "; " + plural(n, "node has", "nodes have") + " yet to go back"
 		}
 	}
 	return strings.TrimSuffix(prefix+text, ": ")
@@ -77,7 +77,7 @@ func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 			return Hint(id, "", deployments.ReasonBaking)
 		}
 	case deployments.PhaseFrozen:
-		return "wait, or start it within the freeze: kedge promote " + id.String()
+		return "wait, or start the rollout despite the freeze: kedge promote " + id.String()
 	case deployments.PhasePendingApproval:
 		return Hint(id, "", deployments.ReasonAwaitingApproval)
 	case deployments.PhasePaused:

@@ -58,7 +58,7 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 		return nil
 	})
 	if err == nil && !(lsRefs && fetch) {
-		err = errors.New("it speaks protocol v2, without ls-refs and fetch")
+		err = errors.New("it speaks protocol v2, but not both of ls-refs and fetch")
 	}
 	return g, err
 }

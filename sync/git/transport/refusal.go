@@ -49,7 +49,7 @@ func (e *Refusal) hint(address string, app bool) string {
 		if app {
 			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
 		}
-		return " (set KEDGE_GIT_USER and KEDGE_GIT_TOKEN)"
+		return " (are KEDGE_GIT_USER and KEDGE_GIT_TOKEN set, valid, and allowed to read the repository?)"
 	case http.StatusNotFound:
 		return " (or these credentials may not read it)"
 	case http.StatusOK:

@@ -89,7 +89,7 @@ func (r *Repository) Explain(doing string, err error) error {
 	case errors.As(err, &refusal):
 		hint = refusal.hint(r.endpoint.String(), r.app)
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
-		hint = " (set KEDGE_GIT_USER and KEDGE_GIT_TOKEN)"
+		hint = " (are KEDGE_GIT_USER and KEDGE_GIT_TOKEN set, valid, and allowed to read the repository?)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):
 		hint = " (or these credentials may not read it)"
 	case strings.Contains(err.Error(), "unable to authenticate"):
