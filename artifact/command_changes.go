@@ -294,9 +294,9 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// differs returns how m's path differs from how the commands left it, as one of the words of Difference.What. It is
+// difference returns how m's path differs from how the commands left it, as one of the words of Difference.What. It is
 // empty if nothing differs.
-func (m *commandChange) differs(root *os.Root) string {
+func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {
 	case m.Type == "" && now.Type == "":
@@ -341,7 +341,7 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 		default:
 			attributes.add(m.Path)
 		}
-		if what := m.differs(root); what != "" {
+		if what := m.difference(root); what != "" {
 			found = append(found, Difference{m.Path, what})
 		}
 	}

@@ -176,7 +176,7 @@ func (f *fetch) readSpan(
 			pause.Reset()
 		}
 		next, failed = reached, failed+1
-		if o.Mirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
+		if o.IsMirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
 			errors.Is(err, object.ErrChanged) {
 			if source.nextSource(ctx, o, err) != nil {
 				return err

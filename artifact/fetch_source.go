@@ -26,8 +26,8 @@ type place struct {
 	source object.Source
 }
 
-// Mirror reports whether p is a mirror's copy, not the one at the archive's own URL.
-func (p place) Mirror() bool { return p.source.Mirror() }
+// IsMirror reports whether p is a mirror's copy, not the one at the archive's own URL.
+func (p place) IsMirror() bool { return p.source.IsMirror() }
 
 // openArchive opens the archive at the first source that has it.
 func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
@@ -70,7 +70,7 @@ func (a *archiveSource) open(ctx context.Context) error {
 			failed = fmt.Errorf(
 				"%w: the archive %s has %d bytes, its index says %d", deployments.ErrDigest,
 				deployments.ShownURL(o.URL), o.Size, a.size)
-		case s.Mirror() && !o.Ranges:
+		case s.IsMirror() && !o.Ranges:
 			failed = fmt.Errorf("the mirror ignores Range requests, with which parts of an archive are read: %w",
 				object.ErrUnavailable)
 		default:
@@ -80,7 +80,7 @@ func (a *archiveSource) open(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return failed
 		}
-		if a.objects.PassOver(s, failed); !s.Mirror() {
+		if a.objects.PassOver(s, failed); !s.IsMirror() {
 			err = failed
 		}
 	}

@@ -127,7 +127,7 @@ func (r *Releases) remove(name string) error {
 		return err
 	}
 	r.at("trash")
-	if err := movable(dir); err != nil {
+	if err := makeMovable(dir); err != nil {
 		return err
 	}
 	if err := os.Rename(dir, trash); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -247,7 +247,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	if err := safefs.NoMounts(dir); err != nil {
 		return false, err
 	}
-	if err := movable(dir); err != nil {
+	if err := makeMovable(dir); err != nil {
 		return false, err
 	}
 	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
@@ -399,9 +399,9 @@ func sizeText(n int64) string {
 	return fmt.Sprintf("%d MB", n/1_000_000)
 }
 
-// movable gives a directory's owner write permission in it, without which only root can move it to another
+// makeMovable gives a directory's owner write permission in it, without which only root can move it to another
 // directory.
-func movable(dir string) error {
+func makeMovable(dir string) error {
 	info, err := os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

@@ -19,10 +19,10 @@ var ErrTokenUnknown = fmt.Errorf("unknown token: %w", ErrDenied)
 
 // Maintainer is a Store whose nodes offer services, so that it can take a node out of service.
 type Maintainer interface {
-	// Maintain turns the maintenance mode of the node on or off. If somebody else turned it on, with a reason that doesn't
-	// begin with MaintenanceReason, the mode stays on, without an error. The token needs node:write for the node, which no
-	// other call of this package does.
-	Maintain(ctx context.Context, on bool, reason string) error
+	// SetMaintenance turns the maintenance mode of the node on or off. If somebody else turned it on, with a reason that
+	// doesn't begin with MaintenanceReason, the mode stays on, without an error. The token needs node:write for the node,
+	// which no other call of this package does.
+	SetMaintenance(ctx context.Context, on bool, reason string) error
 }
 
 // MaintenanceReason is the beginning of the reason of every maintenance that kedge turned on, even in an earlier

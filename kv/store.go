@@ -222,9 +222,9 @@ type Presence interface {
 	// or replaced, as when the node was cut off or a snapshot was restored. The numbers are void then, and each entry has
 	// to join again.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
-	// Leave makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
+	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
 	// back soon.
-	Leave(key string)
+	KeepAtClose(key string)
 	// Put writes key and holds it, even if an earlier process held it. If its session or entry is lost later, as
 	// when the node was thought dead or a snapshot was restored, the presence restores both.
 	Put(ctx context.Context, key string, value []byte) error

@@ -16,7 +16,7 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 		d.decide(deployments.Step{What: "admission", Reason: reason, Facts: facts})
 	}
 
-	idle := f.servesNothing(&r)
+	idle := f.destIsFree(&r)
 	applies := applies(&r, f.Joined, idle) && (f.Joined > 0 || r.Joined == 0 || idle)
 	part := partOf(&r, f.Running.Digest)
 	if !applies && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !part) {
@@ -130,11 +130,11 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	}
 }
 
-// servesNothing reports whether nothing serves on the node that a release would replace. That is so if no release of
+// destIsFree reports whether nothing serves on the node that a release would replace. That is so if no release of
 // the unit runs, and either dest is empty or the machine has just booted. After a boot, what lies at dest doesn't serve
 // yet, except perhaps while the unit's first release is rolled out. A dest that the agent hasn't examined counts as
 // serving.
-func (f *ResolveInputs) servesNothing(r *deployments.Record) bool {
+func (f *ResolveInputs) destIsFree(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)
 }

@@ -168,7 +168,7 @@ func start(in *inputs, st state) state {
 	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
 	switch {
 	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.Fast:
-		st = st.enter(in, deployments.PhaseFrozen).frozen(in)
+		st = st.enter(in, deployments.PhaseFrozen).becauseFrozen(in)
 	case u == nil || revert || u.Canary.N == 0 || st.p.Fast:
 		st = st.roll(in).because(deployments.ReasonRolling, nil)
 	default:

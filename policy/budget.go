@@ -101,9 +101,9 @@ func readmit(in *inputs, st state, v summary, limit int) (next state, moved bool
 	return st, moved
 }
 
-// returned readmits nodes that were away, after a rollout has ended: it raises Record.Joined as far as the budget has
-// room.
-func returned(in *inputs, st state) state {
+// readmitReturned readmits nodes that were away, after a rollout has ended: it raises Record.Joined as far as the
+// budget has room.
+func readmitReturned(in *inputs, st state) state {
 	if in.Unit.Rollout == nil || st.r.Joined == 0 {
 		return st
 	}

@@ -40,12 +40,12 @@ func (v FreezeState) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen returns whether a unit's rollouts may start at a time, and which freeze window decides. An open deny window
+// FreezeAt returns whether a unit's rollouts may start at a time, and which freeze window decides. An open deny window
 // freezes the unit, even if an allow window is open. A unit that allow windows cover is frozen while all of them are
 // closed. Windows open by the wall clock of their zone. They stay open for their duration in elapsed time, so that a
 // change of the clocks makes none longer or shorter. A window whose cron line doesn't parse freezes the unit too:
 // better late than at the wrong time. Load refuses such a window.
-func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
+func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
 	var reason, by string
@@ -120,7 +120,7 @@ const mostChanges = 100
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
 	for range mostChanges {
-		v := Frozen(windows, id, at)
+		v := FreezeAt(windows, id, at)
 		if v.Frozen {
 			return at, v
 		}

@@ -74,7 +74,7 @@ func TestFrozen(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			v := Frozen(c.windows, id, now)
+			v := FreezeAt(c.windows, id, now)
 			until := ""
 			if !v.ChangesAt.IsZero() {
 				until = v.ChangesAt.UTC().Format(time.RFC3339)
@@ -117,7 +117,7 @@ func TestFrozenWhileARolloutIsUnderWay(t *testing.T) {
 		{"where it is denied, and allowed", []freeze{open(allow, "finish"), open(deny, "wait")}, true, true},
 		{"for a line that doesn't parse", []freeze{{Kind: deny, Cron: "0 0"}}, true, true},
 	} {
-		if v := Frozen(c.windows, app, noon); v.Frozen != c.frozen || v.Wait != c.wait {
+		if v := FreezeAt(c.windows, app, noon); v.Frozen != c.frozen || v.Wait != c.wait {
 			t.Errorf("%s: frozen %v, wait %v; want %v, %v", c.name, v.Frozen, v.Wait, c.frozen, c.wait)
 		}
 	}
@@ -140,7 +140,7 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC), "frozen by night until 2026-11-29 06:00Z"},
 		{[]freeze{hours, late, night}, time.Date(2026, 11, 24, 17, 30, 0, 0, time.UTC), "frozen by office hours, which is not open until 2026-11-24 18:00Z"},
 	} {
-		if got := frozenBy(Frozen(c.windows, app, c.now)); got != c.want {
+		if got := frozenBy(FreezeAt(c.windows, app, c.now)); got != c.want {
 			t.Errorf("at %v: %s, want %s", c.now, got, c.want)
 		}
 	}
@@ -149,7 +149,7 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 func TestVerdictInWords(t *testing.T) {
 	t.Parallel()
 	for want, v := range map[string]FreezeState{
-		"frozen by 30 February, which is not open, and never opens": Frozen([]deployments.Freeze{
+		"frozen by 30 February, which is not open, and never opens": FreezeAt([]deployments.Freeze{
 			{Name: "30 February", Kind: deployments.FreezeAllow, Cron: "0 9 30 2 *", Duration: time.Hour}}, app, noon),
 		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", WindowEnds: noon,
 			Reason: "nobody is there"},

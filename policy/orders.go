@@ -42,9 +42,9 @@ func refusal(order string, r deployments.Record) cause {
 	return cause{}
 }
 
-// Orphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the unit file is
+// MarkOrphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the unit file is
 // back; then Next continues it. Meanwhile nodes follow pins at once, as the budget is unknown.
-func Orphaned(r deployments.Record) deployments.Record {
+func MarkOrphaned(r deployments.Record) deployments.Record {
 	r.Orphaned, r.Paced = true, false
 	if r.Rollout == nil || r.Rollout.Reason == deployments.ReasonOrphaned {
 		return r

@@ -58,12 +58,12 @@ func (k Keyring) verify(payload, signature []byte, now time.Time) (*openpgp.Enti
 	if err != nil {
 		return nil, err
 	}
-	return signer, strong(made, signer)
+	return signer, checkStrength(made, signer)
 }
 
-// strong returns an error if a valid signature proves nothing, as somebody with enough computing power could have
-// forged it.
-func strong(made *packet.Signature, signer *openpgp.Entity) error {
+// checkStrength returns an error if a valid signature proves nothing, as somebody with enough computing power could
+// have forged it.
+func checkStrength(made *packet.Signature, signer *openpgp.Entity) error {
 	switch made.Hash {
 	case crypto.SHA256, crypto.SHA384, crypto.SHA512, crypto.SHA3_256, crypto.SHA3_512:
 	default:

@@ -78,7 +78,7 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 			// nodes that begin to change before it ends aren't late for the last step: see checkFleet
 			st.p.HealthySince = in.Now
 		}
-		return st.frozen(in), true
+		return st.becauseFrozen(in), true
 	case v.live == 0 && v.followers > 0: // no node has to be admitted
 	// otherwise, once the pins end, all nodes would be the first to run it
 	case v.live == 0 && v.pinned > 0 && v.gone == 0:
@@ -147,10 +147,10 @@ func awaitReports(in *inputs, st state) (next state, unheard bool) {
 // reportWithin is how long a rollout waits for reports: on a first release, and after the store was away.
 const reportWithin = 30 * time.Second
 
-// frozen waits for a freeze window to end.
-func frozen(in *inputs, st state) (state, bool) {
+// stepFrozen waits for a freeze window to end.
+func stepFrozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
-		return st.frozen(in).wake(in.Freeze.ChangesAt), false
+		return st.becauseFrozen(in).wake(in.Freeze.ChangesAt), false
 	}
 	return start(in, st), true
 }

@@ -131,7 +131,7 @@ func Resolve(f ResolveInputs) Decision {
 		d.Invalid = first(d.Invalid, fmt.Errorf("pins/%s: %w", f.Unit, ErrNoRecord))
 		d.Reason, d.Facts = deployments.ReasonNoRecord, deployments.Facts{"pin": string(d.Source)}
 	}
-	d.allow(f)
+	d.checkBounds(f)
 	return d
 }
 
@@ -299,8 +299,8 @@ func progressFacts(p *deployments.Progress) deployments.Facts {
 	return facts
 }
 
-// allow checks the result against the bounds, and adds a quarantine to the trace.
-func (d *Decision) allow(f ResolveInputs) {
+// checkBounds checks the result against the bounds, and adds a quarantine to the trace.
+func (d *Decision) checkBounds(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {
 			continue

@@ -88,7 +88,7 @@ func Next(s Situation) Transition {
 // follow at once.
 func advance(in *inputs, st state) (next state, more bool) {
 	if !st.on {
-		return returned(in, st), false
+		return readmitReturned(in, st), false
 	}
 	st, ended := firstRelease(in, st)
 	if ended {
@@ -96,7 +96,7 @@ func advance(in *inputs, st state) (next state, more bool) {
 	}
 	switch st.p.Phase {
 	case deployments.PhaseFrozen:
-		return frozen(in, st)
+		return stepFrozen(in, st)
 	case deployments.PhaseCanary:
 		return canaries(in, st)
 	case deployments.PhasePendingApproval:
@@ -104,7 +104,7 @@ func advance(in *inputs, st state) (next state, more bool) {
 	case deployments.PhaseRollingBack:
 		return rollingBack(in, st)
 	case deployments.PhaseRolledBack:
-		return returned(in, st), false
+		return readmitReturned(in, st), false
 	case deployments.PhasePaused:
 		return st, false
 	default:

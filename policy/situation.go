@@ -201,8 +201,8 @@ func (st state) orBecause(reason deployments.Reason, facts deployments.Facts) st
 	return st
 }
 
-// frozen returns the state with the freeze window as its reason.
-func (st state) frozen(in *inputs) state {
+// becauseFrozen returns the state with the freeze window as its reason.
+func (st state) becauseFrozen(in *inputs) state {
 	return st.because(deployments.ReasonFrozen, in.Freeze.Facts())
 }
 

@@ -54,15 +54,15 @@ func (m *matcher) find(data []byte) (at, length int) {
 		return 0, 0
 	}
 	at = int(slot - 1)
-	length = equal(m.old[at:], data)
+	length = equalPrefix(m.old[at:], data)
 	if length < seedSize {
 		return 0, 0
 	}
 	return at, length
 }
 
-// equal returns the length of the common prefix of a and b.
-func equal(a, b []byte) int {
+// equalPrefix returns the length of the common prefix of a and b.
+func equalPrefix(a, b []byte) int {
 	n := min(len(a), len(b))
 	i := 0
 	for ; i+8 <= n; i += 8 {

@@ -61,7 +61,7 @@ func (s *gsStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 		return Object{}, err
 	}
 	defer r.Body.Close()
-	return found(r)
+	return objectOf(r)
 }
 
 func (s *gsStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {

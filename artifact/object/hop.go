@@ -122,8 +122,8 @@ func (c *Client) mayLeadHere(u *url.URL) bool {
 	return deployments.FromSource(to.String(), c.sources)
 }
 
-// configured is the mayLeadHere for services that this process's own configuration names.
-func configured(*url.URL) bool { return true }
+// anyAddress is the mayLeadHere for services that this process's own configuration names.
+func anyAddress(*url.URL) bool { return true }
 
 func refuseLocal(_ context.Context, _, address string, _ syscall.RawConn) error {
 	at, err := netip.ParseAddrPort(address)

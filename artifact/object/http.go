@@ -51,7 +51,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 					ErrTooLarge, int64(maxUncounted))
 			}
 		}
-		o, err := found(r)
+		o, err := objectOf(r)
 		o.Ranges = err == nil && o.Size <= 1
 		return o, err
 	}
@@ -59,7 +59,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	if r.ContentLength, err = sizeIn(r.Header.Get("Content-Range")); err != nil {
 		return Object{}, err
 	}
-	return found(r)
+	return objectOf(r)
 }
 
 // maxUncounted bounds how much is read, in bytes, of an object whose size the server doesn't announce.
@@ -81,8 +81,8 @@ func sizeIn(contentRange string) (int64, error) {
 	return n, nil
 }
 
-// found returns the Object that an answer's headers describe.
-func found(r *http.Response) (Object, error) {
+// objectOf returns the Object that an answer's headers describe.
+func objectOf(r *http.Response) (Object, error) {
 	if r.ContentLength < 0 {
 		return Object{}, errors.New("the server doesn't say how large the object is")
 	}

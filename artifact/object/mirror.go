@@ -104,8 +104,8 @@ type Source struct {
 	mirror string
 }
 
-// Mirror reports whether s is a mirror, not the object's own place.
-func (s Source) Mirror() bool { return s.mirror != "" }
+// IsMirror reports whether s is a mirror, not the object's own place.
+func (s Source) IsMirror() bool { return s.mirror != "" }
 
 // Sources returns the places of an object in the order to try them: its mirrors, its own place, then mirrors that
 // failed lately. A mirror may return any bytes: use it only with the object's digest.
@@ -132,7 +132,7 @@ func (c *Client) Sources(url string) []Source {
 // PassOver records that a mirror failed, so that it is tried last for a while. A missing object is no such
 // failure.
 func (c *Client) PassOver(s Source, err error) {
-	if !s.Mirror() {
+	if !s.IsMirror() {
 		return
 	}
 	var reason deployments.Reason // empty: the error says it
@@ -162,7 +162,7 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		if s.Mirror() {
+		if s.IsMirror() {
 			c.PassOver(s, err)
 		} else {
 			own = err

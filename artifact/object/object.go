@@ -155,7 +155,7 @@ func New(c Config) *Client {
 	client.http = client.httpClient(transport, client.mayLeadHere)
 	client.s3.config, client.s3.client = c.S3, client
 	client.s3.unconditional = c.UnconditionalPut
-	client.google = client.httpClient(transport, configured)
+	client.google = client.httpClient(transport, anyAddress)
 	client.gs, client.account.http = c.GSEndpoint, client.google
 	if len(c.Mirrors) > 0 {
 		client.mirrors = newMirrors(c, client)

@@ -121,7 +121,7 @@ func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 	if !ok {
 		return made
 	}
-	client := c.httpClient(buildable.GetTransport(), configured)
+	client := c.httpClient(buildable.GetTransport(), anyAddress)
 	check := client.CheckRedirect
 	client.CheckRedirect = func(r *http.Request, via []*http.Request) error {
 		switch r.Response.StatusCode {
@@ -251,7 +251,7 @@ func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType stri
 		in.ContentType = &contentType
 	}
 	_, err := s.client.PutObject(ctx, in)
-	return occupied(s.fail(ctx, err))
+	return putError(s.fail(ctx, err))
 }
 
 // putParts uploads parts in parallel. A failed upload is aborted, as its parts would otherwise be kept and paid
@@ -309,15 +309,15 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 		Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, IfNoneMatch: s.ifNone(),
 		MultipartUpload: &types.CompletedMultipartUpload{Parts: parts},
 	})
-	return occupied(s.fail(ctx, err))
+	return putError(s.fail(ctx, err))
 }
 
 // errVersion means that a URL to write names a version of an object.
 var errVersion = errors.New("a version of an object can't be written: leave ?versionId out")
 
-// occupied returns errOccupied for a failed If-None-Match. An error of a store that has no conditional PUT gets a
+// putError returns errOccupied for a failed If-None-Match. An error of a store that has no conditional PUT gets a
 // hint; every other is returned unchanged.
-func occupied(err error) error {
+func putError(err error) error {
 	var answer *statusCode
 	switch {
 	case errors.Is(err, ErrChanged):

@@ -127,7 +127,7 @@ func (p *Place) OpenPrivate(name string, create bool) (*Place, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := below.private(); err != nil {
+	if err := below.restrict(); err != nil {
 		below.Close()
 		return nil, err
 	}
@@ -146,9 +146,9 @@ func (p *Place) MakePrivate(name string) (*Place, error) {
 	return p.OpenPrivate(name, false)
 }
 
-// private returns an error that wraps ErrUnsafe if a user who isn't trusted owns the directory. It removes write
+// restrict returns an error that wraps ErrUnsafe if a user who isn't trusted owns the directory. It removes write
 // permission from all users but the owner.
-func (p *Place) private() error {
+func (p *Place) restrict() error {
 	st, err := p.stat()
 	if err != nil {
 		return err

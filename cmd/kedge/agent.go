@@ -314,7 +314,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		if !ok {
 			return usagef("--maintenance needs Consul: %s has no maintenance mode", store)
 		}
-		maintenance = maintainer.Maintain
+		maintenance = maintainer.SetMaintenance
 	}
 	traces, stopTraces, err := startTraces("kedge-agent", log)
 	if err != nil {

@@ -181,7 +181,8 @@ func testBootDay(t *testing.T, m *machine) {
 		m.is("app", "active")
 		m.do("systemctl", "reload", "kedge-agent")
 		await(t, "another try, after a reload", func() error {
-			_, err := m.try("sh", "-c", "journalctl --boot --no-pager --unit=kedge-agent | grep 'SIGHUP: releases that failed on this node'")
+			_, err := m.try("sh", "-c", "journalctl --boot --no-pager --unit=kedge-agent | "+
+				"grep 'SIGHUP: releases that failed on this node'")
 			return err
 		})
 	})

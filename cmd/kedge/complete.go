@@ -52,7 +52,7 @@ func (a *app) complete(ctx context.Context, want wanted, args []string, typed st
 	}
 	ctx, cancel := context.WithTimeout(ctx, completionTimeout)
 	defer cancel()
-	store, err := a.quiet()
+	store, err := a.openExisting()
 	if err != nil {
 		return nil
 	}

@@ -320,7 +320,7 @@ func (a *app) warnOfVariables(environment []string) {
 	known := slices.Concat(slices.Collect(agentFields), otherVariables, commandVariables)
 	for name, meant := range unknownVariables(environment, known) {
 		if meant != "" {
-			a.tell("kedge: warning: %s has no effect: did you mean %s?", name, meant)
+			a.printMessage("kedge: warning: %s has no effect: did you mean %s?", name, meant)
 		}
 	}
 }

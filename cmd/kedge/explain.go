@@ -49,10 +49,10 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 				if err != nil {
 					return err
 				}
-				return cmp.Or(a.printJSON(explanation), f.Unread())
+				return cmp.Or(a.printJSON(explanation), f.Incomplete())
 			}
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
-			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.Unread())
+			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.Incomplete())
 		},
 	}
 	c.Flags().
@@ -102,7 +102,8 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		} else if node, err = fleet.WorstNode(f, id); err != nil {
 			return f, id, node, d, notFound(f, err)
 		} else if !a.json {
-			a.tell("%s on %s, one of %s; another: kedge explain %s NODE", id, node, count(len(f.Units[0].Nodes), "node"), id)
+			a.printMessage("%s on %s, one of %s; another: kedge explain %s NODE", id, node,
+				count(len(f.Units[0].Nodes), "node"), id)
 		}
 	}
 	d, err = fleet.Explain(f, id, node)
@@ -112,7 +113,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 // notFound adds to err, which says that something isn't in f, that a part of f wasn't read. It returns err unchanged if
 // all was read.
 func notFound(f *fleet.Fleet, err error) error {
-	if unread := f.Unread(); err != nil && unread != nil {
+	if unread := f.Incomplete(); err != nil && unread != nil {
 		return fmt.Errorf("%w; but %w", err, unread)
 	}
 	return err
@@ -121,7 +122,7 @@ func notFound(f *fleet.Fleet, err error) error {
 // readToExplain reads the part of the fleet that filter selects. If filter names a unit that doesn't exist, that is an
 // error. If the store is away, the error says how to ask the node itself about unit.
 func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit string) (*fleet.Fleet, error) {
-	store, err := a.quiet()
+	store, err := a.openExisting()
 	if err != nil {
 		return nil, err
 	}
@@ -131,8 +132,8 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit strin
 	case errors.Is(err, kv.ErrUnavailable):
 		local := "the node's own agent can answer without the store; on the node, as root: kedge explain " + unit
 		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + local}
-	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.Unread() != nil:
-		return nil, f.Unread()
+	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.Incomplete() != nil:
+		return nil, f.Incomplete()
 	case err == nil && len(f.Units) == 0 && filter.Unit != "":
 		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
 	}

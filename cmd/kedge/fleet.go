@@ -68,7 +68,7 @@ Exit code 1 if more is stored below a prefix than is read: it shows the rest, an
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet()
+			store, err := a.openExisting()
 			if err != nil {
 				return err
 			}
@@ -90,13 +90,13 @@ Exit code 1 if more is stored below a prefix than is read: it shows the rest, an
 					return err
 				}
 				if a.json {
-					return cmp.Or(a.printJSON(shown(f)), f.Unread())
+					return cmp.Or(a.printJSON(shown(f)), f.Incomplete())
 				}
-				if err := cmp.Or(write(a.stdout, f), f.Unread()); err != nil {
+				if err := cmp.Or(write(a.stdout, f), f.Incomplete()); err != nil {
 					return err
 				}
 				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
-					a.tell("%v", err)
+					a.printMessage("%v", err)
 				}
 				return nil
 			}
@@ -144,7 +144,7 @@ mirror saw it. A pin that came and went between two looks of the mirror, or whil
 			if err != nil {
 				return usageError{err}
 			}
-			store, err := a.quiet()
+			store, err := a.openExisting()
 			if err != nil {
 				return err
 			}
@@ -158,7 +158,7 @@ mirror saw it. A pin that came and went between two looks of the mirror, or whil
 			}
 			if len(entries) == 0 {
 				f, err := fleet.Read(cmd.Context(), store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-				if err == nil && len(f.Units) == 0 && f.Unread() == nil {
+				if err == nil && len(f.Units) == 0 && f.Incomplete() == nil {
 					return fleet.NoUnit(cmd.Context(), store, id)
 				}
 			}

@@ -70,16 +70,16 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitDone
 	}
-	a.tell("kedge: %s", safetext.URLs(err.Error()))
+	a.printMessage("kedge: %s", safetext.URLs(err.Error()))
 	var hint hintError
 	if errors.As(err, &hint) {
-		a.tell("  %s", strings.ReplaceAll(hint.hint, "\n", "\n  "))
+		a.printMessage("  %s", strings.ReplaceAll(hint.hint, "\n", "\n  "))
 	} else if hint := a.storeHint(err); hint != "" {
-		a.tell("  %s", hint)
+		a.printMessage("  %s", hint)
 	}
 	switch {
 	case errors.As(err, new(usageError)):
-		a.tell("  see %s --help", cmd.CommandPath())
+		a.printMessage("  see %s --help", cmd.CommandPath())
 		return exitUsage
 	case errors.Is(err, errNotConverged):
 		return exitNotConverged
@@ -91,7 +91,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // add.
 func (a *app) storeHint(err error) string {
 	switch {
-	case errors.Is(err, fleet.ErrUnread) || errors.Is(err, fleet.ErrLate):
+	case errors.Is(err, fleet.ErrIncomplete) || errors.Is(err, fleet.ErrLate):
 		return a.unreadHint(err)
 	case !a.onConsul():
 		return ""
@@ -121,7 +121,7 @@ func (a *app) storeHint(err error) string {
 // unreadHint returns what to do about a part of the store that could not be read.
 func (a *app) unreadHint(err error) string {
 	var hints []string
-	if errors.Is(err, fleet.ErrUnread) {
+	if errors.Is(err, fleet.ErrIncomplete) {
 		hints = append(hints, "remove the keys that don't belong there; until then, look at one role at a time: "+
 			"kedge status STAGE/ROLE")
 	}
@@ -133,8 +133,8 @@ func (a *app) unreadHint(err error) string {
 	return strings.Join(hints, "\n")
 }
 
-// tell prints a message for a person on stderr, wrapped at the terminal's width.
-func (a *app) tell(format string, args ...any) {
+// printMessage prints a message for a person on stderr, wrapped at the terminal's width.
+func (a *app) printMessage(format string, args ...any) {
 	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
 }
 
@@ -290,9 +290,9 @@ func (a *app) openStore(c open.Config) (kv.Store, error) {
 	return store, err
 }
 
-// quiet opens the store for a command that a person waits for, without a log, as errors are enough. It creates no
-// directory: a missing one was mistyped, and would look like a fleet without units.
-func (a *app) quiet() (kv.Store, error) {
+// openExisting opens the store for a command that a person waits for, without a log, as errors are enough. It creates
+// no directory: a missing one was mistyped, and would look like a fleet without units.
+func (a *app) openExisting() (kv.Store, error) {
 	return a.openStore(open.Config{Existing: true})
 }
 

@@ -59,9 +59,9 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 	}
 	switch {
 	case len(refused) > 0 && len(sources) == 1:
-		return a.problems(refused, "in "+sources[0].Name+": no node would take it")
+		return a.printProblems(refused, "in "+sources[0].Name+": no node would take it")
 	case len(refused) > 0:
-		return a.problems(refused,
+		return a.printProblems(refused,
 			fmt.Sprintf("in some of %s: no node would take a manifest that has a problem", count(len(sources), "manifest")))
 	case a.json:
 		return a.printJSON(notes)
@@ -96,7 +96,7 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 		return err
 	}
 	for _, c := range changed {
-		a.tell("%s: %s", in.Source.Name, c)
+		a.printMessage("%s: %s", in.Source.Name, c)
 	}
 	if !isFile {
 		_, err := a.stdout.Write(text)
@@ -172,7 +172,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 				}
 			}
 			for _, url := range strange {
-				a.tell("passed over, as its name gives no unit by --match, --stage, --role and --unit: %s", url)
+				a.printMessage("passed over, as its name gives no unit by --match, --stage, --role and --unit: %s", url)
 			}
 			switch {
 			case err != nil:
@@ -180,7 +180,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 			case len(refused) > 0 && a.json:
 				return errors.New(count(len(refused), "problem"))
 			case len(refused) > 0:
-				return a.problems(refused, "in manifests that no node would take: see kedge check --manifest")
+				return a.printProblems(refused, "in manifests that no node would take: see kedge check --manifest")
 			case len(done) == 0:
 				return fmt.Errorf("no manifest below %s has a name that gives a unit by --match, --stage, --role and --unit",
 					o.Prefix)

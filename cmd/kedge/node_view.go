@@ -29,10 +29,10 @@ kedge explain NAME/UNIT says.`,
 				return notFound(f, err)
 			}
 			if a.json {
-				return cmp.Or(a.printJSON(of), f.Unread())
+				return cmp.Or(a.printJSON(of), f.Incomplete())
 			}
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
-			return cmp.Or(fleet.WriteNode(a.stdout, f, of, opt), f.Unread())
+			return cmp.Or(fleet.WriteNode(a.stdout, f, of, opt), f.Incomplete())
 		},
 	}
 	a.jsonFlag(c, "the node")

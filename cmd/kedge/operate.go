@@ -62,7 +62,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	if err != nil {
 		return err
 	}
-	outcome, err := fleet.Outcome(ctx, store, id, order, was, orderWithin)
+	outcome, err := fleet.AwaitOutcome(ctx, store, id, order, was, orderWithin)
 	if errors.Is(err, fleet.ErrNotTaken) {
 		return hintError{
 			notInTime{err},
@@ -72,8 +72,8 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	if err != nil {
 		return err
 	}
-	return a.done(OrderOutcome{Unit: id, Order: string(order.Verb), Outcome: outcome},
-		fmt.Sprintf("%s: %s", id, outcome), fleet.Pinned(ctx, store, id))
+	return a.printOutcome(OrderOutcome{Unit: id, Order: string(order.Verb), Outcome: outcome},
+		fmt.Sprintf("%s: %s", id, outcome), fleet.PinnedNote(ctx, store, id))
 }
 
 // OrderOutcome is the result of an order, of a pin or of its end, as JSON.
@@ -91,15 +91,15 @@ type OrderOutcome struct {
 	Notes []string `json:"notes"`
 }
 
-// done prints an outcome: as JSON, or for people as a line followed by notes.
-func (a *app) done(t OrderOutcome, line string, notes ...string) error {
+// printOutcome prints an outcome: as JSON, or for people as a line followed by notes.
+func (a *app) printOutcome(t OrderOutcome, line string, notes ...string) error {
 	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
 	if a.json {
 		return a.printJSON(t)
 	}
-	a.tell("%s", line)
+	a.printMessage("%s", line)
 	for _, note := range t.Notes {
-		a.tell("  %s", note)
+		a.printMessage("  %s", note)
 	}
 	return nil
 }
@@ -117,7 +117,7 @@ func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error
 		if err != nil {
 			return usageError{err}
 		}
-		store, err := a.quiet()
+		store, err := a.openExisting()
 		if err != nil {
 			return err
 		}
@@ -187,7 +187,7 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 				notes = append(notes, "no --reason: nobody who looks at it later knows why")
 			}
 			notes = append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node))
-			return a.done(OrderOutcome{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)
+			return a.printOutcome(OrderOutcome{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)
 		})(cmd, args)
 	}
 	f := c.Flags()
@@ -277,7 +277,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		case err != nil:
 			return err
 		case was:
-			if follows := fleet.Follows(ctx, store, id, node); follows != "" {
+			if follows := fleet.AfterUnpinNote(ctx, store, id, node); follows != "" {
 				notes = append(
 					slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }),
 					follows,
@@ -286,7 +286,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		default:
 			line, outcome = scope(id, node)+" was not pinned", "was not pinned"
 		}
-		return a.done(OrderOutcome{Unit: id, Node: node, Order: "unpin", Outcome: outcome}, line, notes...)
+		return a.printOutcome(OrderOutcome{Unit: id, Node: node, Order: "unpin", Outcome: outcome}, line, notes...)
 	})
 	c.Flags().StringVar(&node, "node", "", "the pin of this node")
 	a.jsonFlag(c, "what came of it")
@@ -311,8 +311,8 @@ they keep what they run, and kedge status says so. To go back on those, publish 
 		if err != nil {
 			return err
 		}
-		return a.done(OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
-			fmt.Sprintf("pinned %s to %s", id, pin.Release), fleet.RunsAlready(ctx, store, id, pin.Release),
+		return a.printOutcome(OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
+			fmt.Sprintf("pinned %s to %s", id, pin.Release), fleet.RunsAlreadyNote(ctx, store, id, pin.Release),
 			"once Git says what should run: kedge unpin "+id.String())
 	})
 	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")

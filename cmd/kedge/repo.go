@@ -94,7 +94,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 				err = look.Check(cmd.Context(), tree)
 			}
 			if problems := deployments.Problems(nil); errors.As(err, &problems) {
-				return a.problems(problems, fmt.Sprintf("in %s: the mirror would take nothing of it", dir))
+				return a.printProblems(problems, fmt.Sprintf("in %s: the mirror would take nothing of it", dir))
 			}
 			if err != nil {
 				return err
@@ -137,9 +137,9 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	return c
 }
 
-// problems prints found, as JSON with --json, and returns an error that counts them. where ends the error's text, but
-// not with --json.
-func (a *app) problems(found deployments.Problems, where string) error {
+// printProblems prints found, as JSON with --json, and returns an error that counts them. where ends the error's text,
+// but not with --json.
+func (a *app) printProblems(found deployments.Problems, where string) error {
 	if a.json {
 		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
 	}
@@ -201,7 +201,7 @@ What isn't committed isn't compared.`,
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet()
+			store, err := a.openExisting()
 			if err != nil {
 				return err
 			}
@@ -209,7 +209,7 @@ What isn't committed isn't compared.`,
 			now, err := records(ctx, store)
 			switch {
 			case errors.Is(err, kv.ErrEmpty):
-				a.tell("no mirror has run yet: this is what the first one would write")
+				a.printMessage("no mirror has run yet: this is what the first one would write")
 			case err != nil:
 				return err
 			}
@@ -221,7 +221,7 @@ What isn't committed isn't compared.`,
 			if e, err := store.Get(ctx, kv.MirrorKey); err == nil {
 				var s deployments.MirrorState
 				if json.Unmarshal(e.Value, &s) == nil && s.Refused == commit.Hash {
-					a.tell("the mirror refused this commit: %s", s.Error)
+					a.printMessage("the mirror refused this commit: %s", s.Error)
 				}
 			}
 			return nil

@@ -48,11 +48,11 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 			} else if watchdog > 0 {
 				lines = append(lines, daemon.SdNotifyWatchdog)
 			}
-			tell(log, lines...)
+			notifySystemd(log, lines...)
 		}
 		select {
 		case <-ctx.Done():
-			tell(log, daemon.SdNotifyStopping, "STATUS=ending what is under way, in order")
+			notifySystemd(log, daemon.SdNotifyStopping, "STATUS=ending what is under way, in order")
 			return
 		case <-tick.C:
 			continue
@@ -61,11 +61,11 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 			log.Warn("not converged in time: reporting ready to systemd anyway", "after", timeout)
 		}
 		converged, late, starting = nil, nil, false
-		tell(log, daemon.SdNotifyReady)
+		notifySystemd(log, daemon.SdNotifyReady)
 	}
 }
 
-func tell(log *slog.Logger, lines ...string) {
+func notifySystemd(log *slog.Logger, lines ...string) {
 	if _, err := daemon.SdNotify(false, strings.Join(lines, "\n")); err != nil {
 		log.Warn("could not send the agent's status to systemd", "error", err)
 	}

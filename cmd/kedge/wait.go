@@ -51,39 +51,39 @@ than --patience, 3 when the time is over.`,
 			defer cancel()
 			began := time.Now()
 			if ready != "" {
-				return a.waited("", began, waitReady(ctx, ready))
+				return a.printWaitOutcome("", began, waitReady(ctx, ready))
 			}
 			filter, err := filterOf(args)
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet()
+			store, err := a.openExisting()
 			if err != nil {
 				return err
 			}
 			defer store.Close()
-			var tell func(string)
+			var printProgress func(string)
 			if postReceive {
 				if commit, err = git.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main")); err != nil || commit == "" {
 					return err
 				}
 			}
 			if progress || postReceive {
-				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
+				printProgress = func(missing string) { a.printMessage("%4ds  %s", int(time.Since(began).Seconds()), missing) }
 			}
 			done := "all nodes run what they should"
 			if postReceive {
 				done = "all nodes run what was pushed"
 			}
 			err = fleet.Wait(ctx, store, filter,
-				fleet.WaitOptions{Commit: commit, Push: postReceive, Patience: patience, Progress: tell})
-			if err == nil && tell != nil {
-				tell(done)
+				fleet.WaitOptions{Commit: commit, Push: postReceive, Patience: patience, Progress: printProgress})
+			if err == nil && printProgress != nil {
+				printProgress(done)
 			}
 			if err != nil {
 				err = a.waitError(cmd.Context(), ctx, store, filter, timeout, err)
 			}
-			return a.waited(commit, began, err)
+			return a.printWaitOutcome(commit, began, err)
 		},
 	}
 	f := c.Flags()
@@ -134,8 +134,8 @@ type WaitOutcome struct {
 	Message string `json:"message,omitempty"`
 }
 
-// waited prints, with --json, how a wait ended that began at the time in began, and returns err.
-func (a *app) waited(commit string, began time.Time, err error) error {
+// printWaitOutcome prints, with --json, how a wait ended that began at the time in began, and returns err.
+func (a *app) printWaitOutcome(commit string, began time.Time, err error) error {
 	if !a.json {
 		return err
 	}

@@ -37,7 +37,7 @@ to show it to more than this machine, put a proxy that does in front of it, and 
 			if err != nil {
 				return err
 			}
-			a.tell("the fleet is at http://%s/", w.Addr())
+			a.printMessage("the fleet is at http://%s/", w.Addr())
 			return w.Run(cmd.Context())
 		},
 	}

@@ -21,7 +21,7 @@ const (
 
 // Read returns the content of a regular file of at most Max bytes; nil for /dev/null. An error begins with the setting,
 // such as a flag or a variable, and names the file.
-func Read(setting, path string) ([]byte, error) { return read(setting, path, regular) }
+func Read(setting, path string) ([]byte, error) { return read(setting, path, checkRegular) }
 
 // ReadOnce is Read for a file that is read only once: it also accepts a pipe, such as a shell's <(command).
 func ReadOnce(setting, path string) ([]byte, error) {
@@ -29,12 +29,12 @@ func ReadOnce(setting, path string) ([]byte, error) {
 		if info.Mode()&fs.ModeNamedPipe != 0 {
 			return nil
 		}
-		return regular(path, info)
+		return checkRegular(path, info)
 	})
 }
 
 // ReadPrivate is Read for a file that only root, or this process's user, may read and change.
-func ReadPrivate(setting, path string) ([]byte, error) { return read(setting, path, private) }
+func ReadPrivate(setting, path string) ([]byte, error) { return read(setting, path, checkPrivate) }
 
 // Check returns the error that Read would return, for files that a library reads by name.
 func Check(setting, path string) error {
@@ -54,15 +54,15 @@ func read(setting, path string, accept func(path string, info fs.FileInfo) error
 	return data, nil
 }
 
-func regular(path string, info fs.FileInfo) error {
+func checkRegular(path string, info fs.FileInfo) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is %s: name a regular file", path, kind(info.Mode()))
 	}
 	return nil
 }
 
-func private(path string, info fs.FileInfo) error {
-	if err := regular(path, info); err != nil {
+func checkPrivate(path string, info fs.FileInfo) error {
+	if err := checkRegular(path, info); err != nil {
 		return err
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {

@@ -107,7 +107,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 		})
 		switch {
 		case err == nil:
-			causes.New(nil)
+			causes.FirstOfKind(nil)
 			h.beat(asked)
 		case ctx.Err() != nil:
 			return
@@ -119,7 +119,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 			} else {
 				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)
 			}
-		case causes.New(err):
+		case causes.FirstOfKind(err):
 			h.store.log.Warn("could not send the heartbeat to the Consul agent: trying again", "service", h.id, "error", err)
 		}
 	}
@@ -138,9 +138,9 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// session creates a session that also ends with the heartbeat. It tries again for the time in while, as the Consul
+// newSession creates a session that also ends with the heartbeat. It tries again for the time in while, as the Consul
 // agent delays telling the servers of a new check.
-func (h *heartbeat) session(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
+func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {
 		err := h.store.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {

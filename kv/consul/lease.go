@@ -43,12 +43,12 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		case err == nil:
 			// It is free, but Consul's lock-delay isn't over.
 			pause.Reset()
-			causes.New(nil)
+			causes.FirstOfKind(nil)
 			err = wait.For(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, kv.ErrUnavailable):
-			if causes.New(err) {
+			if causes.FirstOfKind(err) {
 				s.log.Warn("could not ask for the lease: trying again", "key", key, "error", err)
 			}
 			err = pause.Wait(ctx)
@@ -107,7 +107,7 @@ func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *he
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
 	}
 	if err == nil {
-		if session, err = heart.session(ctx, e, heart.ttl/2); err == nil {
+		if session, err = heart.newSession(ctx, e, heart.ttl/2); err == nil {
 			return heart, session, nil
 		}
 		heart.stop()

@@ -14,7 +14,7 @@ import (
 // nodeMaintenance is the ID of the check that keeps a node in maintenance mode. Its notes are the reason.
 const nodeMaintenance = "_node_maintenance"
 
-func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
+func (s *Store) SetMaintenance(ctx context.Context, on bool, reason string) error {
 	if on && !strings.HasPrefix(reason, kv.MaintenanceReason) {
 		return fmt.Errorf("maintenance mode: the reason %q does not begin with %q", reason, kv.MaintenanceReason)
 	}

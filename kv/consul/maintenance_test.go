@@ -44,7 +44,7 @@ func TestMaintenance(t *testing.T) {
 	}
 	turn := func(on bool, why string) {
 		t.Helper()
-		if err := node.Maintain(t.Context(), on, why); err != nil {
+		if err := node.SetMaintenance(t.Context(), on, why); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -72,7 +72,7 @@ func TestMaintenance(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	if err := open(agent).Maintain(t.Context(), true, "kedge deploys prod/web/app"); !errors.Is(err, kv.ErrDenied) {
+	if err := open(agent).SetMaintenance(t.Context(), true, "kedge deploys prod/web/app"); !errors.Is(err, kv.ErrDenied) {
 		t.Errorf("without node:write: %v", err)
 	}
 }
@@ -97,7 +97,7 @@ func TestMaintenanceEndsWithItsContext(t *testing.T) {
 		t.Cleanup(f.Close)
 		s := open(t, consul.Config{Client: &api.Config{Address: f.URL}})
 		done := make(chan error, 1)
-		go func() { done <- s.Maintain(ctx, on, "kedge deploys prod/web/app") }()
+		go func() { done <- s.SetMaintenance(ctx, on, "kedge deploys prod/web/app") }()
 		select {
 		case err := <-done:
 			if err == nil {

@@ -49,21 +49,21 @@ type presence struct {
 	wake   wait.Signal // set when a new session must be watched
 
 	// putting serializes Put, repair and Close.
-	putting  sync.Mutex
-	session  string
-	node     string     // the Consul name of the node whose health the session is tied to
-	heart    *heartbeat // shows that this process lives; nil: none
-	endHeart context.CancelFunc
-	mute     bool            // no heartbeat is possible, and that was logged
-	sweep    *time.Timer     // ends the sessions of earlier processes; nil: no session yet
-	gone     chan struct{}   // closed, and made anew, when the session is lost
-	renew    bool            // the session has a TTL
-	early    bool            // it has a TTL because the node has no health check yet
-	mine     map[string]bool // all sessions that this presence has had
-	held     map[string][]byte
-	tried    map[string][]byte // the last values to put, whether or not the store confirmed them
-	taken    map[string]bool   // those of held that another process has taken
-	closed   bool
+	putting         sync.Mutex
+	session         string
+	node            string     // the Consul name of the node whose health the session is tied to
+	heart           *heartbeat // shows that this process lives; nil: none
+	endHeart        context.CancelFunc
+	heartbeatDenied bool            // no heartbeat is possible, and that was logged
+	sweep           *time.Timer     // ends the sessions of earlier processes; nil: no session yet
+	gone            chan struct{}   // closed, and made anew, when the session is lost
+	renew           bool            // the session has a TTL
+	early           bool            // it has a TTL because the node has no health check yet
+	mine            map[string]bool // all sessions that this presence has had
+	held            map[string][]byte
+	tried           map[string][]byte // the last values to put, whether or not the store confirmed them
+	taken           map[string]bool   // those of held that another process has taken
+	closed          bool
 }
 
 func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) {
@@ -78,7 +78,7 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 	return p, nil
 }
 
-func (p *presence) Leave(key string) {
+func (p *presence) KeepAtClose(key string) {
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	delete(p.held, key)
@@ -133,13 +133,13 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	p.held[key] = bytes.Clone(value)
 	delete(p.taken, key)
 	if first {
-		p.look()
+		p.signalChange()
 	}
 	return nil
 }
 
-// look tells keep that the session, or a held entry, changed.
-func (p *presence) look() {
+// signalChange tells keep that the session, or a held entry, changed.
+func (p *presence) signalChange() {
 	p.wake.Set()
 }
 
@@ -316,11 +316,11 @@ func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 // there can't be one, it returns plain: a dead agent is then noticed only when its node is gone.
 func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) {
 	s := p.store
-	if p.mute {
+	if p.heartbeatDenied {
 		return plain
 	}
 	if p.heart != nil {
-		if id, err := p.heart.session(ctx, *p.newSession(), knownCheck); err == nil {
+		if id, err := p.heart.newSession(ctx, *p.newSession(), knownCheck); err == nil {
 			s.destroySession(plain)
 			return id
 		}
@@ -332,13 +332,13 @@ func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) 
 		var beats context.Context
 		beats, p.endHeart = context.WithCancel(p.ctx)
 		go h.keep(beats)
-		if id, err = h.session(ctx, *p.newSession(), h.ttl/2); err == nil {
+		if id, err = h.newSession(ctx, *p.newSession(), h.ttl/2); err == nil {
 			s.destroySession(plain)
 			return id
 		}
 	}
-	if !p.mute && ctx.Err() == nil {
-		p.mute = errors.Is(err, kv.ErrDenied)
+	if !p.heartbeatDenied && ctx.Err() == nil {
+		p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
 		s.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
 			"service", PresenceService, "name", p.name, "error", err)
 	}
@@ -361,7 +361,7 @@ func (p *presence) stopHeart() {
 func (p *presence) opened(id string, renew, early bool) {
 	p.session, p.renew, p.early = id, renew, early
 	p.mine[id] = true
-	p.look()
+	p.signalChange()
 }
 
 // lose records that the session's entries have lost their holder, or no longer have the values that were put.

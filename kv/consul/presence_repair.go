@@ -89,7 +89,7 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, most
 			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
 			if err == nil {
-				holds = trusted(meta) && pair != nil && pair.Session == session && p.puts(key, pair.Value)
+				holds = trusted(meta) && pair != nil && pair.Session == session && p.isLastPut(key, pair.Value)
 				index = nextIndex(index, meta.LastIndex, time.Since(asked), most)
 			}
 			return err
@@ -124,7 +124,7 @@ func (p *presence) holdsAll(session string) bool {
 		err := p.store.do(p.ctx, "look at "+key, requestTimeout, func(q *api.QueryOptions) error {
 			q.AllowStale = true
 			pair, meta, err := p.store.client.KV().Get(p.store.prefix+key, q)
-			doubt = err != nil || !trusted(meta) || pair == nil || pair.Session != session || !p.puts(key, pair.Value)
+			doubt = err != nil || !trusted(meta) || pair == nil || pair.Session != session || !p.isLastPut(key, pair.Value)
 			return err
 		})
 		doubt = doubt || err != nil
@@ -157,8 +157,8 @@ func (p *presence) watchTaken(key string) error {
 	return nil
 }
 
-// puts reports whether value was the last one put at key.
-func (p *presence) puts(key string, value []byte) bool {
+// isLastPut reports whether value was the last one put at key.
+func (p *presence) isLastPut(key string, value []byte) bool {
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	return bytes.Equal(p.held[key], value)

@@ -16,9 +16,9 @@ type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool
 
-	mu      sync.Mutex
-	watcher *fsnotify.Watcher // nil: no subscription
-	asking  map[*subscription]bool
+	mu            sync.Mutex
+	watcher       *fsnotify.Watcher // nil: no subscription
+	subscriptions map[*subscription]bool
 }
 
 // subscription is one watch's interest in the changes of some directories.
@@ -29,8 +29,8 @@ type subscription struct {
 	dirs   map[string]bool // guarded by notifier.mu
 }
 
-// ask returns a subscription without directories. An error means that the kernel can't notify changes here.
-func (n *notifier) ask() (*subscription, error) {
+// subscribe returns a subscription without directories. An error means that the kernel can't notify changes here.
+func (n *notifier) subscribe() (*subscription, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.watcher == nil {
@@ -38,16 +38,16 @@ func (n *notifier) ask() (*subscription, error) {
 		if err != nil {
 			return nil, err
 		}
-		n.watcher, n.asking = w, map[*subscription]bool{}
-		go n.tell(w)
+		n.watcher, n.subscriptions = w, map[*subscription]bool{}
+		go n.forward(w)
 	}
 	c := &subscription{n: n, signal: wait.NewSignal(), dirs: map[string]bool{}}
-	n.asking[c] = true
+	n.subscriptions[c] = true
 	return c, nil
 }
 
-// tell forwards file system events to the subscriptions until the watcher is closed.
-func (n *notifier) tell(w *fsnotify.Watcher) {
+// forward forwards file system events to the subscriptions until the watcher is closed.
+func (n *notifier) forward(w *fsnotify.Watcher) {
 	for {
 		select {
 		case e, ok := <-w.Events:
@@ -70,7 +70,7 @@ func (n *notifier) tell(w *fsnotify.Watcher) {
 func (n *notifier) signal(which func(*subscription) bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for c := range n.asking {
+	for c := range n.subscriptions {
 		if !which(c) {
 			continue
 		}
@@ -78,9 +78,9 @@ func (n *notifier) signal(which func(*subscription) bool) {
 	}
 }
 
-// subscribe subscribes to the changes in a directory. It may be called again once the directory was created anew. The
+// watchDir subscribes to the changes in a directory. It may be called again once the directory was created anew. The
 // error comes from the kernel, such as its limit of watches.
-func (c *subscription) subscribe(dir string) error {
+func (c *subscription) watchDir(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true
 	w := c.n.watcher
@@ -93,15 +93,15 @@ func (c *subscription) end() {
 	n := c.n
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	delete(n.asking, c)
-	if len(n.asking) == 0 {
+	delete(n.subscriptions, c)
+	if len(n.subscriptions) == 0 {
 		n.watcher.Close()
 		n.watcher = nil
 		return
 	}
 	for dir := range c.dirs {
 		wanted := false
-		for other := range n.asking {
+		for other := range n.subscriptions {
 			wanted = wanted || other.dirs[dir]
 		}
 		if !wanted {

@@ -22,7 +22,7 @@ func TestNotifier(t *testing.T) {
 	}
 	ask := func(dirs ...string) *subscription {
 		t.Helper()
-		c, err := n.ask()
+		c, err := n.subscribe()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -30,7 +30,7 @@ func TestNotifier(t *testing.T) {
 			if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.subscribe(filepath.Join(dir, d)); err != nil {
+			if err := c.watchDir(filepath.Join(dir, d)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -54,8 +54,8 @@ func TestNotifier(t *testing.T) {
 		}
 	}
 	first, second := ask("a", "both"), ask("b", "both")
-	if len(n.asking) != 2 || len(n.watcher.WatchList()) != 3 {
-		t.Fatalf("%d ask for %v", len(n.asking), n.watcher.WatchList())
+	if len(n.subscriptions) != 2 || len(n.watcher.WatchList()) != 3 {
+		t.Fatalf("%d ask for %v", len(n.subscriptions), n.watcher.WatchList())
 	}
 	write("a/x")
 	told(first, "its directory")

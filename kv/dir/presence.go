@@ -81,7 +81,7 @@ func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	return since, p.gone, nil
 }
 
-func (p *presence) Leave(key string) {
+func (p *presence) KeepAtClose(key string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.held, key)

@@ -31,14 +31,14 @@ func (d *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	v := backend.NewViewer(filepath.Join(d.dir, prefix), d.log, f)
 	var changed <-chan struct{} // nil: nothing is notified
 	visit := func(string) {}
-	changes, err := d.notifier.ask()
+	changes, err := d.notifier.subscribe()
 	if err != nil {
 		d.log.Warn("polling the directory: the kernel can't report its changes", "dir", d.dir, "error", err)
 	} else {
 		defer changes.end()
 		changed = changes.signal.C()
 		visit = func(dir string) {
-			if err := changes.subscribe(dir); err != nil {
+			if err := changes.watchDir(dir); err != nil {
 				d.log.Debug("could not watch a directory", "dir", dir, "error", err)
 			}
 		}

@@ -217,7 +217,7 @@ func testPresenceLeaves(t *testing.T, b Backend) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.Leave("status/prod/web/node-1")
+	p.KeepAtClose("status/prod/web/node-1")
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}

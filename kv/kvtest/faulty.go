@@ -227,6 +227,6 @@ func (p *faultyPresence) Join(ctx context.Context, key string, value []byte) (
 	return since, lost, err
 }
 
-func (p *faultyPresence) Leave(key string) { p.p.Leave(key) }
+func (p *faultyPresence) KeepAtClose(key string) { p.p.KeepAtClose(key) }
 
 func (p *faultyPresence) Close(ctx context.Context) error { return p.p.Close(ctx) }

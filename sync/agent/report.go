@@ -65,7 +65,7 @@ func (a *Agent) report(ctx context.Context) {
 		joined.Wait()
 		a.workers.Wait() // what they still finish isn't reported
 		for _, role := range a.rolesInMidSwitch() {
-			presence.Leave(kv.StatusKey(a.c.Stage, role, a.c.Node))
+			presence.KeepAtClose(kv.StatusKey(a.c.Stage, role, a.c.Node))
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
 		defer cancel()

@@ -27,7 +27,7 @@ type written struct {
 }
 
 func (*written) Close(context.Context) error { return nil }
-func (*written) Leave(string)                {}
+func (*written) KeepAtClose(string)          {}
 func (w *written) Join(ctx context.Context, key string, value []byte) (uint64, <-chan struct{}, error) {
 	return 1, nil, w.Put(ctx, key, value)
 }

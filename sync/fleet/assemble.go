@@ -64,16 +64,16 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		for _, r := range reporters {
 			for name := range r.units {
 				if deployments.CheckSegment("unit", name) == nil {
-					a.named(role.Unit(name), r.name)
+					a.noteReported(role.Unit(name), r.name)
 				}
 			}
 		}
 	}
-	a.overflow()
+	a.addReportOnly()
 	m.pins, a.parsePin = m.pins.Next(len(a.pins), deployments.ParsePin)
 	a.takePins()
 	for id, e := range a.orders {
-		a.give(id, e)
+		a.addOrder(id, e)
 	}
 	a.assign()
 	a.hide(cmp.Or(m.maxListed, reports.MaxRole))
@@ -94,9 +94,9 @@ type assembly struct {
 	// pins, orders and histories are joined to their units at the end.
 	pins   []keyed
 	orders map[deployments.UnitID]kv.Entry
-	// told maps each unit that only reports name to a node that names it.
-	told      map[deployments.UnitID]string
-	histories map[deployments.UnitID][]deployments.History
+	// reportOnly maps each unit that only reports name to a node that names it.
+	reportOnly map[deployments.UnitID]string
+	histories  map[deployments.UnitID][]deployments.History
 	// hidden counts the live nodes of each role that aren't listed.
 	hidden   map[deployments.RoleID]int
 	parsePin func(kv.Entry) (deployments.Pin, error)
@@ -128,32 +128,32 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 	return u
 }
 
-// maxTold bounds, for each role, the units that are shown though only reports name them, and those that only pins name.
-// Such units were removed from Git, or invented: a token can write any number of them.
-const maxTold = 20
+// maxReportOnly bounds, for each role, the units that are shown though only reports name them, and those that only pins
+// name. Such units were removed from Git, or invented: a token can write any number of them.
+const maxReportOnly = 20
 
-// named adds a unit to told, with the node whose report names it, unless the unit is known already.
-func (a *assembly) named(id deployments.UnitID, node string) {
+// noteReported adds a unit to told, with the node whose report names it, unless the unit is known already.
+func (a *assembly) noteReported(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
-		if a.told == nil {
-			a.told = map[deployments.UnitID]string{}
+		if a.reportOnly == nil {
+			a.reportOnly = map[deployments.UnitID]string{}
 		}
-		a.told[id] = max(a.told[id], node)
+		a.reportOnly[id] = max(a.reportOnly[id], node)
 	}
 }
 
-// overflow adds the units in told, at most maxTold of each role. For a role that has more it adds an error, with their
-// number.
-func (a *assembly) overflow() {
+// addReportOnly adds the units in told, at most maxTold of each role. For a role that has more it adds an error, with
+// their number.
+func (a *assembly) addReportOnly() {
 	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
-	for _, id := range slices.SortedFunc(maps.Keys(a.told), deployments.UnitID.Compare) {
+	for _, id := range slices.SortedFunc(maps.Keys(a.reportOnly), deployments.UnitID.Compare) {
 		role := id.RoleID()
-		if shown[role]++; shown[role] <= maxTold {
+		if shown[role]++; shown[role] <= maxReportOnly {
 			a.unit(id)
 			continue
 		}
 		more[role]++
-		nodes[role] = max(nodes[role], a.told[id])
+		nodes[role] = max(nodes[role], a.reportOnly[id])
 	}
 	for role, n := range more {
 		a.badRole(role, fmt.Errorf("%d more units have no record, and only reports name them, "+
@@ -174,7 +174,7 @@ func (a *assembly) takePins() {
 		id := e.key.UnitID()
 		role := id.RoleID()
 		if a.units[id] == nil {
-			if shown[role]++; shown[role] > maxTold {
+			if shown[role]++; shown[role] > maxReportOnly {
 				more[role]++
 				continue
 			}
@@ -234,8 +234,8 @@ func (a *assembly) pin(e kv.Entry, key kv.Key) {
 	}
 }
 
-// give adds an order to its unit. An order that the mirror will never take is an error, as it would wait for ever.
-func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
+// addOrder adds an order to its unit. An order that the mirror will never take is an error, as it would wait for ever.
+func (a *assembly) addOrder(id deployments.UnitID, e kv.Entry) {
 	order, err := deployments.ParseOrder(e.Value)
 	u := a.units[id]
 	switch {
@@ -354,7 +354,7 @@ func (a *assembly) nodes(u *Unit) {
 	for _, r := range a.roles[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
 		n := Node{Name: r.name, Gone: r.gone, Report: report, joined: r.joined}
-		facts := a.fleet.facts(u, n)
+		facts := a.fleet.resolveInputs(u, n)
 		// A node without a report on the unit counts if it lives and should run the unit.
 		desired := facts.Record.Present && !facts.Record.Value.Orphaned
 		if !reports && (r.gone || !desired && !facts.UnitPin.Present && !facts.NodePin.Present) {
@@ -404,9 +404,9 @@ func converged(d policy.Decision, r deployments.UnitReport) bool {
 	return r.State == deployments.StateConverged && r.Running.Digest == d.Target.Digest // whatever URL it came from
 }
 
-// facts returns the inputs of a decision about a unit on a node, as far as the store shows them. The node's own
+// resolveInputs returns the inputs of a decision about a unit on a node, as far as the store shows them. The node's own
 // configuration is unknown here.
-func (f *Fleet) facts(u *Unit, n Node) policy.ResolveInputs {
+func (f *Fleet) resolveInputs(u *Unit, n Node) policy.ResolveInputs {
 	facts := policy.ResolveInputs{
 		Unit:        u.ID,
 		Node:        n.Name,

@@ -31,7 +31,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	if err != nil {
 		return Decision{}, err
 	}
-	resolved := policy.Resolve(f.facts(u, *n))
+	resolved := policy.Resolve(f.resolveInputs(u, *n))
 	d := Decision{Decision: resolved, Message: message.Decision(resolved.Reason, resolved.Facts)}
 	if s, bad := storeStep(f, id); bad {
 		d.Trace = append(d.Trace, s)
@@ -68,7 +68,7 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	case len(found) > 1:
 		return id, fmt.Errorf("%s has several units called %s: want %s", node, unit, strings.Join(found, " or "))
 	case len(others) > 0:
-		return id, fmt.Errorf("no unit %s on %s: there are %s", unit, node, some(others))
+		return id, fmt.Errorf("no unit %s on %s: there are %s", unit, node, firstFew(others))
 	}
 	var names []string
 	for _, u := range f.Units {
@@ -83,7 +83,7 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	if names = slices.Compact(names); len(names) == 0 {
 		return id, fmt.Errorf("no node %s has reported, and no other has: are the agents running?", node)
 	}
-	return id, fmt.Errorf("no node %s has reported: there are %s", node, some(names))
+	return id, fmt.Errorf("no node %s has reported: there are %s", node, firstFew(names))
 }
 
 // Unit returns the unit with the given ID. If there is none, the error names a similar one, or those that there are.
@@ -119,9 +119,9 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s?", node, id, near)
 		case near != "":
 			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near,
-				some(names))
+				firstFew(names))
 		}
-		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, some(names))
+		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, firstFew(names))
 	}
 	return u, &u.Nodes[j], nil
 }
@@ -132,7 +132,7 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
 		hint := "see to the store, then look again; nodes go on with what they know"
-		if len(f.unread) > 0 {
+		if len(f.incomplete) > 0 {
 			hint = "remove the keys that don't belong there, if any, then look again; on the node, as root, its agent " +
 				"answers: " +
 				"kedge explain " + id.Unit
@@ -242,9 +242,9 @@ func ordinal(n int) string {
 func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
 	s := Step{What: "node", Blocks: true}
-	trouble := message.OneLine(r.Error)
-	if d.Invalid != nil && trouble == message.OneLine(d.Invalid.Error()) {
-		trouble = "" // another step says it already
+	reportError := message.OneLine(r.Error)
+	if d.Invalid != nil && reportError == message.OneLine(d.Invalid.Error()) {
+		reportError = "" // another step says it already
 	}
 	// A node that has nothing to do for a new generation doesn't report that it knows it.
 	idle := r.State == deployments.StateConverged && r.Want == d.Target
@@ -255,7 +255,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Says, s.Hint = "gone: its session in the store has ended",
 			"see whether the machine, its agent and its Consul agent run"
 	case r.State == "":
-		s.Says, s.Hint = join(n.Message, trouble), "see whether its agent runs, with this stage and role"
+		s.Says, s.Hint = join(n.Message, reportError), "see whether its agent runs, with this stage and role"
 	case behind:
 		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
 		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
@@ -265,27 +265,27 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
 			"explain " + u.ID.Unit
 	case r.Reason == deployments.ReasonUnsigned:
-		s.What, s.Says, s.Hint = "signature", cmp.Or(trouble, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
+		s.What, s.Says, s.Hint = "signature", cmp.Or(reportError, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
 			n.Name, r.Reason)
 	case r.State == deployments.StateUnhealthy:
-		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, message.Text(r.Reason, r.Facts)))
+		s.Says = join("runs it, and its health checks fail", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
-	case r.State == deployments.StateInvalid && trouble != "":
-		s.Says, s.Hint = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
+	case r.State == deployments.StateInvalid && reportError != "":
+		s.Says, s.Hint = "refuses it: "+reportError, "publish what this node takes, or change its configuration"
 	case r.State == deployments.StateRetrying:
-		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+trouble, ": ")
+		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+reportError, ": ")
 		s.Hint = message.Hint(u.ID, n.Name, r.Reason)
 	case r.State == deployments.StateQuarantined:
-		s.Says = cmp.Or(trouble, "quarantined")
+		s.Says = cmp.Or(reportError, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Message), "for another unit"), trouble)
+		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Message), "for another unit"), reportError)
 		if r.Reason == deployments.ReasonDependency {
-			s.Says = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), trouble)
+			s.Says = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), reportError)
 		}
-	case r.State == deployments.StateConverged && trouble != "":
-		s.Says = "runs it, but: " + trouble
+	case r.State == deployments.StateConverged && reportError != "":
+		s.Says = "runs it, but: " + reportError
 		if !d.Stage.IsZero() {
-			s.Says = "can't stage the next release ahead of its turn: " + trouble
+			s.Says = "can't stage the next release ahead of its turn: " + reportError
 		}
 	default:
 		s.Blocks = false
@@ -298,7 +298,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		if u.Record != nil && r.Generation > 0 && r.Generation == u.Record.Generation && !r.Pinned {
 			s.Says += fmt.Sprintf(", and has seen generation %d", r.Generation)
 		}
-		s.Says = join(s.Says, trouble)
+		s.Says = join(s.Says, reportError)
 	}
 	return s
 }

@@ -15,7 +15,7 @@ import (
 
 // NodeExplanation is the answer of kedge explain in words, for one unit on one node.
 type NodeExplanation struct {
-	Verdict string // what should run, and whether it does
+	Summary string // what should run, and whether it does
 	// Notes are the decision's reason, and other facts about the unit on this node.
 	Notes []Note
 	// Trace lists the steps of the decision, in order.
@@ -32,7 +32,7 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 	if err != nil {
 		return NodeExplanation{}, err
 	}
-	t := NodeExplanation{Verdict: summarize(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
+	t := NodeExplanation{Summary: summarize(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
 	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
 	add("because", message.OneLine(d.Message))
 	if d.Invalid != nil && !mentions(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
@@ -78,7 +78,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
 		}
 	}
-	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, message.Clean(node))+" ", 2, t.Verdict, Plain)
+	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, message.Clean(node))+" ", 2, t.Summary, Plain)
 	notes(t.Notes)
 	p.raw("")
 	legend := "What was looked at, in order; > decided"

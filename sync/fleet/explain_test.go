@@ -106,7 +106,7 @@ func TestExplainStates(t *testing.T) {
 		"silent": {report{}, []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"frozen-midway": {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first,
 			Promoted: true, Reason: deployments.ReasonFrozen, Facts: xmas})}, "admission", "", "kedge promote prod/web/app"},
-		"removed": {on(v1), []kv.Entry{desired(policy.Orphaned(record{Stable: v1,
+		"removed": {on(v1), []kv.Entry{desired(policy.MarkOrphaned(record{Stable: v1,
 			Rollout: &progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true,
 				Message: "1 of 3 nodes admitted"}}))}, "admission", "", "put prod/web/app.yaml back"},
 		"order": {on(v1), []kv.Entry{rollout(waiting), put(kv.ControlKey(app), "promote")}, "admission", "", ""},

@@ -27,7 +27,7 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	if err != nil {
 		return nil, err
 	}
-	switch err := f.Unread(); {
+	switch err := f.Incomplete(); {
 	case len(f.Units) > 0:
 	case err != nil:
 		return nil, err
@@ -95,7 +95,7 @@ func FindRelease(
 		"no release of %s is known by version %s: there are %s; or give its pointer, URL@sha256:HEX",
 		id,
 		version,
-		some(slices.Compact(versions)),
+		firstFew(slices.Compact(versions)),
 	)
 }
 

@@ -32,28 +32,28 @@ type Fleet struct {
 	Unassigned []Unassigned `json:"unassigned"`
 	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
-	// unread are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer came
-	// in time.
-	unread []string
+	// incomplete are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer
+	// came in time.
+	incomplete []string
 	// late is the one prefix in unread for which no answer came in time; empty: none.
 	late string
 }
 
-// ErrUnread and ErrLate are the errors of a fleet that was read in part.
+// ErrIncomplete and ErrLate are the errors of a fleet that was read in part.
 var (
-	ErrUnread = errors.New("more is stored than can be read")
-	ErrLate   = errors.New("no answer came in time for the keys")
+	ErrIncomplete = errors.New("more is stored than can be read")
+	ErrLate       = errors.New("no answer came in time for the keys")
 )
 
-// Unread returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read whole.
-// The error wraps ErrUnread and names the prefixes of which more is stored than is read. It wraps ErrLate and names the
-// prefix for which no answer came in time. f.Errors says more about each prefix.
-func (f *Fleet) Unread() error {
-	more := slices.DeleteFunc(slices.Clone(f.unread), func(prefix string) bool { return prefix == f.late })
-	unread := fmt.Errorf("%w below %s", ErrUnread, strings.Join(more, ", "))
+// Incomplete returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read
+// whole. The error wraps ErrUnread and names the prefixes of which more is stored than is read. It wraps ErrLate and
+// names the prefix for which no answer came in time. f.Errors says more about each prefix.
+func (f *Fleet) Incomplete() error {
+	more := slices.DeleteFunc(slices.Clone(f.incomplete), func(prefix string) bool { return prefix == f.late })
+	unread := fmt.Errorf("%w below %s", ErrIncomplete, strings.Join(more, ", "))
 	late := fmt.Errorf("%w below %s", ErrLate, f.late)
 	switch {
-	case len(f.unread) == 0:
+	case len(f.incomplete) == 0:
 		return nil
 	case f.late == "":
 		return unread
@@ -184,7 +184,7 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // part is an error, as is any other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
-	trouble := map[string]error{}
+	failed := map[string]error{}
 	late := ""
 	for _, kind := range kinds {
 		prefix := kind
@@ -198,33 +198,33 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 		}
 		switch {
 		case errors.Is(err, kv.ErrDenied):
-			trouble[kind] = err
+			failed[kind] = err
 		case errors.Is(err, kv.ErrTooLarge):
-			trouble[prefix] = err
+			failed[prefix] = err
 			if prefix != kind || kind == kv.MirrorPrefix {
 				break
 			}
-			var failed map[string]error
-			if some, failed, err = byRole(ctx, store, kind, entries); err != nil {
+			var ofRoles map[string]error
+			if some, ofRoles, err = byRole(ctx, store, kind, entries); err != nil {
 				return nil, fmt.Errorf("read the fleet: %w", err)
 			}
-			maps.Copy(trouble, failed)
+			maps.Copy(failed, ofRoles)
 		case errors.Is(err, context.DeadlineExceeded) && late == "" && answers(ctx, store):
 			late = prefix
-			trouble[prefix] = &lateError{prefix, err}
+			failed[prefix] = &lateError{prefix, err}
 		case err != nil:
 			return nil, fmt.Errorf("read the fleet: %w", err)
 		}
 		entries = append(entries, some...)
 	}
-	if len(trouble) == len(kinds) && everyIs(trouble, kv.ErrEmpty) {
-		trouble = nil // no mirror and no agent has run yet
+	if len(failed) == len(kinds) && everyIs(failed, kv.ErrEmpty) {
+		failed = nil // no mirror and no agent has run yet
 	}
-	if len(trouble) == len(kinds) {
-		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
+	if len(failed) == len(kinds) {
+		return nil, fmt.Errorf("read the fleet: %w", failed[kv.DesiredPrefix])
 	}
 	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
-	return filter.narrow(withErrors(Assemble(entries, time.Now()), trouble)), nil
+	return filter.narrow(withErrors(Assemble(entries, time.Now()), failed)), nil
 }
 
 // answers reports whether the store answers a small question now.
@@ -303,11 +303,11 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		text := err.Error()
 		switch {
 		case errors.As(err, new(*lateError)):
-			f.unread = append(f.unread, prefix)
+			f.incomplete = append(f.incomplete, prefix)
 			f.late = prefix
 			text = strings.ReplaceAll(text, kv.ErrUnavailable.Error()+": ", "")
 		case errors.Is(err, kv.ErrTooLarge):
-			f.unread = append(f.unread, prefix)
+			f.incomplete = append(f.incomplete, prefix)
 			if _, after, is := strings.Cut(text, kv.ErrUnavailable.Error()+": "); is {
 				text = after
 			}
@@ -318,7 +318,7 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 		}
 		f.Errors[prefix] = text
 	}
-	slices.Sort(f.unread)
+	slices.Sort(f.incomplete)
 	return f
 }
 

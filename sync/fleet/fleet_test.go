@@ -290,7 +290,7 @@ func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
 		made[fmt.Sprintf("u%02d", i)] = deployments.UnitReport{State: deployments.StateConverged}
 	}
 	f := Assemble([]kv.Entry{recordOf("1", 3), says("evil-1", made), says("web-1", map[string]deployments.UnitReport{"app": {}})}, noon)
-	if n := len(f.Units); n != 1+maxTold {
+	if n := len(f.Units); n != 1+maxReportOnly {
 		t.Errorf("%d units are shown", n)
 	}
 	text := f.Errors["status/prod/web/*"]
@@ -323,10 +323,10 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 		add("control/prod/web/app/%d", "nonsense")
 	}
 	f := Assemble(entries, noon)
-	if len(f.Units) > 2+maxTold {
+	if len(f.Units) > 2+maxReportOnly {
 		t.Errorf("%d units", len(f.Units))
 	}
-	if text := f.Errors["pins/prod/web/*"]; !strings.Contains(text, fmt.Sprint(2*junk-maxTold)) {
+	if text := f.Errors["pins/prod/web/*"]; !strings.Contains(text, fmt.Sprint(2*junk-maxReportOnly)) {
 		t.Errorf("of the pins that pin nothing is said %q", text)
 	}
 	if step, blocks := storeStep(f, app); blocks {

@@ -76,7 +76,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 			continue
 		}
 		if len(w.Units) > 0 {
-			says += ", for " + some(slices.Clone(w.Units))
+			says += ", for " + firstFew(slices.Clone(w.Units))
 		}
 		lines = append(lines, line{o.From, says})
 	}

@@ -81,7 +81,7 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 		}
 	}
 	counts := map[deployments.Pointer]int{}
-	for _, p := range keeps(u, now) {
+	for _, p := range heldReleases(u, now) {
 		if i := slices.Index(named, p); i >= 0 {
 			counts[p] = i
 		}
@@ -98,8 +98,8 @@ func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployme
 	return target
 }
 
-// keeps returns the releases that u's pins name, and those that nodes with a hold pin run.
-func keeps(u *Unit, now time.Time) []deployments.Pointer {
+// heldReleases returns the releases that u's pins name, and those that nodes with a hold pin run.
+func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	var all []deployments.Pointer
 	add := func(pin deployments.Pin, holds func(Node) bool) {
 		switch {

@@ -35,12 +35,13 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	case len(all) == 0:
 		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: it has none yet", unit)
 	case len(found) == 0:
-		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: there are %s", unit, some(names))
+		return nil, deployments.UnitID{}, Decision{},
+			fmt.Errorf("no unit %s on this node: there are %s", unit, firstFew(names))
 	case len(found) > 1:
 		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf(
 			"several roles of this node have a unit %s: want one of %s",
 			unit,
-			some(names),
+			firstFew(names),
 		)
 	}
 	id := found[0]

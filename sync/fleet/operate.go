@@ -199,7 +199,7 @@ func Rollback(
 	if err != nil {
 		return deployments.Pin{}, err
 	}
-	unread := f.Unread() // which may hide the pin, or what failed on the nodes
+	unread := f.Incomplete() // which may hide the pin, or what failed on the nodes
 	switch {
 	case unread != nil:
 		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w: name a release with kedge pin", id, unread)
@@ -276,7 +276,7 @@ func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 }
 
 func noUnit(f *Fleet, name string) error {
-	if err := f.Unread(); err != nil {
+	if err := f.Incomplete(); err != nil {
 		return fmt.Errorf("no unit %s among those that can be read: %w", name, err)
 	}
 	var known []string
@@ -301,11 +301,11 @@ func noUnit(f *Fleet, name string) error {
 	if len(known) == 1 {
 		return fmt.Errorf("no unit %s: there is only %s%s", name, known[0], f.refusal())
 	}
-	return fmt.Errorf("no unit %s: there are %s%s", name, some(known), f.refusal())
+	return fmt.Errorf("no unit %s: there are %s%s", name, firstFew(known), f.refusal())
 }
 
-// some formats the first few of many names.
-func some(names []string) string {
+// firstFew formats the first few of many names.
+func firstFew(names []string) string {
 	const shown = 10
 	more := ""
 	if len(names) > shown {
@@ -318,7 +318,7 @@ func some(names []string) string {
 // Missing returns an error if f has no units because the store doesn't know what filter names; f was read with this
 // filter. It is nil if something matches, or if that is unknown.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
-	if len(f.Units) > 0 || filter == (Filter{}) || len(f.unread) > 0 {
+	if len(f.Units) > 0 || filter == (Filter{}) || len(f.incomplete) > 0 {
 		return nil
 	}
 	all, err := Read(ctx, store, Filter{})

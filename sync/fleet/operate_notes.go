@@ -19,11 +19,11 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	if err != nil {
 		return nil // writing the pin will return the error
 	}
-	switch unread := f.Unread(); {
+	switch unread := f.Incomplete(); {
 	case unread != nil && len(f.Units) == 0:
-		return []string{f.LastKnown()}
+		return []string{f.IncompleteText()}
 	case unread != nil:
-		notes = append(notes, f.LastKnown())
+		notes = append(notes, f.IncompleteText())
 	case len(f.Units) == 0:
 		return []string{NoUnit(ctx, store, id).Error()}
 	}
@@ -61,10 +61,10 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	return notes
 }
 
-// Follows returns what a unit, or one of its nodes, will run once its pin is removed; empty: unknown.
-func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
+// AfterUnpinNote returns what a unit, or one of its nodes, will run once its pin is removed; empty: unknown.
+func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-	if err != nil || len(f.Units) == 0 || len(f.unread) > 0 {
+	if err != nil || len(f.Units) == 0 || len(f.incomplete) > 0 {
 		return ""
 	}
 	u := &f.Units[0]
@@ -99,9 +99,9 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	return says
 }
 
-// RunsAlready says that every live node of a unit runs a release already; empty: not every node does, or that is
+// RunsAlreadyNote says that every live node of a unit runs a release already; empty: not every node does, or that is
 // unknown.
-func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
+func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
 		return ""
@@ -114,15 +114,15 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 	if u.Live == 1 {
 		says = "the one live node runs it already"
 	}
-	if failed, stable := rolledBack(u.Record); !failed.IsZero() && stable.Digest == release.Digest {
+	if failed, stable := rolledBackFrom(u.Record); !failed.IsZero() && stable.Digest == release.Digest {
 		says += ", as " + u.Release(failed) + " was rolled back before: the pin keeps them on it, whatever Git names next"
 	}
 	return says
 }
 
-// rolledBack returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
+// rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
 // was. A pin may be in force by now.
-func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
+func rolledBackFrom(r *deployments.Record) (failed, stable deployments.Pointer) {
 	switch {
 	case r == nil:
 	case r.Pinned != nil:
@@ -135,9 +135,9 @@ func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
 	return failed, stable
 }
 
-// Pinned returns a text that says that a unit is pinned, and how to unpin it. It is empty if no pin is in force, or if
-// that can't be read.
-func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
+// PinnedNote returns a text that says that a unit is pinned, and how to unpin it. It is empty if no pin is in force, or
+// if that can't be read.
+func PinnedNote(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
 		return ""

@@ -128,7 +128,7 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Outcome(t.Context(), s, app, pause, was, 10*time.Millisecond); !errors.Is(err, ErrNotTaken) {
+	if _, err := AwaitOutcome(t.Context(), s, app, pause, was, 10*time.Millisecond); !errors.Is(err, ErrNotTaken) {
 		t.Errorf("without a mirror: %v", err)
 	}
 	e, err := s.Get(t.Context(), kv.ControlKey(app))
@@ -138,16 +138,17 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	if err := s.Commit(t.Context(), nil, kv.Delete(kv.ControlKey(app))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
+	if _, err := AwaitOutcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
 		!strings.Contains(err.Error(), "changed nothing") {
 		t.Errorf("taken, and the record is as it was: %v", err)
 	}
 	store(t, s, record(deployments.PhasePaused))
-	if says, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err != nil || says != "paused: for the test" {
+	if says, err := AwaitOutcome(t.Context(), s, app, pause, was, time.Minute); err != nil ||
+		says != "paused: for the test" {
 		t.Errorf("taken: %q, %v", says, err)
 	}
 	store(t, s, put(kv.ControlKey(app), "abort"))
-	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
+	if _, err := AwaitOutcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
 		!strings.Contains(err.Error(), "another order took its place: abort") {
 		t.Errorf("replaced by another: %v", err)
 	}
@@ -220,7 +221,7 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		{"prod/web/old", "web-1", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},
 	} {
 		if c.unit == "prod/web/ap" {
-			if got := Follows(t.Context(), s, id(c.unit), ""); got != "" {
+			if got := AfterUnpinNote(t.Context(), s, id(c.unit), ""); got != "" {
 				t.Errorf("of a unit that isn't there: %q", got)
 			}
 		}
@@ -237,7 +238,7 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	failed.Quarantined = []deployments.Digest{release("app", "2").Digest}
 	check := func(node, want string) {
 		t.Helper()
-		if got := Follows(t.Context(), s, app, node); got != want {
+		if got := AfterUnpinNote(t.Context(), s, app, node); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
@@ -246,7 +247,7 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	store(t, s, put(kv.DesiredKey(app), release("app", "2").String()))
 	check("", "the record counts now: 2 d5856351, which failed on web-1 before")
 	check("web-2", "the record counts now: 2 d5856351")
-	if got := Pinned(t.Context(), s, app); got != "" {
+	if got := PinnedNote(t.Context(), s, app); got != "" {
 		t.Errorf("not pinned: %q", got)
 	}
 	two, one, three := release("app", "2"), release("app", "1"), release("app", "3")
@@ -262,12 +263,12 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	store(t, s, put(kv.DesiredKey(app), two.String()))
 	store(t, s, put(kv.PinKey(app), expired("hold")))
 	check("web-2", "the record counts now: 2 d5856351")
-	if got := Pinned(t.Context(), s, app); got != "" {
+	if got := PinnedNote(t.Context(), s, app); got != "" {
 		t.Errorf("no longer pinned: %q", got)
 	}
 	store(t, s, put(kv.PinKey(app), "{release: hold, by: bob}"))
 	check("web-1", "the unit's pin counts now: hold by bob")
-	if got := Pinned(t.Context(), s, app); !strings.Contains(got, "kedge unpin prod/web/app") {
+	if got := PinnedNote(t.Context(), s, app); !strings.Contains(got, "kedge unpin prod/web/app") {
 		t.Errorf("pinned: %q", got)
 	}
 }
@@ -314,15 +315,15 @@ func TestPinsSayWhatMoves(t *testing.T) {
 		t.Errorf("with a mirror: %q", got)
 	}
 	back := "the one live node runs it already, as 2 d5856351 was rolled back before"
-	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, back) {
+	if got := RunsAlreadyNote(t.Context(), s, app, one); !strings.Contains(got, back) {
 		t.Errorf("%q", got)
 	}
 	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: one, Stable: one, Generation: 9,
 		Pinned: &deployments.Pinned{Target: two, Stable: one, Failed: two.Digest}}))
-	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "as 2 d5856351 was rolled back before") {
+	if got := RunsAlreadyNote(t.Context(), s, app, one); !strings.Contains(got, "as 2 d5856351 was rolled back before") {
 		t.Errorf("after the mirror has taken the pin up: %q", got)
 	}
-	if got := RunsAlready(t.Context(), s, app, two); got != "" {
+	if got := RunsAlreadyNote(t.Context(), s, app, two); got != "" {
 		t.Errorf("%q", got)
 	}
 }

@@ -68,10 +68,10 @@ var ErrNotTaken = errors.New("no mirror has taken the order")
 // orderPoll is how often Outcome checks whether an order was taken.
 const orderPoll = 50 * time.Millisecond
 
-// Outcome waits until the mirror has taken an order, and returns its effect in words. was is the result of SendOrder.
-// The error wraps ErrNotTaken if that takes longer than within, or if ctx ends first. It is an error, too, if the order
-// changed nothing.
-func Outcome(
+// AwaitOutcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
+// SendOrder. The error wraps ErrNotTaken if that takes longer than within, or if ctx ends first. It is an error, too,
+// if the order changed nothing.
+func AwaitOutcome(
 	ctx context.Context,
 	store kv.Store,
 	id deployments.UnitID,
@@ -88,7 +88,7 @@ func Outcome(
 		there, err := store.Get(ctx, kv.ControlKey(id))
 		switch {
 		case errors.Is(err, kv.ErrNotFound):
-			return outcome(ctx, store, id, verb, was)
+			return outcomeOf(ctx, store, id, verb, was)
 		case err == nil && !bytes.Equal(there.Value, value):
 			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id,
 				clip(message.OneLine(string(there.Value)), 40))
@@ -103,9 +103,9 @@ func Outcome(
 	}
 }
 
-// outcome returns the unit's state in words after an order was taken. was is its record from before. It is an error if
-// the order changed nothing.
-func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
+// outcomeOf returns the unit's state in words after an order was taken. was is its record from before. It is an error
+// if the order changed nothing.
+func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
 		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect can't be read: %w", verb, id, err)

@@ -50,7 +50,7 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Record == nil || u.Live != 1 {
 		t.Errorf("what can be read is not there: %+v", u)
 	}
-	if err := f.Unread(); !errors.Is(err, ErrUnread) || !strings.Contains(err.Error(), prefix) {
+	if err := f.Incomplete(); !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), prefix) {
 		t.Errorf("unread: %v", err)
 	}
 	if !strings.Contains(f.Errors[prefix], "more than 32 MiB are stored below "+prefix) {
@@ -78,11 +78,11 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), prefix) {
 		t.Errorf("wait: %v", err)
 	}
-	if _, err := Rollback(t.Context(), s, app, RollbackOptions{}); !errors.Is(err, ErrUnread) {
+	if _, err := Rollback(t.Context(), s, app, RollbackOptions{}); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("rollback: %v", err)
 	}
 	nothing := deployments.UnitID{Stage: "prod", Role: "web", Unit: "nothing"}
-	if _, err := Releases(t.Context(), s, nothing); !errors.Is(err, ErrUnread) {
+	if _, err := Releases(t.Context(), s, nothing); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("releases of a unit that may stand there: %v", err)
 	}
 	if was, err := Unpin(t.Context(), s, nothing, ""); was || err != nil {
@@ -133,7 +133,7 @@ func TestRolesOfAKindThatHoldsTooMuch(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Pin != nil || u.Live != 1 {
 		t.Errorf("%+v", u)
 	}
-	if got := strings.Join(f.unread, " "); got != "pins/ pins/prod/web/ status/" {
+	if got := strings.Join(f.incomplete, " "); got != "pins/ pins/prod/web/ status/" {
 		t.Errorf("unread: %s", got)
 	}
 	if _, err := Read(t.Context(), full{s, kinds}, Filter{}); !errors.Is(err, kv.ErrTooLarge) {
@@ -189,18 +189,18 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Live != 1 {
 		t.Errorf("%+v", u)
 	}
-	if err := f.Unread(); !errors.Is(err, ErrLate) || errors.Is(err, ErrUnread) ||
-		!strings.Contains(err.Error(), "below pins/") || !strings.Contains(f.LastKnown(), "the keys below pins/") {
-		t.Errorf("%v; %s", err, f.LastKnown())
+	if err := f.Incomplete(); !errors.Is(err, ErrLate) || errors.Is(err, ErrIncomplete) ||
+		!strings.Contains(err.Error(), "below pins/") || !strings.Contains(f.IncompleteText(), "the keys below pins/") {
+		t.Errorf("%v; %s", err, f.IncompleteText())
 	}
-	if f, err = Read(t.Context(), hanging{s, "control/"}, Filter{}); err != nil || !errors.Is(f.Unread(), ErrLate) {
+	if f, err = Read(t.Context(), hanging{s, "control/"}, Filter{}); err != nil || !errors.Is(f.Incomplete(), ErrLate) {
 		t.Errorf("without the first prefix: %v", err)
 	}
 	both := hanging{full{s, []string{"status/", "status/prod/web/"}}, "pins/"}
 	if f, err = Read(t.Context(), both, Filter{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Unread(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrUnread) ||
+	if err := f.Incomplete(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrIncomplete) ||
 		!strings.Contains(err.Error(), "below status/, status/prod/web/; no answer") {
 		t.Errorf("too much of one and none of another: %v", err)
 	}

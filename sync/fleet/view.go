@@ -44,15 +44,15 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 		texts = append(texts, "the store can't be read now, so this is what was known last of "+
 			strings.Join(parts, ", ")+": "+why)
 	}
-	for _, prefix := range f.unread {
+	for _, prefix := range f.incomplete {
 		texts = append(texts, prefix+" isn't read, so this may lack what is there: "+message.OneLine(f.Errors[prefix]))
 	}
-	return append(parts, f.unread...), strings.Join(texts, "; ")
+	return append(parts, f.incomplete...), strings.Join(texts, "; ")
 }
 
-// LastKnown returns a text that says which parts of f may be out of date or incomplete because they can't be read now,
-// and why. It is empty if there are none.
-func (f *Fleet) LastKnown() string {
+// IncompleteText returns a text that says which parts of f may be out of date or incomplete because they can't be read
+// now, and why. It is empty if there are none.
+func (f *Fleet) IncompleteText() string {
 	_, text := lastKnown(f)
 	return text
 }
@@ -114,7 +114,7 @@ func (f *Fleet) Faults() (all []Note) {
 			"no unit is meant for %s: see whether stage and role of their agents are right, or add %[1]s/UNIT.yaml to Git",
 			role,
 		)
-		all = append(all, Note{Text{some(nodes[role]), Warn}, Text{says, Plain}})
+		all = append(all, Note{Text{firstFew(nodes[role]), Warn}, Text{says, Plain}})
 	}
 	return all
 }
@@ -172,7 +172,7 @@ func (f *Fleet) agentVersions() string {
 	for i, version := range versions {
 		versions[i] = fmt.Sprintf("%d of %s run %s", f.Agents[version], count(all, "node"), message.Clean(version))
 	}
-	return some(versions)
+	return firstFew(versions)
 }
 
 // Columns are the headings of Row's cells.

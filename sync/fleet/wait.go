@@ -177,8 +177,8 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 		if err == nil {
 			w.outage.end()
 			// An unreadable part may hide a node that isn't converged, or a pin.
-			if len(f.unread) > 0 {
-				return f.LastKnown(), nil
+			if len(f.incomplete) > 0 {
+				return f.IncompleteText(), nil
 			}
 			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 				if why := f.Errors[kind]; why != "" {
@@ -205,8 +205,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		if why := cmp.Or(f.Errors[kv.DesiredPrefix], f.Errors[kv.StatusPrefix]); why != "" {
 			return why, nil
 		}
-		if len(f.unread) > 0 {
-			return f.LastKnown(), nil
+		if len(f.incomplete) > 0 {
+			return f.IncompleteText(), nil
 		}
 		switch {
 		case w.commit == "" && !f.MirrorHasRun():
@@ -237,7 +237,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	for _, u := range units {
 		if s := lacking(&u, f.At); s != "" {
 			all = append(all, s)
-			byMirror = byMirror || rollout(&u, f.At) != nil || pending(&u, f.At) != ""
+			byMirror = byMirror || rollout(&u, f.At) != nil || pendingPin(&u, f.At) != ""
 		}
 	}
 	if byMirror && f.mirrorStopped() {
@@ -358,7 +358,7 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), message.OneLine(r.Error))
 		}
 	}
-	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack && pending(u, now) == "" {
+	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack && pendingPin(u, now) == "" {
 		return fmt.Errorf("%s: %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), message.Rollout(p))
 	}
 	return nil
@@ -373,9 +373,9 @@ func rollout(u *Unit, now time.Time) *deployments.Progress {
 	return u.Record.Rollout
 }
 
-// pending returns a text if the mirror has yet to write a pin, or the end of a pin, into the record of u. Until then
+// pendingPin returns a text if the mirror has yet to write a pin, or the end of a pin, into the record of u. Until then
 // nodes follow a record that is about to change. Empty: nothing is pending.
-func pending(u *Unit, now time.Time) string {
+func pendingPin(u *Unit, now time.Time) string {
 	switch {
 	case u.Record == nil || u.orphaned():
 	case !u.Pinned(now) && u.Record.Pinned != nil:
@@ -394,7 +394,7 @@ func lacking(u *Unit, now time.Time) string {
 	if u.Order != "" {
 		return fmt.Sprintf("%s: the mirror has yet to take the order to %s", u.ID, u.Order)
 	}
-	if s := pending(u, now); s != "" {
+	if s := pendingPin(u, now); s != "" {
 		return fmt.Sprintf("%s: %s", u.ID, s)
 	}
 	for _, n := range u.Nodes {

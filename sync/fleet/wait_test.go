@@ -337,8 +337,9 @@ func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
 	s := openDir(t)
 	store(t, s, reportOf("web-1", runs("app", "1")))
 	for _, phase := range []deployments.Phase{deployments.PhaseRolling, deployments.PhaseRolledBack} {
-		store(t, s, put(kv.DesiredKey(app), policy.Orphaned(deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
-			Rollout: &deployments.Progress{Phase: phase, Since: noon}})))
+		store(t, s, put(kv.DesiredKey(app),
+			policy.MarkOrphaned(deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
+				Rollout: &deployments.Progress{Phase: phase, Since: noon}})))
 		if err := ends(t, waiting(t, s, "")); err != nil {
 			t.Errorf("%s: %v", phase, err)
 		}

@@ -69,7 +69,7 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	if _, err := deployments.ParseTemplate(raw, o.URL); err != nil {
 		return b, fmt.Errorf("no node would take %s: %w", deployments.ShownURL(o.URL), err)
 	}
-	if b.Pointer, err = Keep(ctx, o.Objects, o.To, id, o.URL, raw); err != nil {
+	if b.Pointer, err = CopyByDigest(ctx, o.Objects, o.To, id, o.URL, raw); err != nil {
 		return b, err
 	}
 	running, err := mirrorRuns(ctx, o.Store)

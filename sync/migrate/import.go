@@ -123,7 +123,7 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 			return one, err
 		}
 	}
-	if one.Pointer, err = Keep(ctx, o.Objects, to, id, url, raw); err != nil {
+	if one.Pointer, err = CopyByDigest(ctx, o.Objects, to, id, url, raw); err != nil {
 		return one, err
 	}
 	file := filepath.Join(id.Stage, id.Role, id.Unit+".yaml")
@@ -132,10 +132,10 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 	return one, err
 }
 
-// Keep copies a manifest's bytes to a key that contains their digest, and so never changes, below a prefix. It
+// CopyByDigest copies a manifest's bytes to a key that contains their digest, and so never changes, below a prefix. It
 // returns the copy's pointer. from is where the bytes were found: a manifest with a src relative to it can't be
 // copied.
-func Keep(
+func CopyByDigest(
 	ctx context.Context,
 	objects *object.Client,
 	to string,

@@ -66,7 +66,7 @@ func first(
 	// The fleet is unknown here: with one node that has not reported, a rollout begins and doesn't end.
 	move := policy.Next(
 		policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
-			Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)},
+			Freeze: policy.FreezeAt(tree.Settings.Freeze, u.ID, at)},
 	)
 	r := move.Record
 	r.Nodes, r.Joined = 0, 0

@@ -188,7 +188,7 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
 		return w, doWrite
 	}
-	w.kind, w.reason, w.after = "update", "its file is no longer in Git", policy.Orphaned(c.record)
+	w.kind, w.reason, w.after = "update", "its file is no longer in Git", policy.MarkOrphaned(c.record)
 	if w.value = encode(w.after); bytes.Equal(w.value, encode(c.record)) {
 		return change{}, doNothing
 	}
@@ -253,7 +253,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
 		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
-		Order: string(o.Verb), Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
+		Order: string(o.Verb), Freeze: policy.FreezeAt(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	// After the store was restored, nodes join anew before a record may rely on their earlier reports.
 	if until := in.seen().Add(in.rebuildWait); step.Record.Generation > w.before.Generation && u.Rollout != nil &&

@@ -62,9 +62,9 @@ type Data struct {
 // maxShown bounds each text of an event, in bytes.
 const maxShown = 4 << 10
 
-// show cleans texts by commits, operators and nodes: it removes control characters, and what may be secret in
+// sanitize cleans texts by commits, operators and nodes: it removes control characters, and what may be secret in
 // URLs, such as a signature.
-func (d *Data) show() {
+func (d *Data) sanitize() {
 	shown := func(s string) string { return safetext.Clip(message.OneLine(safetext.URLs(s)), maxShown) }
 	d.Message, d.Author, d.Subject = shown(d.Message), shown(d.Author), shown(d.Subject)
 	d.Release.URL, d.Stable.URL = safetext.URLs(d.Release.URL), safetext.URLs(d.Stable.URL)
@@ -113,9 +113,9 @@ func standing(r deployments.Record) string {
 	}
 }
 
-// after returns the events that lead a receiver from the state was to u, in order, and the state that it then
+// eventsSince returns the events that lead a receiver from the state was to u, in order, and the state that it then
 // knows.
-func after(was notified, u unitNow) (events []Event, now notified) {
+func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
 	now = notified{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
 		HealthChanges: was.HealthChanges}

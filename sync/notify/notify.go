@@ -203,14 +203,14 @@ type cursor struct {
 	// statusAt is when each unit's status was last written, and healthAt when its health was last notified; a
 	// restart loses both.
 	statusAt, healthAt map[string]time.Time
-	// again is when to check even if nothing changes; zero: never.
-	again time.Time
+	// nextCheck is when to check even if nothing changes; zero: never.
+	nextCheck time.Time
 }
 
 // wakeAt makes the cursor's follower check at a time, even if nothing changes.
 func (c *cursor) wakeAt(at time.Time) {
-	if c.again.IsZero() || at.Before(c.again) {
-		c.again = at
+	if c.nextCheck.IsZero() || at.Before(c.nextCheck) {
+		c.nextCheck = at
 	}
 }
 
@@ -236,7 +236,7 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 		n.mu.Lock()
 		changed, synced := n.changed, n.synced
 		n.mu.Unlock()
-		c.again = time.Time{}
+		c.nextCheck = time.Time{}
 		if synced {
 			if c.Units == nil {
 				n.startAtPresent(c)
@@ -247,8 +247,8 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 			n.save(ctx, name, c)
 		}
 		var clock <-chan time.Time
-		if !c.again.IsZero() {
-			clock = time.After(time.Until(c.again))
+		if !c.nextCheck.IsZero() {
+			clock = time.After(time.Until(c.nextCheck))
 		}
 		select {
 		case <-ctx.Done():
@@ -299,10 +299,10 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 
 // startAtPresent begins a cursor at the current state: a new receiver isn't notified of the past.
 func (n *Notifier) startAtPresent(c *cursor) {
-	units, refused := n.now()
+	units, refused := n.current()
 	c.Units, c.Refused = map[string]notified{}, refused.Refused
 	for _, u := range units {
-		_, now := after(notified{Generation: u.record.Generation}, u)
+		_, now := eventsSince(notified{Generation: u.record.Generation}, u)
 		if s, ok := statusOf(u); ok {
 			now.Status = hashOf(s)
 		}
@@ -310,8 +310,8 @@ func (n *Notifier) startAtPresent(c *cursor) {
 	}
 }
 
-// now returns all units, sorted, and the mirror's state.
-func (n *Notifier) now() ([]unitNow, deployments.MirrorState) {
+// current returns all units, sorted, and the mirror's state.
+func (n *Notifier) current() ([]unitNow, deployments.MirrorState) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	units := slices.Collect(maps.Values(n.units))
@@ -321,7 +321,7 @@ func (n *Notifier) now() ([]unitNow, deployments.MirrorState) {
 
 // sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended.
 func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
-	units, state := n.now()
+	units, state := n.current()
 	gone := maps.Clone(c.Units)
 	for _, u := range units {
 		name := u.id.String()
@@ -335,10 +335,10 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 			u.known = false
 			c.wakeAt(next)
 		}
-		events, now := after(was, u)
+		events, now := eventsSince(was, u)
 		if len(events) > 0 || now.Generation > was.Generation {
 			u.history = n.historyOf(ctx, u.id)
-			events, now = after(was, u)
+			events, now = eventsSince(was, u)
 		}
 		now.Status = was.Status
 		for _, e := range events {
@@ -407,7 +407,7 @@ func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	if e.Data.Unit != "" && n.c.Link != "" {
 		e.Data.Link = strings.ReplaceAll(n.c.Link, "{unit}", e.Data.Unit)
 	}
-	e.Data.show()
+	e.Data.sanitize()
 	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
 }
 
@@ -448,7 +448,7 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 
 // writeStatuses writes the commit statuses that have changed. It returns an error only when ctx has ended.
 func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
-	units, state := n.now()
+	units, state := n.current()
 	for _, u := range units {
 		name := u.id.String()
 		status, ok := statusOf(u)

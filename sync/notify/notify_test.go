@@ -364,7 +364,7 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 		c := &cursor{Units: map[string]notified{}, healthAt: map[string]time.Time{}}
 		at := func(sick ...string) notified {
 			n.units[app] = unitNow{id: app, record: record(1, nil), unhealthy: sick, known: true}
-			c.again = time.Time{}
+			c.nextCheck = time.Time{}
 			if err := n.sendNew(t.Context(), r, c); err != nil {
 				t.Fatal(err)
 			}
@@ -386,12 +386,12 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 		time.Sleep(healthHold)
 		for range 2 { // once more than it may take
 			at("web-1")
-			if !c.again.IsZero() {
-				time.Sleep(time.Until(c.again))
+			if !c.nextCheck.IsZero() {
+				time.Sleep(time.Until(c.nextCheck))
 			}
 		}
-		if now := at("web-1"); !now.Unhealthy || !c.again.IsZero() {
-			t.Errorf("in the end: %+v, again at %v", now, c.again)
+		if now := at("web-1"); !now.Unhealthy || !c.nextCheck.IsZero() {
+			t.Errorf("in the end: %+v, again at %v", now, c.nextCheck)
 		}
 	})
 }
@@ -408,14 +408,14 @@ func TestHostileTexts(t *testing.T) {
 	r.Target, r.Stable = signed, signed
 	h := entry(r)
 	h.Author, h.Subject, h.Note = evil, evil, evil
-	events, _ := after(notified{}, unitNow{id: app, record: r, history: []deployments.History{*h}})
+	events, _ := eventsSince(notified{}, unitNow{id: app, record: r, history: []deployments.History{*h}})
 	if len(events) != 2 {
 		t.Fatalf("%d events", len(events))
 	}
 	for _, format := range []Format{FormatCloudEvents, FormatSlack, FormatTeams} {
 		receiver := &Receiver{Format: format, Text: "{message} {author} {subject} {release}"}
 		for _, e := range events {
-			e.Data.show()
+			e.Data.sanitize()
 			body, _, err := receiver.encode("kedge", e)
 			if err != nil {
 				t.Fatal(err)

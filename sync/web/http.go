@@ -104,7 +104,7 @@ func (w *Web) knownHost(hostport string) bool {
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
-	w.asked()
+	w.noteRequest()
 	for {
 		s, changed := w.latest()
 		if s != nil {
@@ -180,24 +180,24 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 	_ = document(page).Render(r.Context(), rw) // the client is gone
 }
 
-// past is a unit's history, newest first.
-type past struct {
+// unitHistory is a unit's history, newest first.
+type unitHistory struct {
 	generation, retry int64
 	entries           []deployments.History
 	err               string
 }
 
-// maxPasts bounds the cached pasts.
-const maxPasts = 64
+// maxHistories bounds the cached histories.
+const maxHistories = 64
 
 // history returns a unit's history, from the cache unless the record's Generation or Retry has changed. If the history
 // can't be read, the result has err.
-func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
+func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	if u.Record == nil {
-		return &past{}
+		return &unitHistory{}
 	}
 	w.mu.Lock()
-	known := w.pasts[u.ID]
+	known := w.histories[u.ID]
 	w.mu.Unlock()
 	if known != nil && known.generation == u.Record.Generation && known.retry == u.Record.Retry {
 		return known
@@ -206,16 +206,16 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	defer cancel()
 	all, err := fleet.History(ctx, w.c.Store, u.ID)
 	if err != nil {
-		return &past{err: fleet.Clean(err.Error(), maxText)}
+		return &unitHistory{err: fleet.Clean(err.Error(), maxText)}
 	}
-	read := &past{generation: u.Record.Generation, retry: u.Record.Retry, entries: all[:min(len(all),
+	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, entries: all[:min(len(all),
 		deployments.HistoryKept)]}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.pasts) >= maxPasts {
-		clear(w.pasts)
+	if len(w.histories) >= maxHistories {
+		clear(w.histories)
 	}
-	w.pasts[u.ID] = read
+	w.histories[u.ID] = read
 	return read
 }
 

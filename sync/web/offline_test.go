@@ -31,8 +31,10 @@ func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
 	t.Helper()
 	w := &Web{
 		c:       Config{Store: store, CommitURL: "https://git.example.org/acme/deployments/commit/{commit}"},
-		viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}), pasts: map[deployments.UnitID]*past{},
-		log: &changes{known: map[deployments.UnitID]change{}}, trend: &trends{units: map[deployments.UnitID][]sample{}},
+		viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}),
+		histories:     map[deployments.UnitID]*unitHistory{},
+		latestChanges: &changes{known: map[deployments.UnitID]change{}},
+		trend:         &trends{units: map[deployments.UnitID][]sample{}},
 	}
 	for _, e := range s.entries {
 		if key, err := kv.ParseKey(e.Key); err == nil && key.Kind == kv.HistoryPrefix {
@@ -40,13 +42,13 @@ func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if newest := changeOf(h); newest.generation > w.log.known[key.UnitID()].generation {
-				w.log.known[key.UnitID()] = newest
+			if newest := changeOf(h); newest.generation > w.latestChanges.known[key.UnitID()].generation {
+				w.latestChanges.known[key.UnitID()] = newest
 			}
-			p := w.pasts[key.UnitID()]
+			p := w.histories[key.UnitID()]
 			if p == nil {
-				p = &past{}
-				w.pasts[key.UnitID()] = p
+				p = &unitHistory{}
+				w.histories[key.UnitID()] = p
 			}
 			p.generation = max(p.generation, h.Generation)
 			p.entries = append(p.entries, h)

@@ -227,7 +227,7 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	r := unitRow{
 		Key: "u:" + u.ID.String(), ID: u.ID, Bar: u.shares, Live: u.Live, Converged: u.Converged, Gone: u.Gone,
 		Failing: u.healths[failing],
-		Target:  "–", Progress: u.progress, NodePins: len(u.Pins), Change: s.log.of(u.Unit), Tone: "ok",
+		Target:  "–", Progress: u.progress, NodePins: len(u.Pins), Change: s.latestChanges.of(u.Unit), Tone: "ok",
 	}
 	switch {
 	case u.problem != nil:

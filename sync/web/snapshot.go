@@ -19,9 +19,9 @@ import (
 type snapshot struct {
 	*fleet.Fleet
 	// away is why the store can't be read now; empty: it can, or that wasn't checked yet.
-	away  string
-	trend *trends
-	log   *changes
+	away          string
+	trend         *trends
+	latestChanges *changes
 
 	once  sync.Once
 	units []*unit // in the order of Fleet.Units

@@ -80,7 +80,7 @@ type historyRow struct {
 const maxNotes = 30
 
 // unitOf returns the page of one unit.
-func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL string) unitPage {
+func (s *snapshot) unitOf(u *unit, path string, f filter, past *unitHistory, commitURL string) unitPage {
 	v := unitPage{
 		Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem, Freeze: fleet.Clean(s.FreezeOf(u.ID), maxText),
 	}

@@ -52,17 +52,17 @@ type Web struct {
 	c        Config
 	listener net.Listener
 	// viewers bounds how many browsers receive changes.
-	viewers chan struct{}
-	log     *changes
-	trend   *trends
+	viewers       chan struct{}
+	latestChanges *changes
+	trend         *trends
 
-	mu      sync.Mutex
-	place   string        // the store's name: see source
-	current *snapshot     // nil: not read yet
-	changed chan struct{} // closed when current is replaced
-	recent  []*rendered
-	pasts   map[deployments.UnitID]*past
-	used    time.Time // when a page was last requested
+	mu        sync.Mutex
+	place     string        // the store's name: see source
+	current   *snapshot     // nil: not read yet
+	changed   chan struct{} // closed when current is replaced
+	recent    []*rendered
+	histories map[deployments.UnitID]*unitHistory
+	used      time.Time // when a page was last requested
 }
 
 // maxViewers bounds the browsers with an open stream.
@@ -85,9 +85,9 @@ func New(c Config) (*Web, error) {
 	}
 	return &Web{
 		c: c, listener: l, viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}),
-		pasts: map[deployments.UnitID]*past{},
-		log:   &changes{known: map[deployments.UnitID]change{}},
-		trend: &trends{units: map[deployments.UnitID][]sample{}},
+		histories:     map[deployments.UnitID]*unitHistory{},
+		latestChanges: &changes{known: map[deployments.UnitID]change{}},
+		trend:         &trends{units: map[deployments.UnitID][]sample{}},
 	}, nil
 }
 
@@ -163,7 +163,7 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	if s == nil {
 		return
 	}
-	s.trend, s.log, s.pages = w.trend, w.log, map[string]*rendered{}
+	s.trend, s.latestChanges, s.pages = w.trend, w.latestChanges, map[string]*rendered{}
 	w.current = s
 	close(w.changed)
 	w.changed = make(chan struct{})
@@ -195,7 +195,7 @@ func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 			return
 		case <-news.C():
 		}
-		if s, _ := w.latest(); s != nil && w.log.load(ctx, w.c.Store, s.Fleet) {
+		if s, _ := w.latest(); s != nil && w.latestChanges.load(ctx, w.c.Store, s.Fleet) {
 			w.replace((*snapshot).copied)
 		}
 	}
@@ -210,8 +210,8 @@ const (
 	probeFor = time.Minute
 )
 
-// asked records that a page was requested.
-func (w *Web) asked() {
+// noteRequest records that a page was requested.
+func (w *Web) noteRequest() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used = time.Now()
@@ -233,7 +233,7 @@ func (w *Web) probe(ctx context.Context) {
 		if idle || s == nil {
 			continue
 		}
-		err := w.ask(ctx)
+		err := w.probeStore(ctx)
 		why := ""
 		switch {
 		case err == nil:
@@ -254,9 +254,9 @@ func (w *Web) probe(ctx context.Context) {
 	}
 }
 
-// ask returns an error unless the store answers a read in time. It also reads the store's datacenter, until that is
-// known.
-func (w *Web) ask(ctx context.Context) error {
+// probeStore returns an error unless the store answers a read in time. It also reads the store's datacenter, until that
+// is known.
+func (w *Web) probeStore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()
 	_, err := w.c.Store.Get(ctx, kv.MirrorKey)

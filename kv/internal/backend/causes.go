@@ -9,9 +9,9 @@ const maxCauses = 8
 // refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is ready.
 type Causes map[string]bool
 
-// New reports whether err is the first of its kind since the last success. A nil err is a success. Numbers in its
-// text, such as ports and times, are ignored.
-func (c *Causes) New(err error) bool {
+// FirstOfKind reports whether err is the first of its kind since the last success. A nil err is a success. Numbers in
+// its text, such as ports and times, are ignored.
+func (c *Causes) FirstOfKind(err error) bool {
 	if err == nil {
 		*c = nil
 		return false

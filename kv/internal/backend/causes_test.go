@@ -24,7 +24,7 @@ func TestCausesAreNewOnce(t *testing.T) {
 		if step.err != "" {
 			err = errors.New(step.err)
 		}
-		if got := c.New(err); got != step.want {
+		if got := c.FirstOfKind(err); got != step.want {
 			t.Errorf("step %d, %q: %v, want %v", i, step.err, got, step.want)
 		}
 	}

@@ -69,7 +69,7 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 		v.view.Since = time.Now()
 	}
 	v.view.Err = err
-	news := v.causes.New(err)
+	news := v.causes.FirstOfKind(err)
 	if v.shown && !changed && !news && !v.refolded && sameKind(old, err) {
 		return
 	}

@@ -63,7 +63,7 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 		return all
 	}
 	slices.SortStableFunc(order, func(a, b *Report) int {
-		return cmp.Or(gone(a)-gone(b), cmp.Compare(len(a.Entry.Value), len(b.Entry.Value)))
+		return cmp.Or(goneRank(a)-goneRank(b), cmp.Compare(len(a.Entry.Value), len(b.Entry.Value)))
 	})
 	r.full = !r.read(order, was)
 	return all
@@ -96,7 +96,7 @@ func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
 	return len(full) == 0
 }
 
-func gone(r *Report) int {
+func goneRank(r *Report) int {
 	if r.Entry.Session == "" {
 		return 1
 	}
