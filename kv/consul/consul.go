@@ -161,7 +161,9 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 		return nil, err
 	}
 	if l.filtered || !l.folder && len(l.entries) == 0 {
-		return nil, &absentError{prefix: prefix, folder: s.prefix + prefix, empty: !l.filtered && s.mayRead(ctx, prefix)}
+		absent := s.absenceError(prefix, l)
+		absent.empty = !l.filtered && s.mayRead(ctx, prefix)
+		return nil, absent
 	}
 	return l.entries, nil
 }
@@ -230,19 +232,24 @@ func (s *Store) read(
 	return l, err
 }
 
-func (s *Store) absenceError(prefix string) error {
-	return &absentError{prefix: prefix, folder: s.prefix + prefix}
+// absenceError is the error of an answer by which a key that it lacks may exist all the same.
+func (s *Store) absenceError(prefix string, l listing) *absentError {
+	return &absentError{prefix: prefix, folder: s.prefix + prefix, filtered: l.folder && l.filtered}
 }
 
-// absentError is the error of a read without the folder key. It is ErrNoFolder, and so ErrDenied; it is ErrEmpty
-// if the token may read the folder key, which then just doesn't exist.
+// absentError is an ErrDenied. Unless only other keys than the folder key are left out, it is ErrNoFolder as well, and
+// ErrEmpty if the token may read the folder key, which then just doesn't exist.
 type absentError struct {
-	prefix, folder string
-	empty          bool
+	prefix, folder  string
+	empty, filtered bool
 }
 
 func (e *absentError) Error() string {
-	if e.empty {
+	switch {
+	case e.filtered:
+		return fmt.Sprintf("list %s: Consul left out keys below %s that the token may not read: %v", e.prefix, e.folder,
+			kv.ErrDenied)
+	case e.empty:
 		return fmt.Sprintf("list %s: the folder key %s does not exist: no mirror has run with this prefix, or Consul "+
 			"has lost its data", e.prefix, e.folder)
 	}
@@ -255,7 +262,15 @@ func (e *absentError) Error() string {
 }
 
 func (e *absentError) Is(target error) bool {
-	return target == kv.ErrDenied || target == kv.ErrNoFolder || target == kv.ErrEmpty && e.empty
+	switch target {
+	case kv.ErrDenied:
+		return true
+	case kv.ErrNoFolder:
+		return !e.filtered
+	case kv.ErrEmpty:
+		return e.empty
+	}
+	return false
 }
 
 func (s *Store) entry(p *api.KVPair) kv.Entry {

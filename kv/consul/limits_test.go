@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -159,4 +160,22 @@ func TestLeastPrivilege(t *testing.T) {
 	denied("an agent takes the lease", err)
 	must("the agent leaves", p.Close(ctx))
 	must("the mirror leaves", lease.Release(ctx))
+}
+
+// A token that may not read a single key gets an error that says so, not one of a folder that isn't there.
+func TestOneKeyIsDenied(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	folders(t, c, "pins/prod/web/")
+	put(t, c, "pins/prod/web/app", "v1")
+	put(t, c, "pins/prod/web/secret", "v1")
+	s := c.Open(c.Token(readWeb + ` key "kedge/pins/prod/web/secret" { policy = "deny" }`))
+	saysSo := func(err error) bool {
+		return errors.Is(err, kv.ErrDenied) && !errors.Is(err, kv.ErrNoFolder) && !errors.Is(err, kv.ErrEmpty) &&
+			strings.Contains(err.Error(), "Consul left out keys below kedge/pins/prod/web/")
+	}
+	if _, err := s.List(t.Context(), "pins/prod/web/"); !saysSo(err) {
+		t.Errorf("a list: %v", err)
+	}
+	kvtest.Watch(t, s, "pins/prod/web/").Await(t, "the same error", func(v kv.View) bool { return saysSo(v.Err) })
 }

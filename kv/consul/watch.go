@@ -102,7 +102,7 @@ func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 		v.Set(l.entries)
 		return
 	}
-	v.Merge(l.entries, s.absenceError(prefix))
+	v.Merge(l.entries, s.absenceError(prefix, l))
 }
 
 // blind reports whether the answer shows nothing that a blocking query could wait on.
