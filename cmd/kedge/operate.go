@@ -175,7 +175,7 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 					}
 				}
 			}
-			notes := fleet.PinNotes(ctx, store, id, node, pin.AtOnce)
+			notes := fleet.PinNotes(ctx, store, id, node, &pin)
 			if err := fleet.Pin(ctx, store, id, node, pin); err != nil {
 				return err
 			}
@@ -270,7 +270,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-		notes := fleet.PinNotes(ctx, store, id, node, false)
+		notes := fleet.PinNotes(ctx, store, id, node, nil)
 		was, err := fleet.Unpin(ctx, store, id, node)
 		line, outcome := "unpinned "+scope(id, node), "unpinned"
 		switch {

@@ -13,8 +13,10 @@ import (
 )
 
 // PinNotes returns what an operator should know before pinning or unpinning a unit or, if node isn't empty, that node.
-// atOnce is the AtOnce of the new pin. The result is nil if the fleet can't be read.
-func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
+// pin is the new pin, nil to unpin. The result is nil if the fleet can't be read.
+func PinNotes(
+	ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin *deployments.Pin,
+) (notes []string) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
 		return nil // writing the pin will return the error
@@ -35,9 +37,14 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	if pinned {
 		notes = append(notes, "pinned before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
 	}
-	if node == "" && u.Record != nil && u.Record.Paced && !atOnce && !f.MirrorRunning {
-		notes = append(notes, "no mirror runs, and nodes wait until one admits them, within max_unavailable: "+
-			"start one, or let all nodes follow at once: kedge pin --at-once")
+	if node == "" && u.Record != nil && u.Record.Paced && !f.MirrorRunning {
+		const waits = "no mirror runs, and nodes wait until one admits them, within max_unavailable: start one"
+		switch {
+		case pin == nil:
+			notes = append(notes, waits)
+		case !pin.Hold && !pin.AtOnce:
+			notes = append(notes, waits+", or let all nodes follow at once: kedge pin --at-once")
+		}
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {

@@ -225,7 +225,7 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 				t.Errorf("of a unit that isn't there: %q", got)
 			}
 		}
-		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node, false), "\n"); got != c.want {
+		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node, nil), "\n"); got != c.want {
 			t.Errorf("before a pin of %s %s:\n%s\nwant\n%s", c.unit, c.node, got, c.want)
 		}
 	}
@@ -303,15 +303,21 @@ func TestPinsSayWhatMoves(t *testing.T) {
 	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: two, Stable: one, Generation: 2, Paced: true,
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: two.Digest}}),
 		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
-	notes := func(atOnce bool) string { return strings.Join(PinNotes(t.Context(), s, app, "", atOnce), "\n") }
-	if got := notes(false); !strings.Contains(got, "no mirror runs") || !strings.Contains(got, "--at-once") {
+	notes := func(pin *deployments.Pin) string { return strings.Join(PinNotes(t.Context(), s, app, "", pin), "\n") }
+	if got := notes(&deployments.Pin{Release: one}); !strings.Contains(got, "no mirror runs") ||
+		!strings.Contains(got, "--at-once") {
 		t.Errorf("without a mirror: %q", got)
 	}
-	if got := notes(true); got != "" {
-		t.Errorf("at once: %q", got)
+	if got := notes(nil); !strings.Contains(got, "no mirror runs") || strings.Contains(got, "--at-once") {
+		t.Errorf("unpin without a mirror: %q", got)
+	}
+	for _, pin := range []deployments.Pin{{Release: one, AtOnce: true}, {Hold: true}} {
+		if got := notes(&pin); got != "" {
+			t.Errorf("%+v: %q", pin, got)
+		}
 	}
 	store(t, s, lease())
-	if got := notes(false); got != "" {
+	if got := notes(&deployments.Pin{Release: one}); got != "" {
 		t.Errorf("with a mirror: %q", got)
 	}
 	back := "the one live node runs it already, as 2 d5856351 was rolled back before"

@@ -408,5 +408,9 @@ func TestTableBeforeAnyMirror(t *testing.T) {
 		if got := strings.Contains(strings.Join(strings.Fields(table.String()), " "), step); got != c.says {
 			t.Errorf("%s: %t\n%s", c.name, got, table.String())
 		}
+		unknown := c.fleet.Errors[kv.MirrorPrefix] != ""
+		if strings.Contains(table.String(), "taken no commit") == (unknown || c.fleet.Mirror != nil) {
+			t.Errorf("%s:\n%s", c.name, table.String())
+		}
 	}
 }

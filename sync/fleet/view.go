@@ -127,7 +127,10 @@ func (f *Fleet) MirrorHasRun() bool { return f.Mirror != nil && f.Mirror.Head !=
 func (f *Fleet) MirrorNotes() []Note {
 	about := Text{"mirror", Dim}
 	m := f.Mirror
-	if m == nil {
+	switch {
+	case m == nil && cmp.Or(f.Errors[kv.MirrorPrefix], f.Errors[kv.MirrorKey]) != "":
+		return []Note{{about, Text{"its state can't be read: see the error below", Warn}}}
+	case m == nil:
 		return []Note{{about, Text{"has taken no commit yet", Plain}}}
 	}
 	head := "has taken no commit yet"
