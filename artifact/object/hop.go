@@ -3,6 +3,7 @@ package object
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/http"
@@ -25,7 +26,7 @@ var (
 		"sources names it, and a redirect from another machine never")
 
 	errToPlainHTTP = errors.New("a redirect from https may not lead to plain http")
-	errWithoutEnd  = errors.New("it is redirected too often: nine redirects are followed")
+	errWithoutEnd  = fmt.Errorf("it is redirected too often: at most %d redirects are followed", maxRequests-1)
 )
 
 // maxRequests bounds the requests of one read: the first, and one for each redirect that it follows.

@@ -97,16 +97,16 @@ func (o *Objects) Close() error {
 // have all objects.
 func (o *Objects) lacking() string {
 	if o.filtered { // a cache, for which the server decides what comes
-		return "the server's repository may be a shallow clone: git fetch --unshallow there brings the rest"
+		return "the server's repository may be a shallow clone: run git fetch --unshallow in it"
 	}
 	for _, dir := range o.dirs {
 		root := dir.Filesystem().Root()
 		if _, err := os.Stat(filepath.Join(root, "shallow")); err == nil {
-			return "it is a shallow clone: git fetch --unshallow brings the rest"
+			return "the repository is a shallow clone: run git fetch --unshallow in it"
 		}
 		if promised, err := filepath.Glob(filepath.Join(root, "objects", "pack", "*.promisor")); err == nil &&
 			len(promised) > 0 {
-			return "it is a partial clone: mirror one that was made without --filter"
+			return "the repository is a partial clone: mirror one that was made without --filter"
 		}
 	}
 	return ""

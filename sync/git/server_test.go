@@ -147,7 +147,7 @@ func TestServersOwnWords(t *testing.T) {
 		"not for you": {403, "text/html", "<html><head><title>\nSSO\nrequired</title></head>",
 			[]string{"403: SSO required", "KEDGE_GIT_TOKEN"}},
 		"not there": {404, "text/plain", "Repository not found.", []string{"Repository not found.",
-			"may not read it"}},
+			"may these credentials read the repository?"}},
 		"a page of a book": {502, "text/plain", strings.Repeat("words ", 10_000), []string{"502: words words"}},
 		"a login page": {200, "text/html; charset=utf-8", "<!doctype html><title>Sign in</title>",
 			[]string{"page for people", "Sign in", "login page"}},

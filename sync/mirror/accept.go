@@ -253,8 +253,8 @@ func refuse(c candidate) error {
 		return nil
 	case len(stays) == 0:
 		return fmt.Errorf(
-			"commit %s has no unit at all, and %d units have records: to remove them all, set max_removed: 100 in kedge.yaml "+
-				"in a commit before it",
+			"commit %s has no unit at all, and %d units have records: to remove them all, first push a commit "+
+				"that sets max_removed: 100 in kedge.yaml",
 			short(c.to.Hash),
 			len(c.had),
 		)

@@ -146,7 +146,7 @@ func TestShallowCloneBehindAServer(t *testing.T) {
 	h.Git("", "clone", "-q", "--bare", "--depth=1", "file://"+whole, h.Bare)
 	h.Away.Store(false)
 	m.status(func(s deployments.MirrorState) bool {
-		return strings.Contains(s.Error, "git fetch --unshallow there") && s.Head == first
+		return strings.Contains(s.Error, "git fetch --unshallow in it") && s.Head == first
 	})
 	h.Git(h.Bare, "fetch", "-q", "--unshallow")
 	m.at(head)

@@ -31,7 +31,7 @@ func readVault(ctx context.Context, path string) (string, error) {
 	address := os.Getenv("VAULT_ADDR")
 	base, err := url.Parse(address)
 	if err != nil || base.Host == "" || base.Scheme != "https" && base.Scheme != "http" {
-		return "", errors.New("VAULT_ADDR is to be Vault's address, as in https://vault.example:8200")
+		return "", errors.New("VAULT_ADDR: want Vault's address, as in https://vault.example:8200")
 	}
 	client, err := vaultClient()
 	if err != nil {

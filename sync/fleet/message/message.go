@@ -36,7 +36,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonUnheard:         "[node {node} ]has yet to report whether anything serves at dest",
 	deployments.ReasonUnaware:         "[node {node} ]is healthy, and has yet to notice that it was admitted",
 	deployments.ReasonNothingToGoBack: "there is nothing to go back to",
-	deployments.ReasonOrphaned:        "its file is no longer in Git, so it stands where it is",
+	deployments.ReasonOrphaned:        "the unit's file is no longer in Git, so nodes keep what they run",
 
 	// of a refused order
 	deployments.ReasonUnknownOrder:    "there is no such order: want promote, pause, resume, abort or retry",

@@ -47,11 +47,11 @@ func (e *Refusal) hint(address string, app bool) string {
 		return " (is the repository's path right, and may this key read it?)"
 	case http.StatusUnauthorized, http.StatusForbidden:
 		if app {
-			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
+			return " (is the key the GitHub App's, and may its installation read the contents of this repository?)"
 		}
 		return " (are KEDGE_GIT_USER and KEDGE_GIT_TOKEN set, valid, and allowed to read the repository?)"
 	case http.StatusNotFound:
-		return " (or these credentials may not read it)"
+		return " (is the address right, and may these credentials read the repository?)"
 	case http.StatusOK:
 		return " (is it a login page? the address is the one that git clone takes)"
 	}

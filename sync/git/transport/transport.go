@@ -91,11 +91,11 @@ func (r *Repository) Explain(doing string, err error) error {
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
 		hint = " (are KEDGE_GIT_USER and KEDGE_GIT_TOKEN set, valid, and allowed to read the repository?)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):
-		hint = " (or these credentials may not read it)"
+		hint = " (is the address right, and may these credentials read the repository?)"
 	case strings.Contains(err.Error(), "unable to authenticate"):
 		hint = " (the server doesn't accept this key for " + r.endpoint.User + ")"
 	case strings.Contains(err.Error(), "x509:"):
-		hint = " (GIT_SSL_CAINFO names a file of further authorities)"
+		hint = " (if the server's certificate is of an authority of your own, name that authority's file in GIT_SSL_CAINFO)"
 	}
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
