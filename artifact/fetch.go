@@ -72,14 +72,15 @@ func fetchIndexed(
 	if err := f.run(ctx, base, dir); err != nil {
 		return tree, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
-	f.meter.Done()
+	f.meter.Finish()
 	if err := dropDeltas(dir, ""); err != nil {
 		return tree, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
 	return filled{f.encoded, f.index, f.tree.stats}, nil
 }
 
-// fetch is one call of fetchIndexed.
+// fetch is the state of one fetch of an indexed archive: for a release that is staged, or for an old release that a
+// delta is made from.
 type fetch struct {
 	objects  *object.Client
 	manifest *deployments.Manifest

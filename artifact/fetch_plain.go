@@ -90,7 +90,7 @@ func extract(
 		return fmt.Errorf("extract: %w", err)
 	}
 	if m.Size > 0 && o.Size != m.Size {
-		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, deployments.ErrDigest)
+		return fmt.Errorf("extract %s: %w: it has %d bytes, the manifest says %d", src, deployments.ErrDigest, o.Size, m.Size)
 	}
 	meter := meter.New("fetch", o.Size, opt.Progress)
 	stream, err := openPlain(ctx, from, o, m, dir, opt, meter)
@@ -132,7 +132,7 @@ func extract(
 	if !matches(sum, m.Checksum) {
 		return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
 	}
-	meter.Done()
+	meter.Finish()
 	return nil
 }
 

@@ -54,8 +54,8 @@ type builder struct {
 
 // largeOpen is a file that several workers write, frame by frame.
 type largeOpen struct {
-	file *os.File
-	left int // frames to write
+	file       *os.File
+	framesLeft int // frames to write
 }
 
 const gateWidth = 256
@@ -99,7 +99,7 @@ func (b *builder) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.probe(); err != nil {
+	if err := b.probeWithheld(); err != nil {
 		return err
 	}
 	if len(kept) == 0 {
@@ -170,9 +170,9 @@ func (b *builder) dirMade(i int) bool {
 	}
 }
 
-// probe sets withheld, by making a directory. Mostly nothing is withheld, which saves a chmod of each new file and
-// directory.
-func (b *builder) probe() error {
+// probeWithheld sets withheld, by making a directory. Mostly nothing is withheld, which saves a chmod of each new file
+// and directory.
+func (b *builder) probeWithheld() error {
 	const name = ".kedge-mode"
 	b.withheld = 0o777
 	err := b.root.Mkdir(name, 0o777)
@@ -434,7 +434,7 @@ func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	w.back.wrote(int64(len(content)))
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if l.left--; l.left > 0 {
+	if l.framesLeft--; l.framesLeft > 0 {
 		return nil
 	}
 	delete(w.open, i)
@@ -457,7 +457,7 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 	from, to := w.index.FramesOf(e)
 	for n := from; n < to; n++ {
 		if !w.chunks[n] {
-			l.left++
+			l.framesLeft++
 		}
 	}
 	w.open[i] = l

@@ -65,7 +65,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 		return nil, p.ctx.Err()
 	}
 	if err != nil {
-		p.log.Warn("can't look for earlier releases, which get no deltas: name them with --since",
+		p.log.Warn("could not list earlier releases, so no deltas from them are made: name them with --since",
 			"prefix", p.beside, "error", err)
 		return nil, nil
 	}
@@ -100,8 +100,8 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 	}
 	if more {
 		p.log.Warn(
-			"there are too many releases to look at all of them: some that were published last may get no deltas; "+
-				"name them with --since",
+			"there are too many objects to list them all: deltas from some of the last releases may be missing; "+
+				"name these with --since",
 			"prefix",
 			p.beside,
 			"objects",

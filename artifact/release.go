@@ -28,13 +28,13 @@ var ErrNoRelease = errors.New("no such release on this disk")
 //
 //	/srv/app                               symlink to app.releases/1.4.2-9f2c01ab34cd, relative
 //	/srv/app.releases/1.4.2-9f2c01ab34cd/  a complete, verified, synced tree
-//	/srv/app.releases/adopted-…/           what was at dest before kedge; never removed
+//	/srv/app.releases/adopted-…/           what was at dest before kedge; never deleted
 //	/srv/app.releases/.kedge/…             manifests, indexes, what commands made, trees being staged; private (0700)
 //	/srv/app.shared/…                      the manifest's shared paths, which releases link to; never removed
 //
 // A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: if the
-// name exists, the release is complete. One process at a time may change DEST.releases, which the agent's lock on its
-// state directory ensures.
+// name exists, the release is complete. One process at a time may change DEST.releases: package deploy ensures it by a
+// lock file beside dest.
 type Releases struct {
 	dest    string
 	objects *object.Client

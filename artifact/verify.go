@@ -21,9 +21,10 @@ import (
 	"kedge/deployments"
 )
 
-// verifyTree compares a tree with its index, and returns the differences, sorted by path. An index has no owners.
-// It reads every file, at most limit bytes a second (0: as fast as one core can). It skips the paths of skip and
-// what lies below them. stats has the stat of each file from when it was read, if its content was right.
+// verifyTree compares a tree with its index, and returns the differences, sorted by path. It doesn't compare owners, as
+// an index has none. It reads each file that has the size in the index, at most limit bytes a second (0: no limit). It
+// skips the paths in skip, and what lies below them. stats has, by entry, the stat of each file whose content was
+// right; zero: it was wrong, or the file changed just before or while it was read.
 func verifyTree(
 	ctx context.Context,
 	dir string,

@@ -16,7 +16,8 @@ type RuleVars struct {
 	Prefix string
 	// Stage and Role are an agent's. Other parties have none.
 	Stage, Role string
-	// Node is the Consul node that the agent or the mirror talks to. Operators have none.
+	// Node is the name of the Consul node of an agent or a mirror: the one whose Consul agent it talks to. Other parties
+	// have none.
 	Node string
 }
 

@@ -175,7 +175,7 @@ func CheckSourceURL(s string) error {
 		return fmt.Errorf("the URL does not parse: %w: a %% is written as %%25", escape)
 	}
 	if err != nil {
-		return fmt.Errorf("the URL does not parse") // err would quote the URL, with a password
+		return errors.New("the URL does not parse: want SCHEME://HOST/PATH; it is not shown, as it may contain a password")
 	}
 	if u.User != nil {
 		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")

@@ -153,8 +153,8 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 	return st.end().because(deployments.ReasonFirstRelease, nil), true
 }
 
-// stableBefore reports whether the rollout of a target needs no gates. It needs none if the target was stable in one of
-// the last generations, and the unit's fast_back allows it.
+// stableBefore reports whether a target may pass the gates because it was stable in one of the last generations, and
+// the unit's fast_back allows that.
 func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
 }

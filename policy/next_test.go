@@ -535,8 +535,9 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 			m := Next(s)
 			why, _ := Refusal(order, s.Record)
 			same := reflect.DeepEqual(m.Record, without.Record)
-			if (why != "") != same || why != "" && (m.Reason != why || !m.Refused) || (m.Did == "") != (why != "") {
-				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason, m.Did, same)
+			if (why != "") != same || why != "" && (m.Reason != why || !m.Refused) || (m.OrderReason == "") != (why != "") {
+				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason,
+					m.OrderReason, same)
 			}
 		}
 	}

@@ -15,9 +15,9 @@ type Transition struct {
 	Facts  deployments.Facts
 	// Refused is set if an order changes nothing; Reason then says why. Did, with DidFacts, is the reason code of what
 	// an order did, if it changed something.
-	Refused  bool
-	Did      deployments.Reason
-	DidFacts deployments.Facts
+	Refused     bool
+	OrderReason deployments.Reason
+	OrderFacts  deployments.Facts
 	// Recheck is when time alone could change the answer; zero: never.
 	Recheck time.Time
 }
@@ -77,7 +77,7 @@ func Next(s Situation) Transition {
 		in.Ranks.forget()
 	}
 	m := Transition{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Recheck: st.again,
-		Did: did.reason, DidFacts: did.facts}
+		OrderReason: did.reason, OrderFacts: did.facts}
 	if refused.reason != "" {
 		m.Reason, m.Facts, m.Refused = refused.reason, refused.facts, true
 	}

@@ -25,10 +25,10 @@ type Situation struct {
 	// Seen is the time since which the mirror has read Nodes without a gap; zero: always. While the store is away, no node
 	// can report. The mirror derives Seen from elapsed time, so that setting the clock doesn't change it.
 	Seen time.Time
-	// Left are the times at which this mirror saw nodes leave Nodes, for nodes that are not back. Listed is the time since
-	// which this mirror has watched Nodes; zero: always. A node whose key in status/ was removed may still be alive, and
+	// Left has, for each node that is no longer in Nodes, when this mirror saw it go. Such a node may still be alive, and
 	// act on the record.
-	Left   []time.Time
+	Left []time.Time
+	// Listed is the time since which this mirror has watched Nodes; zero: always.
 	Listed time.Time
 	// Pin is the unit's value in pins/; nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]
@@ -36,7 +36,7 @@ type Situation struct {
 	StableBefore []deployments.Digest
 	// Order is an operator's order at control/: promote, pause, resume, abort or retry; empty: none.
 	Order string
-	// Freeze is the result of Frozen for the unit now.
+	// Freeze is the result of FreezeAt for the unit now.
 	Freeze FreezeState
 	// Ranks, if kept from one call to the next for a unit, saves hashing and sorting a fleet that has not changed.
 	// It doesn't influence the answer. Nil: everything is computed anew.

@@ -73,7 +73,7 @@ func MakeDelta(
 		return fmt.Errorf("delta from %s to %s: %w", oldTree, newTree, err)
 	}
 	m.out.Write([]byte{0})
-	m.meter.Done()
+	m.meter.Finish()
 	return m.out.Close()
 }
 

@@ -54,15 +54,15 @@ func (m *matcher) find(data []byte) (at, length int) {
 		return 0, 0
 	}
 	at = int(slot - 1)
-	length = equalPrefix(m.old[at:], data)
+	length = commonPrefixLen(m.old[at:], data)
 	if length < seedSize {
 		return 0, 0
 	}
 	return at, length
 }
 
-// equalPrefix returns the length of the common prefix of a and b.
-func equalPrefix(a, b []byte) int {
+// commonPrefixLen returns the length of the common prefix of a and b.
+func commonPrefixLen(a, b []byte) int {
 	n := min(len(a), len(b))
 	i := 0
 	for ; i+8 <= n; i += 8 {

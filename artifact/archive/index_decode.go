@@ -44,7 +44,7 @@ func DecodeIndex(data []byte) (*Index, error) {
 		return nil, fmt.Errorf("%w: %w", ErrIndex, err)
 	}
 	if len(r.rest) > 0 {
-		return nil, fmt.Errorf("%w: %d bytes follow it", ErrIndex, len(r.rest))
+		return nil, fmt.Errorf("%w: %d bytes follow its end", ErrIndex, len(r.rest))
 	}
 	return x, nil
 }

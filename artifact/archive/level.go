@@ -15,7 +15,7 @@ type Compression uint8
 // CompressionDefault makes an archive that is no larger than one stream of zstd -3.
 const CompressionDefault Compression = 0
 
-// compression is a named setting of the encoder, with the zstd levels that stand for it.
+// compression is a named setting of the encoder, to which zstd's numeric levels map, too.
 type compression struct {
 	name string
 	// upTo is the highest of zstd's levels that maps to it.

@@ -73,7 +73,7 @@ func Pack(
 	if err := p.run(ctx); err != nil {
 		return Packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
-	p.meter.Done()
+	p.meter.Finish()
 	result := Packed{
 		Size:    x.ArchiveSize(),
 		SHA256:  deployments.Digest(p.archive.Sum(nil)),

@@ -50,8 +50,8 @@ func (m *Meter) Expect(n int64) {
 	m.total += n
 }
 
-// Done reports the final progress.
-func (m *Meter) Done() {
+// Finish reports the final progress.
+func (m *Meter) Finish() {
 	if m.report == nil {
 		return
 	}

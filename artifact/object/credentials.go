@@ -18,13 +18,13 @@ const credentialsPatience = time.Second
 // fails.
 type slowCredentials struct {
 	aws.CredentialsProvider
-	log  *slog.Logger
-	told atomic.Bool // the delay was logged since credentials last came
+	log         *slog.Logger
+	delayLogged atomic.Bool // the delay was logged since credentials last came
 }
 
 func (c *slowCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {
 	timer := time.AfterFunc(credentialsPatience, func() {
-		if c.told.CompareAndSwap(false, true) {
+		if c.delayLogged.CompareAndSwap(false, true) {
 			c.log.Info("waiting for AWS credentials: if there are none in the environment, in files or in a role of the " +
 				"machine, it takes some 20 s until that is known")
 		}
@@ -32,7 +32,7 @@ func (c *slowCredentials) Retrieve(ctx context.Context) (aws.Credentials, error)
 	defer timer.Stop()
 	found, err := c.CredentialsProvider.Retrieve(ctx)
 	if err == nil {
-		c.told.Store(false)
+		c.delayLogged.Store(false)
 	}
 	return found, err
 }

@@ -144,7 +144,11 @@ func readHTTP(
 		before = offset // the server ignores Range
 	default:
 		r.Body.Close()
-		return nil, 0, fmt.Errorf("the server answered %s", r.Status)
+		want := "206 Partial Content"
+		if whole {
+			want = "200 OK"
+		}
+		return nil, 0, fmt.Errorf("the server answered %s, want %s", r.Status, want)
 	}
 	return r.Body, before, nil
 }

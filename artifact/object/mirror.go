@@ -153,8 +153,9 @@ func (c *Client) PassOver(s Source, err error) {
 		"mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL), "reason", reason, "error", err)
 }
 
-// EachSource calls try with one source of an object after the other, until try returns nil. If it never does, the
-// error is that of the object's own place.
+// EachSource calls try with one source of an object after the other, until try returns nil or ctx ends. It has a mirror
+// that failed tried last for a while: see PassOver. If no try succeeds, the error is that of the object's own place; if
+// ctx ends, that of the last try.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
 	for _, s := range c.Sources(url) {

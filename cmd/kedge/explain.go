@@ -49,10 +49,10 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 				if err != nil {
 					return err
 				}
-				return cmp.Or(a.printJSON(explanation), f.Incomplete())
+				return cmp.Or(a.printJSON(explanation), f.CheckComplete())
 			}
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
-			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.Incomplete())
+			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.CheckComplete())
 		},
 	}
 	c.Flags().
@@ -113,7 +113,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 // notFound adds to err, which says that something isn't in f, that a part of f wasn't read. It returns err unchanged if
 // all was read.
 func notFound(f *fleet.Fleet, err error) error {
-	if unread := f.Incomplete(); err != nil && unread != nil {
+	if unread := f.CheckComplete(); err != nil && unread != nil {
 		return fmt.Errorf("%w; but %w", err, unread)
 	}
 	return err
@@ -132,8 +132,8 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit strin
 	case errors.Is(err, kv.ErrUnavailable):
 		local := "the node's own agent can answer without the store; on the node, as root: kedge explain " + unit
 		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + local}
-	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.Incomplete() != nil:
-		return nil, f.Incomplete()
+	case err == nil && len(f.Units) == 0 && filter.Unit != "" && f.CheckComplete() != nil:
+		return nil, f.CheckComplete()
 	case err == nil && len(f.Units) == 0 && filter.Unit != "":
 		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
 	}

@@ -90,9 +90,9 @@ Exit code 1 if more is stored below a prefix than is read: it shows the rest, an
 					return err
 				}
 				if a.json {
-					return cmp.Or(a.printJSON(shown(f)), f.Incomplete())
+					return cmp.Or(a.printJSON(shown(f)), f.CheckComplete())
 				}
-				if err := cmp.Or(write(a.stdout, f), f.Incomplete()); err != nil {
+				if err := cmp.Or(write(a.stdout, f), f.CheckComplete()); err != nil {
 					return err
 				}
 				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
@@ -158,7 +158,7 @@ mirror saw it. A pin that came and went between two looks of the mirror, or whil
 			}
 			if len(entries) == 0 {
 				f, err := fleet.Read(cmd.Context(), store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-				if err == nil && len(f.Units) == 0 && f.Incomplete() == nil {
+				if err == nil && len(f.Units) == 0 && f.CheckComplete() == nil {
 					return fleet.NoUnit(cmd.Context(), store, id)
 				}
 			}

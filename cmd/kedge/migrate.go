@@ -217,8 +217,8 @@ func (a *app) showImported(one migrate.Imported) {
 		did = "written"
 	}
 	older := ""
-	if one.Older > 0 {
-		older = fmt.Sprintf(", the newest of %d", one.Older+1)
+	if one.OlderCount > 0 {
+		older = fmt.Sprintf(", the newest of %d", one.OlderCount+1)
 	}
 	fmt.Fprintf(a.stdout, "%s %s: %s%s\n  %s\n", one.File, did, one.From, older, one.Pointer)
 }

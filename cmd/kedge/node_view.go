@@ -29,10 +29,10 @@ kedge explain NAME/UNIT says.`,
 				return notFound(f, err)
 			}
 			if a.json {
-				return cmp.Or(a.printJSON(of), f.Incomplete())
+				return cmp.Or(a.printJSON(of), f.CheckComplete())
 			}
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color()}
-			return cmp.Or(fleet.WriteNode(a.stdout, f, of, opt), f.Incomplete())
+			return cmp.Or(fleet.WriteNode(a.stdout, f, of, opt), f.CheckComplete())
 		},
 	}
 	a.jsonFlag(c, "the node")

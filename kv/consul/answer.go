@@ -3,6 +3,7 @@ package consul
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -89,6 +90,8 @@ func (r *pairReader) read(body io.Reader) {
 func (r *pairReader) readAll(body *boundedBody) error {
 	d := json.NewDecoder(body)
 	switch start, err := d.Token(); {
+	case errors.As(err, new(*json.SyntaxError)):
+		return fmt.Errorf("read Consul's list: %w: see whether CONSUL_HTTP_ADDR leads to a Consul agent", err)
 	case err != nil:
 		return fmt.Errorf("read Consul's list: %w", err)
 	case start == nil: // null

@@ -114,7 +114,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
 			h.store.strayed.Add(1)
 			if err := h.register(ctx); err != nil {
-				h.store.log.Warn("the Consul agent does not know the service, which could not be registered again",
+				h.store.log.Warn("could not register the service again, which the Consul agent did not know: trying again",
 					"service", h.id, "error", err)
 			} else {
 				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)

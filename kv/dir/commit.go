@@ -179,7 +179,7 @@ func (d *Store) apply(changes []change) error {
 				touched[filepath.Dir(path)] = true
 			}
 		case staged[i] != "":
-			path, err := d.place(c.Key)
+			path, err := d.preparePath(c.Key)
 			if err != nil {
 				return err
 			}

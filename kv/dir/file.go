@@ -70,8 +70,8 @@ func (d *Store) find(key string) (string, bool) {
 	return in(d.dir, strings.Split(key, "/"))
 }
 
-// place returns the file to write a key to, and creates its directories.
-func (d *Store) place(key string) (string, error) {
+// preparePath returns the file to write a key to, and creates its directories.
+func (d *Store) preparePath(key string) (string, error) {
 	if path, ok := d.find(key); ok {
 		return path, nil
 	}

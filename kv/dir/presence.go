@@ -55,8 +55,8 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return err
 }
 
-// Join puts an entry and returns the time of that write in nanoseconds. No other process writes meanwhile, so that
-// times order the entries.
+// Join puts an entry. since is the time of the write in nanoseconds, taken under the store's lock, so that the times
+// order the entries as long as the clock isn't set back. lost is as kv.Presence says.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {

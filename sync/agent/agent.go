@@ -38,7 +38,7 @@
 // # Reading order
 //
 // agent.go has Config and New, reconcile.go Run and the loop, siblings.go what units of one node need of each other.
-// unit.go says what is known of a unit, standing.go what state and reason that makes. worker.go chooses and runs a
+// unit.go says what is known of a unit, condition.go what state and reason that makes. worker.go chooses and runs a
 // unit's jobs, which are in jobs.go. watch.go reads the store, report.go writes to it, status.go makes what a node says
 // of itself, and http.go serves that.
 package agent

@@ -74,7 +74,7 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 // admit another node in its place. While the store is away, the switch doesn't begin, and the unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
-	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
+	serves := !u.state().Running.IsZero() || u.inspected.found == policy.FoundOther
 	pinned := u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin
 	// A half-done deployment is out of service already, and its report says so.
 	if u.record.Value.Rollout == nil || pinned || !serves || u.state().Unfinished {
@@ -265,9 +265,9 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// look runs a jobLook: it finds out whether something lies at dest before the unit's first release.
-func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error {
-	occupied, err := u.deploy.Look(ctx, p)
+// inspectDest runs a jobLook: it finds out whether something lies at dest before the unit's first release.
+func (a *Agent) inspectDest(ctx context.Context, u *unit, p deployments.Pointer) error {
+	occupied, err := u.deploy.DestOccupied(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -278,7 +278,7 @@ func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error 
 	u.log.Debug("looked at what is at dest", "release", p.String(), "found", string(found))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	u.looked = lookedAt{p.Digest, found}
+	u.inspected = inspectedDest{p.Digest, found}
 	a.reportDue.Set()
 	return nil
 }

@@ -56,7 +56,7 @@ const (
 // in the budget for two more minutes (unlisted in package policy). Otherwise a rollout would end without nodes that
 // restart.
 func (a *Agent) report(ctx context.Context) {
-	presence := a.presence(ctx)
+	presence := a.openPresence(ctx)
 	if presence == nil {
 		return
 	}
@@ -273,8 +273,8 @@ func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wa
 	return max(wait, 0)
 }
 
-// presence opens the presence that holds the reports, and retries until it succeeds; nil if ctx ends.
-func (a *Agent) presence(ctx context.Context) kv.Presence {
+// openPresence opens the presence that holds the reports, and retries until it succeeds; nil if ctx ends.
+func (a *Agent) openPresence(ctx context.Context) kv.Presence {
 	retry := newBackoff()
 	for {
 		p, err := a.c.Store.Presence(ctx, a.c.Node)

@@ -52,7 +52,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 				}
 			}
 		case dep.done != dep.decision.Target:
-			if now := dep.standing(); now.err != nil {
+			if now := dep.condition(); now.err != nil {
 				return dependency{
 					name,
 					"waits for " + name + ", which is " + string(now.state) + ": " + oneLine(now.err),

@@ -105,7 +105,8 @@ func (u *unit) report() deployments.UnitReport {
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
 	r.Serves = s.Running.IsZero() &&
-		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
+		(u.contends || u.inspected.found == policy.FoundOther ||
+			u.inspected.found == policy.FoundUnknown && !s.Restored.IsZero())
 	if r.Compared = s.Compared; u.observes {
 		r.Compared = u.comparison
 	}
@@ -140,7 +141,7 @@ func fitReport(r *deployments.Report) (left int) {
 	}
 	names, total, sizes := slices.Sorted(maps.Keys(r.Units)), 0, map[string]int{}
 	slices.SortStableFunc(names, func(a, b string) int {
-		return cmp.Compare(inService(r.Units[a]), inService(r.Units[b]))
+		return cmp.Compare(switchRank(r.Units[a]), switchRank(r.Units[b]))
 	})
 	for _, name := range names {
 		sizes[name] = size(name)
@@ -162,8 +163,8 @@ func fitReport(r *deployments.Report) (left int) {
 	return left
 }
 
-// inService returns 0 for a unit in mid-switch, 1 for any other.
-func inService(u deployments.UnitReport) int {
+// switchRank returns 0 for a unit in mid-switch, 1 for any other.
+func switchRank(u deployments.UnitReport) int {
 	if u.State == deployments.StateSwitching {
 		return 0
 	}
@@ -224,7 +225,7 @@ func (a *Agent) unready() map[string]string {
 		if !u.decided || u.gone() || u.serving() {
 			continue
 		}
-		s := u.standing().words()
+		s := u.condition().words()
 		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
 			s += ", and not seen healthy since the machine started"
 		}
@@ -242,7 +243,7 @@ func (a *Agent) unconverged() map[string]string {
 	maps.Copy(why, a.empty())
 	for id, u := range a.units {
 		if u.decided && !u.gone() && !u.asDesired() {
-			why[id.Role+"/"+id.Unit] = u.standing().words()
+			why[id.Role+"/"+id.Unit] = u.condition().words()
 		}
 	}
 	return why

@@ -83,7 +83,7 @@ type observed struct {
 	// unhealable is the drift that healing could not repair.
 	unhealable []string
 	comparison *deployments.Compared // on a node that observes
-	looked     lookedAt
+	inspected  inspectedDest
 	again      *wait.Backoff       // the pauses before dest is compared again, on a node that observes
 	health     deploy.Health       // health of watched
 	watched    deployments.Pointer // the release whose health was watched last
@@ -135,10 +135,10 @@ const (
 	jobVerify       jobKind = "verify"
 	jobProve        jobKind = "prove" // await the health of the running release, after a reboot
 	jobObserve      jobKind = "observe"
-	jobLook         jobKind = "look"          // look at dest before the first release
+	jobInspectDest  jobKind = "inspect-dest"  // find out whether something lies at dest before the first release
 	jobLeave        jobKind = "leave"         // restore what was there before the first release
 	jobForgetBefore jobKind = "forget-before" // discard what was there before the first release
-	jobRaiseFloor   jobKind = "settle"        // raise the version floor: nothing older may follow
+	jobRaiseFloor   jobKind = "raise-floor"   // raise the version floor: nothing older may follow
 )
 
 // announcement is a switch that begins once the store holds a report that announces it.
@@ -160,8 +160,8 @@ func (x *announcement) begins() bool {
 	}
 }
 
-// lookedAt is what was found at a release's dest while its unit ran nothing.
-type lookedAt struct {
+// inspectedDest is what was found at a release's dest while its unit ran nothing.
+type inspectedDest struct {
 	release deployments.Digest
 	found   policy.Found
 }
@@ -202,9 +202,9 @@ func (u *unit) state() deploy.State {
 	return u.deploy.State()
 }
 
-// toLook reports whether the unit first has to look at what is at dest. If another tool's release serves there, it must
-// not be replaced on all nodes at once.
-func (u *unit) toLook() bool {
+// mustInspectDest reports whether the unit first has to look at what is at dest. If another tool's release serves
+// there, it must not be replaced on all nodes at once.
+func (u *unit) mustInspectDest() bool {
 	p := u.goal.stage
 	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil
 }
@@ -213,7 +213,7 @@ func (u *unit) toLook() bool {
 // agent has neither looked at the dest of any of them nor restored it. Once a release of the unit runs, the result is
 // always FoundNothing.
 func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
-	is := func(p deployments.Pointer) bool { return u.looked.release == p.Digest }
+	is := func(p deployments.Pointer) bool { return u.inspected.release == p.Digest }
 	was := func(p deployments.Pointer) bool { return !p.IsZero() && u.state().Restored == p.Digest }
 	switch {
 	case !u.state().Running.IsZero():
@@ -223,7 +223,7 @@ func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
 	case !slices.ContainsFunc(releases, is):
 		return policy.FoundUnknown
 	}
-	return u.looked.found
+	return u.inspected.found
 }
 
 // maxRan bounds observed.ran.
@@ -289,12 +289,12 @@ func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {
 		return false
 	}
-	switch u.standing().state {
+	switch u.condition().state {
 	case deployments.StateConverged, deployments.StateHeld, deployments.StateInvalid, deployments.StateQuarantined,
 		deployments.StateUnhealthy:
 		return true
 	case deployments.StateWaiting:
-		return u.decided && (u.blocked.stuck || u.decision.Target.IsZero() && !u.toLook())
+		return u.decided && (u.blocked.stuck || u.decision.Target.IsZero() && !u.mustInspectDest())
 	}
 	return false
 }
@@ -310,7 +310,7 @@ func (u *unit) serving() bool { return u.final() && u.serves() && u.state().Prov
 
 // asDesired reports whether the unit runs what it should: the decided release, or what a pin holds.
 func (u *unit) asDesired() bool {
-	state := u.standing().state
+	state := u.condition().state
 	return state == deployments.StateConverged || state == deployments.StateHeld && u.serves()
 }
 

@@ -60,7 +60,7 @@ func (a *Agent) leave(u *unit) {
 	delete(a.units, u.id)
 	delete(a.onDisk, u.id)
 	a.metrics.drop(u.id)
-	a.cache.Recount(u.id.Role, time.Now())
+	a.cache.RefilterPins(u.id.Role, time.Now())
 	a.changed.Set()
 }
 
@@ -342,8 +342,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if u.toHeal() {
 		return job{kind: jobHeal}, again
 	}
-	if u.toLook() {
-		return job{kind: jobLook, release: g.stage}, again
+	if u.mustInspectDest() {
+		return job{kind: jobInspectDest, release: g.stage}, again
 	}
 	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) &&
 		u.refused[p].err == nil {
@@ -370,7 +370,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	j, again := u.choose(now, a.c.VerifyEvery > 0)
-	if (j.kind == jobDeploy || j.kind == jobStage || j.kind == jobLook) && a.opening() {
+	if (j.kind == jobDeploy || j.kind == jobStage || j.kind == jobInspectDest) && a.opening() {
 		return job{}, nil, time.Time{}
 	}
 	if j.kind == jobNone {
@@ -412,7 +412,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 			return u.deploy.StageFailed(ctx, q, err)
 		}
 		if u.deploy.State().Running.IsZero() {
-			if err := a.look(ctx, u, j.release); err != nil {
+			if err := a.inspectDest(ctx, u, j.release); err != nil {
 				return err
 			}
 		}
@@ -442,8 +442,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		return a.heal(ctx, u)
 	case jobObserve:
 		return a.compare(ctx, u, j.release)
-	case jobLook:
-		return a.look(ctx, u, j.release)
+	case jobInspectDest:
+		return a.inspectDest(ctx, u, j.release)
 	case jobVerify:
 		return a.verify(ctx, u)
 	}

@@ -19,7 +19,7 @@ const runMark = "KEDGE_RUN="
 // process group and session. It returns how many there were, and an error if some may still run: ctx ended, or
 // they can't be killed.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
-	pids, err := marked(run, 0)
+	pids, err := markedProcesses(run, 0)
 	found := len(pids)
 	if err != nil || found == 0 {
 		return found, err
@@ -30,7 +30,7 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 		unix.Kill(pid, unix.SIGTERM)
 	}
 	for {
-		if pids, err = marked(run, 0); err != nil || len(pids) == 0 {
+		if pids, err = markedProcesses(run, 0); err != nil || len(pids) == 0 {
 			return found, err
 		}
 		switch waited := time.Since(begin); {
@@ -55,7 +55,7 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 // killed.
 func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
-		pids, err := markedOf(list, run, since)
+		pids, err := markedAmong(list, run, since)
 		if err != nil || len(pids) == 0 {
 			return
 		}
@@ -65,15 +65,17 @@ func killMarked(run string, since uint64, list func() ([]int, error)) {
 	}
 }
 
-// marked returns the processes with run's mark in their environment. Processes that end meanwhile are skipped, and, if
-// the agent isn't root, those of other users, which it couldn't end either.
-func marked(run string, since uint64) ([]int, error) { return markedOf(processes, run, since) }
+// markedProcesses returns the processes with run's mark in their environment. Processes that end meanwhile are skipped,
+// and, if the agent isn't root, those of other users, which it couldn't end either.
+func markedProcesses(run string, since uint64) ([]int, error) {
+	return markedAmong(processes, run, since)
+}
 
-// markedOf returns those processes of list that have run's mark in their environment. It leaves out processes that
+// markedAmong returns those processes of list that have run's mark in their environment. It leaves out processes that
 // began before since, a time as beganAt returns it; 0 leaves out none. This comes first, because reading the
 // environment of a process that hangs may take long. A process in the middle of execve(2) is read again, for up to
 // execLast.
-func markedOf(list func() ([]int, error), run string, since uint64) ([]int, error) {
+func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
 	}

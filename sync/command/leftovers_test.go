@@ -71,7 +71,7 @@ func TestMarkedInExec(t *testing.T) {
 	defer func() { cmd.Process.Kill(); cmd.Wait() }()
 	only := func() ([]int, error) { return []int{cmd.Process.Pid}, nil }
 	for i := range 2000 {
-		if pids, err := markedOf(only, mark, 0); err != nil || len(pids) != 1 {
+		if pids, err := markedAmong(only, mark, 0); err != nil || len(pids) != 1 {
 			t.Fatalf("look %d: %v, %v", i, pids, err)
 		}
 	}

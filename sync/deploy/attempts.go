@@ -11,8 +11,9 @@ import (
 )
 
 const (
-	// maxCutOff is how often a step of a release is cut off until the release counts as failed. A step is cut off if the
-	// agent or the machine ends during it.
+	// maxCutOff is how many times a step may be cut off: at the last of them the deployment fails. In the step success,
+	// and on the way back, the step's commands are left out instead. A step is cut off if the agent or the machine ends
+	// during it.
 	maxCutOff = 3
 	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32

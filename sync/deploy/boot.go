@@ -52,5 +52,5 @@ func (u *Unit) Prove(ctx context.Context) error {
 	if err := u.healthy(ctx, d, r, nil); err != nil {
 		return err
 	}
-	return u.save(func(j *journal) { j.Proven, j.Unhealthy = u.boot, nil })
+	return u.save(func(j *journal) { j.Proven, j.HealthFailure = u.boot, nil })
 }

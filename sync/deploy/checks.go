@@ -121,7 +121,7 @@ func systemdState(out string) (invocation string, _ error) {
 func checkConsul(ctx context.Context, service string) error {
 	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {
-		return fmt.Errorf("reaching the local Consul agent: %w", err)
+		return fmt.Errorf("setting up the Consul client from the environment, as CONSUL_HTTP_ADDR and CONSUL_CACERT: %w", err)
 	}
 	q := (&api.QueryOptions{}).WithContext(ctx)
 	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)

@@ -46,8 +46,9 @@ func (u *Unit) Observe(
 	return u.compare(ctx, aside, limit)
 }
 
-// Look reports whether something lies at the dest of p while none of the unit's releases runs. It changes nothing.
-func (u *Unit) Look(ctx context.Context, p deployments.Pointer) (occupied bool, err error) {
+// DestOccupied reports whether something lies at the dest of p while none of the unit's releases runs. It changes
+// nothing.
+func (u *Unit) DestOccupied(ctx context.Context, p deployments.Pointer) (occupied bool, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
 	if err != nil || r.Manifest.Src == "" {

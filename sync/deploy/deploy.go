@@ -241,16 +241,16 @@ func (u *Unit) State() State {
 		Restored:   u.j.Restored,
 	}
 	if d := u.j.Deployment; d != nil {
-		s.Leaving, s.RollingBack = d.Leaves, d.Fault != nil || d.Unserved != nil
+		s.Leaving, s.RollingBack = d.Leaves, d.Fault != nil || d.BackFailure != nil
 		if s.RecoversTo = d.target(); d.Step.beforeSwitch() {
 			s.RecoversTo = d.From
 		}
 		if d.Fault != nil {
 			s.FailedAt = d.Fault.At
 		}
-		s.Health = d.Unserved.health()
+		s.Health = d.BackFailure.health()
 	} else {
-		s.Health = u.j.Unhealthy.health()
+		s.Health = u.j.HealthFailure.health()
 	}
 	for _, f := range u.j.Quarantined {
 		s.Quarantined = append(s.Quarantined, f.Digest)
@@ -286,7 +286,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return u.advance(ctx)
+	return u.runSteps(ctx)
 }
 
 // Stage puts the release of p on disk, ready to switch to, without touching what runs.
@@ -363,7 +363,7 @@ func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	p := asked.Release
 	u.text.reset()
 	if d := u.j.Deployment; d != nil && (d.Release == p || d.Step.goesBack() && d.target() == p) {
-		if err := u.advance(ctx); err != nil {
+		if err := u.runSteps(ctx); err != nil {
 			return err
 		}
 	}
@@ -436,7 +436,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 		return err
 	}
 	u.at("begun")
-	return u.advance(ctx)
+	return u.runSteps(ctx)
 }
 
 // converged reports whether there is nothing to do for p.

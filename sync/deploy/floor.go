@@ -52,7 +52,8 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	var damaged *durable.DamagedError
 	switch {
 	case errors.As(err, &damaged):
-		log.Error("the version floors are damaged: putting them aside", "kept", damaged.Kept, "error", damaged.Err)
+		log.Error("the file of version floors is damaged and was renamed: going on with the floors in the units' journals",
+			"kept", damaged.Kept, "error", damaged.Err)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("reading the version floors: %w", err)
 	case err == nil && file.Made != nil:

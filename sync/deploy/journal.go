@@ -38,10 +38,10 @@ type journal struct {
 	Confirmed bool                `json:"confirmed,omitempty"`
 	// Proven is the ID of the boot in which Running passed its health checks last.
 	Proven string `json:"proven,omitempty"`
-	// Unhealthy is set as long as the checks of Running fail in normal operation.
-	Unhealthy *unserved           `json:"unhealthy,omitempty"`
-	LastGood  deployments.Pointer `json:"last_good,omitzero"`
-	Staged    deployments.Pointer `json:"staged,omitzero"`
+	// HealthFailure is set as long as the checks of Running fail in normal operation.
+	HealthFailure *healthFailure      `json:"unhealthy,omitempty"`
+	LastGood      deployments.Pointer `json:"last_good,omitzero"`
+	Staged        deployments.Pointer `json:"staged,omitzero"`
 	// Newest is this unit's version floor, the newest Created of the signed releases that have rolled out here: see
 	// Unit.RaiseFloor. Floors has it as well.
 	Newest time.Time     `json:"newest,omitzero"`
@@ -91,8 +91,8 @@ type deployment struct {
 	// Leaves is set if the deployment goes from the running release to what was at dest before the first one: see
 	// Leave. Earlier versions take it for a deployment that was stopped, and stay on the release.
 	Leaves bool `json:"leaves,omitempty"`
-	// Unserved is set as long as the release that it goes back to isn't healthy.
-	Unserved *unserved `json:"unserved,omitempty"`
+	// BackFailure is set as long as the release that it goes back to isn't healthy.
+	BackFailure *healthFailure `json:"unserved,omitempty"`
 }
 
 // save applies a change to the journal: first to the file, and only then in memory. If the file can't be written, the

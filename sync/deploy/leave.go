@@ -52,9 +52,9 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.text.reset()
 	p := u.j.Running
-	var failed *unserved // why the release that a deployment went back to isn't healthy: that is left then
-	if d := u.j.Deployment; d != nil && d.Unserved != nil && !d.Leaves {
-		failed = d.Unserved
+	var failed *healthFailure // why the release that a deployment went back to isn't healthy: that is left then
+	if d := u.j.Deployment; d != nil && d.BackFailure != nil && !d.Leaves {
+		failed = d.BackFailure
 	} else if d != nil {
 		p = d.Release
 	}
@@ -72,7 +72,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	case d != nil && d.Step.beforeSwitch():
 		return u.Recover(ctx) // it takes the deployment back
 	case d != nil && (d.Step.goesBack() || !u.j.Before.restorableUnder(r)):
-		return u.advance(ctx)
+		return u.runSteps(ctx)
 	}
 	if u.j.Deployment != nil { // even after a restart
 		if err := u.drain(ctx, true); err != nil {
@@ -84,7 +84,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 		if j.Deployment != nil && failed == nil {
 			j.Deployment.enter(stepBack)
 		} else {
-			j.Deployment = &deployment{Release: j.Running, From: j.Running, Unserved: failed}
+			j.Deployment = &deployment{Release: j.Running, From: j.Running, BackFailure: failed}
 			j.Deployment.enter(stepDrain)
 		}
 		j.Deployment.Leaves, j.Drained = true, true
@@ -93,7 +93,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 		return err
 	}
 	u.at("leaving")
-	return u.advance(ctx)
+	return u.runSteps(ctx)
 }
 
 // leave does the step of Leave that puts back what was at dest before the first release. It returns the change of the
@@ -113,7 +113,7 @@ func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 		j.Before = nil
 		switch d := j.Deployment; {
 		case j.Confirmed:
-		case d.Unserved != nil: // it is tried again
+		case d.BackFailure != nil: // it is tried again
 			d.Leaves = false
 		default: // a deployment that was turned back: it continues from its switch
 			d.Leaves, d.Step = false, stepPre

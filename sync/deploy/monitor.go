@@ -109,14 +109,14 @@ func (u *Unit) Monitor() (*Monitor, error) {
 // KeepHealth stores in the journal whether the running release is healthy, as a Monitor found, so that State has it
 // after a restart, too. It does nothing if the journal has it already, or if a deployment is under way.
 func (u *Unit) KeepHealth(h Health) error {
-	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.Unhealthy != nil) {
+	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.HealthFailure != nil) {
 		return nil
 	}
-	var now *unserved
+	var now *healthFailure
 	if h.Unhealthy {
-		now = &unserved{Step: stepHealth, Check: h.Facts["check"], Error: h.Facts["error"], Since: h.Since}
+		now = &healthFailure{Step: stepHealth, Check: h.Facts["check"], Error: h.Facts["error"], Since: h.Since}
 	}
-	return u.save(func(j *journal) { j.Unhealthy = now })
+	return u.save(func(j *journal) { j.HealthFailure = now })
 }
 
 // Run tries all checks in parallel, a round every health.every, until ctx ends. It calls changed when the release

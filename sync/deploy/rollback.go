@@ -90,7 +90,7 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), undoWithin,
 			fmt.Errorf("it took longer than %s", undoWithin))
 		defer cancel()
-		if failed := u.advance(ctx); failed != nil {
+		if failed := u.runSteps(ctx); failed != nil {
 			return fmt.Errorf("deploying %s was stopped in %s: %w; undoing it failed, and is tried again: %w",
 				d.Release, s, err, failed)
 		}
@@ -103,8 +103,8 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 	}
 }
 
-// unserved says why the release that a deployment went back to, or the running release, isn't healthy.
-type unserved struct {
+// healthFailure says why the release that a deployment went back to, or the running release, isn't healthy.
+type healthFailure struct {
 	Step  step      `json:"step"`
 	Check string    `json:"check,omitempty"` // the check that failed
 	Error string    `json:"error"`
@@ -112,7 +112,7 @@ type unserved struct {
 }
 
 // health returns b as a Health. It is healthy if b is nil.
-func (b *unserved) health() Health {
+func (b *healthFailure) health() Health {
 	if b == nil {
 		return Health{}
 	}
@@ -143,14 +143,14 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 	}
 	err = u.save(func(j *journal) {
 		d := j.Deployment
-		now := &unserved{Step: d.Step, Error: short(cause), Since: time.Now().UTC()}
-		if d.Unserved != nil {
-			now.Since = d.Unserved.Since
+		now := &healthFailure{Step: d.Step, Error: short(cause), Since: time.Now().UTC()}
+		if d.BackFailure != nil {
+			now.Since = d.BackFailure.Since
 		}
 		if failed := new(checkError); errors.As(cause, &failed) {
 			now.Check = failed.check
 		}
-		d.Unserved, j.Confirmed = now, false
+		d.BackFailure, j.Confirmed = now, false
 		a := j.attempt(d.owner(), stepBackPost)
 		if a.Begun != nil { // they were not cut off
 			a.Begun = nil

@@ -112,9 +112,9 @@ func (j *journal) pass() {
 	j.forgetAttempts(d.target().Digest)
 }
 
-// advance runs the steps of the deployment under way until its end. Nothing else runs steps, of new deployments or of
+// runSteps runs the steps of the deployment under way until its end. Nothing else runs steps, of new deployments or of
 // interrupted ones.
-func (u *Unit) advance(ctx context.Context) error {
+func (u *Unit) runSteps(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
 	}
@@ -252,7 +252,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) {
 		j.Running, j.Version, j.Confirmed, j.Restored = r.Pointer, r.Manifest.Version, false, deployments.Digest{}
-		j.Unhealthy = nil
+		j.HealthFailure = nil
 		if j.Before != nil && !j.Before.restorableUnder(r) {
 			j.Before = nil
 		}
@@ -262,13 +262,13 @@ func running(r *artifact.Release) func(*journal) {
 // confirmed marks the running release as the one to go back to. Earlier failures stay in quarantine, as the same
 // commit may ask for them again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
-	j.Confirmed, j.Unhealthy, j.LastGood, j.Proven = true, nil, j.Running, u.boot
+	j.Confirmed, j.HealthFailure, j.LastGood, j.Proven = true, nil, j.Running, u.boot
 }
 
 // served does what confirmed does, for a deployment that has gone back, and records that its release serves again.
 func (u *Unit) served(j *journal) {
 	u.confirmed(j)
-	j.Deployment.Unserved = nil
+	j.Deployment.BackFailure = nil
 }
 
 func exists(path string) bool {

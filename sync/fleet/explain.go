@@ -116,12 +116,12 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 				id.Role,
 			)
 		case near != "" && len(names) == 1:
-			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s?", node, id, near)
+			return nil, nil, fmt.Errorf("%s has no node %s: did you mean %s?", id, node, near)
 		case near != "":
-			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near,
+			return nil, nil, fmt.Errorf("%s has no node %s: did you mean %s? there are %s", id, node, near,
 				firstFew(names))
 		}
-		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, firstFew(names))
+		return nil, nil, fmt.Errorf("%s has no node %s: there are %s", id, node, firstFew(names))
 	}
 	return u, &u.Nodes[j], nil
 }

@@ -27,7 +27,7 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	if err != nil {
 		return nil, err
 	}
-	switch err := f.Incomplete(); {
+	switch err := f.CheckComplete(); {
 	case len(f.Units) > 0:
 	case err != nil:
 		return nil, err

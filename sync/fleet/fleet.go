@@ -45,10 +45,10 @@ var (
 	ErrLate       = errors.New("no answer came in time for the keys")
 )
 
-// Incomplete returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read
-// whole. The error wraps ErrUnread and names the prefixes of which more is stored than is read. It wraps ErrLate and
-// names the prefix for which no answer came in time. f.Errors says more about each prefix.
-func (f *Fleet) Incomplete() error {
+// CheckComplete returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read
+// whole. The error wraps ErrIncomplete and names the prefixes of which more is stored than is read. It wraps ErrLate
+// and names the prefix for which no answer came in time. f.Errors says more about each prefix.
+func (f *Fleet) CheckComplete() error {
 	more := slices.DeleteFunc(slices.Clone(f.incomplete), func(prefix string) bool { return prefix == f.late })
 	unread := fmt.Errorf("%w below %s", ErrIncomplete, strings.Join(more, ", "))
 	late := fmt.Errorf("%w below %s", ErrLate, f.late)

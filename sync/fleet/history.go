@@ -65,8 +65,9 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 	return all
 }
 
-// gitAhead returns, for each release that a pin of u names or holds, how many other releases Git has named since that
-// one. A release that neither the record nor history names has no entry. history is that of u, in any order.
+// gitAhead returns, for each release that a pin of u names or holds, how many times Git has changed the release since
+// it last named that one. A release that neither the record nor history names has no entry. history is that of u, in
+// any order.
 func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil

@@ -94,7 +94,7 @@ func pinLine(p deployments.PastPin) Text {
 	if p.Error != "" {
 		return Text{says + "it changes nothing, " + message.OneLine(p.Error), tone}
 	}
-	says += pinName(new(Unit), p.Pin) + pastReason(p.By, p.Reason)
+	says += pinTarget(new(Unit), p.Pin) + pastReason(p.By, p.Reason)
 	if !p.Until.IsZero() {
 		says += ", until " + pastTime(p.Until)
 	}

@@ -199,7 +199,7 @@ func Rollback(
 	if err != nil {
 		return deployments.Pin{}, err
 	}
-	unread := f.Incomplete() // which may hide the pin, or what failed on the nodes
+	unread := f.CheckComplete() // which may hide the pin, or what failed on the nodes
 	switch {
 	case unread != nil:
 		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w: name a release with kedge pin", id, unread)
@@ -276,7 +276,7 @@ func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 }
 
 func noUnit(f *Fleet, name string) error {
-	if err := f.Incomplete(); err != nil {
+	if err := f.CheckComplete(); err != nil {
 		return fmt.Errorf("no unit %s among those that can be read: %w", name, err)
 	}
 	var known []string

@@ -21,7 +21,7 @@ func PinNotes(
 	if err != nil {
 		return nil // writing the pin will return the error
 	}
-	switch unread := f.Incomplete(); {
+	switch unread := f.CheckComplete(); {
 	case unread != nil && len(f.Units) == 0:
 		return []string{f.IncompleteText()}
 	case unread != nil:
@@ -35,7 +35,7 @@ func PinNotes(
 		was, pinned = *u.Pin, true
 	}
 	if pinned {
-		notes = append(notes, "pinned before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
+		notes = append(notes, "pinned before: "+strings.TrimSpace(pinTarget(u, was)+" "+pinStory(was, f.At)))
 	}
 	if node == "" && u.Record != nil && u.Record.Paced && !f.MirrorRunning {
 		const waits = "no mirror runs, and nodes wait until one admits them, within max_unavailable: start one"
@@ -52,14 +52,15 @@ func PinNotes(
 				notes = append(
 					notes,
 					fmt.Sprintf("%s has a pin of its own, which takes precedence: %s", message.Clean(other),
-						pinName(u, u.Pins[other])),
+						pinTarget(u, u.Pins[other])),
 				)
 			}
 		}
 		return notes
 	}
 	if u.Pinned(f.At) {
-		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
+		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin,
+			f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
 		_, _, err := f.find(id, node)
@@ -77,7 +78,7 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	u := &f.Units[0]
 	switch {
 	case node != "" && u.Pinned(f.At):
-		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
+		return "the unit's pin counts now: " + strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
 	case u.Error != "":
 		return message.OneLine(u.Error)
 	case u.Record == nil:

@@ -215,7 +215,7 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		{"prod/web/app", "", "pinned before: hold by bob\nweb-1 has a pin of its own, which takes precedence: 2 d5856351"},
 		{"prod/web/app", "web-1", "pinned before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\n" +
-			"no node web-2 of prod/web/app has reported: did you mean web-1?"},
+			"prod/web/app has no node web-2: did you mean web-1?"},
 		{"prod/web/base", "", ""},
 		{"prod/web/old", "", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},
 		{"prod/web/old", "web-1", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},

@@ -112,7 +112,8 @@ func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb 
 	}
 	r, err := deployments.ParseRecord(e.Value)
 	if err != nil {
-		return "", fmt.Errorf("%s %s: the mirror took the order, but the record doesn't parse: %w", verb, id, err)
+		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect is unknown, as the record doesn't "+
+			"parse (see kedge explain): %w", verb, id, err)
 	}
 	if e.Version == was.Version {
 		why := "the mirror found nothing to do"

@@ -50,7 +50,7 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Record == nil || u.Live != 1 {
 		t.Errorf("what can be read is not there: %+v", u)
 	}
-	if err := f.Incomplete(); !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), prefix) {
+	if err := f.CheckComplete(); !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), prefix) {
 		t.Errorf("unread: %v", err)
 	}
 	if !strings.Contains(f.Errors[prefix], "more than 32 MiB are stored below "+prefix) {
@@ -189,18 +189,18 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Live != 1 {
 		t.Errorf("%+v", u)
 	}
-	if err := f.Incomplete(); !errors.Is(err, ErrLate) || errors.Is(err, ErrIncomplete) ||
+	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || errors.Is(err, ErrIncomplete) ||
 		!strings.Contains(err.Error(), "below pins/") || !strings.Contains(f.IncompleteText(), "the keys below pins/") {
 		t.Errorf("%v; %s", err, f.IncompleteText())
 	}
-	if f, err = Read(t.Context(), hanging{s, "control/"}, Filter{}); err != nil || !errors.Is(f.Incomplete(), ErrLate) {
+	if f, err = Read(t.Context(), hanging{s, "control/"}, Filter{}); err != nil || !errors.Is(f.CheckComplete(), ErrLate) {
 		t.Errorf("without the first prefix: %v", err)
 	}
 	both := hanging{full{s, []string{"status/", "status/prod/web/"}}, "pins/"}
 	if f, err = Read(t.Context(), both, Filter{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Incomplete(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrIncomplete) ||
+	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrIncomplete) ||
 		!strings.Contains(err.Error(), "below status/, status/prod/web/; no answer") {
 		t.Errorf("too much of one and none of another: %v", err)
 	}

@@ -272,7 +272,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	for _, node := range pinned[:min(len(pinned), maxNodes)] {
 		pin := u.Pins[node]
 		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
-		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)),
+		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinTarget(u, pin)+" "+pinStory(pin, f.At)),
 			moved), Plain)
 	}
 	if n := len(pinned) - maxNodes; n > 0 {
@@ -382,7 +382,7 @@ func (n *Node) Shown() Text {
 	return Text{message.Clean(string(r.State)), Warn}
 }
 
-func pinName(u *Unit, p deployments.Pin) string {
+func pinTarget(u *Unit, p deployments.Pin) string {
 	if p.Hold {
 		return "hold"
 	}

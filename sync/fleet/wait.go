@@ -39,7 +39,8 @@ type WaitOptions struct {
 // store was unreachable for longer than opt.Patience. If ctx ends, the error says what was still missing, and wraps
 // ctx.Err().
 func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
-	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push, before: map[nodeUnit]time.Time{}}
+	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push,
+		sinceBeforeOrder: map[nodeUnit]time.Time{}}
 	if w.commit != "" {
 		if err := CheckCommit(w.commit); err != nil {
 			return err
@@ -156,9 +157,9 @@ type waiter struct {
 	taken  bool
 	head   *string // the first head that was seen
 	outage *outage
-	// before has, for the nodes of each unit with a pending order, when they entered their states (UnitReport.Since). A
-	// node that is still in that state says nothing about the order's effect.
-	before map[nodeUnit]time.Time
+	// sinceBeforeOrder has, for the nodes of each unit with a pending order, when they entered their states
+	// (UnitReport.Since). A node that is still in that state says nothing about the order's effect.
+	sinceBeforeOrder map[nodeUnit]time.Time
 }
 
 type nodeUnit struct {
@@ -337,13 +338,13 @@ func (w *waiter) leapt(m deployments.MirrorState) bool {
 func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
-			w.before[nodeUnit{u.ID, n.Name}] = n.Report.Since
+			w.sinceBeforeOrder[nodeUnit{u.ID, n.Name}] = n.Report.Since
 		}
 		return nil // its state is about to change
 	}
 	for _, n := range u.Nodes {
 		r := n.Report
-		since, asked := w.before[nodeUnit{u.ID, n.Name}]
+		since, asked := w.sinceBeforeOrder[nodeUnit{u.ID, n.Name}]
 		switch {
 		case asked && r.Since.Equal(since):
 			continue

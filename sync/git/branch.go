@@ -94,7 +94,7 @@ func Open(c Config) (Branch, error) {
 		if c.Every == 0 {
 			c.Every = time.Minute
 		}
-		return &localRepo{path: path, below: below, branch: c.Branch, every: c.Every, log: c.Log}, nil
+		return &localRepo{path: path, subdir: below, branch: c.Branch, every: c.Every, log: c.Log}, nil
 	}
 	if c.Every == 0 {
 		c.Every = 15 * time.Second

@@ -96,12 +96,12 @@ func (o *Objects) load(hash plumbing.Hash, verify verifier) (*Commit, error) {
 			return bad(fmt.Errorf("signature of commit %s: %w", hash, err))
 		}
 	}
-	fsys := newTree(o, commit, o.below)
-	if top, err := fsys.Stat("."); fsys.fault == nil && o.below != "." && (err != nil || !top.IsDir()) {
-		return bad(fmt.Errorf("commit %s has no directory %s, which --path names", hash, o.below))
+	fsys := newTree(o, commit, o.subdir)
+	if top, err := fsys.Stat("."); fsys.fault == nil && o.subdir != "." && (err != nil || !top.IsDir()) {
+		return bad(fmt.Errorf("commit %s has no directory %s, which --path names", hash, o.subdir))
 	}
 	tree, err := deployments.Load(fsys)
-	prefix(o.below, tree, err)
+	prefix(o.subdir, tree, err)
 	switch {
 	case fsys.fault != nil:
 		return nil, fmt.Errorf("commit %s: %w", hash, fsys.fault)

@@ -62,7 +62,7 @@ func FuzzPushedObjects(f *testing.F) {
 		directory := put(plumbing.TreeObject, named(inner, "F", blob))
 		tree := put(plumbing.TreeObject, named(named(outer, "F", blob), "D", directory))
 		head := put(plumbing.CommitObject, append([]byte("tree "+tree.String()+"\n"), commit...))
-		objects := &Objects{EncodedObjectStorer: store, dirs: []*filesystem.Storage{store}, below: "."}
+		objects := &Objects{EncodedObjectStorer: store, dirs: []*filesystem.Storage{store}, subdir: "."}
 		fuzzlimit.Run(t, []string{string(commit), string(outer), string(inner), string(file)}, func() {
 			c, err := objects.loadWith(head.String(), func(_ string, _, signature []byte, _ time.Time) error {
 				if err := checkForm(signature); err != nil && !errors.Is(err, policy.ErrUntrusted) {

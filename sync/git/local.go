@@ -19,7 +19,7 @@ import (
 // localRepo is a Git directory on this machine.
 type localRepo struct {
 	path, branch string
-	below        string // Config.Path
+	subdir       string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
 	// blind is set while the directory can't be watched: the system has no inotify watch left, or the directory doesn't
@@ -52,7 +52,7 @@ func (r *localRepo) Objects() (*Objects, error) {
 	if err != nil {
 		return nil, err
 	}
-	in.below = r.below
+	in.subdir = r.subdir
 	return in, nil
 }
 
@@ -69,7 +69,7 @@ func (r *localRepo) Pause() time.Duration { return 0 }
 
 func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	for {
-		err := r.watchOnce(ctx, changed)
+		err := r.watchUntilError(ctx, changed)
 		if ctx.Err() != nil {
 			return
 		}
@@ -83,11 +83,11 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchOnce calls changed after each change in the directories in which Git renames a new ref into place. These are the
-// branch's directory, its parents, and the Git directory itself, for packed-refs. Git removes and makes directories of
-// branches like a/b as needed, so watchOnce adds watches after each change. It returns an error when the watch fails or
-// ctx ends.
-func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
+// watchUntilError calls changed after each change in the directories in which Git renames a new ref into place. These
+// are the branch's directory, its parents, and the Git directory itself, for packed-refs. Git removes and makes
+// directories of branches like a/b as needed, so watchOnce adds watches after each change. It returns an error when the
+// watch fails or ctx ends.
+func (r *localRepo) watchUntilError(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {
 		return err

@@ -51,7 +51,7 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 		return nil, err
 	}
 	defer from.Close()
-	if from.below, err = cleanPath(below); err != nil {
+	if from.subdir, err = cleanPath(below); err != nil {
 		return nil, err
 	}
 	c, err := from.Load(hash.String(), nil)
@@ -91,7 +91,7 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 	if in, err = OpenObjects(append(dirs, filepath.Join(common, "objects"))...); err != nil {
 		return nil, nil, err
 	}
-	in.below = below
+	in.subdir = below
 	return in, branches, nil
 }
 

@@ -47,14 +47,14 @@ const (
 type remoteRepo struct {
 	server  *transport.Repository
 	branch  string
-	below   string // Config.Path
+	subdir  string // Config.Path
 	every   time.Duration
 	log     *slog.Logger
 	stall   time.Duration // as stallTimeout
 	room    int64         // as maxCache
 	refused *BadCommit    // the branch's head, if it can never be fetched; only Head uses it
 	putOff  time.Time     // until then Head returns busy, as the server asked for a pause; only Head uses it
-	busy    error
+	busyErr error
 
 	mu        sync.Mutex
 	dir       string    // holds the cache
@@ -68,7 +68,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &remoteRepo{server: server, branch: c.Branch, below: below, every: c.Every, log: c.Log, stall: stallTimeout,
+	r := &remoteRepo{server: server, branch: c.Branch, subdir: below, every: c.Every, log: c.Log, stall: stallTimeout,
 		room: maxCache}
 	if c.CacheDir == "" {
 		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
@@ -143,7 +143,7 @@ func (r *remoteRepo) Objects() (*Objects, error) {
 	if err != nil {
 		return nil, err
 	}
-	in.below, in.filtered = r.below, true
+	in.subdir, in.filtered = r.subdir, true
 	return in, nil
 }
 
@@ -155,11 +155,11 @@ func (r *remoteRepo) Distrust() {
 
 func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	if time.Now().Before(r.putOff) {
-		return "", r.busy
+		return "", r.busyErr
 	}
 	head, err := r.follow(ctx)
 	if refusal := (*transport.Refusal)(nil); errors.As(err, &refusal) && refusal.After > 0 {
-		r.putOff, r.busy = time.Now().Add(refusal.After), err
+		r.putOff, r.busyErr = time.Now().Add(refusal.After), err
 	}
 	return head, err
 }

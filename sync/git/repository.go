@@ -52,12 +52,12 @@ type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
 
-	below    string // the directory of a commit that holds the deployments repo; ".": the root
+	subdir   string // the directory of a commit that holds the deployments repo; ".": the root
 	filtered bool   // the repository may lack files larger than maxFile
 }
 
 func OpenObjects(dirs ...string) (*Objects, error) {
-	o := &Objects{below: "."}
+	o := &Objects{subdir: "."}
 	shared := cache.NewObjectLRU(objectCache)
 	seen := map[string]bool{}
 	for len(dirs) > 0 {
@@ -93,9 +93,9 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
-// lacking returns the reason why the repository may lack objects by design, with what to do about it; empty: it should
-// have all objects.
-func (o *Objects) lacking() string {
+// incompleteReason returns the reason why the repository may lack objects by design, with what to do about it; empty:
+// it should have all objects.
+func (o *Objects) incompleteReason() string {
 	if o.filtered { // a cache, for which the server decides what comes
 		return "the server's repository may be a shallow clone: run git fetch --unshallow in it"
 	}
@@ -116,7 +116,7 @@ func (o *Objects) lacking() string {
 // returned as they are.
 func (o *Objects) explain(err error) error {
 	if errors.Is(err, plumbing.ErrObjectNotFound) {
-		if why := o.lacking(); why != "" {
+		if why := o.incompleteReason(); why != "" {
 			return fmt.Errorf("%w (%s)", err, why)
 		}
 	}

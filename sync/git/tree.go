@@ -40,7 +40,7 @@ var (
 type tree struct {
 	objects *Objects
 	top     plumbing.Hash // the commit's tree
-	below   string        // the directory in top that is the root; ".": top itself
+	subdir  string        // the directory in top that is the root; ".": top itself
 
 	// known caches directories by hash instead of path, as a hostile commit can have one directory at a million paths.
 	known map[plumbing.Hash]map[string]object.TreeEntry
@@ -55,7 +55,7 @@ var (
 )
 
 func newTree(objects *Objects, commit *object.Commit, below string) *tree {
-	return &tree{objects: objects, top: commit.TreeHash, below: below,
+	return &tree{objects: objects, top: commit.TreeHash, subdir: below,
 		known: map[plumbing.Hash]map[string]object.TreeEntry{}}
 }
 
@@ -126,7 +126,7 @@ func (t *tree) find(name string) (*entry, error) {
 	if !fs.ValidPath(name) {
 		return nil, fs.ErrInvalid
 	}
-	at, parts := t.root(), split(path.Join(t.below, name))
+	at, parts := t.root(), split(path.Join(t.subdir, name))
 	var above []string // the path to the directory that parts start from, without links
 	for links := 0; len(parts) > 0; {
 		if at.git != filemode.Dir {
@@ -318,7 +318,7 @@ func LoadDir(dir, below string) (*deployments.Tree, error) {
 		return nil, fmt.Errorf("reading the deployments repo: %w", err)
 	}
 	defer root.Close()
-	tree, err := deployments.Load(&workTree{root: root, below: inside})
+	tree, err := deployments.Load(&workTree{root: root, subdir: inside})
 	prefix(below, tree, err)
 	return tree, err
 }
@@ -345,8 +345,8 @@ func workTreeOf(dir string) (top, inside string, err error) {
 
 // workTree is a directory of a work tree for deployments.Load.
 type workTree struct {
-	root  *os.Root // the whole work tree
-	below string
+	root   *os.Root // the whole work tree
+	subdir string
 }
 
 var (
@@ -361,7 +361,7 @@ func (t *workTree) Open(name string) (fs.File, error) {
 }
 
 func (t *workTree) Stat(name string) (fs.FileInfo, error) {
-	at := path.Join(t.below, name)
+	at := path.Join(t.subdir, name)
 	info, err := t.root.Stat(at)
 	if err == nil {
 		return info, nil
@@ -373,11 +373,11 @@ func (t *workTree) Stat(name string) (fs.FileInfo, error) {
 }
 
 func (t *workTree) ReadDir(name string) ([]fs.DirEntry, error) {
-	return fs.ReadDir(t.root.FS(), path.Join(t.below, name))
+	return fs.ReadDir(t.root.FS(), path.Join(t.subdir, name))
 }
 
 func (t *workTree) ReadFile(name string) ([]byte, error) {
-	data, err := t.read(path.Join(t.below, name))
+	data, err := t.read(path.Join(t.subdir, name))
 	if err != nil {
 		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
 	}
@@ -404,8 +404,8 @@ func (t *workTree) read(name string) ([]byte, error) {
 	return data, err
 }
 
-// prefix changes the file names in tree, and in err if that is a deployments.Problems: they become paths in the
-// repository, not in below.
+// prefix puts the directory below in front of the file names in tree, and in err if that wraps a deployments.Problems,
+// so that they are paths from the repository's root.
 func prefix(below string, tree *deployments.Tree, err error) {
 	if below == "." {
 		return

@@ -75,7 +75,7 @@ func TestWorkTreeFilesThatChange(t *testing.T) {
 	const odd = "not a regular file"
 	for name, says := range map[string]string{"pipe": odd, "device": "escapes", ".": odd} {
 		done := make(chan error, 1)
-		go func() { _, err := (&workTree{root: root, below: "."}).ReadFile(name); done <- err }()
+		go func() { _, err := (&workTree{root: root, subdir: "."}).ReadFile(name); done <- err }()
 		select {
 		case err := <-done:
 			if err == nil || !strings.Contains(err.Error(), says) {

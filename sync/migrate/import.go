@@ -41,8 +41,8 @@ type ImportOptions struct {
 type Imported struct {
 	Unit deployments.UnitID `json:"unit"`
 	// From is the newest of stretcher's manifests for the unit. Older is how many older ones there are.
-	From  string `json:"from"`
-	Older int    `json:"older"`
+	From       string `json:"from"`
+	OlderCount int    `json:"older"`
 	// Pointer names its copy. File is the unit file. Written is set if the file was changed.
 	Pointer deployments.Pointer `json:"pointer"`
 	File    string              `json:"file"`
@@ -95,7 +95,7 @@ func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []st
 		if err != nil {
 			return done, strange, fmt.Errorf("importing %s: %w", id, err)
 		}
-		one.Older = len(all) - 1
+		one.OlderCount = len(all) - 1
 		done = append(done, one)
 	}
 	return done, strange, nil

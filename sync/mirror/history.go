@@ -187,7 +187,7 @@ func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.T
 	for id := range a.pins {
 		units[id] = true
 	}
-	for id := range seen.pins.shown {
+	for id := range seen.pins.historyPins {
 		units[id] = true
 	}
 	var todo []change
@@ -200,7 +200,7 @@ func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.T
 			continue // a pin of a unit without a record has no effect
 		}
 		stored, truncated := entry, false
-		entry.Pins, truncated = followPins(a.pins[id], seen.pins.shown[id], now)
+		entry.Pins, truncated = followPins(a.pins[id], seen.pins.historyPins[id], now)
 		entry.Truncated = entry.Truncated || truncated
 		for _, p := range entry.Pins {
 			if p.Ended.IsZero() && !p.Until.IsZero() {

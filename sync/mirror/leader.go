@@ -112,7 +112,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.setLeading(lease)
 	defer m.setLeading(nil)
 	m.Trigger() // a webhook may have reached the last leader, or come while none led
-	defer m.units.lastSeen.Store(nil)
+	defer m.unitMetrics.observed.Store(nil)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
@@ -437,7 +437,7 @@ func (l *leader) plan(
 	if !seen.pins.synced {
 		pins = nil
 	}
-	shown := seen.pins.shown
+	shown := seen.pins.historyPins
 	if !seen.pins.synced || seen.pins.err != nil {
 		shown = nil
 	}
@@ -445,7 +445,8 @@ func (l *leader) plan(
 	if seen.fleet.err != nil { // changes may be missed
 		since = now
 	}
-	l.units.lastSeen.Store(&lastSeen{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
+	l.unitMetrics.observed.Store(&observedUnits{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles,
+		pins: pins})
 	return reconcile(inputs{
 		overruled:   commit.Hash == l.acceptor.overruled,
 		commit:      commit,
@@ -481,8 +482,8 @@ func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[depl
 		switch o := seen.good[id]; {
 		case l.written.orders[id] == o.version: // consumed; the watch has yet to show it
 		case !units[id]:
-			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and the order would apply to one added later: "+
-				"remove the key", kv.ControlKey(id)))
+			bad = append(bad, fmt.Errorf("%s: the mirrored commit has no such unit: remove the key, or the order applies "+
+				"once a unit of that name is added", kv.ControlKey(id)))
 		default:
 			pending[id] = o
 		}

@@ -91,8 +91,8 @@ func (m *metrics) applied(s deployments.MirrorState) {
 // hooked counts a webhook by the HTTP status that answered it.
 func (m *metrics) hooked(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
 
-// lastSeen is the state of units and nodes that the leading mirror last saw. It is immutable.
-type lastSeen struct {
+// observedUnits is the state of units and nodes that the leading mirror last saw. It is immutable.
+type observedUnits struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
 	fleet map[deployments.RoleID][]reported
@@ -102,7 +102,7 @@ type lastSeen struct {
 // unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads exports them, so that
 // sums over all mirrors are right. They are counted at each scrape.
 type unitMetrics struct {
-	lastSeen                                              atomic.Pointer[lastSeen] // nil: this mirror doesn't lead
+	observed                                              atomic.Pointer[observedUnits] // nil: this mirror doesn't lead
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
 }
 
@@ -143,7 +143,7 @@ func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
 }
 
 func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
-	s := u.lastSeen.Load()
+	s := u.observed.Load()
 	if s == nil {
 		return
 	}

@@ -100,13 +100,13 @@ type Config struct {
 
 // Mirror copies a deployments repo to the store while it holds the lease. Create it with New and call Run once.
 type Mirror struct {
-	c        Config
-	branch   *follower
-	metrics  *metrics
-	units    *unitMetrics
-	listener net.Listener // nil: none
-	hooks    *webhook.Receiver
-	recheck  wait.Signal // makes the leader look for missing releases now
+	c           Config
+	branch      *follower
+	metrics     *metrics
+	unitMetrics *unitMetrics
+	listener    net.Listener // nil: none
+	hooks       *webhook.Receiver
+	recheck     wait.Signal // makes the leader look for missing releases now
 
 	hookPause, releaseRetry, forgetAfter, rebuildWait time.Duration // default to the constants of these names
 
@@ -177,7 +177,7 @@ func New(c Config) (*Mirror, error) {
 	m := &Mirror{
 		c:            c,
 		metrics:      newMetrics(c.Metrics),
-		units:        newUnitMetrics(c.Metrics),
+		unitMetrics:  newUnitMetrics(c.Metrics),
 		recheck:      wait.NewSignal(),
 		hookPause:    webhook.Pause,
 		releaseRetry: defaultReleaseRetry,

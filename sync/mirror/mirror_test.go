@@ -302,7 +302,8 @@ func TestOrders(t *testing.T) {
 	gone()
 	put(t, store, "control/prod/web/app", "rettry")
 	put(t, store, "control/prod/web/nowhere", "retry")
-	for _, says := range []string{`\"rettry\": want promote`, "control/prod/web/nowhere: the commit has no such unit"} {
+	for _, says := range []string{`\"rettry\": want promote`,
+		"control/prod/web/nowhere: the mirrored commit has no such unit"} {
 		m.await("a log line", func() error {
 			if !strings.Contains(m.log.String(), says) {
 				return errors.New("nothing is said")

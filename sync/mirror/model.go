@@ -82,10 +82,10 @@ func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, fol
 
 // observedPins is the view of pins/.
 type observedPins struct {
-	synced bool
-	err    error                                                // why the view may be out of date
-	units  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
-	shown  map[deployments.UnitID][]deployments.PastPin         // of units and nodes, as the history has them; At is zero
+	synced      bool
+	err         error                                                // why the view may be out of date
+	units       map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
+	historyPins map[deployments.UnitID][]deployments.PastPin         // of units and nodes; At is zero
 }
 
 // observedState is the view of mirror/.

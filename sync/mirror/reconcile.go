@@ -77,9 +77,9 @@ func (in inputs) passed(at time.Time) time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 }
 
-// listed returns the times at which entries of a unit's nodes vanished that have not come back. following is the time
-// from which the mirror has watched for that. All are by the present clock: see passed.
-func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time.Time) {
+// vanishTimes returns the times at which entries of a unit's nodes vanished that have not come back. following is the
+// time from which the mirror has watched for that. All are by the present clock: see passed.
+func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
 	}
@@ -231,7 +231,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		}
 	}
 	// If a record is missing, its nodes may have yet to report what they know of it.
-	left, following := in.listed(u.ID)
+	left, following := in.vanishTimes(u.ID)
 	settled := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
 	if until := settled.Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
 		return change{}, doWait, until
@@ -286,7 +286,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		return change{}, doNothing, step.Recheck
 	}
 	if w.after.Generation > base.Floor {
-		w.note = in.noteOf(w, cmp.Or(message.Transition(step.Did, step.DidFacts), w.reason))
+		w.note = in.noteOf(w, cmp.Or(message.Transition(step.OrderReason, step.OrderFacts), w.reason))
 		w.history = in.record(w)
 	}
 	if ordered {

@@ -103,7 +103,8 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	waits := func(words ...string) {
 		t.Helper()
 		s := mirror.status(func(s deployments.MirrorState) bool { return s.Error != "" })
-		for _, w := range append(words, "commit "+next[:12]+" is not taken yet", "prod/web/app.yaml:1:10: the release can't be used") {
+		for _, w := range append(words, "commit "+next[:12]+" is not taken yet",
+			"prod/web/app.yaml:1:10: the release can't be used") {
 			if !strings.Contains(s.Error, w) {
 				t.Errorf("no %q in the status %+v", w, s)
 			}
@@ -319,7 +320,8 @@ func TestCheckPushOfReleases(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 	o.Commit(map[string]string{"prod/web/app.yaml": m.line("nowhere", "")})
-	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be used") {
+	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil ||
+		!strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be used") {
 		t.Errorf("%v: %s", err, out)
 	}
 }

@@ -90,7 +90,7 @@ func (n *Notifier) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// change updates the known state, and wakes all followers.
+// change calls f, which updates units, synced or refused, with n.mu held. Then it wakes all calls of follow.
 func (n *Notifier) change(f func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -188,13 +188,15 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 func (s *snapshot) at(now time.Time) *snapshot {
 	f := *s.Fleet
 	f.At = now
-	later := &snapshot{Fleet: &f, away: s.away, trend: s.trend, latestChanges: s.latestChanges, units: s.all()}
+	later := &snapshot{Fleet: &f, storeError: s.storeError, trend: s.trend, latestChanges: s.latestChanges, units: s.all()}
 	later.once.Do(func() {})
 	return later
 }
 
 // stale returns why the snapshot may be out of date; empty: it isn't.
-func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.IncompleteText(), s.away), 2*maxText) }
+func (s *snapshot) stale() string {
+	return fleet.Clean(cmp.Or(s.IncompleteText(), s.storeError), 2*maxText)
+}
 
 // problems returns the problems that belong to no unit: of the store, of the mirror, of faulty keys.
 func (s *snapshot) problems() (all []problem) {

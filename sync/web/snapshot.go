@@ -18,8 +18,8 @@ import (
 // times, from which browsers compute elapsed times.
 type snapshot struct {
 	*fleet.Fleet
-	// away is why the store can't be read now; empty: it can, or that wasn't checked yet.
-	away          string
+	// storeError is why the store can't be read now; empty: it can, or that wasn't checked yet.
+	storeError    string
 	trend         *trends
 	latestChanges *changes
 

@@ -148,7 +148,7 @@ func (w *Web) show(f *fleet.Fleet) {
 	w.trend.record(s.all(), f.At)
 	w.replace(func(old *snapshot) *snapshot {
 		if old != nil {
-			s.away = old.away
+			s.storeError = old.storeError
 		}
 		return s
 	})
@@ -175,7 +175,7 @@ func (s *snapshot) copied() *snapshot {
 	if s == nil {
 		return nil
 	}
-	same := &snapshot{Fleet: s.Fleet, away: s.away, units: s.all()}
+	same := &snapshot{Fleet: s.Fleet, storeError: s.storeError, units: s.all()}
 	same.once.Do(func() {})
 	return same
 }
@@ -244,10 +244,10 @@ func (w *Web) probe(ctx context.Context) {
 		if err != nil {
 			why = fmt.Sprintf("The store could not be read since %s: %v", since.UTC().Format("15:04:05 UTC"), err)
 		}
-		if ctx.Err() == nil && why != s.away {
+		if ctx.Err() == nil && why != s.storeError {
 			w.replace(func(old *snapshot) *snapshot {
 				s := old.copied()
-				s.away = why
+				s.storeError = why
 				return s
 			})
 		}

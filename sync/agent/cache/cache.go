@@ -56,7 +56,7 @@ func Open(c Config) (*Cache, error) {
 				continue
 			}
 			s.floors = maps.Clone(known.Prefixes[s.Prefix].Generations)
-			s.offer(s.only(entries, cache.counts(s, entries, true)), fromLastKnown, at)
+			s.offer(s.only(entries, cache.keyFilter(s, entries, true)), fromLastKnown, at)
 		}
 		cache.roles = append(cache.roles, r)
 	}
@@ -78,7 +78,7 @@ func (c *Cache) Role(name string) *Role {
 
 // See updates a source from a view of the store.
 func (c *Cache) See(s *Source, v kv.View, now time.Time) {
-	counts := c.counts(s, v.Entries, v.Synced)
+	counts := c.keyFilter(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
 		s.lastView = v.Entries
 		c.notePassedOver(s.role, counts)
@@ -94,7 +94,7 @@ func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 		for _, s := range r.Sources() {
 			below := slices.DeleteFunc(slices.Clone(entries),
 				func(e kv.Entry) bool { return !strings.HasPrefix(e.Key, s.Prefix) })
-			own := s.only(below, c.counts(s, below, true))
+			own := s.only(below, c.keyFilter(s, below, true))
 			if s.offer(own, fromSnapshot, now) {
 				c.c.Log.Warn("neither the store nor this node's disk has told what is below a prefix: using the mirror's snapshot",
 					"prefix", s.Prefix, "keys", len(own))
@@ -159,14 +159,14 @@ func (c *Cache) Rename(node string) {
 	}
 }
 
-// Recount decides anew which of a role's pins count, after its units with records or with files on this node have
+// RefilterPins decides anew which of a role's pins count, after its units with records or with files on this node have
 // changed.
-func (c *Cache) Recount(role string, now time.Time) {
+func (c *Cache) RefilterPins(role string, now time.Time) {
 	r := c.Role(role)
 	if r == nil || r.Pins.lastView == nil {
 		return
 	}
-	entries := r.Pins.only(r.Pins.lastView, c.counts(r.Pins, nil, true))
+	entries := r.Pins.only(r.Pins.lastView, c.keyFilter(r.Pins, nil, true))
 	if equalEntries(r.Pins.entries, entries) {
 		return
 	}
@@ -179,7 +179,7 @@ func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {
 		c.trimFloors(s)
-		c.Recount(s.role.Name, now)
+		c.RefilterPins(s.role.Name, now)
 	}
 }
 

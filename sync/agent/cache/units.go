@@ -39,9 +39,9 @@ func (s *Source) unitOf(key string) string {
 	return name
 }
 
-// counts returns a function that reports whether the node uses a key of s. all is set if the view is complete, so that
-// keys it lacks are gone.
-func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bool {
+// keyFilter returns a function that reports whether the node uses a key of s. all is set if the view is complete, so
+// that keys it lacks are gone.
+func (c *Cache) keyFilter(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	if s.desired {
 		return c.countRecords(s, view, all)
 	}

@@ -51,7 +51,8 @@ func Open(address string, a Access) (*Repository, error) {
 		}
 	case "http":
 		if ip := net.ParseIP(endpoint.Host); endpoint.Host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-			return nil, fmt.Errorf("repository %s: plain http is accepted from this machine only: use https://", Redact(address))
+			return nil, fmt.Errorf("repository %s: plain http is allowed only for a repository on this machine: use https://",
+				Redact(address))
 		}
 	case "ssh":
 		if endpoint.Password != "" {

@@ -20,8 +20,8 @@ type reported struct {
 	since time.Time
 }
 
-// standing is a unit's state, the code of its reason, and the error, if any.
-type standing struct {
+// condition is a unit's state, the code of its reason, and the error, if any.
+type condition struct {
 	state  deployments.State
 	reason deployments.Reason
 	facts  deployments.Facts
@@ -29,17 +29,17 @@ type standing struct {
 	since  time.Time // zero: since the state was first seen
 }
 
-// words returns the standing as people read it.
-func (s standing) words() string {
+// words returns the condition as people read it.
+func (s condition) words() string {
 	if s.err == nil {
 		return string(s.state)
 	}
 	return string(s.state) + ": " + oneLine(s.err)
 }
 
-// at returns the standing of a state, with an error and its reason and facts. err may be nil.
-func at(state deployments.State, err error) standing {
-	s := standing{state: state, err: err}
+// conditionOf returns the condition of a state, with an error and its reason and facts. err may be nil.
+func conditionOf(state deployments.State, err error) condition {
+	s := condition{state: state, err: err}
 	if err != nil {
 		s.reason, s.facts = reasonOf(err), factsOf(err)
 	}
@@ -88,15 +88,15 @@ func reasonOf(err error) deployments.Reason {
 	return ""
 }
 
-// standing returns the unit's standing.
-func (u *unit) standing() standing {
+// condition returns the unit's condition.
+func (u *unit) condition() condition {
 	s := u.state()
 	target := u.decision.Target
 	switch {
 	case u.observes && u.decided:
-		return u.observing()
+		return u.observingCondition()
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
-		return at(u.phase, u.lastErr)
+		return conditionOf(u.phase, u.lastErr)
 	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
 		facts := s.Health.Facts
 		err := fmt.Errorf("the release that the unit went back to is unhealthy: %s: %s",
@@ -105,70 +105,71 @@ func (u *unit) standing() standing {
 		if f, _ := u.failure(target); u.failedHere(target) {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
-		return standing{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
+		return condition{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
 	case s.Unfinished && u.failedHere(target):
-		return u.failed(deployments.StateSwitching, target)
+		return u.failedCondition(deployments.StateSwitching, target)
 	case s.Unfinished:
-		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
+		// Also while its successor is fetched: the unit is out of service.
+		return conditionOf(deployments.StateSwitching, u.lastErr)
 	case !u.decided:
-		return at(deployments.StateWaiting, u.lastErr)
+		return conditionOf(deployments.StateWaiting, u.lastErr)
 	case u.contends:
-		return at(deployments.StateSwitching, u.lastErr)
+		return conditionOf(deployments.StateSwitching, u.lastErr)
 	case u.decision.Action == policy.ActHold:
-		return at(deployments.StateHeld, u.decision.Invalid)
+		return conditionOf(deployments.StateHeld, u.decision.Invalid)
 	case target.IsZero() && u.decision.Invalid != nil:
-		return u.invalid()
+		return u.invalidCondition()
 	case target.IsZero() && u.refused[u.goal.stage].err != nil:
-		return at(deployments.StateInvalid, u.refused[u.goal.stage].err)
+		return conditionOf(deployments.StateInvalid, u.refused[u.goal.stage].err)
 	case target.IsZero() && u.lastErr != nil && (u.goal.leave || !u.goal.stage.IsZero()):
-		return at(deployments.StateRetrying, u.lastErr)
+		return conditionOf(deployments.StateRetrying, u.lastErr)
 	case u.goal.leave:
-		return at(deployments.StateSwitching, nil)
+		return conditionOf(deployments.StateSwitching, nil)
 	case u.decision.Reason == deployments.ReasonRestored && !s.Restored.IsZero() && u.lastErr == nil:
-		return standing{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
+		return condition{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
 	case target.IsZero():
-		return at(deployments.StateWaiting, u.lastErr)
+		return conditionOf(deployments.StateWaiting, u.lastErr)
 	case u.failedHere(target):
-		return u.failed(deployments.StateQuarantined, target)
+		return u.failedCondition(deployments.StateQuarantined, target)
 	case u.refused[target].err != nil:
-		return at(deployments.StateInvalid, u.refused[target].err)
+		return conditionOf(deployments.StateInvalid, u.refused[target].err)
 	case u.done == target:
-		return u.converged()
+		return u.convergedCondition()
 	case u.blocked.why != "":
-		blocked := at(deployments.StateWaiting, u.lastErr)
+		blocked := conditionOf(deployments.StateWaiting, u.lastErr)
 		if u.cycle != "" {
-			blocked = at(deployments.StateInvalid, errors.New(u.blocked.why))
+			blocked = conditionOf(deployments.StateInvalid, errors.New(u.blocked.why))
 		}
 		blocked.reason = deployments.ReasonDependency
 		blocked.facts = deployments.Facts{"unit": u.blocked.unit, "error": u.blocked.why}
 		return blocked
 	case u.lastErr != nil:
-		return at(deployments.StateRetrying, u.lastErr)
+		return conditionOf(deployments.StateRetrying, u.lastErr)
 	default:
-		return at(deployments.StateFetching, u.decision.Invalid)
+		return conditionOf(deployments.StateFetching, u.decision.Invalid)
 	}
 }
 
-// converged returns the standing of a unit that runs what it should.
-func (u *unit) converged() standing {
+// convergedCondition returns the condition of a unit that runs what it should.
+func (u *unit) convergedCondition() condition {
 	switch {
 	case u.unhealthy():
-		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError(), u.health.Since}
+		return condition{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError(), u.health.Since}
 	case u.lastErr != nil: // an error with what is fetched ahead
-		return at(deployments.StateConverged, u.lastErr)
+		return conditionOf(deployments.StateConverged, u.lastErr)
 	case u.foreign != "":
-		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
+		return conditionOf(deployments.StateConverged, &foreignError{u.dest, u.foreign})
 	case u.refused[u.goal.stage].err != nil:
-		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
+		return conditionOf(deployments.StateConverged, u.refused[u.goal.stage].err)
 	case u.future != nil && u.floorRelease == u.done:
-		return at(deployments.StateConverged, u.future)
+		return conditionOf(deployments.StateConverged, u.future)
 	}
-	return at(deployments.StateConverged, u.decision.Invalid)
+	return conditionOf(deployments.StateConverged, u.decision.Invalid)
 }
 
-// invalid returns the standing of a unit whose record or pin can't be used.
-func (u *unit) invalid() standing {
-	s := at(deployments.StateInvalid, u.decision.Invalid)
+// invalidCondition returns the condition of a unit whose record or pin can't be used.
+func (u *unit) invalidCondition() condition {
+	s := conditionOf(deployments.StateInvalid, u.decision.Invalid)
 	switch {
 	case u.pins[0].Err != nil || u.pins[1].Err != nil:
 		s.reason = deployments.ReasonInvalidPin
@@ -180,11 +181,11 @@ func (u *unit) invalid() standing {
 	return s
 }
 
-// observing returns the standing of a unit that the node only observes: a rollout counts it as held.
-func (u *unit) observing() standing {
-	s := at(deployments.StateHeld, u.lastErr)
+// observingCondition returns the condition of a unit that the node only observes: a rollout counts it as held.
+func (u *unit) observingCondition() condition {
+	s := conditionOf(deployments.StateHeld, u.lastErr)
 	if refused := u.refused[u.goal.observe].err; refused != nil {
-		s = at(deployments.StateHeld, refused)
+		s = conditionOf(deployments.StateHeld, refused)
 	}
 	s.reason = deployments.ReasonObserving
 	if c := u.comparison; c != nil {
@@ -193,19 +194,19 @@ func (u *unit) observing() standing {
 	return s
 }
 
-// failed returns the standing of a unit whose target failed here.
-func (u *unit) failed(state deployments.State, target deployments.Pointer) standing {
+// failedCondition returns the condition of a unit whose target failed here.
+func (u *unit) failedCondition(state deployments.State, target deployments.Pointer) condition {
 	f, _ := u.failure(target)
 	err := f.Err(target)
 	err.Unfinished = state == deployments.StateSwitching
-	return standing{state: state, reason: err.Reason, facts: err.Facts, err: err}
+	return condition{state: state, reason: err.Reason, facts: err.Facts, err: err}
 }
 
-// stamp returns the standing, and records since when the unit is in its state. An unhealthy unit is so since its checks
-// first failed, and a unit that goes back since its release failed, whatever it should run by now. Both times survive a
-// restart of the agent, because otherwise each restart would begin another deadline.
-func (u *unit) stamp(now time.Time) standing {
-	s := u.standing()
+// stamp returns the condition, and records since when the unit is in its state. An unhealthy unit is so since its
+// checks first failed, and a unit that goes back since its release failed, whatever it should run by now. Both times
+// survive a restart of the agent, because otherwise each restart would begin another deadline.
+func (u *unit) stamp(now time.Time) condition {
+	s := u.condition()
 	if s.since.IsZero() {
 		s.since = u.state().FailedAt
 	}
