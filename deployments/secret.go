@@ -71,7 +71,7 @@ func checkSecretName(source, name string) error {
 		}
 	default:
 		if clean := path.Clean("/" + name); clean != "/"+strings.TrimPrefix(name, "/") {
-			return errors.New("want a path without empty parts, . and ..")
+			return errors.New("want a path with no empty part, and no . or .. for a part")
 		}
 		if strings.ContainsAny(name, "?%") {
 			return errors.New("want a name without ? and %")

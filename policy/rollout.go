@@ -13,8 +13,8 @@ type Transition struct {
 	// Reason, with its Facts, is what was done, or why nothing was; may be empty.
 	Reason deployments.Reason
 	Facts  deployments.Facts
-	// Refused is set if an order changes nothing; Reason then says why. Did, with DidFacts, is the reason code of what
-	// an order did, if it changed something.
+	// Refused is set if an order changes nothing; Reason then says why. OrderReason, with OrderFacts, is the reason code
+	// of what an order did, if it changed something.
 	Refused     bool
 	OrderReason deployments.Reason
 	OrderFacts  deployments.Facts

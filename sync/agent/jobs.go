@@ -265,7 +265,7 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// inspectDest runs a jobLook: it finds out whether something lies at dest before the unit's first release.
+// inspectDest runs a jobInspectDest: it finds out whether something lies at dest before the unit's first release.
 func (a *Agent) inspectDest(ctx context.Context, u *unit, p deployments.Pointer) error {
 	occupied, err := u.deploy.DestOccupied(ctx, p)
 	if err != nil {

@@ -132,7 +132,7 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 // name. Such units were removed from Git, or invented: a token can write any number of them.
 const maxReportOnly = 20
 
-// noteReported adds a unit to told, with the node whose report names it, unless the unit is known already.
+// noteReported adds a unit to reportOnly, with the node whose report names it, unless the unit is known already.
 func (a *assembly) noteReported(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.reportOnly == nil {
@@ -142,8 +142,8 @@ func (a *assembly) noteReported(id deployments.UnitID, node string) {
 	}
 }
 
-// addReportOnly adds the units in told, at most maxTold of each role. For a role that has more it adds an error, with
-// their number.
+// addReportOnly adds the units in reportOnly, at most maxReportOnly of each role. For a role that has more it adds an
+// error, with their number.
 func (a *assembly) addReportOnly() {
 	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.reportOnly), deployments.UnitID.Compare) {
@@ -165,8 +165,8 @@ func (a *assembly) addReportOnly() {
 // alone says that the prefix can't be read.
 const someKeys = "*"
 
-// takePins adds the pins to their units. Of the units that only pins name it adds at most maxTold for each role, as an
-// operator's token can invent any number. The other pins become an error, with their number.
+// takePins adds the pins to their units. Of the units that only pins name it adds at most maxReportOnly for each role,
+// as an operator's token can invent any number. The other pins become an error, with their number.
 func (a *assembly) takePins() {
 	shown, more := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}
 	slices.SortFunc(a.pins, func(x, y keyed) int { return cmp.Compare(x.Key, y.Key) })

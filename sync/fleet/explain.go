@@ -134,8 +134,7 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 		hint := "see to the store, then look again; nodes go on with what they know"
 		if len(f.incomplete) > 0 {
 			hint = "remove the keys that don't belong there, if any, then look again; on the node, as root, its agent " +
-				"answers: " +
-				"kedge explain " + id.Unit
+				"answers: kedge explain " + id.Unit
 		}
 		return Step{What: "store", Says: text, Blocks: true, Hint: hint}, true
 	}

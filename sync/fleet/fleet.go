@@ -180,8 +180,8 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // if that holds for every part, unless the store is known to be empty.
 //
 // If a part holds more than is read at once, Read reads those roles that have a record one by one. A part for which no
-// answer comes in time is left out if the store answers another request then. Unread names such parts. A second late
-// part is an error, as is any other failure.
+// answer comes in time is left out if the store answers another request then. CheckComplete names such parts. A second
+// late part is an error, as is any other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	failed := map[string]error{}

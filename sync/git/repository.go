@@ -112,8 +112,8 @@ func (o *Objects) incompleteReason() string {
 	return ""
 }
 
-// explain adds the reason that lacking returns to err, if err means that an object is missing. Other errors are
-// returned as they are.
+// explain adds the reason that incompleteReason returns to err, if err means that an object is missing. Other errors
+// are returned as they are.
 func (o *Objects) explain(err error) error {
 	if errors.Is(err, plumbing.ErrObjectNotFound) {
 		if why := o.incompleteReason(); why != "" {

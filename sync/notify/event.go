@@ -98,9 +98,9 @@ type unitNow struct {
 	known     bool
 }
 
-// standing returns a text that identifies a rollout's state and the time of its last change; empty: the rollout goes
-// on. If the text differs from before, there may be something to notify of.
-func standing(r deployments.Record) string {
+// rolloutState returns a text that identifies a rollout's state and the time of its last change; empty: the rollout
+// goes on. If the text differs from before, there may be something to notify of.
+func rolloutState(r deployments.Record) string {
 	switch p := r.Rollout; {
 	case r.Orphaned:
 		return string(KindOrphaned)
@@ -117,7 +117,7 @@ func standing(r deployments.Record) string {
 // knows.
 func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
-	now = notified{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
+	now = notified{Generation: r.Generation, Standing: rolloutState(r), Unhealthy: was.Unhealthy,
 		HealthChanges: was.HealthChanges}
 	event := func(kind Kind, mark string, at time.Time, text string) {
 		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}

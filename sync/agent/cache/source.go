@@ -33,7 +33,7 @@ type Source struct {
 	role     *Role
 	desired  bool // records, not pins
 	entries  []kv.Entry
-	lastView []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
+	lastView []kv.Entry // of pins: all entries of the last synced view; see Cache.RefilterPins
 	from     origin
 	at       time.Time // when entries last changed
 	err      error     // why the store's view may be out of date
