@@ -12,22 +12,47 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"kedge/deployments"
 )
 
-// makePackages runs .ci/package for some architectures, and returns where the packages lie.
-func makePackages(t *testing.T, version string, architectures ...string) string {
+// madeVersion is the version of the packages that the tests make.
+const madeVersion = "1.2.3"
+
+// makePackages runs .ci/package for some architectures, none: for all. The packages then lie in dir.
+func makePackages(t *testing.T, dir string, architectures ...string) {
 	t.Helper()
-	dir := t.TempDir()
 	c := exec.CommandContext(t.Context(), "../../.ci/package", append([]string{dir}, architectures...)...)
-	c.Env = append(os.Environ(), "KEDGE_PACKAGE_VERSION="+version)
+	c.Env = append(os.Environ(), "KEDGE_PACKAGE_VERSION="+madeVersion)
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf(".ci/package: %v\n%s", err, out)
 	}
-	return dir
+}
+
+// madePackages are this architecture's packages, which two tests need.
+var madePackages struct {
+	once sync.Once
+	dir  string
+	made bool
+}
+
+func nativePackages(t *testing.T) string {
+	t.Helper()
+	madePackages.once.Do(func() {
+		var err error
+		if madePackages.dir, err = os.MkdirTemp("", "kedge-packages-"); err != nil {
+			t.Fatal(err)
+		}
+		makePackages(t, madePackages.dir, runtime.GOARCH)
+		madePackages.made = true
+	})
+	if !madePackages.made { // the other test, which made them, has failed
+		t.Fatal("the packages could not be made: the other test that needs them says why")
+	}
+	return madePackages.dir
 }
 
 // debWithVersion returns the same package under another version: that is all that dpkg goes by.
@@ -56,7 +81,7 @@ func TestPackage(t *testing.T) {
 	w := newWorld(t, "boot-package")
 	w.startMirror("mirror-1")
 	m := newMachine(t, w, "", "boot-package", "ready_timeout: 40s")
-	debs, err := filepath.Glob(filepath.Join(makePackages(t, "1.0.0", runtime.GOARCH), "*.deb"))
+	debs, err := filepath.Glob(filepath.Join(nativePackages(t), "*.deb"))
 	if err != nil || len(debs) != 1 {
 		t.Fatalf("%q, %v: want one deb", debs, err)
 	}
@@ -191,7 +216,8 @@ func TestPackagesAreReproducible(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds packages: left out with -short")
 	}
-	first, second := makePackages(t, "1.2.3"), makePackages(t, "1.2.3", runtime.GOARCH)
+	first, second := t.TempDir(), nativePackages(t)
+	makePackages(t, first)
 	sums, err := os.ReadFile(filepath.Join(first, "SHA256SUMS"))
 	if err != nil || bytes.Count(sums, []byte("\n")) != 8 {
 		t.Fatalf("%s, %v: want a deb, an rpm, a tarball and an SBOM of two architectures", sums, err)

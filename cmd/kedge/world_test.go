@@ -26,12 +26,13 @@ import (
 	"kedge/kv/kvtest"
 )
 
-// TestMain removes the programs that tests had built.
+// TestMain removes the programs and the packages that tests had made.
 func TestMain(m *testing.M) {
 	code := m.Run()
 	for _, p := range []*program{&asTested, &asReleased} {
 		os.RemoveAll(p.dir) // "": none was built
 	}
+	os.RemoveAll(madePackages.dir)
 	os.Exit(code)
 }
 
