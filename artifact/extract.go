@@ -90,10 +90,10 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	if !x.owners {
 		return a, nil
 	}
-	if uid := idCached(x.uids, h.Uname, safefs.LookupUser); uid >= 0 {
+	if uid := idCached(x.uids, h.Uname, safefs.LookupUID); uid >= 0 {
 		a.uid = uid
 	}
-	if gid := idCached(x.gids, h.Gname, safefs.LookupGroup); gid >= 0 {
+	if gid := idCached(x.gids, h.Gname, safefs.LookupGID); gid >= 0 {
 		a.gid = gid
 	}
 	if x.allowed != nil {

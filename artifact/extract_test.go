@@ -224,7 +224,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 	if err := os.WriteFile(path, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	daemon, err := safefs.LookupUser("daemon")
+	daemon, err := safefs.LookupUID("daemon")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -410,7 +410,7 @@ func (b *builder) partly(i int) bool {
 	return slices.Contains(b.chunks[from:to], true)
 }
 
-// discard removes a large file that has some of its frames already.
+// discard removes a large file that has some of its frames already, and notes that these frames are missing again.
 func (w *treeWorker) discard(i int) error {
 	e := &w.index.Entries[i]
 	from, to := w.index.FramesOf(e)

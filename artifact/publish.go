@@ -173,15 +173,15 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	return out, nil
 }
 
-// earlierRun is the manifest that is stored for this version already: mostly there is none. It is not trusted.
-type earlierRun struct {
+// publishedManifest is the manifest that is stored for this version already: mostly there is none. It is not trusted.
+type publishedManifest struct {
 	raw      []byte
 	manifest *deployments.Manifest // nil: none that parses
 }
 
-// storedManifest reads the manifest that is stored for this version. It returns the zero before if there is none, or if
-// the credentials may not read it.
-func (p *publisher) storedManifest() (b earlierRun, err error) {
+// storedManifest reads the manifest that is stored for this version. It returns the zero publishedManifest if there is
+// none, or if the credentials may not read it.
+func (p *publisher) storedManifest() (b publishedManifest, err error) {
 	b.raw, err = p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
 	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) { // see Client.Put
 		return b, nil
@@ -195,7 +195,7 @@ func (p *publisher) storedManifest() (b earlierRun, err error) {
 
 // created returns the time of the stored manifest, since publishing a version again must give the same bytes. It
 // returns now if there is no such manifest, or if its time is not before now.
-func (b earlierRun) created(now time.Time) time.Time {
+func (b publishedManifest) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created
 	}
@@ -205,7 +205,7 @@ func (b earlierRun) created(now time.Time) time.Time {
 // deltas returns the deltas of the manifest that an earlier run published for the same tree. A new search could find
 // other bases, and the manifest of a release must not change. ok is false if there is no such manifest, Since is set or
 // Find is 0. The manifest needn't be trusted: a node verifies what a delta makes.
-func (b earlierRun) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
+func (b publishedManifest) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {
 		return nil, false

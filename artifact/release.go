@@ -49,8 +49,8 @@ type Releases struct {
 	hashAlways bool
 	// step is called before and after each change on disk. Tests kill the process there. May be nil.
 	step func(name string)
-	// held are the directories that enter has opened; nil: none are open.
-	held *heldPlaces
+	// places are the directories that enter has opened; nil: none are open.
+	places *heldPlaces
 }
 
 // heldPlaces are the directories of a dest's releases, open during one call.
@@ -114,7 +114,7 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 // directories are made; without it, the error wraps ErrNoRelease if one is missing. If r has them open already, in is
 // r.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
-	if r.held != nil {
+	if r.places != nil {
 		return r, func() {}, nil
 	}
 	h := &heldPlaces{}
@@ -137,7 +137,7 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 		return nil, nil, err
 	}
 	held := *r
-	held.held = h
+	held.places = h
 	return &held, h.close, nil
 }
 
@@ -146,28 +146,28 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 func (r *Releases) shownTop() string { return r.dest + ".releases" }
 
 func (r *Releases) top() string {
-	if r.held == nil {
+	if r.places == nil {
 		return r.shownTop()
 	}
-	return r.held.top.Path("")
+	return r.places.top.Path("")
 }
 
 // private returns the directory, closed to other users, that holds kedge's own files.
 func (r *Releases) private() string {
-	if r.held == nil {
+	if r.places == nil {
 		return filepath.Join(r.shownTop(), privateName)
 	}
-	return r.held.private.Path("")
+	return r.places.private.Path("")
 }
 
 // link returns the path of dest, and parent that of its directory.
 func (r *Releases) link() string { return filepath.Join(r.parent(), filepath.Base(r.dest)) }
 
 func (r *Releases) parent() string {
-	if r.held == nil {
+	if r.places == nil {
 		return filepath.Dir(r.dest)
 	}
-	return r.held.parent.Path("")
+	return r.places.parent.Path("")
 }
 
 // dirOf returns a release's directory below top.

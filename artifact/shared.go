@@ -30,7 +30,7 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if err != nil {
 		return err
 	}
-	place, err := r.held.parent.OpenDest(r.dest+sharedSuffix, nil, true)
+	place, err := r.places.parent.OpenDest(r.dest+sharedSuffix, nil, true)
 	if err != nil {
 		return err
 	}

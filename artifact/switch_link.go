@@ -31,7 +31,7 @@ func (l linkSwitcher) Switch(_ context.Context, rel *Release) error {
 		return fmt.Errorf("finding the release to switch to: %w", err)
 	}
 	defer leave()
-	if err := removeAside(r.held.parent, rel); err != nil {
+	if err := removeAside(r.places.parent, rel); err != nil {
 		return err
 	}
 	found, err := r.Find(rel.Pointer.Digest)

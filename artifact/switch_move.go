@@ -51,7 +51,7 @@ func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release)
 		}
 	}
 	if err := safefs.RemoveTree(tree); err != nil {
-		return fmt.Errorf("removing the tree that was copied beside dest: %w", err)
+		return fmt.Errorf("removing the staged tree, after it was copied to a place beside dest: %w", err)
 	}
 	return durable.Rename(beside, dest)
 }

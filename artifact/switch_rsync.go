@@ -22,7 +22,7 @@ type rsyncSwitcher struct{ treeSwitcher }
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	parent, err := s.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command",
+		return fmt.Errorf("dest's parent directory %s does not exist: create it beforehand, or in a pre command",
 			filepath.Dir(r.Manifest.Dest))
 	}
 	if err != nil {

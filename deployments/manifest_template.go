@@ -386,14 +386,14 @@ func format(values []any) (string, error) {
 		}
 		for _, digits := range strings.FieldsFunc(verb[:end], func(c rune) bool { return c < '0' || c > '9' }) {
 			if len(digits) > 4 {
-				return "", fmt.Errorf("a format's width is at most %d", maxWidth)
+				return "", fmt.Errorf("a format's width and precision are at most %d", maxWidth)
 			}
 			width := 0
 			for _, d := range digits {
 				width = 10*width + int(d-'0')
 			}
 			if width > maxWidth {
-				return "", fmt.Errorf("a format's width is at most %d", maxWidth)
+				return "", fmt.Errorf("a format's width and precision are at most %d", maxWidth)
 			}
 			size += width
 		}

@@ -106,7 +106,7 @@ func TestManifestMistakes(t *testing.T) {
 		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "templates know only {{ env }}"},
 		{"a template that calls", base + "{{ call 1 }}", "not defined"},
 		{"a template that defines", base + "{{ define `x` }}{{ end }}", "can't be defined"},
-		{"a format that grows", base + "{{ printf \"%9999d\" 1 }}", "width is at most"},
+		{"a format that grows", base + "{{ printf \"%9999d\" 1 }}", "width and precision are at most"},
 		{"a format that grows by a number", base + "{{ printf \"%*d\" 999999 1 }}", "verbs"},
 		{"a thousand ifs", base + strings.Repeat("{{if 1}}{{end}}", 1001), "at most 2000"},
 		{"data", base + "{{ .Values.x }}", "environment variables only"},

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// SecretRef says where a node finds a secret's value, as SOURCE:NAME or SOURCE:NAME#FIELD. No manifest and no key
-// contains the value: the node reads it, if its own configuration allows the reference.
+// SecretRef says where a node finds a secret's value, as SOURCE:NAME or SOURCE:NAME#FIELD. Neither a manifest nor the
+// store contains the value: the node reads it, if its own configuration allows the reference.
 type SecretRef string
 
 // The sources of secrets.
@@ -42,7 +42,8 @@ func ParseSecretRef(s string) (SecretRef, error) {
 	switch {
 	case !slices.Contains(secretSources, source) || !strings.Contains(s, ":"):
 		// The error doesn't quote the text, which may be a secret itself.
-		return "", errors.New("want a reference, as in ssm:/prod/db, by file, credential, ssm, secretsmanager or vault")
+		return "", errors.New("want SOURCE:NAME, as in ssm:/prod/db; SOURCE is file, credential, ssm, " +
+			"secretsmanager or vault")
 	case name == "" || len(s) > maxSecretRef || strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == 0x7f }):
 		return "", fmt.Errorf("secret %q: want a name after %s: without blanks", clip(s), source)
 	case strings.HasSuffix(s, "#"):

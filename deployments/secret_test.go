@@ -93,7 +93,7 @@ func TestManifestSecrets(t *testing.T) {
 		"secrets: {KEDGE_X: ssm:/x}":                    "are reserved",
 		"secrets: {A: }":                                "has no reference",
 		"secrets: {A: null}":                            "has no reference",
-		"secrets: {A: hunter2}":                         "1:14: want a reference, as in ssm:/prod/db",
+		"secrets: {A: hunter2}":                         "1:14: want SOURCE:NAME, as in ssm:/prod/db",
 		"secrets: {A: ssm:/x, A: ssm:/y}":               "is given twice",
 		"secrets: [A]":                                  "want variables by name",
 		"secrets: {'a b': ssm:/x}":                      "want letters, digits",

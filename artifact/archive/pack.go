@@ -35,7 +35,7 @@ var EmptyDigest = deployments.DigestOf(nil)
 
 var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// Packed is what Pack has made.
+// Packed describes an archive that Pack wrote, and contains its index.
 type Packed struct {
 	Size    int64 // of the archive, in bytes
 	SHA256  deployments.Digest

@@ -13,9 +13,9 @@ import (
 // owner doesn't name it, which means that it shall not be changed. With an error, both are -1.
 func LookupOwner(owner string) (uid, gid int, err error) {
 	name, group, _ := strings.Cut(owner, ":")
-	uid, err = idOf(name, func() (string, error) { return LookupUser(name) })
+	uid, err = idOf(name, func() (string, error) { return LookupUID(name) })
 	if err == nil {
-		gid, err = idOf(group, func() (string, error) { return LookupGroup(group) })
+		gid, err = idOf(group, func() (string, error) { return LookupGID(group) })
 	}
 	if err != nil {
 		return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
@@ -23,8 +23,8 @@ func LookupOwner(owner string) (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-// LookupUser returns the number of the user name.
-func LookupUser(name string) (uid string, err error) {
+// LookupUID returns the number of the user name.
+func LookupUID(name string) (uid string, err error) {
 	u, err := user.Lookup(name)
 	if err != nil {
 		return "", err
@@ -32,8 +32,8 @@ func LookupUser(name string) (uid string, err error) {
 	return u.Uid, nil
 }
 
-// LookupGroup returns the number of the group name.
-func LookupGroup(name string) (gid string, err error) {
+// LookupGID returns the number of the group name.
+func LookupGID(name string) (gid string, err error) {
 	g, err := user.LookupGroup(name)
 	if err != nil {
 		return "", err

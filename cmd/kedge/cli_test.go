@@ -178,7 +178,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", filepath.Join(dir, "bounded")}, exitDone, []string{"1 unit, all valid", "--releases checks that"}},
 		{[]string{"check", "--releases", filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/a is outside of /srv", "1 problem"}},
 		{[]string{"check", "--signers", write("signers", ""), filepath.Join(dir, "bounded")}, exitFailed,
-			[]string{"prod/web/app.yaml:1:10: the release can't be used: not signed by an allowed signer: file://" +
+			[]string{"prod/web/app.yaml:1:10: could not read or verify the release: not signed by an allowed signer: file://" +
 				outside + " has no signature"}},
 		{[]string{"check", "--manifest", trapped}, exitDone, []string{"old.yml:4:12: dest_mode: 755 is read in octal", "3 traps"}},
 		{[]string{"check", "--manifest", wrong}, exitFailed, []string{"wrong.yml:1:1: unknown field", "wrong.yml:2:1: unknown field", "2 problems"}},

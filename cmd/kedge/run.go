@@ -33,8 +33,8 @@ var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
 
-// programArgs returns kedge's arguments for a program called by name with args. Called as stretcher, it is kedge run,
-// and stretcher's long flags with one dash get a second one.
+// programArgs returns kedge's arguments for a program called by name with args. A program called stretcher acts as
+// kedge run, and takes stretcher's long flags with one dash, too: they get the second dash here.
 func programArgs(name string, args []string) []string {
 	if filepath.Base(name) != stretcherName {
 		return args

@@ -38,7 +38,8 @@ var (
 	// leaseHeartbeat is used because a session's own TTL is at least 10 s, and Consul may wait for twice that: too long
 	// without a mirror.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
-	// presenceHeartbeat is longer than an agent's restart takes, so that its node isn't taken for dead meanwhile.
+	// presenceHeartbeat has a TTL that is longer than an agent's restart takes, so that its node isn't taken for dead
+	// meanwhile.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 
@@ -94,7 +95,7 @@ const maxStrayed = 2
 
 // errStrayed means that no session can depend on the check, as heartbeats don't reach it.
 var errStrayed = errors.New(
-	"heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
+	"heartbeats seem to reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
 // keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.

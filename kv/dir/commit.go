@@ -196,8 +196,8 @@ func (d *Store) apply(changes []change) error {
 	return group.Wait()
 }
 
-// stage writes the changed values to temporary files, in parallel, as each waits for the disk. It returns the
-// files' names; empty: the value is unchanged.
+// stage writes the changed values to temporary files, in parallel, as each waits for the disk. It returns the name of
+// each change's file; empty: the change writes no value, or the key has that value already.
 func (d *Store) stage(changes []change) ([]string, error) {
 	staged := make([]string, len(changes))
 	var group errgroup.Group

@@ -146,7 +146,8 @@ func (a *Agent) serveSocket(ctx context.Context, path string) error {
 }
 
 const (
-	// maxConns bounds the connections of each address: a new one replaces the oldest.
+	// maxConns bounds the connections to each address that the agent serves. One more closes the oldest, even if that is
+	// in use: see conns.Limit.
 	maxConns = 100
 	// An answer takes milliseconds, except that of /live, which waits up to 10 s for a loop that hangs.
 	headerTimeout = 5 * time.Second

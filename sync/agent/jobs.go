@@ -161,7 +161,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	ds, err := u.deploy.Verify(ctx, verifyRate)
 	if err != nil {
 		if ctx.Err() == nil {
-			u.log.Warn("could not verify the live release", "error", err)
+			u.log.Warn("could not verify the live release: the next check tries again", "error", err)
 		}
 		return nil // the next check retries, and the unit is none the worse
 	}

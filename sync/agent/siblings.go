@@ -111,9 +111,8 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 }
 
 // claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around that dest. Otherwise it
-// returns a *destInUseError. A unit that moves to another dest holds both until it has moved. A unit that no record or
-// pin names, or that Git no longer names, gives up its dest once no deployment of it is unfinished. The same tree may
-// continue under another unit's name.
+// returns a *destInUseError. A unit that moves to another dest holds both until it has moved. Another unit that yields
+// its dest to this one doesn't count, unless it is changing. So a unit that was renamed in Git keeps its tree.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

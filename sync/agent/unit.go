@@ -248,8 +248,8 @@ func (u *unit) orphaned() bool {
 	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// yields reports whether the unit gives up its dest to other. It does if no record or pin asks for the unit, or if Git
-// no longer names the unit but still names other.
+// yields reports whether the unit gives up its dest to other. It does if it is unwanted. If it is orphaned, it does so
+// only for a unit that is wanted and not orphaned.
 func (u *unit) yields(other *unit) bool {
 	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
 }

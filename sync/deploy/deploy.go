@@ -190,7 +190,8 @@ type State struct {
 	RecoversTo deployments.Pointer
 }
 
-// Empty reports whether no release of the unit runs, is good, is under way or has failed on this node.
+// Empty reports whether the unit has nothing on this node: no running and no last good release, no unfinished
+// deployment, and no failed release. It must not be drained, either.
 func (s State) Empty() bool {
 	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
 }

@@ -74,7 +74,7 @@ func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	return keys
 }
 
-// highest returns the newest floor of keys, and the key that has it; zero: there is none.
+// highest returns the key among keys that has the newest floor, and that floor; zero: there is none.
 func (f *Floors) highest(keys []string) (of string, made time.Time) {
 	if f == nil {
 		return "", time.Time{}

@@ -32,7 +32,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
 		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
 		units:     map[deployments.UnitID]*Unit{},
-		roles:     map[deployments.RoleID][]reporter{},
+		reporters: map[deployments.RoleID][]reporter{},
 		orders:    map[deployments.UnitID]kv.Entry{},
 		histories: map[deployments.UnitID][]deployments.History{},
 	}
@@ -60,7 +60,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	for _, r := range m.reports.Read(entries) {
 		a.report(r)
 	}
-	for role, reporters := range a.roles {
+	for role, reporters := range a.reporters {
 		for _, r := range reporters {
 			for name := range r.units {
 				if deployments.CheckSegment("unit", name) == nil {
@@ -88,9 +88,9 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 }
 
 type assembly struct {
-	fleet *Fleet
-	units map[deployments.UnitID]*Unit
-	roles map[deployments.RoleID][]reporter
+	fleet     *Fleet
+	units     map[deployments.UnitID]*Unit
+	reporters map[deployments.RoleID][]reporter
 	// pins, orders and histories are joined to their units at the end.
 	pins   []keyed
 	orders map[deployments.UnitID]kv.Entry
@@ -261,7 +261,7 @@ func (a *assembly) report(r reports.Report) {
 	case r.Report.Reason != "":
 		a.bad(r.Entry.Key, errors.New(message.Text(r.Report.Reason, r.Report.Facts)))
 	}
-	a.roles[r.Key.Role] = append(a.roles[r.Key.Role], n)
+	a.reporters[r.Key.Role] = append(a.reporters[r.Key.Role], n)
 }
 
 func (a *assembly) mirror(e kv.Entry) {
@@ -286,12 +286,12 @@ func (a *assembly) assign() {
 	for id, u := range a.units {
 		_, bad := a.fleet.Errors[kv.DesiredKey(id)]
 		reports := func(r reporter) bool { _, ok := r.units[id.Unit]; return ok }
-		if u.Record != nil || bad || slices.ContainsFunc(a.roles[id.RoleID()], reports) {
+		if u.Record != nil || bad || slices.ContainsFunc(a.reporters[id.RoleID()], reports) {
 			used[id.RoleID()] = true
 		}
 	}
 	versions := map[string]string{} // by node: a node of several roles counts once
-	for role, reporters := range a.roles {
+	for role, reporters := range a.reporters {
 		for _, r := range reporters {
 			if r.gone {
 				continue
@@ -323,7 +323,7 @@ func (a *assembly) hide(maxListed int) {
 		units[id.RoleID()]++
 	}
 	a.hidden = map[deployments.RoleID]int{}
-	for role, all := range a.roles {
+	for role, all := range a.reporters {
 		most := maxListed / max(1, units[role])
 		if len(all) <= most {
 			continue
@@ -343,7 +343,7 @@ func (a *assembly) hide(maxListed int) {
 				a.hidden[role]++
 			}
 		}
-		a.roles[role] = all[:most]
+		a.reporters[role] = all[:most]
 		a.badRole(role, fmt.Errorf("%d of %d nodes aren't listed: delete the keys of those that aren't yours",
 			len(all)-most, len(all)))
 	}
@@ -351,7 +351,7 @@ func (a *assembly) hide(maxListed int) {
 
 // nodes adds a unit's nodes, and counts them. Live nodes of its role that aren't listed count as not converged.
 func (a *assembly) nodes(u *Unit) {
-	for _, r := range a.roles[u.ID.RoleID()] {
+	for _, r := range a.reporters[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
 		n := Node{Name: r.name, Gone: r.gone, Report: report, joined: r.joined}
 		facts := a.fleet.resolveInputs(u, n)

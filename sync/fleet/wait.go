@@ -40,7 +40,7 @@ type WaitOptions struct {
 // ctx.Err().
 func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
 	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push,
-		sinceBeforeOrder: map[nodeUnit]time.Time{}}
+		sinceBeforeOrder: map[waitKey]time.Time{}}
 	if w.commit != "" {
 		if err := CheckCommit(w.commit); err != nil {
 			return err
@@ -159,10 +159,11 @@ type waiter struct {
 	outage *outage
 	// sinceBeforeOrder has, for the nodes of each unit with a pending order, when they entered their states
 	// (UnitReport.Since). A node that is still in that state says nothing about the order's effect.
-	sinceBeforeOrder map[nodeUnit]time.Time
+	sinceBeforeOrder map[waitKey]time.Time
 }
 
-type nodeUnit struct {
+// waitKey identifies a unit on a node.
+type waitKey struct {
 	unit deployments.UnitID
 	node string
 }
@@ -317,8 +318,8 @@ func (w *waiter) older(f *Fleet, u Unit) bool {
 	return false
 }
 
-// among reports whether past lists w.commit. If past is a mirror's MirrorState.Past, its head then descends from the
-// commit.
+// among reports whether past, which is MirrorState.Past, lists w.commit. If so, the mirror's head descends from
+// w.commit. Both may be abbreviated.
 func (w *waiter) among(past string) bool {
 	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
@@ -338,13 +339,13 @@ func (w *waiter) leapt(m deployments.MirrorState) bool {
 func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
-			w.sinceBeforeOrder[nodeUnit{u.ID, n.Name}] = n.Report.Since
+			w.sinceBeforeOrder[waitKey{u.ID, n.Name}] = n.Report.Since
 		}
 		return nil // its state is about to change
 	}
 	for _, n := range u.Nodes {
 		r := n.Report
-		since, asked := w.sinceBeforeOrder[nodeUnit{u.ID, n.Name}]
+		since, asked := w.sinceBeforeOrder[waitKey{u.ID, n.Name}]
 		switch {
 		case asked && r.Since.Equal(since):
 			continue

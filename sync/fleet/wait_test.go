@@ -37,7 +37,7 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 // once more.
 func goesOn(t *testing.T, s kv.Store, ended <-chan error) {
 	t.Helper()
-	w := waiter{sinceBeforeOrder: map[nodeUnit]time.Time{}}
+	w := waiter{sinceBeforeOrder: map[waitKey]time.Time{}}
 	seen := fleets(t, s)
 	until(t, seen, "what was written", func(f *Fleet) bool { _, err := w.check(f); return err == nil })
 	select {

@@ -205,7 +205,7 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
 	}
-	ancestor, err := o.signedOf(from)
+	ancestor, err := o.readSignedContent(from)
 	if err != nil {
 		return false, err
 	}
@@ -239,7 +239,9 @@ type signedContent struct {
 	payload []byte // nil: only hash is known, as the commit is missing, malformed or too large
 }
 
-func (o *Objects) signedOf(name string) (signedContent, error) {
+// readSignedContent reads the signed content of the commit with the hash name. A missing, malformed or too large commit
+// is no error.
+func (o *Objects) readSignedContent(name string) (signedContent, error) {
 	s := signedContent{hash: plumbing.NewHash(name)}
 	raw, err := o.EncodedObject(plumbing.CommitObject, s.hash)
 	if errors.Is(err, plumbing.ErrObjectNotFound) || err == nil && raw.Size() > maxFile {

@@ -77,7 +77,7 @@ func FuzzPushedObjects(f *testing.F) {
 				t.Errorf("it is by %q: %q", c.Author, c.Subject)
 			}
 			_, _ = objects.Descends(t.Context(), head.String(), head.String())
-			if _, err := objects.signedOf(head.String()); err != nil {
+			if _, err := objects.readSignedContent(head.String()); err != nil {
 				t.Error(err)
 			}
 		})

@@ -160,8 +160,8 @@ func (t *tree) find(name string) (*entry, error) {
 
 func (t *tree) root() *entry { return &entry{tree: t, name: ".", hash: t.top, git: filemode.Dir} }
 
-// target returns the path in the commit to which a symbolic link in the directory above leads. A link that leads out of
-// the commit is an error.
+// target returns the path in the commit to which a symbolic link leads. link is the hash of the link's content, above
+// the elements of its directory's path. A link that leads out of the commit is an error.
 func (t *tree) target(link plumbing.Hash, above []string) (string, error) {
 	to, err := t.blob(link)
 	switch {

@@ -22,7 +22,7 @@ const maxPrefix = 100_000
 
 // Source is a manifest that was read.
 type Source struct {
-	// Name is its name for people: a URL, or a file's path.
+	// Name names the manifest for people: a URL, or a file's path.
 	Name string
 	// URL is its URL; a file has a file:// URL.
 	URL string

@@ -71,7 +71,7 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 		} else if c.from != "" {
 			var err error
 			if c.descends, err = a.branch.descends(ctx, c.from, branch.head); err != nil {
-				err = fmt.Errorf("history from %s to %s: %w", short(c.from), short(branch.head), err)
+				err = fmt.Errorf("comparing the histories of %s and %s: %w", short(c.from), short(branch.head), err)
 				return outcome{unsure: err, retry: watchLag}
 			}
 		}

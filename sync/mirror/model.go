@@ -255,9 +255,9 @@ const maxBatch = 300 << 10
 // ours reports whether a mirror wrote a record. A mirror doesn't remove a bare pointer that a person wrote.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow returns the record that a unit's file asks for, given the present record r (zero: none). If the file names
-// another release than the record, the result is a new generation, open to every node. Otherwise only After, Drift,
-// Adopt and Orphaned change.
+// follow returns the record that a unit's file asks for, given the present record r (zero: none). If r was made to roll
+// out another release than the file names (see goal), the result is a new generation, open to every node. Otherwise r
+// is kept. In both cases After, Drift and Adopt are the file's, and Orphaned is cleared.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{

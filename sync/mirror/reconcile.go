@@ -176,8 +176,9 @@ const (
 	doWait
 )
 
-// removed returns the change of a record whose unit Git doesn't name. The record is removed if kedge.yaml sets prune,
-// or else marked as orphaned.
+// removed returns the change for a record whose unit Git doesn't name: the record is removed if kedge.yaml sets prune,
+// or else marked as orphaned. It returns doNothing for a record that no mirror wrote or that can't be parsed, and while
+// a write of this mirror is in flight.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {

@@ -104,7 +104,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 		t.Helper()
 		s := mirror.status(func(s deployments.MirrorState) bool { return s.Error != "" })
 		for _, w := range append(words, "commit "+next[:12]+" is not taken yet",
-			"prod/web/app.yaml:1:10: the release can't be used") {
+			"prod/web/app.yaml:1:10: could not read or verify the release") {
 			if !strings.Contains(s.Error, w) {
 				t.Errorf("no %q in the status %+v", w, s)
 			}
@@ -144,7 +144,8 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	was := desired(t, store)
 	next := o.Push(map[string]string{"dev/web/app.yaml": two})
 	s := mirror.status(func(s deployments.MirrorState) bool { return s.Error != "" })
-	if s.Head != head || !strings.Contains(s.Error, "dev/web/app.yaml:1:10: the release can't be used: is not signed") {
+	if s.Head != head || !strings.Contains(s.Error,
+		"dev/web/app.yaml:1:10: could not read or verify the release: is not signed") {
 		t.Errorf("the status is %+v", s)
 	}
 	sameDesired(t, store, was)
@@ -214,7 +215,10 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	patient := func(m *Mirror) { m.releaseRetry, m.hookPause = time.Hour, time.Millisecond }
 	leader := start(t, c, patient)
 	c.Name = "standby"
-	waits := func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "the release can't be used") }
+	waits := func(s deployments.MirrorState) bool {
+		return strings.Contains(s.Error,
+			"could not read or verify the release")
+	}
 	leader.status(waits)
 	standby := start(t, c, patient)
 	m.put("1", text)
@@ -295,8 +299,8 @@ func TestCheckReleases(t *testing.T) {
 	write("prod/web/e.yaml", m.put("bad", "desst: /srv\n"))
 	err := check()
 	for _, want := range []string{
-		"prod/web/c.yaml:1:10: the release can't be used:", "was replaced, or the pointer is mistyped",
-		"prod/web/d.yaml:1:10: the release can't be used:",
+		"prod/web/c.yaml:1:10: could not read or verify the release:", "was replaced, or the pointer is mistyped",
+		"prod/web/d.yaml:1:10: could not read or verify the release:",
 		"prod/web/e.yaml:1:10:", `manifest:1:1: unknown field "desst" in the manifest: did you mean "dest"?`,
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -321,7 +325,7 @@ func TestCheckPushOfReleases(t *testing.T) {
 	}
 	o.Commit(map[string]string{"prod/web/app.yaml": m.line("nowhere", "")})
 	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil ||
-		!strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be used") {
+		!strings.Contains(out, "prod/web/app.yaml:1:10: could not read or verify the release") {
 		t.Errorf("%v: %s", err, out)
 	}
 }

@@ -36,8 +36,8 @@ type Receiver struct {
 	SecretFile string `yaml:"secret_file"`
 	// Format is cloudevents (default), slack or teams.
 	Format Format `yaml:"format"`
-	// Text is the template of the text for slack and teams: {message}, {kind}, {unit}, {link} and facts by name
-	// are replaced. Default: {message}, and the link.
+	// Text is the template of the text for slack and teams. {message}, {kind}, {unit}, {link}, {release}, {commit},
+	// {author} and {subject} are replaced. Default: {message} {link}.
 	Text string `yaml:"text"`
 	// Events are the kinds of events that the receiver gets; empty: all. Units are patterns STAGE/ROLE/UNIT;
 	// empty: all.

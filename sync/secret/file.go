@@ -23,7 +23,7 @@ func readFile(name, allowed string) (string, error) {
 func readCredential(name string) (string, error) {
 	dir := os.Getenv("CREDENTIALS_DIRECTORY")
 	if dir == "" {
-		return "", errors.New("systemd passes no credentials: the agent's systemd service needs LoadCredential= or the like")
+		return "", errors.New("systemd passes no credentials to this process: its service needs LoadCredential= or the like")
 	}
 	return readBelow(dir, filepath.Join(dir, name))
 }
@@ -43,8 +43,11 @@ func readBelow(dir, name string) (string, error) {
 		return "", err
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return "", errors.Join(err, errors.New("it is not a regular file"))
+	switch info, err := f.Stat(); {
+	case err != nil:
+		return "", err
+	case !info.Mode().IsRegular():
+		return "", errors.New("it is not a regular file")
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxValue+2))
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 	"kedge/sync/fleet"
 )
 
-// changes caches who changed each unit last, and when: the newest entry of each history, read once per generation.
-type changes struct {
+// changeCache caches who changed each unit last, and when: the newest entry of each history, read once per generation.
+type changeCache struct {
 	mu    sync.Mutex
 	known map[deployments.UnitID]change
 }
@@ -38,7 +38,7 @@ const (
 )
 
 // of returns what began the unit's current generation. It has only the Commit if the history has not been read yet.
-func (c *changes) of(u *fleet.Unit) change {
+func (c *changeCache) of(u *fleet.Unit) change {
 	if u.Record == nil {
 		return change{}
 	}
@@ -55,7 +55,7 @@ func (c *changes) of(u *fleet.Unit) change {
 
 // load reads what began the current generation of each unit, unless it is cached, for at most maxChanges units. It
 // returns true if there was anything to read, and all of it was read.
-func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool {
+func (c *changeCache) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool {
 	ctx, cancel := context.WithTimeout(ctx, changesWithin)
 	defer cancel()
 	c.mu.Lock()

@@ -33,7 +33,7 @@ func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
 		c:       Config{Store: store, CommitURL: "https://git.example.org/acme/deployments/commit/{commit}"},
 		viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}),
 		histories:     map[deployments.UnitID]*unitHistory{},
-		latestChanges: &changes{known: map[deployments.UnitID]change{}},
+		latestChanges: &changeCache{known: map[deployments.UnitID]change{}},
 		trend:         &trends{units: map[deployments.UnitID][]sample{}},
 	}
 	for _, e := range s.entries {

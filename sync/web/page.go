@@ -129,7 +129,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		r.tab, segments = "overrides", nil
 	}
 	for i, name := range segments {
-		r.crumbs = append(r.crumbs, crumb{fleet.Clean(name, 80), templ.SafeURL(address(segments[:i+1]...)),
+		r.crumbs = append(r.crumbs, crumb{fleet.Clean(name, 80), templ.SafeURL(pagePath(segments[:i+1]...)),
 			i == len(segments)-1})
 	}
 	name := cmp.Or(strings.Join(segments, "/"), map[string]string{"fleet": "Fleet",
@@ -151,7 +151,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		if len(segments) > 1 {
 			f.Role = segments[1]
 		}
-		v, known := s.overviewOf(address(segments...), f, w.c.CommitURL)
+		v, known := s.overviewOf(pagePath(segments...), f, w.c.CommitURL)
 		if !known {
 			r.missing(http.StatusNotFound, s, "There is no unit of "+strings.Join(segments, "/")+".")
 			break
@@ -166,7 +166,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 			break
 		}
 		if len(segments) == 3 {
-			v := s.unitOf(u, address(segments...), f, w.history(ctx, u.Unit), w.c.CommitURL)
+			v := s.unitOf(u, pagePath(segments...), f, w.history(ctx, u.Unit), w.c.CommitURL)
 			r.unit(v)
 			return v.Unread == ""
 		}
@@ -298,8 +298,8 @@ func sentence(err error) string {
 	return strings.ToUpper(text[:1]) + text[1:] + "."
 }
 
-// address returns the path of a page.
-func address(segments ...string) string {
+// pagePath returns the path of a page.
+func pagePath(segments ...string) string {
 	path := "/"
 	for i, s := range segments {
 		if i > 0 {
@@ -311,5 +311,5 @@ func address(segments ...string) string {
 }
 
 func unitPath(id deployments.UnitID, more ...string) templ.SafeURL {
-	return templ.SafeURL(address(append([]string{id.Stage, id.Role, id.Unit}, more...)...))
+	return templ.SafeURL(pagePath(append([]string{id.Stage, id.Role, id.Unit}, more...)...))
 }

@@ -21,7 +21,7 @@ type snapshot struct {
 	// storeError is why the store can't be read now; empty: it can, or that wasn't checked yet.
 	storeError    string
 	trend         *trends
-	latestChanges *changes
+	latestChanges *changeCache
 
 	once  sync.Once
 	units []*unit // in the order of Fleet.Units

@@ -53,7 +53,7 @@ type Web struct {
 	listener net.Listener
 	// viewers bounds how many browsers receive changes.
 	viewers       chan struct{}
-	latestChanges *changes
+	latestChanges *changeCache
 	trend         *trends
 
 	mu        sync.Mutex
@@ -86,7 +86,7 @@ func New(c Config) (*Web, error) {
 	return &Web{
 		c: c, listener: l, viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}),
 		histories:     map[deployments.UnitID]*unitHistory{},
-		latestChanges: &changes{known: map[deployments.UnitID]change{}},
+		latestChanges: &changeCache{known: map[deployments.UnitID]change{}},
 		trend:         &trends{units: map[deployments.UnitID][]sample{}},
 	}, nil
 }

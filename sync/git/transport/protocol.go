@@ -106,8 +106,8 @@ func readRefs(r io.Reader, prefix string) (map[string]string, error) {
 	return refs, nil
 }
 
-// fetch returns protocol v2's request for q's pack, in one round. It leaves out files beyond q.MaxFile if the
-// server can.
+// fetch returns protocol v2's request for q's pack, in one round. The server leaves files larger
+// than q.MaxFile out of the pack, if it can.
 func (g greeting) fetch(q Query) string {
 	var ask pkts
 	ask.line("command=fetch")

@@ -116,7 +116,7 @@ func (r Releases) Inspect(
 			defer mu.Unlock()
 			for _, u := range byRelease[p] {
 				if err != nil {
-					unread = append(unread, problemOf(u, fmt.Errorf("the release can't be used: %w", err)))
+					unread = append(unread, problemOf(u, fmt.Errorf("could not read or verify the release: %w", err)))
 				} else if err := checkRelease(s, u, raw); err != nil {
 					problems = append(problems, problemOf(u, err))
 				}
