@@ -134,7 +134,8 @@ func readHTTP(
 	case r.StatusCode == http.StatusPartialContent && !whole:
 		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(r.Header.Get("Content-Range"), want) {
 			r.Body.Close()
-			return nil, 0, fmt.Errorf("the server answered with Content-Range %q, want %s…", r.Header.Get("Content-Range"), want)
+			return nil, 0, fmt.Errorf("the server answered with Content-Range %q, want %s…",
+				r.Header.Get("Content-Range"), want)
 		}
 	case r.StatusCode == http.StatusOK:
 		if o.Size >= 0 && r.ContentLength >= 0 && r.ContentLength != o.Size {

@@ -274,7 +274,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	case noRoles:
 		return usagef("this node's roles are not set: give --roles, KEDGE_ROLES, or roles in %s", file)
 	}
-	mirrors, err := conf.Mirrors.checked()
+	mirrors, err := conf.Mirrors.parse()
 	if err != nil {
 		return usageError{err}
 	}

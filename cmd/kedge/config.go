@@ -101,7 +101,7 @@ func (c *agentConfig) check(from origins) error {
 	if c.Node != "" {
 		wrong("node", deployments.CheckSegment("node", c.Node))
 	}
-	_, err = c.Mirrors.checked()
+	_, err = c.Mirrors.parse()
 	wrong("mirrors", err)
 	if c.Snapshot != "" && c.SnapshotSigners == "" {
 		wrong("snapshot", errSnapshotSigners)
@@ -401,8 +401,8 @@ func readMirrors(text string) (mirrorLists, error) {
 	return m, nil
 }
 
-// checked returns the lists as object.Mirrors. It is an error if a text is no URL prefix, or a prefix has no mirror.
-func (m mirrorLists) checked() (object.Mirrors, error) {
+// parse returns the lists as object.Mirrors. It is an error if a text is no URL prefix, or a prefix has no mirror.
+func (m mirrorLists) parse() (object.Mirrors, error) {
 	out := object.Mirrors{}
 	for prefix, urls := range m {
 		out[prefix] = urls

@@ -17,18 +17,18 @@ func TestMirrorsAreConfigured(t *testing.T) {
 	if err := decodeAgentConfig("agent.yaml", []byte(text), &c, origins{}); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := c.Mirrors.checked(); err != nil || !reflect.DeepEqual(got, want) {
+	if got, err := c.Mirrors.parse(); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("the file: %v, %v", got, err)
 	}
 	flag, err := readMirrors("s3://acme/=s3://euw1/, s3://acme/=http://127.0.0.1:65001/acme/ gs://x/=gs://y/")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := flag.checked(); err != nil || !reflect.DeepEqual(got, want) {
+	if got, err := flag.parse(); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("a flag: %v, %v", got, err)
 	}
 	bad := mirrorLists{"s3://acme/": {"http://10.0.0.1/acme/"}}
-	if _, err := bad.checked(); err == nil || !strings.Contains(err.Error(), "s3://acme/") {
+	if _, err := bad.parse(); err == nil || !strings.Contains(err.Error(), "s3://acme/") {
 		t.Errorf("plain http from elsewhere: %v", err)
 	}
 	if _, err := readMirrors("s3://acme/"); err == nil || !strings.Contains(err.Error(), "PREFIX=MIRROR") {

@@ -9,6 +9,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/fleet/message"
 )
 
@@ -37,13 +38,13 @@ func PinNotes(
 	if pinned {
 		notes = append(notes, "pinned before: "+strings.TrimSpace(pinTarget(u, was)+" "+pinStory(was, f.At)))
 	}
-	if node == "" && u.Record != nil && u.Record.Paced && !f.MirrorRunning {
+	if node == "" && u.Record != nil && !f.MirrorRunning {
 		const waits = "no mirror runs, and nodes wait until one admits them, within max_unavailable: start one"
 		switch {
-		case pin == nil:
-			notes = append(notes, waits)
-		case !pin.Hold && !pin.AtOnce:
+		case pin != nil && policy.Paced(*u.Record, *pin):
 			notes = append(notes, waits+", or let all nodes follow at once: kedge pin --at-once")
+		case pin == nil && u.Pinned(f.At) && policy.Paced(*u.Record, *u.Pin):
+			notes = append(notes, waits)
 		}
 	}
 	if node == "" {

@@ -294,6 +294,29 @@ func TestPinsNeedARecord(t *testing.T) {
 	}
 }
 
+// Without a mirror, the end of a pin that the mirror rolls out waits for one, and the end of any other pin doesn't.
+func TestUnpinWithoutAMirror(t *testing.T) {
+	t.Parallel()
+	one := release("app", "1")
+	for _, c := range []struct {
+		pin   deployments.Pin
+		waits bool
+	}{
+		{deployments.Pin{Release: one}, true},
+		{deployments.Pin{Release: one, AtOnce: true}, false},
+		{deployments.Pin{Hold: true}, false},
+		{deployments.Pin{Release: one, Until: noon.AddDate(-1, 0, 0)}, false},
+	} {
+		s := openDir(t)
+		store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: one, Stable: one, Generation: 2, Paced: true}),
+			put(kv.PinKey(app), c.pin))
+		got := strings.Join(PinNotes(t.Context(), s, app, "", nil), "\n")
+		if strings.Contains(got, "no mirror runs") != c.waits || strings.Contains(got, "--at-once") {
+			t.Errorf("%+v: %q", c.pin, got)
+		}
+	}
+}
+
 // Where the mirror rolls pins out and none runs, an operator hears so, and how to go on; after a rollback that the
 // mirror made by itself, that nothing will move.
 func TestPinsSayWhatMoves(t *testing.T) {
@@ -308,8 +331,8 @@ func TestPinsSayWhatMoves(t *testing.T) {
 		!strings.Contains(got, "--at-once") {
 		t.Errorf("without a mirror: %q", got)
 	}
-	if got := notes(nil); !strings.Contains(got, "no mirror runs") || strings.Contains(got, "--at-once") {
-		t.Errorf("unpin without a mirror: %q", got)
+	if got := notes(nil); got != "" {
+		t.Errorf("unpin where nothing is pinned: %q", got)
 	}
 	for _, pin := range []deployments.Pin{{Release: one, AtOnce: true}, {Hold: true}} {
 		if got := notes(&pin); got != "" {

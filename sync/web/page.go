@@ -198,6 +198,9 @@ func (s *snapshot) stale() string {
 	return fleet.Clean(cmp.Or(s.IncompleteText(), s.storeError), 2*maxText)
 }
 
+// waitForMirror says what waits while no mirror runs.
+const waitForMirror = "commits, orders, and pins of units with a rollout, wait until one does"
+
 // problems returns the problems that belong to no unit: of the store, of the mirror, of faulty keys.
 func (s *snapshot) problems() (all []problem) {
 	for _, n := range s.faults() {
@@ -212,7 +215,7 @@ func (s *snapshot) problems() (all []problem) {
 	if m := s.Mirror; m != nil {
 		if !s.MirrorRunning {
 			all = append(all, problem{Tone: "bad", What: "no mirror runs",
-				Why: "commits, orders, and pins of units with a rollout, wait until one does"})
+				Why: waitForMirror})
 		}
 		switch {
 		case m.Refused != "":
