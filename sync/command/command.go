@@ -1,30 +1,31 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
 // wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
 //
-// A command finds the agent's own environment, without what the agent must keep to itself: Consul's token and
-// client key, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials. AWS variables stay,
-// because hooks call the aws command. A command that runs as another user gets no variables of AWS, Consul, Vault,
-// Google, Azure and the like either (but AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR), none whose name says
-// that it is secret, as …_TOKEN, and none whose value is a URL with a password, as a proxy's. These are added,
-// empty where there is nothing to say:
+// A command finds the agent's own environment, without what the agent must keep to itself. That is Consul's token and
+// client key, the headers for OpenTelemetry, variables that configure kedge (KEDGE_…), and systemd's sockets and
+// credentials. AWS variables stay, because hooks call the aws command. A command that runs as another user gets that
+// user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault, Google, Azure and the like. Exceptions are
+// AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR. Nor does it get variables whose name says that they are secret,
+// as …_TOKEN, or whose value is a URL with a password, as a proxy's. Every command gets these, empty if there is nothing
+// to say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name
 //	KEDGE_STEP                          pre, post, success, failure or health
 //	KEDGE_RELEASE                       directory of the release that the command belongs to
-//	KEDGE_PREVIOUS                      directory of the release before it
+//	KEDGE_PREVIOUS                      directory of the release before it or, on the way back, of the one that failed
 //	KEDGE_DEST                          the manifest's dest
 //	KEDGE_DIGEST                        SHA-256 of the manifest
 //	KEDGE_NAME KEDGE_VERSION            the manifest's
 //	KEDGE_COMMIT                        the Git commit that asked for it
-//	KEDGE_ERROR                         why the deployment failed; for failure commands
-//	KEDGE_RUN                           marks the processes of one command; see EndLeftovers
+//	KEDGE_ERROR                         why the deployment failed; for failure commands, and on the way back
+//	KEDGE_RUN                           marks the processes of a step's commands, or of a check: see EndLeftovers
 //
-// The manifest's own variables (commands.env) come before these, and replace the agent's.
+// The manifest's own variables (commands.env) and its secrets come before these, and replace the agent's.
 //
-// Processes that a command leaves in the background live on when it exits by itself, whatever its exit status; when it
-// is ended by its timeout or by the agent, all of its process group goes. A daemon should still redirect its
-// output: it loses its reader when the agent restarts.
+// Processes that a command leaves in the background live on when it exits by itself, whatever its exit status; a
+// check's do not. When a command is ended by its timeout or by the agent, all of its process group goes. A daemon
+// should still redirect its output: it loses its reader when the agent restarts.
 package command
 
 import (
@@ -48,31 +49,32 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Env is what every command gets, as KEDGE_… variables beside the agent's own environment.
+// Env describes one run of a command. All but Vars and Mask become KEDGE_… variables: see the package's comment.
 type Env struct {
 	Unit     deployments.UnitID
 	Node     string
 	Step     string // pre, post, success, failure, health
-	Release  string // directory of the new release
-	Previous string // directory of the release before; empty for the first
+	Release  string // directory of the command's release; empty: it has none
+	Previous string // directory of the release before or, on the way back, of the failed one; empty: there is none
 	Dest     string
 	Digest   deployments.Digest
 	Version  string
 	Commit   string
 	Name     string
-	Error    string // why the deployment failed, for failure commands
-	// Vars are the manifest's own variables (commands.env), by name.
+	Error    string // why the deployment failed or was left; empty: it was not
+	// Vars are the manifest's own variables (commands.env) and the values of its secrets, by name.
 	Vars map[string]string
-	// Mask hides values in the log, in errors, and in the output; nil: it hides nothing.
+	// Mask hides values in the log and in errors, but not in Result.Output; nil: it hides nothing.
 	Mask *deployments.Mask
-	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked.
+	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked. Check
+	// uses a mark of its own.
 	Run string
 }
 
 // Result is the outcome of a command.
 type Result struct {
-	// Output is the beginning and the end of what the command wrote to both streams, at most MaxOutput bytes. A line
-	// between them says how much was left out.
+	// Output is what the command wrote to both streams: all of it, or its beginning and its end around a line that says
+	// how much was left out. It has at most MaxOutput bytes.
 	Output []byte
 	// Exit is the command's exit status; -1 if a signal ended it or it never ran.
 	Exit int
@@ -81,7 +83,8 @@ type Result struct {
 const (
 	// MaxOutput bounds the output that is kept of one command, in bytes.
 	MaxOutput = 64 << 10
-	// MaxLines bounds the logged lines of one command's output, MaxLine the bytes of each.
+	// MaxLines bounds the logged lines of one command's output, MaxLine the bytes of each. Notes of what was
+	// left out come on top.
 	MaxLines = 500
 	MaxLine  = 1 << 10
 	// LineKey is the log attribute that contains a line of output.
@@ -95,14 +98,14 @@ const (
 // ErrTimeout means that the command ran longer than its timeout, and was ended.
 var ErrTimeout = errors.New("it was ended, as it ran longer than its timeout")
 
-// Run runs c with stdin, which may be nil. When ctx ends or c.Timeout is over, its process group gets SIGTERM, and
-// 5 s later SIGKILL. The error names the command and says how it ended. It wraps ErrTimeout, or ctx's cause, if
-// that ended the command.
+// Run runs c with stdin; nil: it has none. When ctx ends, or after c.Timeout (0: 10 minutes), c's process group gets
+// SIGTERM, and 5 s later SIGKILL. The error is nil if c exits by itself, with status 0. Otherwise it names the command,
+// and says how it ended or why it was not run. It wraps ErrTimeout or ctx's cause if that is the reason.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
 	return runAs(ctx, log, c, env, stdin, false)
 }
 
-// Check runs c as Run does, without a log. It kills what the command left running, including processes in sessions of
+// Check runs c as Run does, without stdin or a log, and kills what it left running, including processes in sessions of
 // their own. A check is tried again and again, and they would pile up.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
 	env.Run = "check-" + rand.Text()
@@ -148,8 +151,8 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil)
 }
 
-// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, no process
-// of cmd's group survives cmd, and none that has the mark in its environment.
+// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, execute
+// then kills what is left of cmd's group, and processes with the mark in their environment.
 func execute(
 	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask,
 ) (Result, error) {
@@ -191,10 +194,10 @@ func execute(
 	}
 
 	if mark != "" {
-		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // an empty group's number is not reused yet
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // a group's number isn't reused so soon
 		killMarked(mark, began, begunSince(cmd.Process.Pid, begin))
 	}
-	// What the command wrote is in the pipe by now. A process that still holds the other end is a daemon, and
+	// What the command wrote has been read, or is in the pipe. A process that still holds the other end is a daemon, and
 	// keeps a reader.
 	pr.SetReadDeadline(time.Now().Add(pipeWait))
 	if errors.Is(<-read, os.ErrDeadlineExceeded) {
@@ -223,8 +226,9 @@ func execute(
 	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
-// endGroup ends the process group of leader, and returns when the leader is reaped. A member may ignore SIGTERM, or
-// outlive the leader. So endGroup sends signals until the group is empty, and SIGKILL after the grace period.
+// endGroup ends the process group of leader; exited receives when leader is reaped. A member may ignore SIGTERM, or
+// outlive leader. So endGroup returns when leader is reaped and the group is empty; after the grace period it sends
+// SIGKILL, and waits for leader alone.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)
@@ -251,7 +255,7 @@ func endGroup(leader int, exited <-chan error) {
 	}
 }
 
-// clip shortens a script for a log line or an error.
+// clip returns the first line of a script, of at most 200 bytes, for a log line or an error.
 func clip(s string) string {
 	s = strings.TrimSpace(s)
 	if line, _, more := strings.Cut(s, "\n"); more {

@@ -16,7 +16,8 @@ import (
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// private are the agent's variables that no command gets: credentials, and what systemd passed to the agent alone.
+// private are the agent's variables that no command gets, beside KEDGE_…: credentials, and what systemd passed to the
+// agent alone.
 var private = []string{
 	"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_HTTP_AUTH", "CONSUL_CLIENT_KEY",
 	"OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
@@ -24,9 +25,7 @@ var private = []string{
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers are prefixes of variables that only commands of the agent's own user get, because such variables may be
-// credentials. The same holds for variables whose names say that they are secret (deployments.SecretName). It also
-// holds for those whose value is a URL with a password, such as a proxy's.
+// ownUsers are prefixes, in upper case, of variables that may be credentials or lead to them: see isOwnUsers.
 var ownUsers = []string{
 	"AWS_",
 	"CONSUL_",
@@ -52,7 +51,9 @@ var ownUsers = []string{
 // everyUsers are the names of variables that match ownUsers but are no secrets: all commands get them.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
-// isOwnUsers reports whether only commands of the agent's own user get a variable.
+// isOwnUsers reports whether only commands of the agent's own user get a variable. Then its name begins with one of
+// ownUsers or says that it is secret (deployments.SecretName), or its value is a URL with a password, such as a
+// proxy's. The names in everyUsers are exceptions.
 func isOwnUsers(name, value string) bool {
 	if slices.Contains(everyUsers, name) {
 		return false
@@ -65,8 +66,9 @@ func isOwnUsers(name, value string) bool {
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
-// environ returns a command's environment, made of the agent's, another user's variables (nil: the command runs as
-// the agent does), and env.
+// environ returns a command's environment: what it may have of the agent's, another user's variables, and env. userVars
+// is nil if the command runs as the agent does. Later variables replace earlier ones. Without a PATH in agent it has
+// defaultPath.
 func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false
@@ -112,9 +114,9 @@ func isPrivate(name string) bool {
 	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
-// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's variables;
-// nil if name is empty or the agent's own user. A number without an entry in the user database gets only the group of
-// the same number.
+// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's HOME, USER
+// and LOGNAME; nil, with cmd as it was, if name is empty or the agent's own user. A number without an entry in the user
+// database gets only the group of the same number.
 func asUser(cmd *exec.Cmd, name string) ([]string, error) {
 	if name == "" {
 		return nil, nil

@@ -14,10 +14,10 @@ import (
 
 const runMark = "KEDGE_RUN="
 
-// EndLeftovers ends processes that a crashed agent's command left running, so that the command can run again.
-// Every process with run's mark in its environment gets SIGTERM, and from 5 s later on SIGKILL, whatever its
-// process group and session. It returns how many there were, and an error if some may still run: ctx ended, or
-// they can't be killed.
+// EndLeftovers ends the processes of commands that ran with the mark run when the agent crashed, so that the commands
+// can run again. Every process with the mark in its environment gets SIGTERM, and from 5 s later on SIGKILL, whatever
+// its process group and session. EndLeftovers returns how many it found at first. It returns an error if some may still
+// run: ctx ended, /proc can't be read, or they survived SIGKILL for 5 s.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
 	pids, err := markedProcesses(run, 0)
 	found := len(pids)
@@ -51,8 +51,8 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 }
 
 // killMarked kills the processes of list that have run's mark and began no earlier than since, whatever their session.
-// It does so up to five times, because they may have started others meanwhile. A check doesn't fork faster than it is
-// killed.
+// As they may have started others meanwhile, it does so until there are none. Five times are enough, as a check doesn't
+// fork faster than it is killed.
 func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
 		pids, err := markedAmong(list, run, since)
@@ -65,16 +65,16 @@ func killMarked(run string, since uint64, list func() ([]int, error)) {
 	}
 }
 
-// markedProcesses returns the processes with run's mark in their environment. Processes that end meanwhile are skipped,
-// and, if the agent isn't root, those of other users, which it couldn't end either.
+// markedProcesses returns the processes of this machine that markedAmong finds. If the agent isn't root, those are only
+// processes of its own user, as it couldn't end others either.
 func markedProcesses(run string, since uint64) ([]int, error) {
 	return markedAmong(processes, run, since)
 }
 
-// markedAmong returns those processes of list that have run's mark in their environment. It leaves out processes that
-// began before since, a time as beganAt returns it; 0 leaves out none. This comes first, because reading the
-// environment of a process that hangs may take long. A process in the middle of execve(2) is read again, for up to
-// execLast.
+// markedAmong returns those processes of list that have run's mark in their environment, without the agent itself and
+// without those that end meanwhile. It leaves out processes that began before since, a time as beganAt returns it; 0
+// leaves out none. This comes first, because reading the environment of a process that hangs may take long. A process
+// in the middle of execve(2) is read again, for up to execLast.
 func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -103,8 +103,9 @@ func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, e
 	}
 }
 
-// environOf returns the environment that a process was started with. It is empty if the process was given none, has
-// ended, or is another user's. In the middle of execve(2) a process shows an empty environment, and execing is set.
+// environOf returns the environment that a process was started with, each entry with a NUL after it. It is empty if the
+// process was given none, has ended, or is another user's and the agent isn't root. In the middle of execve(2) a
+// process shows an empty environment, and execing is set.
 func environOf(pid int) (env []byte, execing bool) {
 	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 	return env, err == nil && len(env) == 0 && !noEnviron(pid)
@@ -115,8 +116,8 @@ const (
 	execLast = time.Second // for all processes together, as a program may be read from a slow disk
 )
 
-// noEnviron reports whether a process has no environment for good: it was given none, is exiting, or is a thread of the
-// kernel. In the middle of execve(2) the place of its environment isn't set yet. See proc(5), stat.
+// noEnviron reports whether a process has no environment for good: it was given none, is exiting or gone, or is a
+// thread of the kernel. In the middle of execve(2) the place of its environment isn't set yet. See proc(5), stat.
 func noEnviron(pid int) bool {
 	const exiting, kernel = 0x4, 0x200000 // PF_EXITING and PF_KTHREAD of linux/sched.h
 	stat := statOf(pid)
@@ -140,7 +141,7 @@ func processes() ([]int, error) {
 }
 
 const (
-	numbersLast = time.Second // too short for a machine to use all process numbers and come back to first
+	numbersLast = time.Second // too short for a machine to use all process numbers and begin again
 	numbersMany = 256         // trying more numbers than this takes longer than trying all processes
 )
 
@@ -192,7 +193,7 @@ func statOf(pid int) stat {
 	return bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
 }
 
-// field returns the number in a field of s, which proc(5) counts, from 4 on; 0 if there is no such number.
+// field returns the value of a numeric field, by its number in proc(5), from 4 on; 0 if it isn't there or is negative.
 func (s stat) field(number int) uint64 {
 	if len(s) <= number-3 {
 		return 0

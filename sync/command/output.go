@@ -19,7 +19,7 @@ const (
 	maskReach = 4 << 10
 	// lastLines is how many of MaxLines are kept for the end of a long output, which says why a command failed.
 	lastLines = 100
-	keepTail  = MaxOutput - keepHead - 256 // leaves room for the note between them
+	keepTail  = MaxOutput - keepHead - 256 // leaves room for the note between head and tail
 )
 
 // output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
@@ -34,7 +34,7 @@ type output struct {
 	next   int    // index of the next byte in tail
 	total  int64
 
-	line    []byte // the current line, at most MaxLine and maskReach bytes
+	line    []byte // the current line, at most MaxLine + maskReach bytes of it
 	clipped int    // bytes dropped from it
 	lines   int
 	last    []string // the last lines beyond those that were logged at once; a ring buffer, once it is full
@@ -107,8 +107,8 @@ func (o *output) endLine() {
 	o.log.Info("output", LineKey, text)
 }
 
-// close ends the current line, and logs the lines that were kept for the end. It makes Write drop what is written from
-// then on.
+// close ends the current line, and logs the lines that were kept for the end, below a note of how many were left out.
+// Write drops what is written from then on.
 func (o *output) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -137,8 +137,9 @@ func (o *output) bytes() []byte {
 	return append(b, o.tail[:o.next]...)
 }
 
-// lastLine returns the last line that isn't empty, mostly the reason of a failure. It is shown on terminals and
-// passed on in environments, so control characters and NULs are removed.
+// lastLine returns the last line that isn't blank, mostly the reason of a failure, masked and cut by clip; empty if
+// there is none. It is shown on terminals and passed on in environments, so control characters, NUL included, are
+// replaced.
 func (o *output) lastLine() string {
 	b := bytes.TrimSpace(o.bytes())
 	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {
