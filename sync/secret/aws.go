@@ -20,7 +20,8 @@ type awsClients struct {
 	config *aws.Config
 }
 
-// configFor returns the configuration for a name, which may be an ARN in another region.
+// configFor returns the configuration for a parameter's or secret's name. If the name is an ARN, the configuration has
+// its region. It is an error if no region is known.
 func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -60,7 +61,7 @@ func (c *awsClients) parameter(ctx context.Context, name string) (string, error)
 	return *out.Parameter.Value, nil
 }
 
-// secret reads the current version of a secret of Secrets Manager.
+// secret reads the current version, text or binary, of a secret of Secrets Manager.
 func (c *awsClients) secret(ctx context.Context, name string) (string, error) {
 	conf, err := c.configFor(ctx, name)
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"syscall"
 )
 
-// readFile reads a file at or below a path that the node's configuration allows. It follows links only within that
-// path, so that whoever can write there can't have other files read.
+// readFile reads a file at or below a path that the node's configuration allows. It follows relative links within that
+// path or, if the path is the file's own, within its directory. So whoever can write there can't have other files read.
 func readFile(name, allowed string) (string, error) {
 	dir := filepath.Clean(allowed)
 	if dir == name {

@@ -4,12 +4,12 @@
 //	credential:NAME             NAME in $CREDENTIALS_DIRECTORY, where systemd puts LoadCredential= and the like
 //	ssm:NAME                    a parameter of AWS Systems Manager, decrypted
 //	secretsmanager:NAME#FIELD   a secret of AWS Secrets Manager: a field of its JSON, or without #FIELD all of it
-//	vault:PATH#FIELD            a field at a path of Vault's API: secret/data/app in a KV mount of version 2, kv/app in one
-//	                            of version 1
+//	vault:PATH#FIELD            a field at a path of Vault's API: secret/data/app in a KV mount of version 2, kv/app in
+//	                            one of version 1
 //
 // AWS is reached as the agent reaches S3: environment, profile, instance role, AWS_ENDPOINT_URL_SSM. Vault is reached
-// by its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT and VAULT_TOKEN, or by VAULT_TOKEN_FILE, which is read
-// at each request, so that a Vault agent may renew it.
+// by its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT and VAULT_TOKEN. Without VAULT_TOKEN, the token is
+// read from the file VAULT_TOKEN_FILE or ~/.vault-token at each request, so that a Vault agent may renew it.
 //
 // Nothing is read that the node's own configuration doesn't allow. Values are kept in memory alone; errors name the
 // reference and never a value.
@@ -32,7 +32,7 @@ import (
 const (
 	// maxValue bounds a value, in bytes. Linux allows 128 KiB for one variable.
 	maxValue = 64 << 10
-	// readWithin bounds the reading of one secret, retries included.
+	// readWithin bounds the reading of one secret of AWS or Vault, retries included.
 	readWithin = 20 * time.Second
 )
 
@@ -55,8 +55,8 @@ type known struct {
 	at  time.Time
 }
 
-// New returns a Reader that allows the given references, and those that begin with one of them by whole path
-// segments.
+// New returns a Reader that allows the references in allowed, and those that begin with an entry of it by whole path
+// segments or up to #FIELD. It is an error if an entry is invalid.
 func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	for _, a := range allowed {
 		if err := deployments.CheckSecretPrefix(a); err != nil {
@@ -66,8 +66,8 @@ func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	return &Reader{allowed: allowed, log: log, known: map[string]known{}}, nil
 }
 
-// Check returns ErrNotAllowed for the first reference, sorted by variable, that the node's configuration doesn't
-// allow.
+// Check returns an error that wraps ErrNotAllowed for the first reference, sorted by variable, that the node's
+// configuration doesn't allow; nil: it allows all.
 func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	for _, name := range slices.Sorted(maps.Keys(refs)) {
 		if _, ok := refs[name].Within(r.allowed); !ok {
@@ -77,8 +77,9 @@ func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	return nil
 }
 
-// Read returns the values of references, by the names of their variables. A value younger than maxAge is not read
-// again. If maxAge is above 0, a value that can't be read again keeps its last known value.
+// Read returns the values of references, by the names of their variables; an error if it can't return all. What was
+// read less than maxAge ago is not read again. If maxAge is above 0, a value that can't be read again keeps its last
+// known value.
 func (r *Reader) Read(
 	ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration,
 ) (map[string]string, error) {
@@ -99,7 +100,8 @@ func (r *Reader) Read(
 	return values, nil
 }
 
-// read returns one value that was read at since or later. If reading it fails, stale allows an older value.
+// read returns the value of one reference, as its source gave it at since or later. If the source can't be read, stale
+// allows an older value.
 func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time.Time, stale bool) (string, error) {
 	source, name, field := ref.Parts()
 	key := source + ":" + name

@@ -21,12 +21,13 @@ import (
 
 const (
 	maxVaultAnswer = 1 << 20
-	// vaultTries bounds tries while Vault is briefly sealed, elects a leader or limits its rate.
+	// vaultTries is how often a path is requested if the connection fails, or Vault is briefly sealed, elects a leader or
+	// limits its rate.
 	vaultTries = 3
 	vaultPause = 200 * time.Millisecond
 )
 
-// readVault reads a path of Vault's API and returns its JSON answer.
+// readVault reads a path of Vault's API, in up to vaultTries tries, and returns its JSON answer.
 func readVault(ctx context.Context, path string) (string, error) {
 	address := os.Getenv("VAULT_ADDR")
 	base, err := url.Parse(address)
@@ -86,8 +87,8 @@ func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer stri
 	}
 }
 
-// vaultToken returns the token in VAULT_TOKEN or, if that isn't set, in the file VAULT_TOKEN_FILE. If neither is set,
-// it returns the one in ~/.vault-token, where Vault's own command stores it.
+// vaultToken returns the token in VAULT_TOKEN or, if that isn't set, in the file that VAULT_TOKEN_FILE names. If
+// neither is set, it returns the one in ~/.vault-token, where Vault's own command stores it.
 func vaultToken() (string, error) {
 	if token := os.Getenv("VAULT_TOKEN"); token != "" {
 		return token, nil
@@ -134,7 +135,8 @@ func vaultClient() (*http.Client, error) {
 	}}, nil
 }
 
-// vaultFields returns the fields of a KV entry, which version 2 wraps in another object.
+// vaultFields returns the fields of a KV entry, which version 2 of the mount wraps in another object. It is an error if
+// there are none.
 func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage, error) {
 	var one, two map[string]json.RawMessage
 	if json.Unmarshal(answer["data"], &one) != nil || one == nil {
