@@ -25,7 +25,7 @@ const (
 	// program's end.
 	sendEvery  = time.Second
 	lastWithin = 2 * time.Second
-	// maxRetry is the longest pause between tries to send.
+	// maxRetry is the longest average of the pauses between tries to send: one pause may be twice as long.
 	maxRetry = 30 * time.Second
 )
 
@@ -40,7 +40,7 @@ type Sender struct {
 	waiting []Span
 	dropped int
 
-	warnings rate.Sometimes // bounds the lines about an unavailable collector
+	warnings rate.Sometimes // bounds the lines about a collector that is unavailable or refuses spans
 }
 
 // New returns a sender, whose Run sends the spans; nil if the configuration names no collector.
@@ -57,7 +57,8 @@ func New(c Config, log *slog.Logger) *Sender {
 	}
 }
 
-// Add queues spans. It never blocks; beyond maxWaiting it drops the oldest quarter.
+// Add queues spans. It never blocks. If more than maxWaiting wait, it drops the oldest, and keeps three quarters of
+// maxWaiting.
 func (s *Sender) Add(spans ...Span) {
 	if s == nil {
 		return
@@ -73,7 +74,7 @@ func (s *Sender) Add(spans ...Span) {
 	s.some.Set()
 }
 
-// Run sends until ctx ends, and then sends the remaining spans, for at most lastWithin.
+// Run sends until ctx ends, and then sends the remaining spans, for at most lastWithin and until the first error.
 func (s *Sender) Run(ctx context.Context) {
 	if s == nil {
 		return

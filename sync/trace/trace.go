@@ -1,8 +1,9 @@
 // Package trace sends spans to an OpenTelemetry collector: they show a push's way from the mirror to its last node.
 //
-// KV contains nothing of a trace. The ids of a push's trace and of its root span are derived from the unit and the
-// commit, so the mirror and every agent know them. Spans are sent as OTLP over HTTP, in JSON, which every collector
-// accepts at port 4318. What can't be sent is dropped: a collector never holds up a deployment.
+// KV contains nothing of a trace. The ids of a push's trace and of its root span are derived from the unit, the commit
+// and the release of a pin, so the mirror and every agent know them. Spans are sent as OTLP over HTTP, in JSON, which
+// every collector accepts at port 4318. What can't be sent is tried again, and dropped if too much waits or the
+// program ends: a collector never holds up a deployment.
 package trace
 
 import (
@@ -28,14 +29,14 @@ type (
 // Context identifies a trace and a span in it.
 type Context struct {
 	Trace ID
-	Span  SpanID // the parent of spans made from this context
+	Span  SpanID
 }
 
 // IsZero reports whether c identifies no span: nothing is traced then.
 func (c Context) IsZero() bool { return c == Context{} }
 
-// Of returns the context of the root span of a commit's trace. The release of a pin has its own trace, even if the
-// commit is the same; pin is zero for a push.
+// Of returns the context of the root span of a push's trace, which a unit and a commit identify. A pin has its own
+// trace, even if the commit is the same: pin is the digest of its release, and zero for a push.
 func Of(id deployments.UnitID, commit string, pin deployments.Digest) Context {
 	text := "kedge trace\x00" + id.String() + "\x00" + commit
 	if !pin.IsZero() {
@@ -58,16 +59,16 @@ type Span struct {
 	Name       string
 	Start, End time.Time
 	Attributes []Attribute
-	// Err is why the operation failed. It is sent as it would be logged: without the secrets of URLs.
+	// Err is why the operation failed; nil: it didn't. It is sent as it would be logged: without the secrets of URLs.
 	Err error
 }
 
-// Attribute is a fact of a span.
+// Attribute is a fact of a span or its sender. A value is sent without the secrets of URLs, and cut to maxValue bytes.
 type Attribute struct{ Key, Value string }
 
 const (
-	maxValue      = 256 // bytes of an attribute
-	maxError      = 1 << 10
+	maxValue      = 256     // bytes of an attribute's value
+	maxError      = 1 << 10 // bytes of a span's error
 	defaultWithin = 10 * time.Second
 )
 
@@ -82,7 +83,8 @@ type Config struct {
 	Resource []Attribute
 }
 
-// FromEnvironment reads OpenTelemetry's own variables. service is the program's name unless OTEL_SERVICE_NAME is
+// FromEnvironment reads OpenTelemetry's own variables. If they name no collector, or switch tracing off, the Config is
+// zero. It is an error if one is invalid, or asks for grpc. service is the program's name unless OTEL_SERVICE_NAME is
 // set.
 func FromEnvironment(getenv func(string) string, service string) (Config, error) {
 	first := func(names ...string) string {

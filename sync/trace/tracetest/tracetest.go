@@ -1,4 +1,4 @@
-// Package tracetest is an OpenTelemetry collector for tests: it accepts only OTLP over HTTP in JSON.
+// Package tracetest is an OpenTelemetry collector for tests: any request but OTLP over HTTP in JSON fails the test.
 package tracetest
 
 import (
@@ -18,7 +18,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// Span is a span as the collector received it. Service is the name of its resource.
+// Span is a span as the collector received it. Service is its sender's service.name, Err its message if it failed.
 type Span struct {
 	Trace, ID, Parent, Name, Service, Err string
 	Start, End                            time.Time
@@ -70,7 +70,7 @@ func (c *Collector) Sender(t testing.TB) *trace.Sender {
 	return s
 }
 
-// Await returns the collector's spans once they satisfy a condition.
+// Await returns the collector's spans once they satisfy a condition; after a minute it fails the test.
 func (c *Collector) Await(t testing.TB, enough func([]Span) bool) []Span {
 	t.Helper()
 	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
@@ -150,7 +150,7 @@ func decode(r *http.Request) (spans []Span, err error) {
 	return spans, nil
 }
 
-// check checks a span by the specification's rules.
+// check converts a span. It returns an error if the specification forbids its ids, times, kind or name.
 func check(s span) (Span, error) {
 	one := Span{Trace: s.TraceID, ID: s.SpanID, Parent: s.ParentSpanID, Name: s.Name, Attributes: map[string]string{}}
 	for _, id := range []struct {
