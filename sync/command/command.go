@@ -2,12 +2,12 @@
 // wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
 //
 // A command finds the agent's own environment, without what the agent must keep to itself. That is Consul's token and
-// client key, the headers for OpenTelemetry, variables that configure kedge (KEDGE_…), and systemd's sockets and
-// credentials. AWS variables stay, because hooks call the aws command. A command that runs as another user gets that
+// client key, OpenTelemetry's headers, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials.
+// AWS variables stay, because hooks call the aws command. A command that runs as another user gets that
 // user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault, Google, Azure and the like. Exceptions are
 // AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR. Nor does it get variables whose name says that they are secret,
-// as …_TOKEN, or whose value is a URL with a password, as a proxy's. Every command gets these, empty if there is nothing
-// to say:
+// as …_TOKEN, or whose value is a URL with a password, as a proxy's. Every command gets these, empty if there is
+// nothing to say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name
@@ -66,15 +66,14 @@ type Env struct {
 	Vars map[string]string
 	// Mask hides values in the log and in errors, but not in Result.Output; nil: it hides nothing.
 	Mask *deployments.Mask
-	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked. Check
-	// uses a mark of its own.
+	// Run marks the command's processes, for EndLeftovers after a crash; empty: it doesn't. Check makes a mark of its own.
 	Run string
 }
 
 // Result is the outcome of a command.
 type Result struct {
-	// Output is what the command wrote to both streams: all of it, or its beginning and its end around a line that says
-	// how much was left out. It has at most MaxOutput bytes.
+	// Output is what the command wrote to both streams, at most MaxOutput bytes. Of more it is the beginning and the end,
+	// around a line that says how much was left out.
 	Output []byte
 	// Exit is the command's exit status; -1 if a signal ended it or it never ran.
 	Exit int
@@ -83,8 +82,8 @@ type Result struct {
 const (
 	// MaxOutput bounds the output that is kept of one command, in bytes.
 	MaxOutput = 64 << 10
-	// MaxLines bounds the logged lines of one command's output, MaxLine the bytes of each. Notes of what was
-	// left out come on top.
+	// MaxLines bounds the logged lines of a command's output, MaxLine the bytes of each, without notes of what is left
+	// out.
 	MaxLines = 500
 	MaxLine  = 1 << 10
 	// LineKey is the log attribute that contains a line of output.
@@ -226,9 +225,8 @@ func execute(
 	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
-// endGroup ends the process group of leader; exited receives when leader is reaped. A member may ignore SIGTERM, or
-// outlive leader. So endGroup returns when leader is reaped and the group is empty; after the grace period it sends
-// SIGKILL, and waits for leader alone.
+// endGroup sends SIGTERM to the process group of leader and, after the grace period, SIGKILL to members that are left.
+// It returns when leader is reaped, which exited tells, and the group is empty or was sent SIGKILL.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)

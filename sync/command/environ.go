@@ -16,8 +16,7 @@ import (
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// private are the agent's variables that no command gets, beside KEDGE_…: credentials, and what systemd passed to the
-// agent alone.
+// private are variables that no command gets, beside KEDGE_…: credentials, and what systemd passed to the agent alone.
 var private = []string{
 	"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_HTTP_AUTH", "CONSUL_CLIENT_KEY",
 	"OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
@@ -51,9 +50,9 @@ var ownUsers = []string{
 // everyUsers are the names of variables that match ownUsers but are no secrets: all commands get them.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
-// isOwnUsers reports whether only commands of the agent's own user get a variable. Then its name begins with one of
-// ownUsers or says that it is secret (deployments.SecretName), or its value is a URL with a password, such as a
-// proxy's. The names in everyUsers are exceptions.
+// isOwnUsers reports whether only commands of the agent's own user get a variable. They get it alone if its name begins
+// with one of ownUsers or says that it is secret (deployments.SecretName). The same holds if its value is a URL with a
+// password, such as a proxy's. The names in everyUsers are exceptions.
 func isOwnUsers(name, value string) bool {
 	if slices.Contains(everyUsers, name) {
 		return false
@@ -66,9 +65,8 @@ func isOwnUsers(name, value string) bool {
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
-// environ returns a command's environment: what it may have of the agent's, another user's variables, and env. userVars
-// is nil if the command runs as the agent does. Later variables replace earlier ones. Without a PATH in agent it has
-// defaultPath.
+// environ returns a command's environment: its part of the agent's, another user's variables (nil: it runs as the agent
+// does), and env. Later variables replace earlier ones. Without a PATH in agent it is defaultPath.
 func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false

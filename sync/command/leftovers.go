@@ -103,9 +103,9 @@ func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, e
 	}
 }
 
-// environOf returns the environment that a process was started with, each entry with a NUL after it. It is empty if the
-// process was given none, has ended, or is another user's and the agent isn't root. In the middle of execve(2) a
-// process shows an empty environment, and execing is set.
+// environOf returns the environment that a process was started with. It is empty if the process was given none, has
+// ended, or is another user's and the agent isn't root. In the middle of execve(2) it is empty, too, and execing is
+// set.
 func environOf(pid int) (env []byte, execing bool) {
 	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 	return env, err == nil && len(env) == 0 && !noEnviron(pid)

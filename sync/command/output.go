@@ -137,9 +137,8 @@ func (o *output) bytes() []byte {
 	return append(b, o.tail[:o.next]...)
 }
 
-// lastLine returns the last line that isn't blank, mostly the reason of a failure, masked and cut by clip; empty if
-// there is none. It is shown on terminals and passed on in environments, so control characters, NUL included, are
-// replaced.
+// lastLine returns the last line that isn't blank, mostly the reason of a failure; empty: there is none. It is masked,
+// cut by clip, and without control characters, as it is shown on terminals and passed on in environments.
 func (o *output) lastLine() string {
 	b := bytes.TrimSpace(o.bytes())
 	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {
