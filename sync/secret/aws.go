@@ -20,8 +20,7 @@ type awsClients struct {
 	config *aws.Config
 }
 
-// configFor returns the configuration for a parameter's or secret's name. If the name is an ARN, the configuration has
-// its region. It is an error if no region is known.
+// configFor returns the configuration for a name, which may be an ARN in another region; an error without any region.
 func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// pick returns a field of a source's answer, or all of the answer if field is empty. A number, true or false is
-// returned as JSON has it; null, an object and a list are errors. No error contains anything of raw.
+// pick returns a field of a source's answer, or all of raw if field is empty; null, an object and a list are errors.
+// Its errors contain nothing of raw.
 func pick(source, raw, field string) (string, error) {
 	if field == "" {
 		return raw, nil

@@ -55,8 +55,8 @@ type known struct {
 	at  time.Time
 }
 
-// New returns a Reader that allows the references in allowed, and those that begin with an entry of it by whole path
-// segments or up to #FIELD. It is an error if an entry is invalid.
+// New returns a Reader that allows the references in allowed, and those that begin with an entry by whole path segments
+// or up to #FIELD. An invalid entry is an error.
 func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	for _, a := range allowed {
 		if err := deployments.CheckSecretPrefix(a); err != nil {
@@ -77,9 +77,8 @@ func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	return nil
 }
 
-// Read returns the values of references, by the names of their variables; an error if it can't return all. What was
-// read less than maxAge ago is not read again. If maxAge is above 0, a value that can't be read again keeps its last
-// known value.
+// Read returns the values of references, by the names of their variables: all, or an error. What was read less than
+// maxAge ago is not read again. If maxAge is above 0, a value that can't be read again keeps its last known value.
 func (r *Reader) Read(
 	ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration,
 ) (map[string]string, error) {
@@ -100,8 +99,7 @@ func (r *Reader) Read(
 	return values, nil
 }
 
-// read returns the value of one reference, as its source gave it at since or later. If the source can't be read, stale
-// allows an older value.
+// read returns the value of one reference, read at since or later. If its source fails, stale allows an older one.
 func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time.Time, stale bool) (string, error) {
 	source, name, field := ref.Parts()
 	key := source + ":" + name

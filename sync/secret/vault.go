@@ -21,8 +21,7 @@ import (
 
 const (
 	maxVaultAnswer = 1 << 20
-	// vaultTries is how often a path is requested if the connection fails, or Vault is briefly sealed, elects a leader or
-	// limits its rate.
+	// vaultTries bounds how often a path is requested while Vault is away, sealed, without a leader or limits its rate.
 	vaultTries = 3
 	vaultPause = 200 * time.Millisecond
 )
@@ -135,8 +134,7 @@ func vaultClient() (*http.Client, error) {
 	}}, nil
 }
 
-// vaultFields returns the fields of a KV entry, which version 2 of the mount wraps in another object. It is an error if
-// there are none.
+// vaultFields returns the fields of a KV entry, which version 2 wraps in another object; an error if there are none.
 func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage, error) {
 	var one, two map[string]json.RawMessage
 	if json.Unmarshal(answer["data"], &one) != nil || one == nil {
