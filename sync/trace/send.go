@@ -57,8 +57,7 @@ func New(c Config, log *slog.Logger) *Sender {
 	}
 }
 
-// Add queues spans. It never blocks. If more than maxWaiting wait, it drops the oldest, and keeps three quarters of
-// maxWaiting.
+// Add queues spans. It never blocks; beyond maxWaiting it drops the oldest, down to three quarters of maxWaiting.
 func (s *Sender) Add(spans ...Span) {
 	if s == nil {
 		return

@@ -2,8 +2,7 @@
 //
 // KV contains nothing of a trace. The ids of a push's trace and of its root span are derived from the unit, the commit
 // and the release of a pin, so the mirror and every agent know them. Spans are sent as OTLP over HTTP, in JSON, which
-// every collector accepts at port 4318. What can't be sent is tried again, and dropped if too much waits or the
-// program ends: a collector never holds up a deployment.
+// every collector accepts at port 4318. What can't be sent in time is dropped: a collector never holds up a deployment.
 package trace
 
 import (
@@ -83,9 +82,8 @@ type Config struct {
 	Resource []Attribute
 }
 
-// FromEnvironment reads OpenTelemetry's own variables. If they name no collector, or switch tracing off, the Config is
-// zero. It is an error if one is invalid, or asks for grpc. service is the program's name unless OTEL_SERVICE_NAME is
-// set.
+// FromEnvironment reads OpenTelemetry's own variables; an invalid one is an error. If they name no collector or switch
+// tracing off, the Config is zero. service is the program's name unless OTEL_SERVICE_NAME is set.
 func FromEnvironment(getenv func(string) string, service string) (Config, error) {
 	first := func(names ...string) string {
 		for _, name := range names {

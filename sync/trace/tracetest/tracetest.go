@@ -91,7 +91,7 @@ func Named(spans []Span, name string) []Span {
 	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
 }
 
-// The message ExportTraceServiceRequest of opentelemetry-proto 1.x, in the JSON that its specification describes.
+// What is accepted of opentelemetry-proto 1.x's message ExportTraceServiceRequest, in the JSON that it specifies.
 type (
 	value     struct{ StringValue string }
 	attribute struct {
