@@ -52,6 +52,7 @@ type Config struct {
 //	kv                the store                        releases      what S3 would hold
 //	nodes/NAME/srv    where node NAME's app is live    nodes/NAME/state
 //	logs              one log a process                kedge         this program, for a second terminal
+//	VERSION           a published release's pointer    env           variables for a second terminal
 type Demo struct {
 	Config
 	dir     string
@@ -67,14 +68,14 @@ type Demo struct {
 	mirror  *child
 	// pointers are the published releases, by version.
 	pointers map[string]deployments.Pointer
-	// shown is the last line printed for each node, if there is no terminal.
+	// shown is the last line printed for each node: see printChanges.
 	shown map[string]string
 	// rollout is appended to the unit file.
 	rollout string
 
 	mu    sync.Mutex
 	nodes map[string]*child // the agents, by name
-	// said is the result of the last key.
+	// said is what the last key does, and then its result.
 	said string
 }
 
@@ -86,8 +87,8 @@ const (
 	brokenVersion = "1.2.0"
 )
 
-// New prepares a demo: its directories, its repo, its store. Neither mirror nor agents run before Live or Walk. Close
-// ends the demo.
+// New prepares a demo: its directories, its repo, its store, and the web server of all nodes. Neither mirror nor agents
+// run before Live or Walk. Close, which must be called once, or ctx ends the demo.
 func New(ctx context.Context, c Config) (_ *Demo, err error) {
 	if _, err := exec.LookPath("git"); err != nil {
 		return nil, ErrNoGit
@@ -162,7 +163,7 @@ func (d *Demo) serveSite() error {
 	return nil
 }
 
-// serveWeb shows the fleet to browsers.
+// serveWeb shows the fleet to browsers, until the demo ends.
 func (d *Demo) serveWeb() (err error) {
 	if d.web, err = web.New(web.Config{Store: d.store, Listen: "127.0.0.1:0"}); err != nil {
 		return err
@@ -201,7 +202,7 @@ func (d *Demo) git(dir string, args ...string) error {
 }
 
 // publish packs and publishes a version of the demo's application: a small web site whose health check expects its
-// version.
+// version. The site of brokenVersion doesn't show it, so that the check fails.
 func (d *Demo) publish(version string) (artifact.Published, error) {
 	src := filepath.Join(d.dir, "src", version)
 	shown := version
@@ -250,7 +251,7 @@ func (d *Demo) publish(version string) (artifact.Published, error) {
 	return published, os.WriteFile(filepath.Join(d.dir, version), []byte(published.Pointer.String()+"\n"), 0o644)
 }
 
-// push sets the version in the deployments repo, and pushes.
+// push sets the version in the deployments repo, and pushes. It is an error if nothing changes by that.
 func (d *Demo) push(version string) error {
 	work := filepath.Join(d.dir, "deployments")
 	file := filepath.Join(work, demoUnit.Stage, demoUnit.Role, demoUnit.Unit+".yaml")

@@ -21,7 +21,7 @@ const gatedRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unava
 type key struct {
 	char  byte
 	about string
-	do    func() (shown string, err error) // shown is the command that it runs, and its output
+	do    func() (shown string, err error) // shown is the command that it runs, and its output if there is any
 }
 
 func (d *Demo) keys() []key {
@@ -50,19 +50,19 @@ func (d *Demo) keys() []key {
 	}
 }
 
-// kedge runs this program with the demo's store, and returns the command line and its output.
+// kedge runs this program with the demo's store, and returns the command line and its output, whatever the exit code.
 func (d *Demo) kedge(args ...string) (string, error) {
 	c := exec.CommandContext(d.ctx, d.program, append(args, "--kv", d.kv())...)
 	out, err := c.CombinedOutput()
 	shown := "kedge " + strings.Join(args, " ") + "\n" + strings.TrimSpace(string(out))
 	if _, failed := err.(*exec.ExitError); failed {
-		err = nil // its output says why
+		err = nil // the output says why
 	}
 	return shown, err
 }
 
-// readKeys runs the command for each key that is typed, one after the other, until the demo ends. The result of
-// the last one is shown.
+// readKeys runs the command for each key that is typed, one after the other, until the demo ends; q ends it. The result
+// of the last command is shown.
 func (d *Demo) readKeys(in io.Reader) {
 	keys := d.keys()
 	for typed := make([]byte, 1); d.ctx.Err() == nil; {
@@ -93,8 +93,8 @@ func (d *Demo) say(text string) {
 	d.said = text
 }
 
-// typing makes the terminal deliver each key at once and without echo; Ctrl-C still works. restore undoes that. ok
-// is false if there is no terminal to type on, or none to show the fleet on.
+// typing makes the terminal deliver each key at once and without echo; Ctrl-C still works. restore undoes that. ok is
+// false if that fails, or if there is no terminal to type on or to show the fleet on.
 func (d *Demo) typing() (restore func(), ok bool) {
 	f, isFile := d.In.(*os.File)
 	if d.Screen == nil || !isFile || !term.IsTerminal(int(f.Fd())) {
@@ -117,7 +117,7 @@ func (d *Demo) typing() (restore func(), ok bool) {
 // screenLines is how many of a screen's 24 lines the demo uses.
 const screenLines = 22
 
-// draw shows the fleet, the keys, and the last command's output, within 24 lines of 80 columns.
+// draw shows the fleet, the keys, and the last command's output, as far as they fit into 24 lines of 80 columns.
 func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	var table, b strings.Builder
 	fleet.WriteTable(&table, f, opt)

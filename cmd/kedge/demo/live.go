@@ -12,7 +12,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// Live starts the fleet and shows it until it is interrupted.
+// Live starts the fleet on the first of three releases, and shows it until it is interrupted, which is no error.
 func (d *Demo) Live() error {
 	fmt.Fprintf(d.Out, "kedge demo: publishing three releases, starting a mirror and three agents in %s …\n", d.dir)
 	for _, version := range []string{firstVersion, secondVersion, brokenVersion} {
@@ -52,7 +52,7 @@ func (d *Demo) Live() error {
 	return err
 }
 
-// printChanges prints a line for each node that changed since the last call. Live uses it if there is no terminal.
+// printChanges prints a line for each node that changed since the last call. Live uses it if no keys can be typed.
 func (d *Demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {
