@@ -144,8 +144,8 @@ finishes or takes back what it had begun.`,
 	return c
 }
 
-// override replaces those of the file's settings that a flag or an environment variable gives; a flag wins. For each of
-// these it puts the name of the flag or the variable into the map from.
+// override replaces those of the file's settings that a flag or a non-empty environment variable gives; a flag wins.
+// For each of these it puts the name of the flag or the variable into the map from.
 func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	var errs []error
 	text := func(name string) (string, bool) {
@@ -239,7 +239,7 @@ func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	return errors.Join(errs...)
 }
 
-// runAgent runs the agent until ctx ends. Errors about missing settings name file as a place for them.
+// runAgent runs the agent until ctx ends or it fails. Errors about missing settings name file as a place for them.
 func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error {
 	log, err := a.logger()
 	if err != nil {
@@ -364,8 +364,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	return node.Run(ctx)
 }
 
-// completeHook completes the instance's lifecycle action in AutoScaling. It only logs errors: the agent runs
-// nevertheless.
+// completeHook completes the instance's lifecycle action in AutoScaling: see ec2.Hook. It only logs errors, as the
+// agent runs nevertheless.
 func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {

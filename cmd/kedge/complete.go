@@ -20,7 +20,7 @@ type wanted int
 
 const (
 	wantUnit    wanted = iota
-	wantPart           // a stage, a role or a unit
+	wantPart           // a stage, a role or a unit; a stage alone is not completed
 	wantNode           // a node
 	wantRelease        // a version of the unit that the first argument names, or hold
 )
@@ -45,7 +45,7 @@ func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 	return c
 }
 
-// complete returns the names that begin with what was typed; none if the store doesn't answer in time.
+// complete returns the names that begin with what was typed; none if the store can't be read in time.
 func (a *app) complete(ctx context.Context, want wanted, args []string, typed string) []string {
 	if ctx == nil {
 		ctx = context.Background()

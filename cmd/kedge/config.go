@@ -23,7 +23,7 @@ import (
 )
 
 // agentConfig is /etc/kedge/agent.yaml. Each field is also a flag (dashes for underscores) and an environment variable
-// (KEDGE_ and capitals); the flag wins over the environment, the environment over the file.
+// (KEDGE_ and capitals; empty: not set). The flag wins over the environment, the environment over the file.
 type agentConfig struct {
 	Stage    string `yaml:"stage"`
 	Roles    words  `yaml:"roles"`
@@ -35,7 +35,7 @@ type agentConfig struct {
 	ListenStatus string `yaml:"listen_status"`
 
 	Sources words `yaml:"sources"`
-	// LocalSources allows releases from this machine even if Sources does not name it.
+	// LocalSources allows releases from this machine and its network link even if Sources does not name them.
 	LocalSources bool `yaml:"local_sources"`
 	// Mirrors are tried before an object's own place.
 	Mirrors mirrorLists `yaml:"mirrors"`
@@ -50,8 +50,8 @@ type agentConfig struct {
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 	// AllowEmpty lets a node be ready though its stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
-	// Observe makes the agent compare and report, without changing anything. Adopt takes over a tree that equals
-	// its release.
+	// Observe makes the agent compare and report the units that it matches, without changing anything. Adopt takes over a
+	// tree that equals a unit's first release.
 	Observe unitPatterns `yaml:"observe"`
 	Adopt   bool         `yaml:"adopt"`
 
@@ -64,7 +64,7 @@ type agentConfig struct {
 	SnapshotSigners string        `yaml:"snapshot_signers"`
 	SnapshotMaxAge  time.Duration `yaml:"snapshot_max_age"`
 
-	// EC2 reads stage and roles from the instance's tags, if they aren't configured.
+	// EC2 reads those of stage and roles that aren't configured from the instance's tags.
 	EC2              bool          `yaml:"ec2"`
 	LifecycleHook    string        `yaml:"lifecycle_hook"`
 	LifecycleTimeout time.Duration `yaml:"lifecycle_timeout"`
@@ -149,7 +149,7 @@ func durationOf(d *time.Duration, text []byte) (err error) {
 	return nil
 }
 
-// words is a list: in YAML a sequence, in flags and the environment one text with commas.
+// words is a list. YAML has a sequence or one text, flags and the environment one text, with commas or blanks.
 type words []string
 
 func (w *words) UnmarshalYAML(read func(any) error) error {
@@ -181,7 +181,7 @@ func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
 	return u.parse(typed)
 }
 
-// Set parses a flag or a variable.
+// Set parses the text of a flag, a variable or the file.
 func (u *unitPatterns) Set(text string) error {
 	if all, err := strconv.ParseBool(text); err == nil {
 		u.set(all)
@@ -233,7 +233,7 @@ func readAgentConfig(file string, from origins) (agentConfig, error) {
 	return c, err
 }
 
-// decodeAgentConfig reads a file's fields one by one, so that all mistakes are reported, not only the first.
+// decodeAgentConfig reads a file's fields one by one, so that it reports all mistakes at once if the YAML is valid.
 func decodeAgentConfig(name string, data []byte, c *agentConfig, from origins) error {
 	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
@@ -291,12 +291,12 @@ var otherVariables = strings.Fields(
 	play tools`,
 )
 
-// commandVariables are the variables that a release's commands get. Elsewhere they are a mistake: KEDGE_DEST has
-// no effect, unlike KEDGE_DESTS.
+// commandVariables are the variables that a release's commands get, but for those that are settings, too. Elsewhere
+// they are a mistake: KEDGE_DEST has no effect, unlike KEDGE_DESTS.
 var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
-// checkVariables returns an error for unknown variables that begin with KEDGE_: a mistyped KEDGE_DEST would have no
-// effect.
+// checkVariables returns an error for unknown variables that begin with KEDGE_, as a mistyped one would have no effect.
+// A daemon that a release's command starts may have that command's variables.
 func checkVariables(environment []string) error {
 	known := slices.Collect(agentFields)
 	known = append(known, otherVariables...)
@@ -314,8 +314,8 @@ func checkVariables(environment []string) error {
 	return errors.Join(errs...)
 }
 
-// warnOfVariables warns of variables whose names are nearly those of a setting. It warns of no others: unlike a daemon,
-// a person or a script runs commands in an environment with variables of its own.
+// warnOfVariables warns of unknown variables whose names are nearly those of known ones. It warns of no others: unlike
+// a daemon, a person or a script runs commands in an environment with variables of its own.
 func (a *app) warnOfVariables(environment []string) {
 	known := slices.Concat(slices.Collect(agentFields), otherVariables, commandVariables)
 	for name, meant := range unknownVariables(environment, known) {
@@ -325,8 +325,8 @@ func (a *app) warnOfVariables(environment []string) {
 	}
 }
 
-// unknownVariables yields the variables that begin with KEDGE_ and aren't known. meant is the known variable with a
-// similar name, or "".
+// unknownVariables yields the variables that begin with KEDGE_, but not with KEDGE_TEST_, and aren't known. meant is
+// the known variable with a similar name, or "".
 func unknownVariables(environment, known []string) iter.Seq2[string, string] {
 	return func(yield func(name, meant string) bool) {
 		for _, variable := range environment {
@@ -350,8 +350,8 @@ func unknownVariables(environment, known []string) iter.Seq2[string, string] {
 // quoteHint says how to write texts that YAML reads as something else.
 const quoteHint = `: put texts that contain a colon or a bracket in quotes, as in ["http://host:8080/"]`
 
-// configError adds to err its place in a file, as FILE:LINE:COLUMN. If err has no place, it adds that of field, if
-// given.
+// configError adds to err its place in a file, as FILE:LINE:COLUMN, and says of some errors what to write instead. If
+// err has no place, it adds that of field or, without field, the file alone.
 func configError(file string, err error, field ...*token.Position) error {
 	var at yaml.Error
 	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {

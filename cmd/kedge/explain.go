@@ -61,8 +61,8 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain returns the decision for the command's arguments: about unit id on node, in fleet f. For UNIT alone it asks
-// the agent of this machine, whose state directory is stateDir.
+// explain returns the decision for the command's arguments: about unit id on node, in fleet f. If args have no node, it
+// takes the worst one. For UNIT alone it asks the agent of this machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {

@@ -35,7 +35,7 @@ const (
 	exitNotConverged = 3
 )
 
-// errNotConverged leads to exit code 3: a wait timed out.
+// errNotConverged leads to exit code 3: waiting for nodes or for a mirror timed out.
 var errNotConverged = errors.New("not converged in time")
 
 // usageError is an error that leads to exit code 2, and to a line that names the command's manual.
@@ -46,7 +46,7 @@ func (e usageError) Unwrap() error { return e.err }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
-// hintError is an error after which a line is printed that says what to do next.
+// hintError is an error after which lines are printed that say what to do next.
 type hintError struct {
 	error
 	hint string
@@ -56,7 +56,7 @@ func (e hintError) Unwrap() error { return e.error }
 
 func main() { os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr)) }
 
-// run is main without the process. Tests of the command line call it.
+// run executes a command line and returns its exit code; SIGINT and SIGTERM end it. Tests of the command line call it.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -87,8 +87,8 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// storeHint returns what to check about an error of the store; empty: it is another error, or there is nothing to
-// add.
+// storeHint returns what to check about an error of the store. It is empty if err is another error, or speaks for
+// itself. Of a store other than Consul it has hints only on parts that could not be read.
 func (a *app) storeHint(err error) string {
 	switch {
 	case errors.Is(err, fleet.ErrIncomplete) || errors.Is(err, fleet.ErrLate):
@@ -96,7 +96,7 @@ func (a *app) storeHint(err error) string {
 	case !a.onConsul():
 		return ""
 	case errors.Is(err, kv.ErrTooLarge):
-		return "" // it says what to do
+		return "" // the error says what to do
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf(
 			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",
@@ -133,12 +133,12 @@ func (a *app) unreadHint(err error) string {
 	return strings.Join(hints, "\n")
 }
 
-// printMessage prints a message for a person on stderr, wrapped at the terminal's width.
+// printMessage prints a message for a person on stderr, wrapped at the width of the terminal if stderr is one.
 func (a *app) printMessage(format string, args ...any) {
 	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
 }
 
-// app is the state that all commands share: the streams, and the global flags.
+// app is the state that all commands share: the streams, the global flags, and --json.
 type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
@@ -174,7 +174,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			return usagef("unknown command %q", args[0])
 		},
 		PersistentPreRun: func(cmd *cobra.Command, _ []string) {
-			if cmd.GroupID != "daemon" && !strings.HasPrefix(cmd.Name(), "__") { // daemons refuse, completion is silent
+			if cmd.GroupID != "daemon" && !strings.HasPrefix(cmd.Name(), "__") { // daemons refuse them, completion is silent
 				a.warnOfVariables(os.Environ())
 			}
 		},
@@ -290,8 +290,8 @@ func (a *app) openStore(c open.Config) (kv.Store, error) {
 	return store, err
 }
 
-// openExisting opens the store for a command that a person waits for, without a log, as errors are enough. It creates
-// no directory: a missing one was mistyped, and would look like a fleet without units.
+// openExisting opens the store for a command that a person waits for, without a log, as errors are enough. A missing
+// directory is an error: it was mistyped, and as a new one would look like a fleet without units.
 func (a *app) openExisting() (kv.Store, error) {
 	return a.openStore(open.Config{Existing: true})
 }
@@ -312,7 +312,7 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs message when ctx ends, which asks a daemon to finish its current work and stop. calledOff cancels that.
+// logStop logs message when ctx ends, which asks a daemon to finish and stop; not if calledOff was called before.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }
@@ -382,7 +382,7 @@ func (a *app) versionCommand() *cobra.Command {
 // packageVersion is the version that .ci/package was told to make, by -ldflags=-X; empty: it is the commit's.
 var packageVersion string
 
-// version returns the build's version: a tag, or the commit, as the Go tool stamps it, or the one of its package.
+// version returns the build's version: its package's, the tag or commit that the Go tool stamped, devel or unknown.
 func version() string {
 	if packageVersion != "" {
 		return packageVersion

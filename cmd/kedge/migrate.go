@@ -17,7 +17,7 @@ import (
 )
 
 // checkManifests prints where a node would treat the named manifests differently from stretcher. It is an error if no
-// node would take one of them. With archives it reads their archives, too; with fix it adapts them to kedge.
+// node would take one of them; with fix it adapts the others to kedge. With archives it reads their archives, too.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {
@@ -37,7 +37,7 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 		look = nil
 	}
 	notes, refused := []deployments.Problem{}, deployments.Problems{}
-	var only *migrate.Inspection // nil if there are several
+	var only *migrate.Inspection // of the last source; used if there are no others
 	for _, s := range sources {
 		in, err := migrate.Inspect(ctx, look, s)
 		if err != nil {
@@ -112,7 +112,7 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 	return durable.WriteFile(in.Source.Name, text, info.Mode().Perm())
 }
 
-// namingFlags adds the flags that say how to derive a unit from a manifest's key.
+// namingFlags adds the flags that say how to derive a unit from a manifest's name.
 func namingFlags(f *pflag.FlagSet, n *migrate.Naming) {
 	f.StringArrayVar(
 		&n.Patterns,

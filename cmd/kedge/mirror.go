@@ -18,8 +18,8 @@ import (
 	"kedge/sync/notify"
 )
 
-// noMirrorHasRun reports whether the store answers, and no mirror has ever written to it. After that, a repository that
-// is away is an outage, which a mirror waits for.
+// noMirrorHasRun reports whether the store answers, and has nothing of a mirror. Once a mirror has written to it, a
+// repository that is away is an outage, which a mirror waits for.
 func noMirrorHasRun(ctx context.Context, store kv.Store) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

@@ -91,7 +91,7 @@ type OrderOutcome struct {
 	Notes []string `json:"notes"`
 }
 
-// printOutcome prints an outcome: as JSON, or for people as a line followed by notes.
+// printOutcome prints an outcome: as JSON, or for people as a line followed by those notes that aren't empty.
 func (a *app) printOutcome(t OrderOutcome, line string, notes ...string) error {
 	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
 	if a.json {
@@ -207,7 +207,7 @@ func byFlag(f *pflag.FlagSet, by *string) {
 	f.Lookup("by").DefValue = "" // so that the manual is the same for everyone
 }
 
-// person returns who runs the command, for the history.
+// person returns who runs the command, for the history; empty if that is unknown.
 func person() string {
 	for _, name := range []string{"SUDO_USER", "USER", "LOGNAME"} {
 		if v := os.Getenv(name); v != "" {
@@ -220,7 +220,7 @@ func person() string {
 	return ""
 }
 
-// untilOf parses a duration from now, which may be in days, or a time with its zone.
+// untilOf parses a pin's end: a duration from now, also in days, or a time with its zone. It must be in the future.
 func untilOf(s string, now time.Time) (time.Time, error) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {

@@ -167,7 +167,7 @@ as it is: another level takes another version.`,
 	return c
 }
 
-// endpointHint says which S3 was asked, if it is another than AWS's.
+// endpointHint names the S3 that was asked, if the environment names another than AWS's; else it returns "".
 func endpointHint(to string) string {
 	for _, name := range []string{"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} {
 		if endpoint := os.Getenv(name); endpoint != "" && strings.HasPrefix(to, "s3://") {
@@ -190,7 +190,7 @@ func flagMistake(name, value string) error {
 	return err
 }
 
-// publishedLines describes a published release, and what nodes will fetch for it.
+// publishedLines describes a published release and, if it wasn't published before, what nodes will fetch for it.
 func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
 	if p.Again {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
@@ -217,7 +217,7 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 	return append(lines, fmt.Sprintf("%s fetch what changed, at most %s", others, bytesText(p.Archive+p.Index)))
 }
 
-// createdAt parses the time at which a release was made, in whole seconds as in a manifest; empty: now.
+// createdAt parses when a release was made, in RFC 3339 or seconds since 1970; empty: now. It returns whole seconds.
 func createdAt(s string, now time.Time) (time.Time, error) {
 	if s == "" {
 		return now.UTC().Truncate(time.Second), nil
@@ -245,7 +245,7 @@ func bytesText(n int64) string {
 	return fmt.Sprintf("%d MB", n/1e6)
 }
 
-// progressLine shows progress on one line of a terminal, and nothing otherwise.
+// progressLine shows progress on one line of stderr if stdout is a terminal, and nothing otherwise.
 type progressLine struct {
 	a    *app
 	mu   sync.Mutex

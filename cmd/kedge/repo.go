@@ -149,7 +149,7 @@ func (a *app) printProblems(found deployments.Problems, where string) error {
 	return fmt.Errorf("%s %s", count(len(found), "problem"), where)
 }
 
-// inFile adds a file's name to the problems in err or, if err is another error, to its text.
+// inFile sets the file of the problems in err or, if err is another error, adds the file's name to its text.
 func inFile(err error, file string) error {
 	problems := deployments.Problems(nil)
 	if !errors.As(err, &problems) {
@@ -162,8 +162,8 @@ func inFile(err error, file string) error {
 }
 
 // loadTree reads a work tree, or the commit at HEAD of a bare repo. Read as a directory, a bare repo would have no unit
-// files, and so always be valid. A work tree that also contains the files of a bare repo counts as a work tree:
-// otherwise whoever may push could have kedge check another tree than the mirror reads.
+// files, and so always be valid. A directory with .git counts as a work tree even if it contains the files of a bare
+// repo. Otherwise whoever may push could have kedge check another tree than the mirror reads.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
 		return git.LoadDir(dir, path)
@@ -232,8 +232,8 @@ What isn't committed isn't compared.`,
 	return c
 }
 
-// records reads the store's current records. A record that doesn't parse counts as absent, as the mirror would
-// replace it.
+// records reads the store's current records. One that doesn't parse counts as absent, as the mirror would replace it.
+// Keys that name no unit are left out.
 func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
 	entries, err := store.List(ctx, kv.DesiredPrefix)
 	if err != nil {
@@ -277,8 +277,8 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// readTemplate sets opt's manifest from a file. The text is kept unchanged, with {{ env }} and {{ must_env }} for
-// the nodes to fill in.
+// readTemplate sets opt's template and manifest from a file. The template is the file's text, unchanged, with {{ env }}
+// and {{ must_env }} for the nodes to fill in.
 func readTemplate(file string, opt *artifact.PublishOptions) error {
 	data, err := inputfile.ReadOnce("--manifest", file)
 	if err != nil {
@@ -287,7 +287,7 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 	whole := data
 	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json &&
 		!artifact.TemplateSets(data, "sync_strategy") {
-		// Some fields are only for this strategy: they are checked together with what publishing will add.
+		// Some fields are only for the strategy release: they are checked together with what publishing will add.
 		whole = append(bytes.TrimRight(bytes.Clone(data), "\n"), "\nsync_strategy: "+deployments.StrategyRelease+"\n"...)
 	}
 	m, err := deployments.ParseTemplate(whole, "file:///manifest.yaml")

@@ -50,8 +50,8 @@ func programArgs(name string, args []string) []string {
 	return out
 }
 
-// watchHandler reports whether consul watch started this process. consul watch ends when its handler fails, and
-// the next event is lost.
+// watchHandler reports whether consul watch started this process. If so, the process must not fail: consul watch would
+// end, and the next event be lost.
 func watchHandler() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
@@ -154,7 +154,7 @@ Exit code 0 when it is deployed, or when there is no event; 1 on every failure. 
 	return c
 }
 
-// runOnce waits for the random delay, reads the manifest's URL, and deploys it.
+// runOnce waits for the random delay, reads the manifest's URL, and deploys what it names; nothing without an event.
 func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, randomDelay time.Duration) error {
 	if randomDelay > 0 {
 		delay := rand.N(randomDelay)
@@ -179,8 +179,8 @@ func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, ra
 	return deploy.Once(ctx, one)
 }
 
-// readEvent reads the manifest's URL from standard input; empty: there is no event. It reads no more than it
-// needs, and returns when ctx ends.
+// readEvent reads the manifest's URL from standard input; empty: there is no event. It reads no more than it needs.
+// When ctx ends, it returns an error.
 func readEvent(ctx context.Context, in io.Reader, log *slog.Logger) (url string, err error) {
 	read := make(chan struct{})
 	log.Debug("reads a manifest's URL or Consul's events from standard input")

@@ -26,8 +26,8 @@ type screen struct {
 	width, height int          // the terminal's size then
 }
 
-// watchOnScreen shows the fleet until ctx ends. It draws after every change, and once a second, for ages and the
-// window's size.
+// watchOnScreen shows the fleet until ctx ends, and returns ctx's error. It draws after every change, and once a
+// second, for ages and the window's size.
 func (a *app) watchOnScreen(
 	ctx context.Context,
 	store kv.Store,
@@ -54,7 +54,7 @@ func (a *app) watchOnScreen(
 	return fleet.Watch(ctx, store, filter, func(f *fleet.Fleet) { s.show(f, f.At) })
 }
 
-// show draws a fleet; nil: the one that was last seen.
+// show draws a fleet; nil: the one that was last seen, if any. It draws nothing if the drawing would be the same.
 func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -83,8 +83,8 @@ func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
 }
 
-// cut drops the lines that don't fit on the screen, as its top would otherwise scroll away. A line wider than the
-// screen counts as several.
+// cut replaces the lines below the first most rows of the screen by one that counts them, as the screen's top would
+// otherwise scroll away. A line wider than the screen takes several rows. If most is 0 or less, cut returns text.
 func cut(text string, width, most int) string {
 	lines := strings.SplitAfter(text, "\n")
 	lines = lines[:len(lines)-1]
@@ -98,7 +98,7 @@ func cut(text string, width, most int) string {
 	return text
 }
 
-// more says that n lines don't fit, on one line of the screen.
+// more returns a line that says that n lines don't fit, with a hint if it isn't wider than width with it.
 func more(n, width int) string {
 	short := fmt.Sprintf("… %d more lines", n)
 	for _, hint := range []string{"; kedge status STAGE/ROLE or --attention shows less", "; --attention shows less"} {

@@ -19,8 +19,8 @@ import (
 	"kedge/policy"
 )
 
-// snapshotWriter returns the function by which a mirror saves the records of desired/ as one signed object. The
-// function is nil if url is empty.
+// snapshotWriter returns the function by which a mirror saves the records of desired/ as one object at url, signed with
+// the key in keyFile. The function is nil if url is empty.
 func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.Context, []kv.Entry) error, error) {
 	if url == "" {
 		return nil, nil
@@ -55,7 +55,7 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 	}, nil
 }
 
-// snapshotAhead is how far a mirror's clock may be ahead of a node's.
+// snapshotAhead is how far a mirror's clock may be ahead of a node's for the node to take its snapshot.
 const snapshotAhead = 10 * time.Minute
 
 var errSnapshotSigners = errors.New(
@@ -63,8 +63,8 @@ var errSnapshotSigners = errors.New(
 )
 
 // snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The snapshot must be
-// signed by a key in signersFile, be made for this URL, and be no older than maxAge. Otherwise whoever can write the
-// object could put back an old one.
+// signed by a key in signersFile, and made for this URL, no longer ago than maxAge, and at most snapshotAhead in the
+// future. Otherwise whoever can write the object could put back an old one.
 func snapshotReader(
 	url, signersFile string,
 	maxAge time.Duration,
@@ -109,7 +109,7 @@ func snapshotReader(
 		}
 		var entries []kv.Entry
 		for key, record := range s.Records {
-			if strings.HasPrefix(key, kv.DesiredPrefix) { // it contains no pins and orders, which are for the present
+			if strings.HasPrefix(key, kv.DesiredPrefix) { // no pins and orders, which are for the present
 				entries = append(entries, kv.Entry{Key: key, Value: []byte(record)})
 			}
 		}

@@ -21,9 +21,9 @@ import (
 )
 
 // supervised notifies systemd about an agent. It sends READY once, when node is idle (see Agent.Idle) or timeout has
-// passed. Before that it asks for a longer start timeout; afterwards it sends the watchdog's keep-alives. It does both
-// only while the agent's loop runs. It also sends a line for systemctl status. It returns when ctx ends, and at once if
-// systemd expects no notifications.
+// passed. Before that it asks for a longer start timeout; afterwards it sends keep-alives if systemd has a watchdog.
+// Only while the agent's loop runs does it send either, and a line for systemctl status. When ctx ends it sends
+// STOPPING and returns. It returns at once if systemd expects no notifications.
 func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return
@@ -107,7 +107,7 @@ func (j journalled) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// forJournal adapts a log's writer and options to the journal if stderr is connected to it.
+// forJournal adapts a log's writer and options to the journal if stderr is connected to it; else it returns stderr.
 func forJournal(stderr io.Writer, opt *slog.HandlerOptions) io.Writer {
 	if there, err := journal.StderrIsJournalStream(); err != nil || !there || stderr != os.Stderr {
 		return stderr

@@ -22,7 +22,7 @@ func helpTopics() string {
 	return b.String()
 }
 
-// noPage returns the error that neither a command nor a page has that name. It names similar ones.
+// noPage returns the error that neither a command nor a page has that name. It names similar ones, if there are any.
 func noPage(root *cobra.Command, name string) error {
 	near := root.SuggestionsFor(name)
 	if topic := deployments.Nearest(name, func(yield func(string) bool) {
@@ -42,8 +42,8 @@ func noPage(root *cobra.Command, name string) error {
 
 var pageLink = regexp.MustCompile(`\[([^\]]+)\]\(([^)]+)\)`)
 
-// pageText renders a page of the manual, which is Markdown, for a terminal: headings without marks, paragraphs and
-// items wrapped at width, blocks of commands indented, and tables of two columns as a list if they are too wide.
+// pageText renders a page of the manual, which is Markdown, for a terminal. Headings lose their marks, paragraphs and
+// items are wrapped at width, blocks of commands are indented, and tables become lists if they are too wide.
 func pageText(page string, width int) string {
 	page = strings.ReplaceAll(page, "**", "")
 	page = pageLink.ReplaceAllStringFunc(page, func(link string) string {

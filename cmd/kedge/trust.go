@@ -67,9 +67,9 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 }
 
 // trustSigners returns a function that checks a manifest's signature, the object beside it whose name has .sig
-// appended. A key in file, an allowed_signers file, must have made the signature. An agent calls the function before it
-// uses a manifest, and a mirror before it names one. If file is empty, the function is nil, as the pointer's digest is
-// enough.
+// appended. A key in file, an allowed_signers file, must have made the signature. kedge agent and kedge run call the
+// function before they use a manifest, and a mirror and kedge check before they accept one. If file is empty, the
+// function is nil, as the pointer's digest is enough.
 func trustSigners(
 	file string,
 	objects *object.Client,

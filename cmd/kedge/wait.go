@@ -103,8 +103,8 @@ than --patience, 3 when the time is over.`,
 	return a.completeArgs(c, wantPart)
 }
 
-// waitError returns err, with which a wait in ctx ended, with the reason why it ended and a hint. outer is the
-// command's context, which has no timeout.
+// waitError adds to err, with which a wait in ctx ended, that it timed out or was interrupted, and a hint if there is
+// one. It leaves a refusal unchanged. outer is the command's context, which has no timeout.
 func (a *app) waitError(
 	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
 ) error {
@@ -134,7 +134,7 @@ type WaitOutcome struct {
 	Message string `json:"message,omitempty"`
 }
 
-// printWaitOutcome prints, with --json, how a wait ended that began at the time in began, and returns err.
+// printWaitOutcome returns err, with which a wait ended that began at began. With --json it prints the outcome first.
 func (a *app) printWaitOutcome(commit string, began time.Time, err error) error {
 	if !a.json {
 		return err
@@ -160,7 +160,7 @@ func (a *app) printWaitOutcome(commit string, began time.Time, err error) error 
 }
 
 // withMissing returns err, with a hint if the store doesn't know what filter names. The hint says so, and names
-// something similar.
+// something similar if there is any.
 func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
@@ -174,7 +174,7 @@ func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err e
 	return err
 }
 
-// waitReady requests an agent's /ready until it answers 200.
+// waitReady requests an agent's /ready every 250 ms until it answers 200. When ctx ends, the error says what came last.
 func waitReady(ctx context.Context, address string) error {
 	last := "the agent at " + address + " has not answered yet"
 	for {
