@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// gatedRollout is the rollout of the live demo after the first release: one node first, the others after promote.
+// gatedRollout is the rollout of the releases that keys push: one node first, the others after promote.
 const gatedRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unavailable: 1}\n"
 
 // key is a key that may be typed while the demo is shown.
