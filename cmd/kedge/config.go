@@ -43,10 +43,10 @@ type agentConfig struct {
 	Dests      words `yaml:"dests"`
 	Users      words `yaml:"users"`
 	NoCommands bool  `yaml:"no_commands"`
-	// Secrets are the references that releases may use here; empty: none.
+	// Secrets are the references, or beginnings of them, that releases may use here; empty: none.
 	Secrets words  `yaml:"secrets"`
 	Signers string `yaml:"signers"`
-	// AllowOlderPins has an effect only with Signers.
+	// AllowOlderPins lets pins go back to releases made before the node's version floor. Only Signers make a floor.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 	// AllowEmpty lets a node be ready though its stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
@@ -77,7 +77,7 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
-// check returns an error for invalid values. It names where each came from.
+// check returns an error for invalid values, with where each came from. Some are only found invalid in use.
 func (c *agentConfig) check(from origins) error {
 	var errs []error
 	wrong := func(field string, err error) {
@@ -109,8 +109,8 @@ func (c *agentConfig) check(from origins) error {
 	return errors.Join(errs...)
 }
 
-// origins holds where settings came from, by their names in agent.yaml: FILE:LINE:COLUMN and the name, a variable, or
-// a flag. A setting that has its default is not in it.
+// origins holds where settings came from, by their names in agent.yaml: FILE:LINE:COLUMN and the name, a variable, or a
+// flag. A setting that none of these gives is not in it.
 type origins map[string]string
 
 // of returns what to call a setting in a message.
@@ -121,7 +121,7 @@ func (o origins) of(field string) string {
 	return field
 }
 
-// checkAddress returns an error unless a text is an address to listen at, or empty.
+// checkAddress returns an error unless a text has the form HOST:PORT of an address to listen at, or is empty.
 func checkAddress(address string) error {
 	if _, _, err := net.SplitHostPort(address); err != nil && address != "" {
 		return fmt.Errorf("%q: want an address, as in 127.0.0.1:7070", address)
@@ -161,7 +161,7 @@ func (w *words) UnmarshalYAML(read func(any) error) error {
 	return read((*[]string)(w))
 }
 
-// unitPatterns is a list of STAGE/ROLE/UNIT patterns, or true or false for all or none.
+// unitPatterns is a list of STAGE/ROLE/UNIT patterns. People may also give true for all units, or false for none.
 type unitPatterns []string
 
 func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
@@ -380,7 +380,7 @@ func configError(file string, err error, field ...*token.Position) error {
 	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
-// list splits the text of a flag or variable at commas and blanks.
+// list splits a text at commas and blanks.
 func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }

@@ -21,8 +21,8 @@ type screen struct {
 	draw func(w io.Writer, f *fleet.Fleet, width int)
 
 	mu            sync.Mutex
-	fleet         *fleet.Fleet // as last seen
-	text          string       // what is drawn
+	fleet         *fleet.Fleet // as last seen; nil: not yet
+	text          string       // what was drawn last
 	width, height int          // the terminal's size then
 }
 
