@@ -9,17 +9,17 @@ import (
 	"kedge/deployments"
 )
 
-// DefaultPrefix is the prefix of all of kedge's keys in Consul KV.
+// DefaultPrefix is the prefix of all of kedge's keys in Consul KV, unless another is configured.
 const DefaultPrefix = "kedge/"
 
-// Prefixes of keys, relative to the store's prefix. Each key has one writer. The kind comes first, so that an ACL
-// can bound each party to its own keys.
+// Prefixes of keys, and three keys, relative to the store's prefix. The package comment says who writes them. The kind
+// comes first, so that an ACL can bound each party to its own keys.
 const (
-	DesiredPrefix = "desired/" // written by the mirror that holds the lease
-	PinsPrefix    = "pins/"    // by operators
-	ControlPrefix = "control/" // by operators, consumed by the mirror
-	StatusPrefix  = "status/"  // by each agent, its own
-	HistoryPrefix = "history/" // by the mirror
+	DesiredPrefix = "desired/"
+	PinsPrefix    = "pins/"
+	ControlPrefix = "control/"
+	StatusPrefix  = "status/"
+	HistoryPrefix = "history/"
 	MirrorKey     = "mirror/state"
 	MirrorLease   = "mirror/lease"
 	MirrorHook    = "mirror/hook"
@@ -41,7 +41,7 @@ func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.S
 // desired/prod/web/.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
 
-// HistoryKey returns the key of one generation of a unit's history. These keys sort by generation.
+// HistoryKey returns the key of one generation of a unit's history, padded to ten digits so that the keys sort.
 func HistoryKey(id deployments.UnitID, generation int64) string {
 	return fmt.Sprintf("%s%010d", HistoryPrefixOf(id), generation)
 }
@@ -54,15 +54,15 @@ type Key struct {
 	Unit string
 	// Node is the node of a status or of a node's pin; empty for a pin of all nodes, and for other kinds.
 	Node string
-	// Generation is the generation of a history entry.
+	// Generation is the generation of a history entry; 0 for other kinds.
 	Generation int64
 }
 
-// UnitID returns the unit that the key is for. A status key has none.
+// UnitID returns the unit that the key is for. For a status key, its Unit is empty.
 func (k Key) UnitID() deployments.UnitID { return k.Role.Unit(k.Unit) }
 
-// ParseKey parses a key of a unit or of a node, relative to the store's prefix. Folder keys and keys below
-// MirrorPrefix are errors.
+// ParseKey parses a key of a unit or of a node, relative to the store's prefix. Folder keys, keys below MirrorPrefix
+// and keys with a part that deployments.CheckSegment refuses are errors.
 func ParseKey(key string) (Key, error) {
 	parts := strings.Split(key, "/")
 	k := Key{Kind: parts[0] + "/"}

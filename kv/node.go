@@ -7,9 +7,9 @@ import (
 
 // Namer is a Store that has an agent on each node, which knows the node's name.
 type Namer interface {
-	// NodeName returns the name that this machine's agent has for it; empty if the store is reached through
-	// another machine's agent, or a server. The token needs agent:read for that node, which no other call of this
-	// package does; without it the error is ErrDenied.
+	// NodeName returns the name that this machine's agent has for the machine. It is empty unless the store's address is a
+	// loopback address or a Unix socket, as the agent may be another machine's. The token needs agent:read for that node,
+	// which no other call of this package needs; without it the error is ErrDenied.
 	NodeName(ctx context.Context) (string, error)
 }
 
@@ -19,9 +19,9 @@ var ErrTokenUnknown = fmt.Errorf("unknown token: %w", ErrDenied)
 
 // Maintainer is a Store whose nodes offer services, so that it can take a node out of service.
 type Maintainer interface {
-	// SetMaintenance turns the maintenance mode of the node on or off. If somebody else turned it on, with a reason that
-	// doesn't begin with MaintenanceReason, the mode stays on, without an error. The token needs node:write for the node,
-	// which no other call of this package does.
+	// SetMaintenance turns the maintenance mode of the node on or off, if it isn't so already. If somebody else turned it
+	// on, with a reason that doesn't begin with MaintenanceReason, the mode stays on, without an error. A reason to turn
+	// it on must begin so. The token needs node:write for the node, which no other call of this package needs.
 	SetMaintenance(ctx context.Context, on bool, reason string) error
 }
 
@@ -31,6 +31,6 @@ const MaintenanceReason = "kedge "
 
 // Located is a Store that lies in one of several datacenters.
 type Located interface {
-	// Datacenter returns the datacenter's name. It needs no right.
+	// Datacenter returns the datacenter's name; empty: the store names none. It needs no right.
 	Datacenter(ctx context.Context) (string, error)
 }

@@ -13,8 +13,9 @@ type parsedValue[T any] struct {
 	err    error
 }
 
-// Next returns the cache for the watch's next view, and a function that parses the view's entries and fills that cache.
-// size is about how many entries there are. The cache drops keys for which the function isn't called.
+// Next returns the cache for the watch's next view, and a function that parses an entry of that view and caches it. For
+// an unchanged value the function returns the earlier result or error. size is about how many entries there are. The
+// new cache lacks keys for which the function isn't called.
 func (p Parsed[T]) Next(size int, parse func(value []byte) (T, error)) (Parsed[T], func(Entry) (T, error)) {
 	next := make(Parsed[T], size)
 	return next, func(e Entry) (T, error) {

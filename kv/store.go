@@ -3,33 +3,36 @@
 //
 // # Who writes what
 //
-// Each key has one writer, and kinds come first, so that Consul's ACLs can bound each party to its own keys. Keys
-// are relative to the store's prefix, by default kedge/.
+// The kind of a key comes first, so that Consul's ACLs can bound each party to the keys that it writes. Keys are
+// relative to the store's prefix, by default kedge/.
 //
-//	desired/STAGE/ROLE/UNIT             the mirror that holds the lease; a person, where no mirror runs
-//	pins/STAGE/ROLE/UNIT[/NODE]         operators
+//	desired/STAGE/ROLE/UNIT             the mirror that holds the lease; a person or the bridge, where no mirror runs
+//	pins/STAGE/ROLE/UNIT[/NODE]         operators; the bridge, where a mirror runs
 //	control/STAGE/ROLE/UNIT             operators; the mirror deletes what it has done
-//	status/STAGE/ROLE/NODE              that node's agent, held by its Presence
+//	status/STAGE/ROLE/NODE              that node's agent, held by its Presence; the mirror deletes those of dead nodes
 //	history/STAGE/ROLE/UNIT/GENERATION  the mirror
 //	mirror/lease, mirror/state          the mirror that holds the lease
+//	mirror/notified/RECEIVER            the mirror: which events a receiver has had
 //	mirror/hook                         any other mirror, to which a webhook came
 //
-// A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. A value is what
-// its writer put, byte for byte; readers ignore the newlines and byte-order marks that people's tools add.
+// A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit, and without an ending
+// that editors give temporary files. A value is what its writer put, byte for byte; readers ignore the newlines and
+// byte-order marks that people's tools add.
 //
 // # What a reader may rely on
 //
-// Absence is the dangerous answer. Consul answers 404 to a token that may not read, and a server that is isolated
-// or behind can answer with less than there is. So a key counts as absent only if its folder key (pins/prod/web/,
-// with an empty value, see EnsureFolders) is in the same answer. Whatever looks like a step back is first
-// confirmed by the leader. During an error a View keeps what was last known, and Err says what is wrong. Watch
-// never gives up: it backs off with jitter and tries again.
+// Absence is the dangerous answer. Consul lists nothing to a token that may not read, and a server that is isolated or
+// behind can answer with less than there is. So a Watch of Consul takes a key for absent only if its folder key
+// (pins/prod/web/, with an empty value, see EnsureFolders) is in the same answer. Whatever looks like a step back is
+// first confirmed by the leader. During an error a View keeps what was last known, and Err says what is wrong. Watch
+// never gives up: it tries again, with Consul after a backoff with jitter.
 //
 // # What a writer may rely on
 //
 // A Commit happens whole or not at all. ErrConflict, ErrDenied, ErrLeaseLost and ErrTooLarge mean that it didn't
-// happen; after ErrUnavailable the outcome is unknown, so read again. A Commit under a Lease is checked against it
-// where it is applied, so a holder that lost it unnoticed writes nothing. Lease.Context only saves it the work.
+// happen; after ErrUnavailable, or if its context ended, the outcome is unknown, so read again. A Commit under a Lease
+// is checked against it where it is applied, so a holder that lost it unnoticed writes nothing. Lease.Context only
+// saves such a holder the work.
 package kv
 
 import (
@@ -39,13 +42,13 @@ import (
 	"time"
 )
 
-// The errors that callers branch on. Errors of this package wrap them.
+// The errors that callers branch on. A Store's errors wrap them, except for an invalid argument or an ended context.
 var (
 	ErrNotFound = errors.New("no such key")
 	ErrConflict = errors.New("the key was changed meanwhile")
 	ErrDenied   = errors.New("permission denied")
 	ErrNoFolder = errors.New("no such folder") // an ErrDenied: no right to read the folder key, or no mirror has made it
-	// ErrEmpty is an ErrNoFolder for a folder that the token may read. It makes messages more exact.
+	// ErrEmpty is an ErrNoFolder whose folder key the token may read: there is none. It makes messages more exact.
 	ErrEmpty       = errors.New("the folder holds no key yet")
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")
@@ -63,24 +66,24 @@ type Entry struct {
 	// Key is relative to the store's prefix: desired/prod/web/app.
 	Key   string
 	Value []byte
-	// Version changes with every write of this key, and is never 0. Use it only for Op.Version: versions of two
-	// keys don't compare, nor those from before and after a restore.
+	// Version changes with every write of another value, and is never 0. Use it for Op.Version, and to see changes:
+	// versions of two keys don't compare, nor those from before and after a restore.
 	Version uint64
-	// Session is the session that holds the entry as long as its writer lives; empty: none. See Presence.
+	// Session is the live session that holds the entry for its writer; empty: none. See Presence and Lease.
 	Session string
 }
 
 // View is what a watch currently knows of a prefix.
 type View struct {
-	// Entries are sorted by key, without folder keys. They are the last certain state: an error, a stale answer or
-	// a lost permission never removes any.
+	// Entries are sorted by key, without folder keys. They are the last certain state, and what later answers added: an
+	// error, a stale answer or a lost permission never removes any.
 	Entries []Entry
-	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: this store needs none.
+	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: none are needed, or no answer yet.
 	Folders []string
 	// Synced is set once the prefix was read with certainty. Before that, a missing key does not mean absence.
 	Synced bool
-	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. It is ErrTooLarge,
-	// too, as long as there is more below the prefix than MostListed.
+	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. An ErrUnavailable that
+	// is ErrTooLarge, too, means that there is more below the prefix than MostListed.
 	Err error
 	// Since is when Err last became nil or not nil.
 	Since time.Time
@@ -94,7 +97,7 @@ type Op struct {
 	Version uint64
 }
 
-// OpKind is the kind of an Op.
+// OpKind is what an Op does, and on which condition. If that fails, Commit returns ErrConflict.
 type OpKind int
 
 const (
@@ -116,41 +119,42 @@ func DeleteIf(key string, version uint64) Op { return Op{Kind: OpDeleteIf, Key: 
 // Store is the contract that Consul and the watched directory both fulfil; the conformance suite tests it. Methods
 // may be called from many goroutines.
 type Store interface {
-	// Get reads one key from the leader. Only a token that may read the key can take ErrNotFound for absence, as
-	// Consul gives a token without rights the same answer. Callers that act on absence use Watch or List.
+	// Get reads one key, with Consul from the leader. A missing key is ErrNotFound, one that the token may not read
+	// ErrDenied. Servers before Consul 1.4 answer both with ErrNotFound: where absence is dangerous, use Watch or List.
 	Get(ctx context.Context, key string) (Entry, error)
 
-	// List reads every key below prefix from the leader, sorted, without folder keys. prefix ends in "/" or is
-	// empty. An empty result without the prefix's folder key is ErrDenied: see EnsureFolders. It is also ErrEmpty
-	// if the token may read that key. More than MostListed is ErrUnavailable and ErrTooLarge.
+	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/" or
+	// is empty. Consul's answer is ErrDenied if it lacks keys that the token may not read, and if there is neither a key
+	// nor the prefix's folder key. The latter is ErrNoFolder, too, and ErrEmpty if the token may read the folder key. More
+	// than MostListed is ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
-	// Watch calls f with a first view as soon as there is one, and after every change of entries or Err, until ctx ends.
-	// One call ends before the next begins. If the store fails, the first view has Err and isn't Synced. Changes that come
-	// together may be seen as one: Watch tells state, not events. It returns ctx's error, or an error at once if no store
-	// could watch the prefix.
+	// Watch calls f with a first view as soon as there is one, and after every change of entries, folders or the kind of
+	// Err, until ctx ends. One call ends before the next begins. If the first reads fail, the first view has Err and isn't
+	// Synced. Changes that come together may be seen as one: Watch tells state, not events. It returns ctx's error, or an
+	// error at once if no store could watch the prefix.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
-	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a
-	// lease, nothing is applied unless the lease is held at that moment; otherwise the error is ErrLeaseLost. More
-	// than MaxOps by their Cost, or more than some 370 KiB of values, are ErrTooLarge; each key may occur once.
-	// Writing the value that is there already wakes no watch. After ErrUnavailable the outcome is unknown: read
-	// again.
+	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a lease,
+	// nothing is applied unless the lease is held at that moment; otherwise the error is ErrLeaseLost. More than MaxOps by
+	// their Cost, or more than some 370 KiB of values, are ErrTooLarge; each key may occur once. Writing the value that is
+	// there already wakes no watch. After ErrUnavailable, or if ctx ended, the outcome is unknown: read again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
 	// Lease waits until it holds the lease at key. holder is shown to people, as the field "holder" of the key's JSON
-	// value. Consul takes a ttl of 10 s to 24 h, and may take twice the ttl to give a dead holder's lease to another.
-	// Lease waits as long as the store is unavailable, but a missing permission is ErrDenied at once. A lease stays held
-	// when ctx ends later.
+	// value. Consul takes a ttl of 10 s to 24 h, and without a heartbeat may take twice the ttl to give a dead holder's
+	// lease to another. Lease waits as long as the store is unavailable, but another error, such as ErrDenied, ends it at
+	// once. A lease stays held when ctx ends later.
 	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
 
-	// Presence returns a Presence, which ties entries to the life of this process on the named node. It doesn't
-	// wait for the store.
+	// Presence returns a Presence, which ties entries to the life of this process on the named node, until it is closed.
+	// It doesn't wait for the store; an empty name is an error.
 	Presence(ctx context.Context, name string) (Presence, error)
 
-	// EnsureFolders creates the missing folder keys of prefixes. The mirror, which may write everywhere, calls it
-	// at its start. Agents need folder keys to tell absence from a lost permission. Consul needs one in every
-	// watched prefix, as otherwise a watch wakes on every write anywhere.
+	// EnsureFolders creates the missing folder keys of prefixes: the mirror, which may write everywhere, at its start and
+	// when one is missing, an agent or operator as far as its token allows. Agents need folder keys to tell absence from a
+	// lost permission. Consul needs one in every watched prefix, as a watch that sees no key wakes on every write
+	// anywhere.
 	EnsureFolders(ctx context.Context, prefixes ...string) error
 
 	// String describes the store for people: consul at http://127.0.0.1:8500, prefix kedge/.
@@ -168,7 +172,8 @@ const (
 	MaxRoleList = 32 << 20
 )
 
-// MostListed returns the bound of the entries below a prefix, as the sum of their Size.
+// MostListed returns the bound of the entries below a prefix, as the sum of their Size, in bytes: MaxRoleList for a
+// part of the records or pins, otherwise MaxList.
 func MostListed(prefix string) int {
 	for _, kind := range []string{DesiredPrefix, PinsPrefix} {
 		if strings.HasPrefix(prefix, kind) && prefix != kind {
@@ -203,10 +208,10 @@ func (o Op) Cost() int {
 // Lease is held by one process at a time.
 type Lease interface {
 	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. With Consul it ends even without an
-	// answer: at the latest one ttl after the last successful renewal was sent. So a process that was suspended stops
-	// before it acts.
+	// answer: at the latest one ttl after the last successful renewal was sent. If the process was suspended longer, it
+	// ends soon after the process goes on; a Commit fails at once.
 	Context() context.Context
-	// Release frees the lease for the next holder, at once.
+	// Release frees the lease for the next holder, at once. A lease that is lost already is no error.
 	Release(ctx context.Context) error
 }
 
@@ -215,19 +220,21 @@ type LeaseHolder struct {
 	Holder string `json:"holder"`
 }
 
-// Presence writes entries that show whether their writer lives: their Session is set as long as it does.
+// Presence writes entries that show whether their writer lives: their Session is set as long as it does. With Consul it
+// stays set for up to a minute longer or, if the token may register no service, until the node is gone.
 type Presence interface {
-	// Join is Put, and returns in since a number that grows with each Join to any entry of the store. A list that shows
-	// the entry with the higher number shows the other, too. lost is closed once entries that the presence holds were lost
-	// or replaced, as when the node was cut off or a snapshot was restored. The numbers are void then, and each entry has
-	// to join again.
+	// Join is Put, and returns in since a number that grows with each Join to any entry of the store; with Consul it stays
+	// if the presence holds that value already. A list that shows the entry with the higher number shows the other, too.
+	// lost is closed once the session of the entries was lost, or a restored snapshot changed them. The numbers are void
+	// then, and each entry has to join again. An entry that is deleted, or taken by another process, doesn't close lost.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
-	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
-	// back soon.
+	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes back
+	// soon. Until another Put of key, the presence doesn't restore it any more.
 	KeepAtClose(key string)
-	// Put writes key and holds it, even if an earlier process held it. If its session or entry is lost later, as
-	// when the node was thought dead or a snapshot was restored, the presence restores both.
+	// Put writes key and holds it, even if an earlier process held it. If its session or entry is lost later, as when the
+	// node was thought dead or a snapshot was restored, the presence restores both. An entry that another process has
+	// taken stays with that process; with Consul, it is restored after that process ended.
 	Put(ctx context.Context, key string, value []byte) error
-	// Close deletes the entries that it holds: a node that leaves in good order is not a dead one.
+	// Close deletes the entries that it holds, but those of KeepAtClose: a node that leaves in good order isn't dead.
 	Close(ctx context.Context) error
 }

@@ -23,8 +23,8 @@ type change struct {
 	Key    string
 	Value  []byte `json:",omitempty"`
 	Delete bool   `json:",omitempty"`
-	// Hold is the session that holds the key from now on. Unhold takes the key from its holder. With neither, the holder
-	// stays as it was.
+	// Hold is the session that holds the key from now on. Unhold takes the key from its holder, as Delete does. With none
+	// of these, the holder stays as it was.
 	Hold   string `json:",omitempty"`
 	Unhold bool   `json:",omitempty"`
 	// Keep leaves the value alone.
@@ -68,7 +68,7 @@ func (d *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error 
 	return nil
 }
 
-// decide checks an operation's condition, and returns its change; nil: it changes nothing.
+// decide returns an operation's change; nil: it changes nothing. The error is ErrConflict if its condition fails.
 func (d *Store) decide(op kv.Op) (*change, error) {
 	var now *fileValue
 	if path, ok := d.find(op.Key); ok {
@@ -105,7 +105,8 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 }
 
 // commit makes all of the changes or none. The caller holds the lock. Several changes count as made once the journal is
-// renamed into place: after that, the next process that takes the lock finishes them. A single change needs no journal.
+// renamed into place: the next process that takes the lock finishes them, even after an error. A single change needs no
+// journal.
 func (d *Store) commit(changes []change) error {
 	if len(changes) > 1 {
 		data, err := json.Marshal(changes)
@@ -122,8 +123,9 @@ func (d *Store) commit(changes []change) error {
 	return d.apply(changes)
 }
 
-// finish completes the journalled commit of a process that was killed. The caller holds the lock exclusively, so
-// no temporary file is in use.
+// finish completes the journalled commit, if there is one: the caller's, or that of a process that failed or was killed
+// in it. The caller holds the lock exclusively, so no temporary file is in use: finish removes them. A journal that
+// can't be read is set aside, without an error.
 func (d *Store) finish() error {
 	left, err := os.ReadDir(d.path(tempDir))
 	if err != nil {
@@ -158,7 +160,7 @@ func (d *Store) finish() error {
 	return durable.SyncDir(d.path(metaDir))
 }
 
-// apply puts changes in place, one after the other. When it returns, they are on disk.
+// apply puts changes in place, one after the other. When it returns nil, they are on disk, but for the holders.
 func (d *Store) apply(changes []change) error {
 	staged, err := d.stage(changes)
 	if err != nil {
@@ -230,7 +232,8 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	return staged, group.Wait()
 }
 
-// applyHold records which session holds the key. The record need not survive a power cut, as no session does.
+// applyHold records who holds the key now, if that changes. The record need not survive a power cut, as no session
+// does.
 func (d *Store) applyHold(c change) error {
 	path := d.path(heldDir + "/" + heldName(c.Key))
 	if c.Unhold || c.Delete {

@@ -20,14 +20,14 @@ import (
 // path, so that people can read and write it with any tool:
 //
 //	DIR/pins/prod/web/app         the key pins/prod/web/app
-//	DIR/pins/prod/web/app@/web-1  the key pins/prod/web/app/web-1; see the package comment
-//	DIR/.kedge/lock               flock'ed, exclusively by a commit and shared by a reader: none sees half a commit
+//	DIR/pins/prod/web/app@/web-1  the key pins/prod/web/app/web-1; app may be a file, too
+//	DIR/.kedge/lock               flock'ed, exclusively by a commit and shared by readers, who see no half commit
 //	DIR/.kedge/journal            a commit of several keys that is decided but may not be in place yet
 //	DIR/.kedge/sessions/ID        flock'ed as long as the process that made it lives
 //	DIR/.kedge/held/KEY           the session that holds a key, with @ for /
 //
 // A folder key (see package kv) is a directory. While DIR exists, a key without a file is certainly absent. Temporary
-// files of editors are ignored.
+// files of editors, hidden files and symbolic links are ignored.
 type Store struct {
 	dir string
 	log *slog.Logger
@@ -146,12 +146,12 @@ type scanned struct {
 	unsteady bool // a file is empty and so new that somebody may be writing it
 }
 
-// steadyAfter is how old an empty file must be to count as a value: `echo x > FILE` first creates it empty, and
-// may be slow on a busy machine.
+// steadyAfter is how old an empty file must be before a watch takes it for a value: `echo x > FILE` first creates it
+// empty, and may be slow on a busy machine.
 const steadyAfter = 500 * time.Millisecond
 
-// scan reads every key below prefix at one moment. If visit is not nil, it is called with each directory before
-// that is read.
+// scan reads every key below prefix at one moment. A missing folder has no keys. If visit is not nil, it is called with
+// DIR and each directory below it that is read, before that.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
 	err := d.reading(ctx, func() error {

@@ -22,8 +22,8 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, up to the size that Consul accepts for a value. The version is computed from the content and
-// the file's metadata, because people who edit the file don't count versions.
+// readValue reads a file, but at most one byte more than Consul accepts for a value. The version is computed from the
+// content and the file's metadata, because people who edit the file don't count versions.
 func readValue(path string) (fileValue, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -70,7 +70,7 @@ func (d *Store) find(key string) (string, bool) {
 	return in(d.dir, strings.Split(key, "/"))
 }
 
-// preparePath returns the file to write a key to, and creates its directories.
+// preparePath returns the file to write a key to, creates its directories, and moves a directory of its name aside.
 func (d *Store) preparePath(key string) (string, error) {
 	if path, ok := d.find(key); ok {
 		return path, nil
@@ -113,13 +113,12 @@ func (d *Store) enter(dir string, parts []string) (string, error) {
 	return made, durable.SyncDir(dir)
 }
 
-// holdsValue reports whether a key may have a value and also keys below it, like the pins of units and of their
-// nodes.
+// holdsValue reports whether the key made of parts is the pin of a unit: it may have keys below it, the pins of nodes.
 func holdsValue(parts []string) bool {
 	return len(parts) == 4 && parts[0]+"/" == kv.PinsPrefix
 }
 
-// moveAside moves all of a directory's content into another, which may exist.
+// moveAside moves all of a directory's content into another, which may exist. A file replaces one of the same name.
 func moveAside(from, to string) error {
 	if !isDir(to) {
 		return os.Rename(from, to)
@@ -142,7 +141,7 @@ func moveAside(from, to string) error {
 	return os.Remove(from)
 }
 
-// ignoredFile reports whether a name can't be part of a key: that of a hidden file, or of an editor's backup.
+// ignoredFile reports whether a name can't be part of a key, such as that of a hidden file or of an editor's backup.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
 // exists reports whether the store's directory exists. It may be a symbolic link, unlike the directories below it.

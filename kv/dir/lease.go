@@ -16,8 +16,9 @@ import (
 // leasePoll is how often a holder checks its lease, and a waiting process checks whether the lease is free.
 const leasePoll = 200 * time.Millisecond
 
-// Lease waits until it holds the lease at key. The holder keeps it until its process dies or releases it. ttl must be
-// positive, and has no other effect: a suspended process keeps its flock, and every commit checks the flock.
+// Lease waits until it holds the lease at key. The holder keeps it until its process dies or releases it, or somebody
+// removes its files. ttl must be positive, and has no other effect: a suspended process keeps its flock, and each
+// commit under the lease checks that it is still held.
 func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	if err := backend.CheckKey(key); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)
@@ -75,8 +76,8 @@ func (l *lease) Context() context.Context { return l.ctx }
 
 func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
 
-// valid reports whether the lease still holds its key. Anyone who may write the files can end that, as in Consul
-// by deleting the key.
+// valid reports whether the lease still holds its key; false once it was released or lost. Anyone who may write the
+// files can end it, as in Consul by deleting the key.
 func (l *lease) valid() bool {
 	if l.ctx.Err() != nil || !l.session.valid() {
 		return false

@@ -28,7 +28,8 @@ func (d *Store) writing(ctx context.Context, f func() error) error {
 	return d.classify(ctx, f())
 }
 
-// reading runs f under the shared lock, so that no commit runs meanwhile.
+// reading runs f under the shared lock, so that no commit runs meanwhile. It first completes the commit of a process
+// that was killed, as writing does.
 func (d *Store) reading(ctx context.Context, f func() error) error {
 	for {
 		unlock, err := d.lock(ctx, unix.LOCK_SH)
@@ -54,8 +55,8 @@ func (d *Store) reading(ctx context.Context, f func() error) error {
 // lockTimeout is how long a commit or read waits for a process that holds the lock.
 const lockTimeout = 15 * time.Second
 
-// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when its process dies. lock waits at
-// most lockTimeout for a process that was stopped while it held the lock.
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when its process dies. If others, such as
+// a suspended process, hold it for lockTimeout, the error is ErrUnavailable.
 func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
 	for began := time.Now(); ; {
@@ -75,7 +76,7 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 		}
 		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil && sameFile(f, d.path(lockFile)) {
-			// A cleaner of old, empty files may have removed it.
+			// A cleaner of old files may have removed empty directories below .kedge.
 			if err := d.makeMeta(); err != nil {
 				f.Close()
 				return nil, err

@@ -10,8 +10,8 @@ import (
 	"kedge/deployments/wait"
 )
 
-// notifier forwards changes of a directory store to all of its watches. It uses one inotify instance, as the kernel
-// allows a user only 128 of them.
+// notifier forwards changes of a store's directories to the watches that have subscribed to them. It uses one inotify
+// instance, as the kernel allows a user only 128 of them.
 type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool
@@ -24,7 +24,7 @@ type notifier struct {
 // subscription is one watch's interest in the changes of some directories.
 type subscription struct {
 	n *notifier
-	// signal is set when something changed, or events were lost.
+	// signal is set when something changed in dirs, or events were lost.
 	signal wait.Signal
 	dirs   map[string]bool // guarded by notifier.mu
 }
@@ -88,7 +88,7 @@ func (c *subscription) watchDir(dir string) error {
 	return w.Add(dir)
 }
 
-// end cancels the subscription.
+// end cancels the subscription. With the last one it closes the watcher.
 func (c *subscription) end() {
 	n := c.n
 	n.mu.Lock()

@@ -55,8 +55,8 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return err
 }
 
-// Join puts an entry. since is the time of the write in nanoseconds, taken under the store's lock, so that the times
-// order the entries as long as the clock isn't set back. lost is as kv.Presence says.
+// Join puts an entry. since is the time of the write in Unix nanoseconds, taken under the store's lock, so that the
+// times order the entries as long as the clock isn't set back. lost is as kv.Presence says.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -118,8 +118,8 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// lost returns the entries whose stored value or holder changed since Put, and forgets entries that another
-// process has taken.
+// lost returns the entries whose stored value or holder changed since Put, and forgets entries that another process has
+// taken.
 func (p *presence) lost() map[string][]byte {
 	lost := map[string][]byte{}
 	for key, value := range p.held {
@@ -139,8 +139,8 @@ func (p *presence) lost() map[string][]byte {
 	return lost
 }
 
-// keep puts lost entries again, as after a file or the whole directory was removed by hand or replaced by an older
-// copy.
+// keep puts lost entries again until Close, as after a file or the whole directory was removed by hand or replaced by
+// an older copy.
 func (p *presence) keep() {
 	defer close(p.done)
 	for wait.For(p.ctx, presenceLook) == nil {

@@ -17,7 +17,8 @@ type session struct {
 	file  *os.File
 }
 
-// openSession creates a session, and removes those of dead processes. The caller holds the store's lock.
+// openSession creates a session, with name in its file for people, and removes those of dead processes. The caller
+// holds the store's lock exclusively.
 func (d *Store) openSession(name string) (*session, error) {
 	old, err := os.ReadDir(d.path(sessionsDir))
 	if err != nil {
@@ -56,7 +57,7 @@ func (s *session) close() {
 	s.file.Close()
 }
 
-// alive reports whether the process that made the session lives.
+// alive reports whether the process that made the session lives, and has not closed the session.
 func (d *Store) alive(id string) bool {
 	f, err := os.Open(d.path(sessionsDir + "/" + id))
 	if err != nil {
@@ -66,7 +67,7 @@ func (d *Store) alive(id string) bool {
 	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
-// holder returns the session that holds a key, or "".
+// holder returns the live session that holds a key, or "".
 func (d *Store) holder(key string) string {
 	id, err := os.ReadFile(d.path(heldDir + "/" + heldName(key)))
 	if err != nil || !d.alive(string(id)) {

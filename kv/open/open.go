@@ -16,17 +16,17 @@ import (
 // Config names a store. The zero value means Consul by its own environment variables, with kv.DefaultPrefix.
 type Config struct {
 	// URL is empty or "consul" for Consul by its environment variables (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …).
-	// file://DIR is a watched directory, which is created if it is missing, unless Existing is set.
+	// file://DIR is a watched directory, by its absolute path. It is created if it is missing, unless Existing is set.
 	URL string
 	// Prefix is the prefix of all keys in Consul; empty: kv.DefaultPrefix. A directory has none.
 	Prefix string
-	// Existing makes Store refuse a directory that doesn't exist.
+	// Existing makes Store refuse a directory that doesn't exist. It has no effect on Consul.
 	Existing bool
 	Log      *slog.Logger // nil: discard
 }
 
-// Store opens the store that c names, without waiting for it to be reachable. It returns a kv.ConfigError if c
-// names none. A token file that is missing or empty is an error: Consul would take a request without a token for
+// Store opens the store that c names, without waiting for it to be reachable. It returns a kv.ConfigError if URL or
+// Prefix is invalid. A token file that is missing or empty is an error: Consul would take a request without a token for
 // an anonymous one, to which everything looks deleted.
 func Store(c Config) (kv.Store, error) {
 	if c.URL == "" || c.URL == "consul" {

@@ -2,15 +2,15 @@ package backend
 
 import "strings"
 
-// maxCauses bounds how many causes of one outage are distinguished.
+// maxCauses bounds how many causes of one outage are distinguished; further ones aren't reported.
 const maxCauses = 8
 
 // Causes are the errors seen since the last success, so that each kind is logged once. An outage that begins with a
 // refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is ready.
 type Causes map[string]bool
 
-// FirstOfKind reports whether err is the first of its kind since the last success. A nil err is a success. Numbers in
-// its text, such as ports and times, are ignored.
+// FirstOfKind reports whether err is the first of its kind since the last success, and of one of the first maxCauses
+// kinds. A nil err is a success, and of no kind. Numbers in err's text, such as ports and times, are ignored.
 func (c *Causes) FirstOfKind(err error) bool {
 	if err == nil {
 		*c = nil

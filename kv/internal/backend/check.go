@@ -1,5 +1,5 @@
-// Package backend holds what all implementations of kv.Store share: the checks of arguments, and the view of a
-// watch.
+// Package backend holds what all implementations of kv.Store share: the checks of arguments, the bound of a list, and
+// the view of a watch.
 package backend
 
 import (
@@ -27,7 +27,7 @@ func CheckKey(key string) error {
 	return nil
 }
 
-// CheckPrefix returns an error unless a prefix is "" or ends in "/".
+// CheckPrefix returns an error unless a prefix is empty, or a valid key and "/".
 func CheckPrefix(prefix string) error {
 	if prefix == "" {
 		return nil
@@ -39,7 +39,8 @@ func CheckPrefix(prefix string) error {
 	return CheckKey(folder)
 }
 
-// CheckCommit returns an error unless both stores can apply the operations in one commit.
+// CheckCommit returns an error unless both stores can apply the operations in one commit. It is ErrTooLarge beyond a
+// bound, and ErrConflict for version 0, which no key has.
 func CheckCommit(ops []kv.Op) error {
 	seen := make(map[string]bool, len(ops))
 	cost, size := 0, 0
@@ -78,7 +79,7 @@ func SortEntries(entries []kv.Entry) {
 	slices.SortFunc(entries, func(a, b kv.Entry) int { return cmp.Compare(a.Key, b.Key) })
 }
 
-// ErrForeignLease means that a caller passed a lease of another store; the write would not be fenced.
+// ErrForeignLease means that a caller passed a lease of another kind of store or directory, which would not fence.
 var ErrForeignLease = errors.New("commit: the lease belongs to another store")
 
 // ErrPresenceClosed means that a caller used a presence after Close.

@@ -7,7 +7,7 @@ import (
 )
 
 // TooMuchError is the error of a list that was given up because more than kv.MostListed is stored below its prefix. It
-// wraps kv.ErrTooLarge, and also kv.ErrUnavailable: what was known before stays in force.
+// is a kv.ErrTooLarge, and also a kv.ErrUnavailable: what was known before stays in force.
 type TooMuchError struct {
 	// Prefix is the prefix that was listed, without the store's own; Sample is a key below it at which there was no
 	// room any more.

@@ -31,14 +31,14 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 // View returns the current view.
 func (v *Viewer) View() kv.View { return v.view }
 
-// Set replaces the view's entries. entries are sorted, and come from an answer that proves that other keys are absent.
+// Set replaces the view's entries by sorted ones of an answer that proves that other keys are absent, and clears Err.
 func (v *Viewer) Set(entries []kv.Entry) {
 	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
 	v.view.Synced = true
 	v.update(entries, changed, nil)
 }
 
-// Merge adds the entries of an answer that doesn't prove that other keys are absent. err says why not.
+// Merge adds or replaces the entries of an answer that doesn't prove that other keys are absent. err says why not.
 func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	known := make(map[string]bool, len(entries))
 	for _, e := range entries {
@@ -53,7 +53,7 @@ func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	v.update(entries, !slices.EqualFunc(v.view.Entries, entries, SameEntry), err)
 }
 
-// SetFolders sets the folder keys. The next Set or Merge shows them.
+// SetFolders sets the folder keys. The next Set, Merge or Fail shows them.
 func (v *Viewer) SetFolders(folders []string) {
 	v.refolded = v.refolded || !slices.Equal(v.view.Folders, folders)
 	v.view.Folders = folders
@@ -93,8 +93,8 @@ func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameKind reports whether two errors are of one kind, which callers treat alike. Their texts may differ with every
-// attempt.
+// sameKind reports whether two errors are of one kind: nil, kv.ErrDenied, kv.ErrUnavailable, or another. Callers treat
+// those alike, and their texts may differ with every attempt.
 func sameKind(a, b error) bool {
 	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
