@@ -41,7 +41,7 @@ func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.S
 // desired/prod/web/.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
 
-// HistoryKey returns the key of one generation of a unit's history, padded to ten digits so that the keys sort.
+// HistoryKey returns the key of one generation of a unit's history. Its ten digits make these keys sort by generation.
 func HistoryKey(id deployments.UnitID, generation int64) string {
 	return fmt.Sprintf("%s%010d", HistoryPrefixOf(id), generation)
 }

@@ -12,13 +12,13 @@ import (
 	"github.com/hashicorp/consul/api"
 )
 
-// maxAnswer bounds an answer of Consul other than a list of keys, in bytes. The largest such answer is the list of a
-// node's sessions.
+// maxAnswer bounds each pair of a list of keys, and any other answer of Consul, in bytes. The largest of these is the
+// list of a node's sessions.
 const maxAnswer = 16 << 20
 
 // answers is a transport that bounds what is read of Consul's answers, as Consul's client would read any answer to its
 // end. If a request for a list of keys has a pairReader, the pairs go to that reader one by one. The client then gets
-// an empty list.
+// an empty list, even if the reader fails.
 type answers struct{ http.RoundTripper }
 
 func (a answers) RoundTrip(r *http.Request) (*http.Response, error) {

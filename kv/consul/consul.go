@@ -1,10 +1,10 @@
 // Package consul implements kv's contract by Consul.
 //
-// Blocking reads are stale ones, which any server answers. Reads that something is decided by are consistent ones.
-// Each request carries the current token: a token file is read again when it changes, and after a refusal. A lease
-// is a session that is renewed every third of its TTL. If the local Consul agent's node has the presence's name, a
-// presence is a session tied to that node's health and to a check of the process, so that a fleet's liveness costs
-// no writes. Otherwise it is a session with a TTL of 30 s.
+// Blocking reads of watches and presences are stale ones, which any server answers. Reads that something is decided by
+// are consistent ones. Each request carries the current token: a token file is read again when it changes, and after a
+// refusal. A lease is a session that is renewed every third of its TTL and, if possible, tied to a heartbeat. If the
+// Consul agent's node has the presence's name and a serfHealth check, a presence's session is tied to that node's
+// health and to a check of the process, so that a fleet's liveness costs no writes. Otherwise it has a TTL of 30 s.
 package consul
 
 import (
@@ -30,7 +30,7 @@ type Store struct {
 	config api.Config // the client's configuration, with its HTTP client
 	tokens *tokenSource
 	addr   string // the address, for people
-	local  bool   // addr is on this machine
+	local  bool   // addr is a loopback address or a Unix socket
 	// endEarlierAfter and presencePoll are the constants of these names, which tests shorten.
 	endEarlierAfter, presencePoll time.Duration
 	// strayed counts heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
@@ -44,13 +44,14 @@ type Store struct {
 type Config struct {
 	// Prefix is the prefix of all keys; empty: kv.DefaultPrefix.
 	Prefix string
-	// Client overrides the environment's configuration of the client. Zero fields come from the environment.
+	// Client overrides the environment's configuration of the client. Zero fields but HttpAuth come from the environment.
 	Client *api.Config
 	Log    *slog.Logger // nil: discard
 }
 
-// Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid. A token
-// file that is missing or empty is an error, as Consul would take a request without a token for an anonymous one.
+// Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid. A token file
+// that is missing or empty is an error, as Consul would take a request without a token for an anonymous one; so is a
+// TLS file that can't be read.
 func Open(c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -168,8 +169,9 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return l.entries, nil
 }
 
-// mayRead reports whether the token may read the missing folder key of a prefix. Consul refuses a token without
-// the right when it reads one key, but leaves the key out of a list. Servers before 1.4 answer both alike.
+// mayRead reports whether the token may read the missing folder key of a prefix; false, too, if Consul doesn't answer.
+// Consul refuses a token without the right when it reads one key, but leaves the key out of a list. Servers before 1.4
+// answer both alike.
 func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 	err := s.do(ctx, "get the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
 		_, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
@@ -185,12 +187,13 @@ type listing struct {
 	// folder reports whether the answer has the prefix's own key. If not, a missing key may be one that the token can't
 	// see, as Consul answers both alike.
 	folder bool
-	// filtered reports whether Consul left out entries that the token may not read.
+	// filtered reports whether Consul says that it left out entries that the token may not read.
 	filtered bool
 	meta     *api.QueryMeta
 }
 
-// read lists a prefix once. An answer without even a folder key is no proof of absence.
+// read lists a prefix once. An answer without even a folder key is no proof of absence. If there is more than a
+// ListLimit takes, the error is a TooMuchError.
 func (s *Store) read(
 	ctx context.Context,
 	prefix string,
@@ -232,13 +235,13 @@ func (s *Store) read(
 	return l, err
 }
 
-// absenceError is the error of an answer by which a key that it lacks may exist all the same.
+// absenceError returns the error of an answer by which a key that it lacks may exist all the same.
 func (s *Store) absenceError(prefix string, l listing) *absentError {
 	return &absentError{prefix: prefix, folder: s.prefix + prefix, filtered: l.folder && l.filtered}
 }
 
-// absentError is an ErrDenied. Unless only other keys than the folder key are left out, it is ErrNoFolder as well, and
-// ErrEmpty if the token may read the folder key, which then just doesn't exist.
+// absentError is an ErrDenied. It is ErrNoFolder as well if the answer lacks the folder key, and ErrEmpty if the token
+// may read that key, so that it doesn't exist.
 type absentError struct {
 	prefix, folder  string
 	empty, filtered bool

@@ -20,8 +20,8 @@ const (
 	// shows people where the holder runs, and its check ends a dead holder's lease. The token needs service:write
 	// for it.
 	LeaseService = "kedge-mirror"
-	// PresenceService is the service of a presence's process; its check shows that the process lives. The token
-	// needs service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
+	// PresenceService is the service of a presence's process; its check shows that the process lives. The token needs
+	// service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
 	PresenceService = "kedge-agent"
 	// heartbeatMargin is how long before its check expires a holder that is cut off gives up its lease.
 	heartbeatMargin = time.Second
@@ -44,7 +44,7 @@ var (
 )
 
 // heartbeat is a service at the Consul agent with a check that turns critical when it gets no heartbeat for its
-// TTL. The agent removes the service of a dead process after a minute.
+// TTL. The agent removes the service of a dead process about a minute later.
 type heartbeat struct {
 	heartbeatKind
 	store *Store
@@ -67,7 +67,7 @@ func (h *heartbeat) beat(at time.Time) {
 	h.mu.Unlock()
 }
 
-// startHeartbeat registers a heartbeat's service. The error is ErrDenied if the token may not.
+// startHeartbeat registers a heartbeat's service; keep sends the heartbeats. A token without the right gets ErrDenied.
 func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
 	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
 	return h, h.register(ctx)
@@ -89,8 +89,8 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is how many heartbeats must reach an agent that doesn't know the service before the address counts as one
-// of several agents. A single such heartbeat means an agent that restarted without its data.
+// maxStrayed is how many heartbeats of this process must reach an agent that doesn't know the service before the
+// address counts as one of several agents. A single one means an agent that restarted without its data.
 const maxStrayed = 2
 
 // errStrayed means that no session can depend on the check, as heartbeats don't reach it.
@@ -98,7 +98,8 @@ var errStrayed = errors.New(
 	"heartbeats seem to reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
-// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.
+// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it, and counts
+// that in strayed.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {
@@ -139,8 +140,8 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// newSession creates a session that also ends with the heartbeat. It tries again for the time in while, as the Consul
-// agent delays telling the servers of a new check.
+// newSession creates a session that also ends with the heartbeat. For the time in while it tries again if a check is
+// missing, as the Consul agent delays telling the servers of a new check.
 func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {

@@ -41,7 +41,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		case err == nil && lease != nil:
 			return lease, nil
 		case err == nil:
-			// It is free, but Consul's lock-delay isn't over.
+			// Consul's lock-delay isn't over, or another process was faster.
 			pause.Reset()
 			causes.FirstOfKind(nil)
 			err = wait.For(ctx, 50*time.Millisecond)
@@ -59,8 +59,8 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease waits until nobody holds the lease, and tries once to take it. It returns nil if Consul didn't grant
-// it.
+// tryLease waits until nobody holds the lease, and tries once to take it. It returns nil, without an error, if Consul
+// didn't grant it.
 func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*lease, error) {
 	if err := s.awaitFree(ctx, key); err != nil {
 		return nil, err
@@ -100,8 +100,8 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 	return l, nil
 }
 
-// leaseSession creates a session that ends soon after its holder's last heartbeat. If the token may not register
-// the heartbeat's service, heart is nil, and the session ends by its TTL.
+// leaseSession creates a session that ends soon after its holder's last heartbeat. If there can't be a heartbeat, as
+// when the token may not register its service, heart is nil, and the session ends by its TTL.
 func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
 	if err = errStrayed; s.strayed.Load() < maxStrayed {
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
@@ -118,7 +118,7 @@ func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *he
 	return nil, session, err
 }
 
-// awaitFree returns when no session holds the key.
+// awaitFree returns nil once no session holds the key.
 func (s *Store) awaitFree(ctx context.Context, key string) error {
 	var index uint64
 	for {
@@ -145,8 +145,8 @@ func (s *Store) awaitFree(ctx context.Context, key string) error {
 	}
 }
 
-// lease is a held key and the session that holds it. It is used instead of Consul's own Lock, which may take minutes to
-// notice that its lock is lost.
+// lease is a held key and the session that holds it. It is used instead of the Lock of Consul's client, which may take
+// minutes to notice that its lock is lost.
 type lease struct {
 	store   *Store
 	key     string // with the store's prefix
@@ -164,8 +164,8 @@ type lease struct {
 
 func (l *lease) Context() context.Context { return l.ctx }
 
-// left returns how long the session lives for certain. Consul counts from the request's arrival, so this returns
-// less.
+// left returns how long neither the session's TTL nor its heartbeat's check can end it; 0 or less if they may have.
+// Consul counts from the request's arrival, so this returns less.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)
@@ -192,8 +192,8 @@ func (l *lease) expired() bool {
 
 func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
 
-// keep renews the session every third of its TTL until the lease ends. It ends the lease if the session is lost or
-// can't be renewed in time.
+// keep renews the session every third of its TTL until the lease ends. It ends the lease if the session or its hold of
+// the key is lost, or if the session can't be renewed in time.
 func (l *lease) keep() {
 	defer close(l.done)
 	if l.heart != nil {
@@ -234,7 +234,7 @@ func (l *lease) keep() {
 }
 
 // check renews the session, and verifies that the key is still locked by it: anyone who may write the key can unlock
-// it.
+// it. The error is ErrLeaseLost if the session or the lock is gone.
 func (l *lease) check(timeout time.Duration) error {
 	err := l.store.renewSession(l.ctx, l.session, timeout)
 	if errors.Is(err, kv.ErrNotFound) {
@@ -255,7 +255,8 @@ func (l *lease) check(timeout time.Duration) error {
 func (l *lease) Release(ctx context.Context) error {
 	l.cancel(context.Canceled)
 	<-l.done
-	// The key is unlocked first, as destroying a session that holds it would leave the lock-delay behind.
+	// The key is unlocked first, as destroying a session that holds it would leave the lock-delay behind. The
+	// end of a heartbeat may have ended the session already.
 	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
 		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
 		if err != nil || pair == nil || pair.Session != l.session {

@@ -28,7 +28,8 @@ func (s *Store) NodeName(ctx context.Context) (string, error) {
 	return self.Config.NodeName, err
 }
 
-// isLocal reports whether an address, as Consul's client takes it, is on this machine.
+// isLocal reports whether an address, as Consul's client takes it, is a Unix socket's or a loopback address. This
+// machine's other addresses count as another's.
 func isLocal(address string) bool {
 	if strings.HasPrefix(address, "unix://") {
 		return true

@@ -25,20 +25,20 @@ const (
 	presenceTTL = 30 * time.Second
 	// presenceLockDelay is practically none: the next holder of an entry is its own writer.
 	presenceLockDelay = time.Millisecond
-	// presencePoll is how often a presence checks its session and entries at least.
+	// presencePoll is how long a presence watches one entry before it checks all; a read that blocks may prolong that.
 	presencePoll = 60 * time.Second
-	// takenPoll is how often a presence checks whether another process still holds an entry that it took.
+	// takenPoll is how often a presence checks whether another process that took all its entries still holds one.
 	takenPoll = 5 * time.Second
-	// endEarlierAfter is how long a killed process's session is left alone once the node has a new one. By then the new
-	// process has written all its entries. An entry without a holder would make the node look gone.
+	// endEarlierAfter is how long a killed process's last session is left alone once the node has a new one. By then the
+	// new process has written all its entries. An entry without a holder would make the node look gone.
 	endEarlierAfter = 30 * time.Second
 )
 
-// presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is
-// tied to that node's health and to a check of the process that gets heartbeats at that agent; it then costs the
-// servers nothing. Otherwise, as for a distant server's address or a node without a serfHealth check, the session
-// has a TTL and is renewed. A booting node may get its check only later, so each Put tries again to tie the
-// session to it.
+// presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is tied
+// to that node's health and, unless the token may not register one, to a check of the process that gets heartbeats at
+// that agent. This costs the servers nothing. Otherwise, as for a distant server's address or a node without a
+// serfHealth check, the session has a TTL and is renewed. A booting node may get its check only later, so each Put
+// tries again to tie the session to it.
 type presence struct {
 	store *Store
 	name  string
@@ -48,14 +48,14 @@ type presence struct {
 	done   chan struct{}
 	wake   wait.Signal // set when a new session must be watched
 
-	// putting serializes Put, repair and Close.
+	// putting serializes all methods that use the fields below.
 	putting         sync.Mutex
 	session         string
 	node            string     // the Consul name of the node whose health the session is tied to
 	heart           *heartbeat // shows that this process lives; nil: none
 	endHeart        context.CancelFunc
-	heartbeatDenied bool            // no heartbeat is possible, and that was logged
-	sweep           *time.Timer     // ends the sessions of earlier processes; nil: no session yet
+	heartbeatDenied bool            // the token may not register the heartbeat, and that was logged
+	sweep           *time.Timer     // ends the sessions of earlier processes; nil: open made no node session yet
 	gone            chan struct{}   // closed, and made anew, when the session is lost
 	renew           bool            // the session has a TTL
 	early           bool            // it has a TTL because the node has no health check yet
@@ -84,8 +84,8 @@ func (p *presence) KeepAtClose(key string) {
 	delete(p.held, key)
 }
 
-// Join puts an entry and returns the index of that write. The index of the session would not order nodes as their
-// entries do.
+// Join puts an entry and returns the index of its last write, an earlier one if the entry was as it is to be. The index
+// of the session would not order nodes as their entries do.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -138,13 +138,13 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
-// signalChange tells keep that the session, or a held entry, changed.
+// signalChange wakes keep, which waits as long as no entry is held.
 func (p *presence) signalChange() {
 	p.wake.Set()
 }
 
 // moveToNodeSession moves the entries from a session with a TTL to one that depends on the node's health. After an
-// error either session may hold them; repair moves the rest.
+// error either session may hold them; repair moves the rest. Entries that another process has taken stay there.
 func (p *presence) moveToNodeSession(ctx context.Context) error {
 	old := p.session
 	if old == "" {
@@ -164,7 +164,8 @@ func (p *presence) moveToNodeSession(ctx context.Context) error {
 	return nil
 }
 
-// put writes one entry and holds it, with a new session if the old one is gone.
+// put writes one entry and holds it, with a new session if the old one is gone. An entry that is taken again each time
+// is ErrConflict.
 func (p *presence) put(ctx context.Context, key string, value []byte) error {
 	for range 4 {
 		if p.session == "" {
@@ -182,7 +183,7 @@ func (p *presence) put(ctx context.Context, key string, value []byte) error {
 		case held:
 			return nil
 		}
-		// This node's earlier process holds it; its session lives as long as the node.
+		// Another session holds it, such as that of this node's earlier process, which may live as long as the node.
 		switch err := p.evict(ctx, key, value); {
 		case err == nil:
 			return nil
@@ -203,8 +204,8 @@ func (p *presence) acquire(ctx context.Context, key string, value []byte) (held 
 	return held, err
 }
 
-// evict takes the entry over from the session that holds it, so that it always has a holder. The error is
-// ErrConflict if that session no longer holds it.
+// evict takes the entry over from the session that holds it, so that it always has a holder. The error is ErrConflict
+// if no other session holds it, or if that changed meanwhile.
 func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
 	old, err := s.Get(ctx, key)
@@ -223,7 +224,8 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 
 func (p *presence) sessionName() string { return "kedge presence of " + p.name }
 
-// swap takes an entry over from another session. The error is ErrConflict if that session no longer holds it.
+// swap takes an entry over from another session. The error is ErrConflict if that session no longer holds it, or the
+// new session is gone.
 func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
 	s := p.store
 	ops := api.TxnOps{
@@ -233,7 +235,8 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 	return s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
 }
 
-// open creates the session.
+// open creates the session, tied to this node if possible, or else with a TTL. With the first one that is tied to this
+// node it ends the sessions of earlier processes, the newest of them only after endEarlierAfter.
 func (p *presence) open(ctx context.Context) error {
 	id, err := p.openNodeSession(ctx)
 	if err == nil {
@@ -262,9 +265,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions that earlier, killed processes of this name left, but keeps the newest ones, as many
-// as keep says. Such a session would live as long as the node. So would its entries that this process doesn't write,
-// such as those of a role that the node had before. Another process of this name that is still alive opens a new
+// endEarlier destroys the sessions of this name that aren't in mine, mostly of killed processes, but keeps the newest
+// ones, as many as keep says. Such a session may live as long as the node, and so hold entries that this process
+// doesn't write, as those of a role that the node had before. A process of this name that is still alive opens a new
 // session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
@@ -290,8 +293,8 @@ func (p *presence) newSession() *api.SessionEntry {
 // this one.
 var errOtherNode = errors.New("the Consul agent belongs to another node")
 
-// openNodeSession creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or
-// errOtherNode if there can't be one.
+// openNodeSession creates a session that ends when this node is unhealthy and, if possible, when this process is dead.
+// It returns errNoHealthCheck or errOtherNode if there can't be one.
 func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
@@ -349,7 +352,7 @@ func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) 
 // snapshot they have lost it, and the Consul agent notices that only after minutes. A new check reaches them at once.
 const knownCheck = time.Second
 
-// stopHeart ends the heartbeat.
+// stopHeart ends the heartbeat, if there is one, and so the session that depends on it.
 func (p *presence) stopHeart() {
 	if p.heart != nil {
 		p.endHeart()
@@ -364,7 +367,7 @@ func (p *presence) opened(id string, renew, early bool) {
 	p.signalChange()
 }
 
-// lose records that the session's entries have lost their holder, or no longer have the values that were put.
+// lose forgets the session, as its entries lost their holder or the values that were put, and closes gone.
 func (p *presence) lose() {
 	p.session = ""
 	close(p.gone)

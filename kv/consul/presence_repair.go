@@ -47,7 +47,7 @@ func (p *presence) keep() {
 				trouble.Reset()
 				continue
 			}
-		} else if taken != "" { // another process has taken all entries
+		} else if taken != "" { // another process has taken all entries, or one while there is no session
 			err = p.watchTaken(taken)
 		}
 		if err == nil {
@@ -65,8 +65,8 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry waits until the value or the holder of an entry differs from what was put, at most for presencePoll. holds
-// reports whether both are still as they were put. The reads are stale ones, which repair confirms.
+// watchEntry waits until the value or the holder of an entry differs from what was put, or for about presencePoll.
+// holds reports whether both are surely as they were put. The reads are stale ones, which repair confirms.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s := p.store
 	most := min(watchWait, s.presencePoll)
@@ -110,8 +110,8 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 // trusted reports whether a server that answered a stale read is in contact with its leader.
 func trusted(meta *api.QueryMeta) bool { return meta.KnownLeader && meta.LastContact <= maxLastContact }
 
-// holdsAll reports whether a server shows each entry as it was put and held by the session. If so, the session is
-// alive, and the leader need not be asked.
+// holdsAll reports whether a server shows each entry as it was put and held by the session, and none is taken. If so,
+// the session is alive, and the leader need not be asked.
 func (p *presence) holdsAll(session string) bool {
 	p.putting.Lock()
 	keys := slices.Collect(maps.Keys(p.held))
@@ -132,7 +132,7 @@ func (p *presence) holdsAll(session string) bool {
 	return !doubt
 }
 
-// watchTaken waits until an entry that another process had taken has no holder any more, or for takenPoll. When a
+// watchTaken waits until an entry that another process had taken changes or has no holder, or for takenPoll. When a
 // second agent of this name ends, its entries are gone, and the first agent has to put them again soon.
 func (p *presence) watchTaken(key string) error {
 	var index uint64
@@ -157,17 +157,18 @@ func (p *presence) watchTaken(key string) error {
 	return nil
 }
 
-// isLastPut reports whether value was the last one put at key.
+// isLastPut reports whether value is the one that the presence keeps at key.
 func (p *presence) isLastPut(key string, value []byte) bool {
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	return bytes.Equal(p.held[key], value)
 }
 
-// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this node
-// has taken stays with that process as long as it lives. Afterwards repair puts it again: a node whose agent was
-// started twice must not be gone when the second agent ends. If an entry has an earlier value of this presence, a
-// snapshot was restored and readers see the node's old state: the presence joins again.
+// repair puts each entry again that this presence's session doesn't hold as it was put. An entry that a later process
+// of this node has taken stays with that process as long as it lives. Afterwards repair puts it again: a node whose
+// agent was started twice must not be gone when the second agent ends. If the session holds an entry with a value that
+// wasn't tried last, as after the restore of a snapshot, readers see the node's old state: repair opens another
+// session, and each entry has to join again.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()

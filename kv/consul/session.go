@@ -13,17 +13,16 @@ import (
 	"kedge/kv"
 )
 
-// errNoHealthCheck means that the local Consul agent's node has no serfHealth check to tie a session to.
+// errNoHealthCheck means that the node whose Consul agent answers has no serfHealth check to tie a session to.
 var errNoHealthCheck = errors.New("the node has no serfHealth check")
 
-// createSession creates a session. With a TTL it depends on nothing else. Without one it is tied to the health of the
-// node whose Consul agent answers. If that node has no health check, the session would live for ever, and the error is
-// errNoHealthCheck.
+// createSession creates a session. With a TTL it depends on no check. Without one it is tied to the health of the node
+// whose Consul agent answers. If that node has no serfHealth check, the error is errNoHealthCheck.
 func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 		if e.TTL != "" {
-			// A session without named checks would be tied to serfHealth of the server that created it, and end
-			// with that server.
+			// A session without named checks would be tied to serfHealth of the node whose agent answers, and end with
+			// that node, which may be a server.
 			id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
 			return err
 		}
@@ -39,7 +38,7 @@ func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id stri
 	return id, err
 }
 
-// destroySession ends a session. An error is only logged, as the session ends by itself.
+// destroySession ends a session. An error is only logged, as the session ends with its TTL, its check or its node.
 func (s *Store) destroySession(id string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -64,7 +63,7 @@ func (s *Store) renewSession(ctx context.Context, id string, timeout time.Durati
 	})
 }
 
-// sessionInfo returns a session, or nil if it is gone, and the index to wait on.
+// sessionInfo returns a session, nil without an error if it is gone, and the index to wait on.
 func (s *Store) sessionInfo(
 	ctx context.Context,
 	id string,

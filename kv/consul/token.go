@@ -33,8 +33,8 @@ func newTokenSource(token, file string) (*tokenSource, error) {
 	return t, nil
 }
 
-// get returns the token, read again if its file changed. If the file is missing or invalid it returns the last
-// token, and the error once.
+// get returns the token, read again if its file changed. While the file is missing or invalid it returns the last
+// token, and the error only the first time.
 func (t *tokenSource) get() (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -36,9 +36,9 @@ const (
 	tooMuchLimit = 15 * time.Second
 )
 
-// Watch reads from the leader until it knows the prefix for certain. Then it blocks on any server, which costs the
-// leader nothing and survives the leader's loss. An answer from there that looks like a step back is not believed:
-// Watch starts again with a read from the leader, as it does after every error.
+// Watch reads from the leader. If the answer has an entry or the folder key, Watch then blocks on any server, which
+// costs the leader nothing and survives the leader's loss; otherwise it polls. An answer from there that looks like a
+// step back is not believed: Watch starts again with a read from the leader, as it does after every error.
 func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return fmt.Errorf("watch: %w", err)
@@ -72,7 +72,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			// A single successful read doesn't end an outage in which queries fail at once.
+			// A single successful read doesn't end an outage in which blocking queries fail at once.
 			if err == nil || time.Since(began) > unavailableLimit {
 				unavailable.Reset()
 			}
@@ -95,7 +95,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	}
 }
 
-// adopt puts an answer into the view. Keys that it lacks count as absent only if it has the folder key.
+// adopt puts an answer into the view. Keys that it lacks are absent only if it has the folder key and isn't filtered.
 func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 	v.SetFolders(l.folders)
 	if l.folder && !l.filtered {
@@ -105,7 +105,7 @@ func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 	v.Merge(l.entries, s.absenceError(prefix, l))
 }
 
-// blind reports whether the answer shows nothing that a blocking query could wait on.
+// blind reports whether the answer shows nothing that a blocking query could wait on: no folder key, and no entry.
 func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
 
 // listConsistent reads from the leader, without blocking: see consistent.
@@ -113,8 +113,8 @@ func (s *Store) listConsistent(ctx context.Context, prefix string) (listing, err
 	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 }
 
-// follow blocks for changes after an adopted answer, and adopts them. It returns the error of an answer that
-// failed, or nil if an answer has to be confirmed by the leader.
+// follow blocks for changes after an adopted answer, and adopts them. It returns the error of a read that failed or of
+// a server that may be behind, or nil if an answer has to be confirmed by the leader.
 func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, last listing, idle *wait.Backoff) error {
 	for {
 		index := max(last.meta.LastIndex, 1)
@@ -157,7 +157,7 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	}
 }
 
-// size returns the total size of the entries, in bytes.
+// size returns the total size of the entries' keys and values, in bytes.
 func (l listing) size() (sum int) {
 	for _, e := range l.entries {
 		sum += len(e.Key) + len(e.Value)

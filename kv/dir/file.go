@@ -92,8 +92,7 @@ func (d *Store) preparePath(key string) (string, error) {
 	return path, nil
 }
 
-// enter returns the directory that holds the keys below the key made of parts. dir is the directory above it. It
-// creates the directory if it is missing.
+// enter returns the directory below dir that holds the keys below the key made of parts, and creates it if necessary.
 func (d *Store) enter(dir string, parts []string) (string, error) {
 	plain := filepath.Join(dir, parts[len(parts)-1])
 	marked := plain + "@"

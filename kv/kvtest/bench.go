@@ -7,7 +7,7 @@ import (
 	"kedge/kv"
 )
 
-// BenchmarkWake measures the time from a write by hand to the view of a blocked watch.
+// BenchmarkWake measures the time from a write by hand to the view of a blocked watch. write writes pins/prod/web/app.
 func BenchmarkWake(b *testing.B, s kv.Store, write func(value string)) {
 	if err := s.EnsureFolders(b.Context(), "pins/prod/web/"); err != nil {
 		b.Fatal(err)
@@ -32,7 +32,7 @@ func BenchmarkWake(b *testing.B, s kv.Store, write func(value string)) {
 	}
 }
 
-// BenchmarkCommit measures a commit of ten records, as a mirror makes it.
+// BenchmarkCommit measures a commit of ten records under a lease, as a mirror makes it.
 func BenchmarkCommit(b *testing.B, s kv.Store) {
 	lease, err := s.Lease(b.Context(), "mirror/lease", "bench", 15e9)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 // childEnv is the variable that makes the test's program run a job, in a process that tests can stop and kill.
 const childEnv = "KEDGE_KV_TEST_CHILD"
 
-// Job is what a child process does.
+// Job is what a child process does. args are those of StartChild; ctx ends after two minutes.
 type Job func(ctx context.Context, args []string) error
 
 // Main is a package's TestMain. It runs the tests or, in a process that StartChild started, a job.
@@ -46,7 +46,8 @@ func Main(m *testing.M, jobs map[string]Job) {
 	os.Exit(m.Run())
 }
 
-// LeaseJob returns a Job that acquires the lease of the store that open returns, and writes under it until it is lost.
+// LeaseJob returns a Job that acquires the lease of the store that open returns for the first argument, and writes
+// under it until it is lost. It prints "held", "refused" and "ended: CAUSE".
 func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])
@@ -74,8 +75,8 @@ func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	}
 }
 
-// PresenceJob returns a Job that holds an entry in the store that open returns. The node's name is the second argument,
-// or "child".
+// PresenceJob returns a Job that holds an entry in the store that open returns for the first argument, and prints
+// "held". The node's name is the second argument, or "child".
 func PresenceJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])
@@ -99,13 +100,13 @@ func PresenceJob(open func(where string) (kv.Store, error)) Job {
 	}
 }
 
-// Child is another kedge process.
+// Child is a process that StartChild started.
 type Child struct {
 	cmd *exec.Cmd
 	out *bufio.Reader
 }
 
-// StartChild starts a process that does one of Main's jobs.
+// StartChild starts a process that does one of Main's jobs, and is killed when the test ends.
 func StartChild(t *testing.T, job string, args ...string) *Child {
 	t.Helper()
 	self, err := os.Executable()
@@ -143,10 +144,10 @@ func (c *Child) Signal(t *testing.T, s syscall.Signal) {
 	}
 }
 
-// Wait waits until the child has ended, and returns how it failed.
+// Wait waits until the child has ended, and returns how it failed; nil: it didn't.
 func (c *Child) Wait() error { return c.cmd.Wait() }
 
-// Expect waits for a line of the child's output.
+// Expect waits for the next line of the child's output, and fails the test unless it begins with want.
 func (c *Child) Expect(t *testing.T, want string) {
 	t.Helper()
 	line, err := c.out.ReadString('\n')

@@ -18,7 +18,7 @@ import (
 
 // Backend is one store's state, fresh and empty, for one test.
 type Backend struct {
-	// Open returns another handle on the same state, as another process would have. The test closes it.
+	// Open returns another handle on the same state, as another process would have, and closes it when the test ends.
 	Open func(tb testing.TB) kv.Store
 	// PutByHand and DeleteByHand write as a person would, without kedge.
 	PutByHand    func(tb testing.TB, key, value string)

@@ -21,7 +21,7 @@ import (
 	"kedge/kv/consul"
 )
 
-// startTimeout bounds how long a Consul may take to elect a leader, on a busy machine.
+// startTimeout bounds each wait for a Consul, such as for the election of a leader on a busy machine.
 const startTimeout = 60 * time.Second
 
 // ConsulOptions describes a Consul to start. The zero value is one server without ACLs, in memory.
@@ -104,10 +104,10 @@ func (c *Consul) Nodes() []*ConsulNode {
 // Addr returns the HTTP address of the first server.
 func (c *Consul) Addr() string { return c.Servers[0].Addr }
 
-// Env returns the environment in which a kedge or consul process with this token uses the first server.
+// Env returns the variables with which a kedge or consul process uses the first server with this token.
 func (c *Consul) Env(token string) []string { return c.Servers[0].Env(token) }
 
-// Env returns the environment in which a kedge or consul process with this token uses the node.
+// Env returns the variables with which a kedge or consul process uses the node with this token.
 func (n *ConsulNode) Env(token string) []string {
 	return []string{"CONSUL_HTTP_ADDR=" + n.Addr, "CONSUL_HTTP_TOKEN=" + token}
 }
@@ -176,7 +176,7 @@ func (c *Consul) RevokeToken(token string) {
 	}
 }
 
-// CLI runs the consul program itself, as an operator would, and returns its output.
+// CLI runs the consul program on the first server, as an operator would, and returns its output. Errors fail the test.
 func (c *Consul) CLI(token, stdin string, args ...string) string {
 	c.tb.Helper()
 	cmd := exec.Command(tooltest.Path(c.tb, "consul"), args...)

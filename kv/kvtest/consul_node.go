@@ -15,7 +15,7 @@ import (
 	"kedge/deployments/tooltest"
 )
 
-// newNode reserves a node's own address, so that the node can restart on the same ports.
+// newNode picks an address and free ports for a node, which keeps them when it restarts. start starts the node.
 func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	n := &ConsulNode{Name: name, consul: c, dir: c.tb.TempDir(), memory: memory}
 	n.IP = fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
@@ -43,8 +43,8 @@ func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	return n
 }
 
-// FreeAddr returns IP:PORT with a free port of ip, which is an address of this machine. The port is none that the
-// system gives to other programs by itself: see listenBelow.
+// FreeAddr returns IP:PORT with a free port of ip, which is an address of this machine. By default the system doesn't
+// give that port to other programs by itself: see listenBelow.
 func FreeAddr(tb testing.TB, ip string) string {
 	tb.Helper()
 	l, err := listenBelow(ip)
@@ -112,7 +112,7 @@ func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join [
 }
 
 // Start restarts a node that Stop or Kill ended, with its data and ports. It doesn't wait for the node: see
-// Consul.WaitReady.
+// Consul.WaitReady. For a lone server it needs ConsulOptions.Persistent.
 func (n *ConsulNode) Start() {
 	n.consul.tb.Helper()
 	if n.memory {
@@ -169,7 +169,7 @@ func (n *ConsulNode) Suspend() { n.signal(syscall.SIGSTOP, false) }
 // Resume ends Suspend.
 func (n *ConsulNode) Resume() { n.signal(syscall.SIGCONT, false) }
 
-// PID returns the id of the node's process, for measurements.
+// PID returns the id of the process of a node that runs, for measurements.
 func (n *ConsulNode) PID() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -204,7 +204,7 @@ func (n *ConsulNode) signal(s syscall.Signal, wait bool) {
 	}
 }
 
-// exited returns why the node's process ended by itself, nil if it didn't.
+// exited returns why the node's process ended by itself; nil: it didn't.
 func (n *ConsulNode) exited() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()

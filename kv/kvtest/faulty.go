@@ -39,16 +39,17 @@ func Faulty(s kv.Store) *FaultyStore {
 	return &FaultyStore{store: s, changed: make(chan struct{}), counts: map[string]int{}}
 }
 
-// FailWrites makes the store call hook before each Commit, Put and Join, with the number of the write, from 0, and its
-// keys. hook returns when the write fails with ErrUnavailable; 0 lets the write pass. A nil hook lets all writes pass.
+// FailWrites makes the store call hook before each Commit, Put and Join while it isn't down, with the number of the
+// write, from 0, and its keys. hook returns when the write fails with ErrUnavailable; 0 lets the write pass. A nil hook
+// lets all writes pass.
 func (f *FaultyStore) FailWrites(hook func(write int, keys []string) When) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook, f.n = hook, 0
 }
 
-// SetDown makes the store's calls and views fail with err, until SetDown is called with nil. Lease waits meanwhile. A
-// lease that is held stays, and so does a presence.
+// SetDown makes reads, views, EnsureFolders and writes fail with err, until SetDown is called with nil. Lease waits
+// meanwhile. A lease that is held stays, and so does a presence; both can be ended.
 func (f *FaultyStore) SetDown(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -57,14 +58,14 @@ func (f *FaultyStore) SetDown(err error) {
 	f.changed = make(chan struct{})
 }
 
-// Writes returns how often each key was written or deleted, including writes that failed After.
+// Writes returns how often each key was written or deleted since ResetWrites, including writes that failed After.
 func (f *FaultyStore) Writes() map[string]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return maps.Clone(f.counts)
 }
 
-// ResetWrites resets the counts.
+// ResetWrites sets the counts of Writes to 0.
 func (f *FaultyStore) ResetWrites() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -122,7 +123,7 @@ func (f *FaultyStore) List(ctx context.Context, prefix string) ([]kv.Entry, erro
 	return f.store.List(ctx, prefix)
 }
 
-// Watch shows the store's views. While the store is down it shows the last view with the error, and the changes
+// Watch shows the store's views. While the store is down it shows the last view with the error, and the latest one
 // afterwards.
 func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.View)) error {
 	ctx, cancel := context.WithCancel(ctx)

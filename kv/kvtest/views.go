@@ -66,7 +66,7 @@ func keysOf(entries []kv.Entry) string {
 	return strings.Join(all, " ")
 }
 
-// Values returns the entries of a view as name=value, without their folders.
+// Values returns the entries of a view as NAME=VALUE, separated by spaces. NAME is the last part of the key.
 func Values(v kv.View) string {
 	var all []string
 	for _, e := range v.Entries {
@@ -92,7 +92,7 @@ func Held(values string) func(kv.View) bool {
 	}
 }
 
-// Await calls try until it succeeds, for at most a minute.
+// Await calls try until it succeeds. After a minute it fails the test.
 func Await(t *testing.T, what string, try func() error) {
 	t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -145,7 +145,7 @@ func (w *Views) All() []kv.View {
 	return slices.Clone(w.views)
 }
 
-// Await waits until the last view satisfies ok, and returns it.
+// Await waits until the last view satisfies ok, and returns it. After patience it fails the test.
 func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View {
 	t.Helper()
 	deadline := time.After(patience)
@@ -170,7 +170,7 @@ func (w *Views) Never(t *testing.T, what string, bad func(kv.View) bool) {
 	}
 }
 
-// Present holds status/prod/web/NAME by a presence.
+// Present holds status/prod/web/NAME by a presence, with the value ready. The caller closes it.
 func Present(t *testing.T, s kv.Store, name string) kv.Presence {
 	t.Helper()
 	p, err := s.Presence(t.Context(), name)

@@ -28,7 +28,7 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 	return &Viewer{f: f, log: log, prefix: prefix}
 }
 
-// View returns the current view.
+// View returns the current view, which the caller must not change.
 func (v *Viewer) View() kv.View { return v.view }
 
 // Set replaces the view's entries by sorted ones of an answer that proves that other keys are absent, and clears Err.
