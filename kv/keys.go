@@ -37,8 +37,7 @@ func StatusKey(stage, role, node string) string {
 }
 func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.String() + "/" }
 
-// RolePrefix returns the prefix of one role's keys of a kind: RolePrefix(DesiredPrefix, "prod", "web") is
-// desired/prod/web/.
+// RolePrefix returns the prefix of one role's keys of a kind, such as desired/prod/web/ for DesiredPrefix.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
 
 // HistoryKey returns the key of one generation of a unit's history. Its ten digits make these keys sort by generation.

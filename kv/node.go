@@ -25,8 +25,7 @@ type Maintainer interface {
 	SetMaintenance(ctx context.Context, on bool, reason string) error
 }
 
-// MaintenanceReason is the beginning of the reason of every maintenance that kedge turned on, even in an earlier
-// run.
+// MaintenanceReason begins the reason of every maintenance that kedge turned on, even in an earlier run.
 const MaintenanceReason = "kedge "
 
 // Located is a Store that lies in one of several datacenters.

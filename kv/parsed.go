@@ -3,8 +3,7 @@ package kv
 import "bytes"
 
 // Parsed caches the parsed values of a watch, by key, so that each view parses only the values that changed. A change
-// of one key brings a view of all, and whoever may write keys can write tens of thousands. The zero value is ready to
-// use.
+// of one key brings a view of all, and whoever may write keys can write tens of thousands. The zero value is ready.
 type Parsed[T any] map[string]*parsedValue[T] // references, as each view makes another map
 
 type parsedValue[T any] struct {

@@ -15,17 +15,17 @@
 //	mirror/notified/RECEIVER            the mirror: which events a receiver has had
 //	mirror/hook                         any other mirror, to which a webhook came
 //
-// A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit, and without an ending
-// that editors give temporary files. A value is what its writer put, byte for byte; readers ignore the newlines and
+// A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. It can't end as
+// editors' temporary files do. A value is what its writer put, byte for byte; readers ignore the newlines and
 // byte-order marks that people's tools add.
 //
 // # What a reader may rely on
 //
 // Absence is the dangerous answer. Consul lists nothing to a token that may not read, and a server that is isolated or
-// behind can answer with less than there is. So a Watch of Consul takes a key for absent only if its folder key
-// (pins/prod/web/, with an empty value, see EnsureFolders) is in the same answer. Whatever looks like a step back is
-// first confirmed by the leader. During an error a View keeps what was last known, and Err says what is wrong. Watch
-// never gives up: it tries again, with Consul after a backoff with jitter.
+// behind can answer with less than there is. So a Watch takes a key for absent only if its folder key is in the same
+// answer: pins/prod/web/, with an empty value, see EnsureFolders. Whatever looks like a step back is first confirmed by
+// the leader. The directory needs neither. During an error a View keeps what was last known, and Err says what is
+// wrong. Watch never gives up: it tries again, with Consul after a backoff with jitter.
 //
 // # What a writer may rely on
 //
@@ -124,15 +124,15 @@ type Store interface {
 	Get(ctx context.Context, key string) (Entry, error)
 
 	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/" or
-	// is empty. Consul's answer is ErrDenied if it lacks keys that the token may not read, and if there is neither a key
-	// nor the prefix's folder key. The latter is ErrNoFolder, too, and ErrEmpty if the token may read the folder key. More
-	// than MostListed is ErrUnavailable and ErrTooLarge.
+	// is empty. With Consul, a list that lacks keys which the token may not read is ErrDenied. One without any key, even
+	// the folder key of prefix, is ErrNoFolder, too, and ErrEmpty if the token may read that key. More than MostListed is
+	// ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
-	// Watch calls f with a first view as soon as there is one, and after every change of entries, folders or the kind of
-	// Err, until ctx ends. One call ends before the next begins. If the first reads fail, the first view has Err and isn't
-	// Synced. Changes that come together may be seen as one: Watch tells state, not events. It returns ctx's error, or an
-	// error at once if no store could watch the prefix.
+	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of entries,
+	// folders or the kind of Err. One call ends before the next begins. If the first reads fail, the first view has Err
+	// and isn't Synced. Changes that come together may be seen as one: Watch tells state, not events. It returns ctx's
+	// error, or an error at once if no store could watch the prefix.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
 	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a lease,
@@ -142,7 +142,7 @@ type Store interface {
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
 	// Lease waits until it holds the lease at key. holder is shown to people, as the field "holder" of the key's JSON
-	// value. Consul takes a ttl of 10 s to 24 h, and without a heartbeat may take twice the ttl to give a dead holder's
+	// value. Consul takes a ttl of 10 s to 24 h. Without a heartbeat it may take twice the ttl to give a dead holder's
 	// lease to another. Lease waits as long as the store is unavailable, but another error, such as ErrDenied, ends it at
 	// once. A lease stays held when ctx ends later.
 	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
@@ -151,10 +151,10 @@ type Store interface {
 	// It doesn't wait for the store; an empty name is an error.
 	Presence(ctx context.Context, name string) (Presence, error)
 
-	// EnsureFolders creates the missing folder keys of prefixes: the mirror, which may write everywhere, at its start and
-	// when one is missing, an agent or operator as far as its token allows. Agents need folder keys to tell absence from a
-	// lost permission. Consul needs one in every watched prefix, as a watch that sees no key wakes on every write
-	// anywhere.
+	// EnsureFolders creates the missing folder keys of prefixes. The mirror, which may write everywhere, calls it at its
+	// start and when one is missing. Agents and operators call it as far as their tokens allow. Agents need folder keys to
+	// tell absence from a lost permission. Consul needs one in every watched prefix, as a watch that sees no key wakes on
+	// every write anywhere.
 	EnsureFolders(ctx context.Context, prefixes ...string) error
 
 	// String describes the store for people: consul at http://127.0.0.1:8500, prefix kedge/.
@@ -172,8 +172,8 @@ const (
 	MaxRoleList = 32 << 20
 )
 
-// MostListed returns the bound of the entries below a prefix, as the sum of their Size, in bytes: MaxRoleList for a
-// part of the records or pins, otherwise MaxList.
+// MostListed returns the bound of the entries below a prefix, as the sum of their Size, in bytes. It is MaxRoleList for
+// a part of the records or pins, otherwise MaxList.
 func MostListed(prefix string) int {
 	for _, kind := range []string{DesiredPrefix, PinsPrefix} {
 		if strings.HasPrefix(prefix, kind) && prefix != kind {
@@ -193,8 +193,7 @@ func (e Entry) Size() int {
 	return size
 }
 
-// MaxOps bounds the sum of Cost over a Commit's operations, without the fencing check: some Consul servers take 64
-// operations in a transaction.
+// MaxOps bounds the sum of Cost over a Commit's operations, without the fencing check: some Consul servers take 64.
 const MaxOps = 60
 
 // Cost returns how much an operation counts towards MaxOps: Consul needs two operations for a DeleteIf.
@@ -223,10 +222,11 @@ type LeaseHolder struct {
 // Presence writes entries that show whether their writer lives: their Session is set as long as it does. With Consul it
 // stays set for up to a minute longer or, if the token may register no service, until the node is gone.
 type Presence interface {
-	// Join is Put, and returns in since a number that grows with each Join to any entry of the store; with Consul it stays
-	// if the presence holds that value already. A list that shows the entry with the higher number shows the other, too.
-	// lost is closed once the session of the entries was lost, or a restored snapshot changed them. The numbers are void
-	// then, and each entry has to join again. An entry that is deleted, or taken by another process, doesn't close lost.
+	// Join is Put, and returns in since a number that grows with each Join to any entry of the store. With Consul it stays
+	// the same if the presence holds that value already. A list that shows the entry with the higher number shows the
+	// other, too. lost is closed once the session of the entries was lost, or a restored snapshot changed them. The
+	// numbers are void then, and each entry has to join again. An entry that is deleted, or taken by another process,
+	// doesn't close lost.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
 	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes back
 	// soon. Until another Put of key, the presence doesn't restore it any more.

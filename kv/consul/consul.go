@@ -2,9 +2,10 @@
 //
 // Blocking reads of watches and presences are stale ones, which any server answers. Reads that something is decided by
 // are consistent ones. Each request carries the current token: a token file is read again when it changes, and after a
-// refusal. A lease is a session that is renewed every third of its TTL and, if possible, tied to a heartbeat. If the
-// Consul agent's node has the presence's name and a serfHealth check, a presence's session is tied to that node's
-// health and to a check of the process, so that a fleet's liveness costs no writes. Otherwise it has a TTL of 30 s.
+// refusal. A lease is a session that is renewed every third of its TTL and, if possible, tied to a heartbeat.
+//
+// A presence is a session tied to its node's health and to a check of the process, so that a fleet's liveness costs no
+// writes. If the Consul agent's node has another name, or no serfHealth check, the session has a TTL of 30 s instead.
 package consul
 
 import (
@@ -50,7 +51,7 @@ type Config struct {
 }
 
 // Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid. A token file
-// that is missing or empty is an error, as Consul would take a request without a token for an anonymous one; so is a
+// that is missing or empty is an error, as Consul would take a request without a token for an anonymous one. So is a
 // TLS file that can't be read.
 func Open(c Config) (*Store, error) {
 	if c.Log == nil {
@@ -170,8 +171,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 }
 
 // mayRead reports whether the token may read the missing folder key of a prefix; false, too, if Consul doesn't answer.
-// Consul refuses a token without the right when it reads one key, but leaves the key out of a list. Servers before 1.4
-// answer both alike.
+// Consul refuses to read one key without the right, but leaves it out of a list. Servers before 1.4 answer both alike.
 func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 	err := s.do(ctx, "get the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
 		_, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
@@ -240,8 +240,8 @@ func (s *Store) absenceError(prefix string, l listing) *absentError {
 	return &absentError{prefix: prefix, folder: s.prefix + prefix, filtered: l.folder && l.filtered}
 }
 
-// absentError is an ErrDenied. It is ErrNoFolder as well if the answer lacks the folder key, and ErrEmpty if the token
-// may read that key, so that it doesn't exist.
+// absentError is an ErrDenied. It is ErrNoFolder as well if the answer lacks the folder key. If the token may read that
+// key, which then doesn't exist, it is ErrEmpty, too.
 type absentError struct {
 	prefix, folder  string
 	empty, filtered bool

@@ -16,9 +16,8 @@ import (
 )
 
 const (
-	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds the lease. It
-	// shows people where the holder runs, and its check ends a dead holder's lease. The token needs service:write
-	// for it.
+	// LeaseService is the service that a lease's holder registers at its Consul agent. It shows people where the holder
+	// runs, and its check ends a dead holder's lease. The token needs service:write for it.
 	LeaseService = "kedge-mirror"
 	// PresenceService is the service of a presence's process; its check shows that the process lives. The token needs
 	// service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
@@ -35,11 +34,10 @@ type heartbeatKind struct {
 }
 
 var (
-	// leaseHeartbeat is used because a session's own TTL is at least 10 s, and Consul may wait for twice that: too long
-	// without a mirror.
+	// leaseHeartbeat exists as a session's own TTL is at least 10 s, and Consul may wait twice that: long without a
+	// mirror.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
-	// presenceHeartbeat has a TTL that is longer than an agent's restart takes, so that its node isn't taken for dead
-	// meanwhile.
+	// presenceHeartbeat has a TTL longer than an agent's restart takes, so that its node doesn't count as dead meanwhile.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 
@@ -89,8 +87,8 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is how many heartbeats of this process must reach an agent that doesn't know the service before the
-// address counts as one of several agents. A single one means an agent that restarted without its data.
+// maxStrayed is how many heartbeats must reach an agent that doesn't know the service before the address counts as one
+// of several agents. A single such heartbeat means an agent that restarted without its data.
 const maxStrayed = 2
 
 // errStrayed means that no session can depend on the check, as heartbeats don't reach it.
@@ -98,8 +96,7 @@ var errStrayed = errors.New(
 	"heartbeats seem to reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
-// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it, and counts
-// that in strayed.
+// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {

@@ -59,8 +59,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease waits until nobody holds the lease, and tries once to take it. It returns nil, without an error, if Consul
-// didn't grant it.
+// tryLease waits until nobody holds the lease, and tries once to take it. Nil without an error: Consul didn't grant it.
 func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*lease, error) {
 	if err := s.awaitFree(ctx, key); err != nil {
 		return nil, err

@@ -35,8 +35,8 @@ const (
 )
 
 // presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is tied
-// to that node's health and, unless the token may not register one, to a check of the process that gets heartbeats at
-// that agent. This costs the servers nothing. Otherwise, as for a distant server's address or a node without a
+// to that node's health. If the token may register one, it is also tied to a check of the process that gets heartbeats
+// at that agent. It then costs the servers nothing. Otherwise, as for a distant server's address or a node without a
 // serfHealth check, the session has a TTL and is renewed. A booting node may get its check only later, so each Put
 // tries again to tie the session to it.
 type presence struct {
@@ -164,8 +164,7 @@ func (p *presence) moveToNodeSession(ctx context.Context) error {
 	return nil
 }
 
-// put writes one entry and holds it, with a new session if the old one is gone. An entry that is taken again each time
-// is ErrConflict.
+// put writes one entry and holds it, with a new session if the old one is gone; ErrConflict: others keep taking it.
 func (p *presence) put(ctx context.Context, key string, value []byte) error {
 	for range 4 {
 		if p.session == "" {
@@ -224,8 +223,7 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 
 func (p *presence) sessionName() string { return "kedge presence of " + p.name }
 
-// swap takes an entry over from another session. The error is ErrConflict if that session no longer holds it, or the
-// new session is gone.
+// swap takes an entry over from another session; ErrConflict: that one doesn't hold it, or this presence's is gone.
 func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
 	s := p.store
 	ops := api.TxnOps{
@@ -266,8 +264,8 @@ func (p *presence) open(ctx context.Context) error {
 }
 
 // endEarlier destroys the sessions of this name that aren't in mine, mostly of killed processes, but keeps the newest
-// ones, as many as keep says. Such a session may live as long as the node, and so hold entries that this process
-// doesn't write, as those of a role that the node had before. A process of this name that is still alive opens a new
+// ones, as many as keep says. Such a session may live as long as the node. So may its entries that this process doesn't
+// write, such as those of a role that the node had before. A process of this name that is still alive opens a new
 // session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
@@ -289,8 +287,7 @@ func (p *presence) newSession() *api.SessionEntry {
 	return &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
 }
 
-// errOtherNode means that the Consul agent that answers belongs to another node, whose health says nothing about
-// this one.
+// errOtherNode means that the Consul agent that answers belongs to another node, whose health says nothing of this one.
 var errOtherNode = errors.New("the Consul agent belongs to another node")
 
 // openNodeSession creates a session that ends when this node is unhealthy and, if possible, when this process is dead.

@@ -167,8 +167,8 @@ func (p *presence) isLastPut(key string, value []byte) bool {
 // repair puts each entry again that this presence's session doesn't hold as it was put. An entry that a later process
 // of this node has taken stays with that process as long as it lives. Afterwards repair puts it again: a node whose
 // agent was started twice must not be gone when the second agent ends. If the session holds an entry with a value that
-// wasn't tried last, as after the restore of a snapshot, readers see the node's old state: repair opens another
-// session, and each entry has to join again.
+// wasn't tried last, readers see the node's old state, as after a restored snapshot. Then repair opens another session,
+// and each entry has to join again.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()

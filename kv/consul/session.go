@@ -21,8 +21,8 @@ var errNoHealthCheck = errors.New("the node has no serfHealth check")
 func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 		if e.TTL != "" {
-			// A session without named checks would be tied to serfHealth of the node whose agent answers, and end with
-			// that node, which may be a server.
+			// A session without named checks would be tied to serfHealth of the node whose agent answers. It would end
+			// with that node, which may be a server.
 			id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
 			return err
 		}

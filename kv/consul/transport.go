@@ -69,9 +69,8 @@ type certificates struct {
 	failed bool        // the last read of the files failed
 }
 
-// checkFiles returns an error if a certificate's or key's file that the configuration or the environment names can't be
-// read within the bounds of inputfile. Consul's client then reads the files by their names, without bounds. CAPath
-// isn't checked.
+// checkFiles returns an error if a TLS file that the configuration or the environment names can't be read within the
+// bounds of inputfile. Consul's client then reads the files without bounds. CAPath, a directory, isn't checked.
 func checkFiles(c api.TLSConfig) error {
 	for _, f := range []struct{ variable, file string }{
 		{api.HTTPCAFile, c.CAFile}, {api.HTTPClientCert, c.CertFile}, {api.HTTPClientKey, c.KeyFile},

@@ -37,8 +37,8 @@ const (
 )
 
 // Watch reads from the leader. If the answer has an entry or the folder key, Watch then blocks on any server, which
-// costs the leader nothing and survives the leader's loss; otherwise it polls. An answer from there that looks like a
-// step back is not believed: Watch starts again with a read from the leader, as it does after every error.
+// spares the leader and survives its loss. Otherwise Watch polls. A blocking answer that looks like a step back is not
+// believed. Watch then starts again with a read from the leader, as after every error.
 func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return fmt.Errorf("watch: %w", err)
@@ -113,8 +113,8 @@ func (s *Store) listConsistent(ctx context.Context, prefix string) (listing, err
 	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 }
 
-// follow blocks for changes after an adopted answer, and adopts them. It returns the error of a read that failed or of
-// a server that may be behind, or nil if an answer has to be confirmed by the leader.
+// follow blocks for changes after an adopted answer, and adopts them. It returns the error of a read that failed, or of
+// a server that may be behind. Nil means that an answer has to be confirmed by the leader.
 func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, last listing, idle *wait.Backoff) error {
 	for {
 		index := max(last.meta.LastIndex, 1)

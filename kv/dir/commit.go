@@ -105,8 +105,7 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 }
 
 // commit makes all of the changes or none. The caller holds the lock. Several changes count as made once the journal is
-// renamed into place: the next process that takes the lock finishes them, even after an error. A single change needs no
-// journal.
+// in place: the next process that takes the lock finishes them, even after an error. A single change needs none.
 func (d *Store) commit(changes []change) error {
 	if len(changes) > 1 {
 		data, err := json.Marshal(changes)
@@ -232,8 +231,7 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	return staged, group.Wait()
 }
 
-// applyHold records who holds the key now, if that changes. The record need not survive a power cut, as no session
-// does.
+// applyHold records who holds the key now, if that changes. The record need not survive a power cut: no session does.
 func (d *Store) applyHold(c change) error {
 	path := d.path(heldDir + "/" + heldName(c.Key))
 	if c.Unhold || c.Delete {

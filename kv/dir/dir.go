@@ -146,7 +146,7 @@ type scanned struct {
 	unsteady bool // a file is empty and so new that somebody may be writing it
 }
 
-// steadyAfter is how old an empty file must be before a watch takes it for a value: `echo x > FILE` first creates it
+// steadyAfter is how old an empty file must be before a watch takes it for a value. `echo x > FILE` first creates it
 // empty, and may be slow on a busy machine.
 const steadyAfter = 500 * time.Millisecond
 

@@ -17,8 +17,8 @@ import (
 const leasePoll = 200 * time.Millisecond
 
 // Lease waits until it holds the lease at key. The holder keeps it until its process dies or releases it, or somebody
-// removes its files. ttl must be positive, and has no other effect: a suspended process keeps its flock, and each
-// commit under the lease checks that it is still held.
+// removes its files. ttl must be positive, and has no other effect: a suspended process keeps its flock. Each commit
+// under the lease checks that it is still held.
 func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	if err := backend.CheckKey(key); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)

@@ -55,8 +55,8 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return err
 }
 
-// Join puts an entry. since is the time of the write in Unix nanoseconds, taken under the store's lock, so that the
-// times order the entries as long as the clock isn't set back. lost is as kv.Presence says.
+// Join puts an entry. since is the time of the write in Unix nanoseconds, taken under the store's lock. So the times
+// order the entries as long as the clock isn't set back. lost is as kv.Presence says.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -118,8 +118,7 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// lost returns the entries whose stored value or holder changed since Put, and forgets entries that another process has
-// taken.
+// lost returns the entries whose stored value or holder changed since Put, and forgets those that others have taken.
 func (p *presence) lost() map[string][]byte {
 	lost := map[string][]byte{}
 	for key, value := range p.held {

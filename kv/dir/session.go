@@ -34,7 +34,7 @@ func (d *Store) openSession(name string) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Another process may be testing the lock for an instant.
+	// This waits at most for another process that tests the lock, for an instant.
 	if err := unix.Flock(int(s.file.Fd()), unix.LOCK_EX); err != nil {
 		s.close()
 		return nil, fmt.Errorf("lock the session %s: %w", s.path(), err)

@@ -46,8 +46,8 @@ func Main(m *testing.M, jobs map[string]Job) {
 	os.Exit(m.Run())
 }
 
-// LeaseJob returns a Job that acquires the lease of the store that open returns for the first argument, and writes
-// under it until it is lost. It prints "held", "refused" and "ended: CAUSE".
+// LeaseJob returns a Job that acquires the lease of the store that open returns for the first argument. It writes under
+// the lease until that is lost, and prints "held", "refused" and "ended: CAUSE".
 func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])

@@ -1,5 +1,5 @@
-// Package kvtest helps tests of kedge's store: it has real Consul servers, alone or as a cluster, with or without
-// ACLs; the conformance suite that every store passes; and a store that fails on demand.
+// Package kvtest helps tests of kedge's store. It starts real Consul servers, alone or as a cluster, with or without
+// ACLs. It has the conformance suite that every store passes, and a store that fails on demand.
 package kvtest
 
 import (

@@ -39,9 +39,8 @@ func Faulty(s kv.Store) *FaultyStore {
 	return &FaultyStore{store: s, changed: make(chan struct{}), counts: map[string]int{}}
 }
 
-// FailWrites makes the store call hook before each Commit, Put and Join while it isn't down, with the number of the
-// write, from 0, and its keys. hook returns when the write fails with ErrUnavailable; 0 lets the write pass. A nil hook
-// lets all writes pass.
+// FailWrites makes the store call hook before each Commit, Put and Join, unless it is down. hook gets the number of the
+// write, from 0, and its keys. It returns when the write fails with ErrUnavailable; 0, or a nil hook, lets it pass.
 func (f *FaultyStore) FailWrites(hook func(write int, keys []string) When) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -123,8 +122,7 @@ func (f *FaultyStore) List(ctx context.Context, prefix string) ([]kv.Entry, erro
 	return f.store.List(ctx, prefix)
 }
 
-// Watch shows the store's views. While the store is down it shows the last view with the error, and the latest one
-// afterwards.
+// Watch shows the store's views. While the store is down it shows the last view with the error; then the latest one.
 func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.View)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -26,7 +26,7 @@ type Config struct {
 }
 
 // Store opens the store that c names, without waiting for it to be reachable. It returns a kv.ConfigError if URL or
-// Prefix is invalid. A token file that is missing or empty is an error: Consul would take a request without a token for
+// Prefix is invalid. A token file that is missing or empty is an error. Consul would take a request without a token for
 // an anonymous one, to which everything looks deleted.
 func Store(c Config) (kv.Store, error) {
 	if c.URL == "" || c.URL == "consul" {

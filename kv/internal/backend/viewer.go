@@ -93,8 +93,8 @@ func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameKind reports whether two errors are of one kind: nil, kv.ErrDenied, kv.ErrUnavailable, or another. Callers treat
-// those alike, and their texts may differ with every attempt.
+// sameKind reports whether two errors are of one kind: nil, kv.ErrDenied, kv.ErrUnavailable, or another. Their texts
+// may differ with every attempt.
 func sameKind(a, b error) bool {
 	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
