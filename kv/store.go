@@ -124,9 +124,9 @@ type Store interface {
 	Get(ctx context.Context, key string) (Entry, error)
 
 	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/" or
-	// is empty. With Consul, a list that lacks keys which the token may not read is ErrDenied. One without any key, even
-	// the folder key of prefix, is ErrNoFolder, too, and ErrEmpty if the token may read that key. More than MostListed is
-	// ErrUnavailable and ErrTooLarge.
+	// is empty. With Consul, a list that lacks keys which the token may not read, or that has no key at all, is ErrDenied.
+	// If it lacks prefix's folder key, that is ErrNoFolder, too. It is also ErrEmpty if nothing was left out, and the
+	// token may read the folder key. More than MostListed is ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
 	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of entries,
