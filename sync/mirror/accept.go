@@ -34,25 +34,25 @@ type acceptor struct {
 	log       *slog.Logger
 	inspected wait.Signal // set when an inspection ends
 
-	commit *git.Commit // the commit that the store holds; nil: none, or it can't be read
-	// unvouched is the store's commit if it can be read but its signature no longer counts; only basis uses it.
+	commit *git.Commit // the commit that was taken last; nil: none, or it can't be used
+	// unvouched is the commit that was taken last if it can be read but its signature no longer counts: see basis.
 	unvouched *git.Commit
 	recalled  string // the branch's head when commit was last searched
 	compared  string // FROM..TO of the last candidate that was checked
 	refusal   error  // why that candidate is refused; nil: it isn't
 
-	overruled    string      // the commit that was taken because Config.Accept names it
+	overruled    string      // the last commit whose history wasn't checked, as Config.Accept names it
 	inspection   *inspection // of the candidate's releases; nil: not begun
 	releaseRetry *wait.Backoff
 	inspecting   sync.WaitGroup
 }
 
-// outcome is the result of accept.
+// outcome is the result of accept; zero: there is nothing new, or the check of the head's releases is running.
 type outcome struct {
 	taken   bool          // the branch's head was taken now
-	refused error         // why it is not taken, finally
+	refused error         // why it is refused
 	unsure  error         // why it is not taken yet
-	retry   time.Duration // the time after which to check again, if unsure is set
+	retry   time.Duration // if unsure is set: the time after which to check again; 0: once a running check ends
 }
 
 // accept decides whether the branch's head becomes the commit to write, and returns why not.
@@ -139,7 +139,7 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 }
 
 // accepts reports whether Config.Accept names the commit in c.to. An ancestor of the store's commit isn't accepted:
-// otherwise each force push of it would bring back its old state.
+// otherwise each force push of it would bring back its old state. A first commit needs no acceptance.
 func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != a.override || c.from == "" {
 		return false
@@ -181,7 +181,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 	return c
 }
 
-// logRefusal logs the refusal of the commit, if it was refused.
+// logRefusal logs and counts the refusal of the commit, if it was refused.
 func (a *acceptor) logRefusal(commit string) {
 	if err := a.refusal; err != nil {
 		a.metrics.judged(err)
@@ -204,7 +204,7 @@ type candidate struct {
 	to    *git.Commit
 	// descends is set if the commit in to descends from the one in from.
 	descends bool
-	// accepted is set if the commit in to is the one that Config.Accept names.
+	// accepted is as acceptor.accepts returns it. If it is set, descends isn't determined.
 	accepted bool
 }
 
@@ -294,7 +294,7 @@ type inspection struct {
 	result chan error // has room for one
 	ended  time.Time  // zero: it is running
 	next   time.Time  // if it failed: when it is retried
-	err    error      // its result; while it is running, that of the inspection before
+	err    error      // its result; while it runs, that of the same commit's inspection before
 }
 
 // failed reports whether the inspection ended because releases could not be read, so that it is to be retried. Problems
@@ -312,7 +312,7 @@ func (i *inspection) wait(now time.Time) time.Duration {
 }
 
 // recheckSoon resets the backoff of failed inspections. If the last inspection failed, it is retried once hookPause has
-// passed since its end.
+// passed since its end, unless it is due earlier.
 func (a *acceptor) recheckSoon() {
 	a.releaseRetry.Reset()
 	if i := a.inspection; i != nil && i.failed() {
@@ -323,8 +323,8 @@ func (a *acceptor) recheckSoon() {
 }
 
 // inspect checks the releases that a commit introduces. The check runs beside the rounds, as slow storage must not hold
-// up rollouts under way. done reports whether the check has ended. After an error other than deployments.Problems the
-// check is retried: see releaseRetry.
+// up rollouts under way. done reports whether the check has ended; until then err is that of the commit's check before.
+// After an error other than deployments.Problems the check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.compared {
@@ -378,7 +378,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 }
 
 // basis returns the commit that the store is reconciled with, nil if none is known. vouched reports whether the
-// commit's signature is valid or not required.
+// commit's signature counts or is not required. If it isn't set, the commit is as recorded returns it.
 func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
 	switch {
 	case a.commit != nil:
@@ -389,9 +389,9 @@ func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit,
 	return nil, false
 }
 
-// recorded returns the commit with only those units whose records are about the release that the commit names. Each
-// unit's After, Drift and Adopt come from its record, not from its file. So the commit needs no valid signature: it
-// tells nodes nothing new, and only says how rollouts go on. recorded is pure.
+// recorded returns the commit with only those units that have a record by a mirror, not orphaned, about the release
+// that the commit names. Each unit's After, Drift and Adopt come from its record, not from its file. So the commit
+// needs no valid signature: it tells nodes nothing new, and only says how rollouts go on. recorded is pure.
 func recorded(
 	commit *git.Commit,
 	cells map[deployments.UnitID]cell,
@@ -415,8 +415,8 @@ func recorded(
 	return &kept
 }
 
-// concerns reports whether a record is about a release that Git names: as its target, as the release that was rolled
-// back, or as the one that its pin replaced.
+// concerns reports whether a record is about a release that Git names: as its target, or as the release that it rolls
+// back. Of a pinned record, what the pin replaced is asked.
 func concerns(r deployments.Record, release deployments.Pointer) bool {
 	if r.Pinned != nil {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
@@ -426,9 +426,10 @@ func concerns(r deployments.Record, release deployments.Pointer) bool {
 
 // CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5). It refuses
 // what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the
-// branch. It checks only the given branches, by default main and the one that HEAD names. path is as Config.Path. If
-// releases is set, it also refuses a push if releases.Check finds problems with the releases that the push changes. It
-// runs in the receiving repository's environment, where pushed objects are in a quarantine.
+// branch. It checks no signature of a commit. It checks only the given branches, by default main and the one that HEAD
+// names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the
+// releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
+// quarantine.
 func CheckPush(
 	ctx context.Context,
 	repoDir, path string,

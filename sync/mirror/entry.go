@@ -14,7 +14,8 @@ import (
 
 // This file builds entries of the history, which record the pins and the orders of a generation.
 
-// historyPin returns the history's form of a pin of a unit, or of one of its nodes.
+// historyPin returns the history's form of a pin, without times. node is empty for a pin of the whole unit. If err is
+// set, the pin doesn't parse, and only node and err are kept.
 func historyPin(node string, pin deployments.Pin, err error) deployments.PastPin {
 	pin.By, pin.Reason = historyText(pin.By), historyText(pin.Reason)
 	if err != nil {
@@ -23,7 +24,7 @@ func historyPin(node string, pin deployments.Pin, err error) deployments.PastPin
 	return deployments.PastPin{Node: node, Pin: pin}
 }
 
-// historyText clips text that a person or a stranger wrote, for the history.
+// historyText makes a stranger's text fit for the history: printable, and cut after MaxPastWords bytes.
 func historyText(s string) string {
 	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), deployments.MaxPastWords)
 }
@@ -33,9 +34,9 @@ func openPins(pins []deployments.PastPin) []deployments.PastPin {
 	return slices.DeleteFunc(slices.Clone(pins), func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
 }
 
-// followPins returns the updated pins of a history entry: pins that the store no longer shows, or shows changed,
-// have ended, and new ones are added. shown are the unit's pins in the store, at most one for each node. truncated
-// reports whether there are more than an entry keeps.
+// followPins returns the updated pins of a history entry. Pins that expired, or that the store no longer shows or shows
+// changed, have ended; new ones are added. shown are the unit's pins in the store, at most one for each node and one
+// for all. truncated reports whether there are more than an entry keeps.
 func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deployments.PastPin, truncated bool) {
 	now = now.UTC().Truncate(time.Millisecond)
 	byNode := make(map[string]deployments.PastPin, len(shown))
@@ -60,7 +61,7 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 		}
 	}
 	for _, p := range shown {
-		if stands[p.Node] || p.Expired(now) { // a pin that had expired before it was seen never had effect
+		if stands[p.Node] || p.Expired(now) { // it ended above, or before a mirror saw it
 			continue
 		}
 		p.At = now
@@ -74,7 +75,8 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 	return boundPins(next)
 }
 
-// boundPins drops the pins beyond what an entry keeps: the oldest that have ended, then the newest of single nodes.
+// boundPins drops pins beyond MaxPastPins: first the oldest that have ended, then the newest of single nodes, then the
+// oldest of the unit. truncated is set if it dropped any. pins is changed in place.
 func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncated bool) {
 	more := len(pins) - deployments.MaxPastPins
 	if more <= 0 {
@@ -104,15 +106,15 @@ func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncate
 	return kept[max(0, len(kept)-deployments.MaxPastPins):], true
 }
 
-// sameEntry reports whether two versions of a history entry have the same pins.
+// sameEntry reports whether two versions of a history entry have the same Pins and Truncated.
 func sameEntry(a, b deployments.History) bool {
 	return a.Truncated == b.Truncated && slices.EqualFunc(a.Pins, b.Pins, func(p, q deployments.PastPin) bool {
 		return p.Same(q) && p.At.Equal(q.At) && p.Ended.Equal(q.Ended)
 	})
 }
 
-// withOrder returns the entry h with the order o, which is consumed, added. refused is the reason why the order changed
-// nothing; empty: it did.
+// withOrder returns the entry h with the consumed order o added, and its oldest orders beyond MaxPastOrders dropped.
+// refused is why o changed nothing; empty: it changed something.
 func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
 	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
 	past.By, past.Reason = historyText(o.By), historyText(o.Reason)
@@ -130,7 +132,7 @@ func lostEntry(r deployments.Record, now time.Time) deployments.History {
 		Note: "the entry of this generation was lost, and made again from the record"}
 }
 
-// writeHistory returns the operations that put an entry and remove the one that is too old.
+// writeHistory returns the operations that put an entry, and remove the one HistoryKept generations before it.
 func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
 	var value bytes.Buffer
 	e := json.NewEncoder(&value)

@@ -41,10 +41,10 @@ type folderKeeper struct {
 	late  bool                 // a key that was made has yet to show
 }
 
-// missingFolders returns the folder keys to make. If one of a role's keys was never made, or a watch lacks it, all keys
-// of the role are returned: some are not watched. The same holds for topFolders. made has the time at which each key
-// was last made. late reports whether a key may have yet to show, as it was made less than folderLag ago: then the
-// caller has to look again.
+// missingFolders returns the folder keys to make. If this mirror never made a key of a role, or a watch lacks one, all
+// of the role's keys are returned: some aren't watched. So are topFolders if a watch lacks one. made has the time at
+// which each key was last made. Keys made less than folderLag ago may have yet to show: they are left out, late is set,
+// and the caller has to look again.
 func missingFolders(
 	roles []deployments.RoleID,
 	seen map[string]observedFolders,

@@ -39,7 +39,7 @@ type gap struct {
 }
 
 // firstGap and longestGap are the shortest and the longest average time between two fetches of a repository whose
-// history has a gap. Each fetches the whole repository.
+// history has a gap. Each such fetch is of the whole repository.
 const (
 	firstGap   = 2 * time.Second
 	longestGap = 10 * time.Minute
@@ -76,7 +76,7 @@ func (f *follower) run(ctx context.Context) {
 }
 
 // look reads the branch, whose last state is was, and returns its state now. It loads the head's commit if the commit
-// is new or was bad.
+// is new or was bad. If Git can't be read, the state stays, with the error as away.
 func (f *follower) look(ctx context.Context, was gitState) gitState {
 	head, err := f.source.Head(ctx)
 	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
@@ -108,7 +108,8 @@ func (f *follower) load(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.Load(hash, f.signers) })
 }
 
-// loadTaken reads a commit that a mirror took before, even if its signer was removed since.
+// loadTaken reads a commit that a mirror took before. Its signature must be valid now or at the commit's time, or be
+// one that this mirror's cache remembers, as after its signer was removed.
 func (f *follower) loadTaken(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, f.signers) })
 }
@@ -129,8 +130,9 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 	return load(from)
 }
 
-// descends reports whether commit to descends from commit from. If the repository lacks commits between them, it is
-// fetched anew now and then: somebody may have completed the server's repository, which moves no branch.
+// descends reports whether commit to descends from commit from. If the repository lacks commits between them, the error
+// is git.ErrGap. The repository is then fetched anew now and then: somebody may have completed the server's, which
+// moves no branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {

@@ -18,12 +18,12 @@ import (
 )
 
 // The history records pins and orders in the newest entry of their unit. Pins are compared with what the store shows.
-// So the next round also finds pins that began or ended while no mirror ran, or another one. Orders are recorded in the
+// So the next round also finds pins that began or ended while another mirror ran, or none. Orders are recorded in the
 // transaction that consumes them.
 
 const (
-	// auditRoles is how many roles' histories one round reads at most. The others wait for the next round, so that
-	// pins and orders don't have to wait for all of them.
+	// auditRoles is how many roles' histories audit reads in one round at most. The others wait for the next round, so
+	// that pins and orders don't have to wait for all of them.
 	auditRoles = 20
 	// auditRetry is the time after which a history that could not be read or written is retried. Rollouts go on meanwhile.
 	auditRetry = 10 * time.Second
@@ -40,8 +40,8 @@ type historyKeeper struct {
 
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // releases that were stable and have not failed since
-	// pins has the pins of the newest entry. It also has open pins of earlier entries that the newest lacks. A mirror of a
-	// version without pins in the history may have written the newest. Units without pins have no key.
+	// pins has the pins of the newest entry, and open pins of earlier entries that the newest lacks. It lacks them if a
+	// mirror of a version without pins in the history wrote it. Units without pins have no key.
 	pins map[deployments.UnitID][]deployments.PastPin
 	read map[deployments.RoleID]bool
 }
@@ -62,7 +62,7 @@ func (a *historyKeeper) forget(id deployments.UnitID) {
 }
 
 // add updates what is known of a unit's history by the entry e. e may be of a later generation, or a new version of the
-// newest entry.
+// newest entry. If e is of an earlier generation or an absurd one, only its Stable and Failed count.
 func (a *historyKeeper) add(id deployments.UnitID, e deployments.History) {
 	if newest := a.newest[id].Generation; e.Generation >= newest && e.Generation < policy.AbsurdGeneration {
 		pins := e.Pins
@@ -94,8 +94,8 @@ func (a *historyKeeper) wrote(w change) {
 }
 
 // needsHistory reports whether the decision about a unit needs its history. It does if there is no record to go on
-// from, or if an order is to be recorded. It also does if the target is about to change and may have been stable
-// before.
+// from, or if an order is to be recorded. It also does if the target may be about to change, and fast_back lets one
+// that was stable before skip the gates.
 func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s keyState) bool {
 	if s == unknown || ordered {
 		return true
@@ -142,9 +142,9 @@ func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) e
 	return nil
 }
 
-// audit records in the newest entries of the history which pins began and ended. again is the time after which to call
-// audit again even if nothing changes; 0: never. Errors of the history don't hold up rollouts: only a lost lease is
-// returned.
+// audit records in the newest entries of the history which pins began and ended, while all pins are known. again is the
+// time after which to call audit again even if nothing changes; 0: never. Errors of the history don't hold up rollouts:
+// only a lost lease is returned.
 func (a *historyKeeper) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if !seen.pins.synced || seen.pins.err != nil {
 		return 0, nil
@@ -197,7 +197,7 @@ func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.T
 			entry, known = lostEntry(c.record, now), true
 		}
 		if !known {
-			continue // a pin of a unit without a record has no effect
+			continue // there is no record by a mirror, or its role's history is yet to be read
 		}
 		stored, truncated := entry, false
 		entry.Pins, truncated = followPins(a.pins[id], seen.pins.historyPins[id], now)

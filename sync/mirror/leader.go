@@ -76,7 +76,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 	return l
 }
 
-// commit commits ops in a transaction that fails if the lease is lost, and counts them.
+// commit commits ops in a transaction that fails if the lease is lost, and counts them if it succeeds.
 func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
 	err := l.c.Store.Commit(ctx, l.lease, ops...)
 	if err == nil {
@@ -106,7 +106,7 @@ func (m *Mirror) lead(ctx context.Context) {
 	}
 }
 
-// work runs the leader until the lease is lost or ctx ends, and releases the lease.
+// work runs the leader until the lease is lost, ctx ends or Config.Leading fails, and releases the lease.
 func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
 	m.setLeading(lease)
@@ -138,7 +138,7 @@ func (m *Mirror) setLeading(lease kv.Lease) {
 	m.metrics.led(lease != nil)
 }
 
-// run leads until ctx ends or the lease turns out to be lost.
+// run leads until ctx ends, the lease turns out to be lost or Config.Leading fails, and returns which.
 func (l *leader) run(ctx context.Context) error {
 	if err := l.persist(ctx, "begin to lead", l.begin); err != nil {
 		return err
@@ -165,7 +165,8 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin makes the top folder keys, and reads the state that the last leader left at mirror/state.
+// begin makes the top folder keys, and reads the state that the last leader left at mirror/state. A state that doesn't
+// parse counts as none.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
 		return err
@@ -186,7 +187,7 @@ func (l *leader) begin(ctx context.Context) error {
 	return nil
 }
 
-// nodeName returns the name of the node whose Consul agent this mirror uses; empty: unknown.
+// nodeName returns the name of the node whose Consul agent this mirror uses; empty: unknown, or the store isn't Consul.
 func (l *leader) nodeName(ctx context.Context) string {
 	namer, has := l.c.Store.(kv.Namer)
 	if !has {
@@ -200,8 +201,8 @@ func (l *leader) nodeName(ctx context.Context) string {
 	return name
 }
 
-// warnShared logs once if a node's kedge agent uses the Consul node of this mirror: that agent's token can end the
-// mirror's lease.
+// warnShared logs if the first synced view of status/ has a live agent on this mirror's Consul node. Its token can end
+// the mirror's lease.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
 		return
@@ -245,8 +246,8 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 	}
 }
 
-// loop runs a round after each change of the branch or the store, and when a round asked for another. It returns an
-// error when the lease is lost or ctx ends.
+// loop runs a round at once, after each change of the branch or the store, after a webhook, and when a round asked for
+// another. It retries a round that failed. It returns an error when the lease is lost or ctx ends.
 func (l *leader) loop(ctx context.Context) error {
 	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
 	var lastErr error
@@ -303,11 +304,12 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row, a second apart, lead to a log line: a late watch doesn't explain so
-// many.
+// conflictsLogged is how many conflicts in a row lead to a log line. They are a second apart unless the store keeps
+// changing: a late watch doesn't explain so many.
 const conflictsLogged = 5
 
-// reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
+// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row. It logs that
+// for the first and every 60th report.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // once a minute
 		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+
@@ -322,7 +324,8 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 }
 
 // round takes the branch's head if it is acceptable, writes what reconcile asks for, and does all other work that is
-// due. again is the time after which to run another round even if nothing changes; 0: never.
+// due. Until desired/ is known it does nothing; while a unit of a new commit has to wait, it writes no record of that
+// commit. again is the time after which to run another round even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {
@@ -359,7 +362,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			if !seen.fleet.synced && seen.fleet.err != nil {
 				l.written.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
 			}
-			return watchLag, nil // a commit is taken as a whole: it waits until the watch shows the last one's writes
+			return watchLag, nil // a commit is written as a whole: it waits as long as one of its units has to
 		}
 		status.Applying = ""
 		if commit.Hash != status.Head {
@@ -367,7 +370,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
 		status.Freeze, status.FreezeMore = deployments.FreezeWindows(commit.Tree.Settings.Freeze)
-		if branch.head == commit.Hash { // else an earlier mirror fetched it, maybe from another repository
+		if branch.head == commit.Hash { // else an earlier mirror may have fetched it from another repository
 			status.Repo = l.c.Repo
 		}
 	}
@@ -417,8 +420,8 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	return again, nil
 }
 
-// plan returns what to write so that the store holds commit. Before that, it makes missing folder keys and reads the
-// history that reconcile needs. vouched is as basis returns it.
+// plan returns what to write so that the store holds commit. Before that, it makes missing folder keys, reads the
+// history that reconcile needs, and gives unitMetrics what was observed. vouched is as basis returns it.
 func (l *leader) plan(
 	ctx context.Context,
 	commit *git.Commit,
@@ -471,7 +474,8 @@ func (l *leader) plan(
 	}), nil
 }
 
-// pendingOrders returns the orders that were not carried out yet, and logs those that can't be obeyed.
+// pendingOrders returns the orders for units of the commit that were not consumed yet. It logs orders for other units
+// and those that don't parse, when they change.
 func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[deployments.UnitID]order {
 	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
 	units := map[deployments.UnitID]bool{}

@@ -96,13 +96,13 @@ type observedUnits struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
 	fleet map[deployments.RoleID][]reported
-	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they can't be read
+	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they aren't known
 }
 
 // unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads exports them, so that
 // sums over all mirrors are right. They are counted at each scrape.
 type unitMetrics struct {
-	observed                                              atomic.Pointer[observedUnits] // nil: this mirror doesn't lead
+	observed                                              atomic.Pointer[observedUnits] // nil: there's nothing to export
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
 }
 

@@ -1,21 +1,21 @@
 // Package mirror copies a deployments repo from Git to the store. A commit is taken as a whole or not at all.
-// Differences are written in transactions that are fenced by a lease: of several mirrors one works, and a mirror
-// that lost its lease can't change a key. The one key that a mirror writes without the lease is mirror/hook, which
-// passes a webhook on to the mirror that holds it.
+// Differences are written in transactions fenced by a lease: of several mirrors one works, and one that lost its lease
+// can't change a record. Without the lease, this package only adds missing folder keys, and writes mirror/hook, which
+// passes a webhook on to the mirror that leads.
 //
-// The mirror is driven by state, not by events: after each wake-up (a push, a poll, a change of the store, the
-// clock) it compares the newest commit with what the store holds, and writes the difference. So the next round
-// finishes a transaction that was interrupted, restores a record that was changed by hand, and is also how a mirror
-// begins that takes over.
+// The mirror is driven by state, not by events: after each wake-up (a push, a poll, a change of the store, the clock)
+// it compares the newest commit with what the store holds, and writes the difference. So the next round finishes a
+// transaction that was interrupted, restores a record that was changed by hand, and is also how a mirror begins that
+// takes over.
 //
-// A commit is not taken if it contains any mistake; if Config.SignedBy is set and it has no signature of one of
-// these signers; if it does not descend from the last commit taken (allow_rewind); or if it removes too many units
-// at once (max_removed). Both settings are read from the last commit taken. Nor is it taken if it names a release
-// that does more than its own kedge.yaml allows for the stage (dests, users, commands): the mirror reads the
-// manifests of the units that the commit changes, and the commit waits while they can't be read. With
-// Releases.Trust, a commit also waits while one of its releases has no valid signature. Only the newest commit's
-// signature is checked, as it covers the whole tree. Git binds no signature to a branch: whoever may push can push
-// any signed commit that descends from the last.
+// A commit is not taken if it contains any mistake, or if signers are configured and none has signed it. It isn't taken
+// either if it doesn't descend from the last commit taken (allow_rewind), or removes too many units (max_removed),
+// unless Config.Accept names it. Both settings are read from the last commit taken. Nor is it taken if a release that
+// it introduces does more than its own kedge.yaml allows for the stage (dests, users, commands). Of stages with such
+// bounds the mirror reads the manifests, and the commit waits while one can't be read. With Releases.Trust, a commit
+// also waits while a release that it introduces has no valid signature. Only the newest commit's signature is checked,
+// as it covers the whole tree. Git binds no signature to a branch: whoever may push can push any signed commit that
+// descends from the last.
 package mirror
 
 import (
@@ -48,13 +48,14 @@ import (
 // Config configures a Mirror.
 type Config struct {
 	Store kv.Store
-	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local bare repo, which is
+	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local repo, which is
 	// watched. Of a remote repository no object larger than 16 MiB is kept. Branch is main by default.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo;
 	// default: the root.
 	Path string
-	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
+	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net). A local repo
+	// that can't be watched is polled each second.
 	Every time.Duration
 	// Accept is the full hash of a commit that is taken if it is the branch's head, whatever its history and the
 	// units that it removes: for a repository that was replaced. It has no effect once the store holds a commit
@@ -62,34 +63,35 @@ type Config struct {
 	Accept string
 	// Name is shown as the lease's holder; default the host's name.
 	Name string
-	// LeaseTTL is the lease's time to live; default 15 s.
+	// LeaseTTL is the lease's time to live; default 15 s. Consul takes 10 s to 24 h.
 	LeaseTTL time.Duration
 	// SSHKey is the file of a private key; default: the SSH agent. KnownHosts is a known_hosts file; default:
-	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist. HTTPS takes KEDGE_GIT_USER and
-	// KEDGE_GIT_TOKEN from the environment, or the token from the file named by KEDGE_GIT_TOKEN_FILE. It trusts the
-	// authorities of the file named by GIT_SSL_CAINFO in addition to the system's.
+	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist. What https needs is read from Env: see
+	// git.Config. The authorities in the file that GIT_SSL_CAINFO names are trusted in addition to the system's.
 	SSHKey, KnownHosts string
-	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on. Each mirror
-	// needs its own. Default: a temporary directory, which Run removes.
+	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on, and which commits
+	// were validly signed. Each mirror needs its own. Default: a temporary directory for the objects, which Run removes.
 	CacheDir string
-	// SignedBy is an allowed_signers file. If it is set, a commit that none of its signers has signed is refused.
+	// SignedBy is an allowed_signers file. If it or SignedByPGP is set, a commit that no signer of either has signed is
+	// refused.
 	SignedBy string
 	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
 	SignedByPGP string
-	// Listen is the address that serves webhooks (/hook), /live and /metrics; empty: none. ":0" chooses a free
-	// port: see Addr. Webhooks need a secret, in KEDGE_WEBHOOK_SECRET or the file named by
+	// Listen is the address that serves webhooks (/hook), /live and, if Metrics is set, /metrics; empty: none. ":0"
+	// chooses a free port: see Addr. Webhooks need a secret, in KEDGE_WEBHOOK_SECRET or the file named by
 	// KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
-	// Releases reads the manifests of the releases that a commit introduces: with Trust all of them, else those of
-	// stages that kedge.yaml bounds by more than sources. Its Objects default to object.New.
+	// Releases reads the manifests of the releases that a commit introduces or bounds anew. With Trust it reads all of
+	// them, else those of stages that kedge.yaml bounds by more than sources. Its Objects default to object.New.
 	Releases inspect.Releases
-	// Snapshot, if set, is called with the records that the leading mirror wrote, after they changed and once an hour. It
-	// serves nodes that boot while the store is away. Calls don't overlap, and get the newest state. An error is logged
-	// and the call is retried.
+	// Snapshot, if set, is called with the records that the leading mirror wrote, or found as Git asks, after they changed
+	// and once an hour. It serves nodes that boot while the store is away. Calls don't overlap, and get the newest state.
+	// An error is logged and the call is retried.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
-	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends.
+	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends. Its error ends the
+	// leadership. What it writes isn't fenced by the lease.
 	Leading func(ctx context.Context) error
-	Version string
+	Version string // shown at /live
 	// Env reads an environment variable; default os.Getenv.
 	Env     func(string) string
 	Metrics *prometheus.Registry // nil: none
@@ -106,9 +108,9 @@ type Mirror struct {
 	unitMetrics *unitMetrics
 	listener    net.Listener // nil: none
 	hooks       *webhook.Receiver
-	recheck     wait.Signal // makes the leader look for missing releases now
+	recheck     wait.Signal // makes the leader look for missing releases soon
 
-	hookPause, releaseRetry, forgetAfter, rebuildWait time.Duration // default to the constants of these names
+	hookPause, releaseRetry, forgetAfter, rebuildWait time.Duration // default to webhook.Pause and the constants below
 
 	mu    sync.Mutex
 	holds kv.Lease // the lease that this mirror holds; nil: none
@@ -116,9 +118,9 @@ type Mirror struct {
 
 // Default durations; tests have their own.
 const (
-	// A release that is missing or can't be read is looked for again after defaultReleaseRetry. The average time between
-	// two tries then grows up to maxReleaseRetry: the upload may take long or may never come. A new commit or a webhook
-	// starts over.
+	// A release that is missing, can't be read or has no valid signature is looked for again after defaultReleaseRetry on
+	// average. That time then grows up to maxReleaseRetry: the upload may take long or may never come. A new commit or a
+	// webhook starts over.
 	defaultReleaseRetry = 5 * time.Second
 	maxReleaseRetry     = time.Minute
 	// defaultForgetAfter is how long the entry of a node that died stays in status/ for people to see: longer than a
@@ -196,7 +198,7 @@ func New(c Config) (*Mirror, error) {
 	return m, nil
 }
 
-// Addr returns the address of Listen; empty without one.
+// Addr returns the address that the mirror listens on, with the port that was chosen for ":0"; empty: Listen is empty.
 func (m *Mirror) Addr() string {
 	if m.listener == nil {
 		return ""
@@ -204,11 +206,11 @@ func (m *Mirror) Addr() string {
 	return m.listener.Addr().String()
 }
 
-// Trigger makes the mirror poll the branch now.
+// Trigger makes the mirror poll the branch without waiting for Config.Every.
 func (m *Mirror) Trigger() { m.branch.pollNow.Set() }
 
 // Run mirrors until ctx ends, and then returns nil. Errors of Git or the store don't end it; an error of the HTTP
-// server does.
+// server does, and is returned.
 func (m *Mirror) Run(ctx context.Context) error {
 	defer m.branch.source.Close()
 	g, ctx := errgroup.WithContext(ctx)
@@ -223,7 +225,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 // maxConns bounds the connections to a mirror's address: a new one replaces the oldest.
 const maxConns = 200
 
-// serve serves HTTP on the listener until ctx ends.
+// serve serves HTTP on the listener, if there is one, until ctx ends; then it returns nil.
 func (m *Mirror) serve(ctx context.Context) error {
 	if m.listener == nil {
 		<-ctx.Done()
@@ -262,7 +264,8 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live answers an HTTP request with whether this mirror leads, and with its last read of the branch.
+// live answers an HTTP request: whether this mirror leads, the branch's head as last read, why that may be out of date,
+// and the version.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads, branch := m.leads(), m.branch.state()
 	answer := struct {
@@ -275,14 +278,14 @@ func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// refresh makes this mirror read the branch and look for missing releases now.
+// refresh makes this mirror poll the branch and, if it leads, look for missing releases soon.
 func (m *Mirror) refresh() {
 	m.Trigger()
 	m.recheck.Set()
 }
 
-// leads reports whether this mirror holds the lease. It is false as soon as the lease has ended, even if its work
-// is still ending.
+// leads reports whether this mirror holds the lease. It is false as soon as the lease has ended, even if the leader's
+// work is still ending.
 func (m *Mirror) leads() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -49,7 +49,7 @@ type observedRecords struct {
 	cells  map[deployments.UnitID]cell
 }
 
-// observedOrders is the view of control/; bad says which keys can't be obeyed, and why.
+// observedOrders is the view of control/; bad says which keys or orders don't parse, and why.
 type observedOrders struct {
 	good map[deployments.UnitID]order
 	bad  []error
@@ -96,8 +96,8 @@ type observedState struct {
 
 // observedFolders has the folder keys that the watch of one kind shows.
 type observedFolders struct {
-	kindMissing bool     // even the kind's own key is missing
-	keys        []string // sorted; nil: the store needs no folder keys
+	kindMissing bool     // even the kind's own key is missing, or may not be read
+	keys        []string // sorted; nil: the store needs none, or none are known yet
 }
 
 // cell is the entry at a unit's key in desired/; zero: there is none.
@@ -123,15 +123,15 @@ type reported struct {
 type outages map[string]outage
 
 // outage is the time since which a unit is out of service. state and entered are the unit's state in the newest report,
-// and the time at which the unit entered it.
+// and the time at which the unit entered it, by the node's clock. since is by this mirror's clock.
 type outage struct {
 	since   time.Time
 	state   deployments.State
 	entered time.Time
 }
 
-// next returns the outages after a node's next report. A watch shows only the newest report, so a unit may meanwhile
-// have tried another release and failed again: that begins a new outage.
+// next returns the outages after a node's next report; nil: none. A watch shows only the newest report, so a unit may
+// meanwhile have tried another release and failed again: that begins a new outage.
 func (o outages) next(units map[string]deployments.UnitReport, now time.Time) outages {
 	var all outages
 	for name, u := range units {
@@ -158,7 +158,8 @@ func (o outage) goesOn(u deployments.UnitReport) bool {
 	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
-// order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that carries it out removes the key.
+// order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that carries it out or refuses it removes
+// the key.
 type order struct {
 	deployments.Order
 	version uint64
@@ -169,15 +170,15 @@ type written struct {
 	records map[deployments.UnitID]writtenRecord
 	orders  map[deployments.UnitID]uint64 // versions of the orders that were consumed
 	state   deployments.MirrorState       // at mirror/state
-	stateAt time.Time
+	stateAt time.Time                     // when this mirror wrote state; zero: it has not
 }
 
-// writtenRecord is what this mirror last wrote at a unit's key.
+// writtenRecord is what this mirror last wrote at a unit's key, or found there and adopted.
 type writtenRecord struct {
 	record deployments.Record
 	value  []byte // nil: the key was removed
-	// base is the version that the write replaced (0: none). version is the write's own, 0 until the store has
-	// shown it.
+	// base is the version that the write replaced (0: none). version is the write's own, 0 until the store has shown it.
+	// For an adopted record, both are what was found.
 	base, version uint64
 	at            time.Time
 	// vouched is set if a commit named the unit, so that the record goes into the signed snapshot. A record whose
@@ -189,10 +190,10 @@ type writtenRecord struct {
 type keyState int
 
 const (
-	inOrder  keyState = iota // the key holds what this mirror wrote, or found at its start
+	inOrder  keyState = iota // the key holds what this mirror wrote or, if it wrote nothing, a mirror's valid record
 	inFlight                 // the watch has yet to show this mirror's write
-	foreign                  // somebody else wrote or removed the key
-	unknown                  // this mirror wrote nothing there, and there is no record to go on from
+	foreign                  // the key doesn't hold what this mirror wrote: somebody else changed or removed it
+	unknown                  // this mirror wrote nothing or removed the key, and there is no record to go on from
 )
 
 // compareKey compares what the store shows at a unit's key with what this mirror wrote there. known is false if it
@@ -214,18 +215,18 @@ func compareKey(c cell, o writtenRecord, known bool, now time.Time) keyState {
 	}
 }
 
-// change is one write: at a unit's key, or at mirror/state if status is set.
+// change is one write: at a unit's key, only to its history, or at mirror/state if status is set.
 type change struct {
 	status  *deployments.MirrorState
 	unit    deployments.UnitID
-	kind    string // as Change.Kind, or "restore", or "none" if only an order is consumed
+	kind    string // "create", "update", "remove", "restore", "rebuild", or "none" if only an order is consumed
 	before  deployments.Record
 	after   deployments.Record
 	value   []byte // nil: the key is removed
 	base    uint64 // the version that the write replaces; 0: none
 	note    string
 	history *deployments.History // the entry of a new generation, or the changed newest one; nil: neither
-	reason  string               // what policy decided, in words: see reasonOf
+	reason  string               // why it is made, in words: see reasonOf
 	order   order                // the order that is consumed; version 0: none
 	ops     []kv.Op
 }
@@ -255,9 +256,9 @@ const maxBatch = 300 << 10
 // ours reports whether a mirror wrote a record. A mirror doesn't remove a bare pointer that a person wrote.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow returns the record that a unit's file asks for, given the present record r (zero: none). If r was made to roll
-// out another release than the file names (see goal), the result is a new generation, open to every node. Otherwise r
-// is kept. In both cases After, Drift and Adopt are the file's, and Orphaned is cleared.
+// follow returns the record that a unit's file asks for, given the present record r (zero: none). It is a new
+// generation, open to every node, if r has none or was made to roll out another release (see goal). Otherwise r is
+// kept. In both cases After, Drift and Adopt are the file's, and Orphaned is cleared.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{
@@ -271,8 +272,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal returns the release that r was made to roll out: want if r rolls want back, and r.Target otherwise. The Target
-// of a rollback is the stable release.
+// goal returns the release that r was made to roll out: want if r rolls back want's digest, whatever its URL, and
+// r.Target otherwise.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want
@@ -305,7 +306,8 @@ func text(err error) string {
 	return err.Error()
 }
 
-// clip cuts an error's text to n bytes and "...", at the end of a line, or else of a character.
+// clip cuts a text to n bytes and "...", after a line that ends beyond n/2, or else after a character. It leaves
+// shorter texts alone.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s

@@ -20,14 +20,14 @@ import (
 
 // observer holds the latest views of the mirror's watches. Each value is parsed once, when it changes.
 type observer struct {
-	changed wait.Signal // set after each change
+	changed wait.Signal // set after each view, and when an inspection ends
 	hooked  func()      // called when another mirror passes a webhook on
 	log     *slog.Logger
 
 	mu  sync.Mutex
 	now observed
 
-	// These fields need no lock: each is used by one method, which stores the views of one watch, one view at a time.
+	// These fields need no lock: each belongs to one watch, whose views come one at a time.
 	parsedRecords kv.Parsed[deployments.Record]
 	parsedPins    kv.Parsed[deployments.Pin]
 	parsedOrders  kv.Parsed[deployments.Order]
@@ -35,7 +35,7 @@ type observer struct {
 	listed        map[string]time.Time // when each key in status/ was first seen without a session; zero: it has one
 	outages       map[string]outages   // by key in status/
 	left          map[string]time.Time // when each key that is missing in status/ vanished
-	hook          uint64               // the last version of kv.MirrorHook that was passed on
+	hook          uint64               // the last version of kv.MirrorHook that was seen
 	complain      rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
 }
 
@@ -91,7 +91,7 @@ func (o *observer) orders(v kv.View) {
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
-// parseOrders parses a view of control/. bad has an error for each key whose order can't be obeyed; these keys stay in
+// parseOrders parses a view of control/. bad has an error for each key or order that doesn't parse; these keys stay in
 // the store.
 func parseOrders(
 	view kv.View,
@@ -156,7 +156,7 @@ func (o *observer) fleet(v kv.View) {
 }
 
 // trackLeft records which keys of status/ are no longer in listed, the keys that the store shows. It returns, by role,
-// when the keys vanished that are still missing.
+// when the keys vanished that are still missing. It forgets keys after leftFor, and the earliest beyond maxLeft.
 func (o *observer) trackLeft(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
 	for name := range o.listed {
 		if _, there := listed[name]; !there {
@@ -188,7 +188,8 @@ func (o *observer) forgetOldest() {
 	}
 }
 
-// state stores a view of mirror/, and calls hooked if another mirror has passed a webhook on.
+// state stores a view of mirror/. It calls hooked if another mirror has passed a webhook on since the last view or, for
+// the first view, ever.
 func (o *observer) state(v kv.View) {
 	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {

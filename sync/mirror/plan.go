@@ -11,20 +11,21 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Change is one write that results from a commit.
+// Change is what a commit changes about one unit's record.
 type Change struct {
 	Unit deployments.UnitID `json:"unit"`
-	// Kind is "create", "update", "remove", or "keep" if the unit was removed from Git but pruning is off, so that
-	// its record stays.
+	// Kind is "create", "update", "remove", or "keep" if Git doesn't name the unit, but its record stays: pruning is off,
+	// or no mirror wrote it.
 	Kind   string              `json:"kind"`
 	Before *deployments.Record `json:"before,omitempty"`
 	After  *deployments.Record `json:"after,omitempty"`
-	// How says how a new target is rolled out to the nodes.
+	// How says how a new target is rolled out to the nodes; empty: there is none.
 	How string `json:"how,omitempty"`
 }
 
-// Plan returns the changes that tree would make at the time at to the present records, which are in now. They are
-// sorted by unit. A unit with a rollout is shown as the rollout begins, before any node is admitted. Plan is pure.
+// Plan returns the changes, sorted by unit, that tree would make at the time at to the records in now. It leaves out
+// units without a change, and doesn't know of pins. A new target is shown as its rollout begins, before any node is
+// admitted. Plan is pure.
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}

@@ -17,7 +17,7 @@ import (
 // inputs has all that reconcile decides by.
 type inputs struct {
 	commit *git.Commit
-	// unvouched is set if the commit isn't known to have been signed: then no record is removed.
+	// unvouched is set if the commit isn't known to have been signed: then no record is removed or marked as orphaned.
 	unvouched bool
 	// overruled is set if the commit was taken because Config.Accept names it.
 	overruled bool
@@ -29,15 +29,14 @@ type inputs struct {
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
-	// history has the newest entry of units whose role's history was read: see needsHistory. pastPins has the pins of
-	// these entries, and stable the releases that were stable in the last generations. pastRead has the roles whose
-	// history was read.
+	// history has the newest entry of each unit whose role is in pastRead, as its history was read: see needsHistory.
+	// pastPins and stable are the units' pins and stable releases, as in historyKeeper.
 	history  map[deployments.UnitID]deployments.History
 	pastPins map[deployments.UnitID][]deployments.PastPin
 	pastRead map[deployments.RoleID]bool
 	stable   map[deployments.UnitID][]deployments.Digest
-	// fleet has what each role's nodes report. blind is set until the reports and the pins are known; until then rollouts
-	// stay as they are.
+	// fleet has what each role's nodes report. blind is set until the reports, and the pins if they may be read, are
+	// known; until then rollouts stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
 	// fleetSince is the time from which fleet has been up to date without a gap.
@@ -45,7 +44,7 @@ type inputs struct {
 	// leftSince is as observedFleet.leftSince; nil: no entry vanished, and the mirror has always watched for that.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
 	// lostSince has the time at which a unit's nodes were first seen ahead of the store. It is kept between calls. Once
-	// rebuildWait has passed, in which more nodes may report, the record is rebuilt from the reports.
+	// rebuildWait has passed, in which more nodes may report, the record is rebuilt from the reports. Nil: none is.
 	lostSince   map[deployments.UnitID]time.Time
 	rebuildWait time.Duration
 	// ranks is kept between calls, only for speed; nil: it isn't.
@@ -78,7 +77,8 @@ func (in inputs) passed(at time.Time) time.Time {
 }
 
 // vanishTimes returns the times at which entries of a unit's nodes vanished that have not come back. following is the
-// time from which the mirror has watched for that. All are by the present clock: see passed.
+// time from which the mirror has watched for that without a gap; zero: always. All are by the present clock: see
+// passed.
 func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
@@ -122,8 +122,8 @@ type plan struct {
 	changes []change // sorted by unit
 	// agreed are units that Git names and whose records, written by another mirror, need no change.
 	agreed []deployments.UnitID
-	// whole is false if a unit has to wait, because the watch has yet to show this mirror's last write of it or the
-	// fleet isn't known yet.
+	// whole is false if a unit has to wait until the watch shows this mirror's last write of it, its nodes report, or
+	// inputs.blind ends.
 	whole bool
 	// again is when to reconcile again though nothing changed; zero: never.
 	again time.Time
@@ -173,12 +173,12 @@ type action int
 const (
 	doNothing action = iota
 	doWrite
-	doWait
+	doWait // until more is known; a new commit waits as a whole
 )
 
 // removed returns the change for a record whose unit Git doesn't name: the record is removed if kedge.yaml sets prune,
-// or else marked as orphaned. It returns doNothing for a record that no mirror wrote or that can't be parsed, and while
-// a write of this mirror is in flight.
+// or else marked as orphaned. It returns doNothing for a record that no mirror wrote, that doesn't parse or that is
+// marked already. It does so, too, while a write of this mirror is in flight.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {
@@ -197,8 +197,8 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	return w, doWrite
 }
 
-// unit returns the change for a unit that Git names, and when to reconcile the unit again even if nothing changes;
-// zero: never.
+// unit returns the change for a unit that Git names; zero unless the action is doWrite. It also returns when to
+// reconcile the unit again even if nothing changes; zero: never.
 func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
@@ -340,12 +340,13 @@ func reasonOf(order deployments.Verb, m policy.Transition) string {
 	return message.Transition(m.Reason, m.Facts)
 }
 
-// pace returns the least time between two writes that only admit more nodes. Each write wakes all nodes of the
-// role, which get ready one by one: with one write for each node, the number of wake-ups would be the square of the
-// number of nodes.
+// pace returns the least time between two writes of a unit that only move its rollout's cutoff. Each write wakes all
+// nodes of the role, which get ready one by one. With one write for each node, the number of wake-ups would be the
+// square of the number of nodes.
 func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
 
-// onlyMoves reports whether two records differ only in how far the rollout got within a phase.
+// onlyMoves reports whether two records differ in their rollout's cutoff, and otherwise only in how far it got within
+// its phase.
 func onlyMoves(before, after deployments.Record) bool {
 	if before.Rollout == nil || after.Rollout == nil || before.Rollout.Cutoff == after.Rollout.Cutoff {
 		return false
@@ -403,8 +404,8 @@ func (in inputs) failedBy(w change) deployments.Digest {
 	return was
 }
 
-// noteOf returns the note of a history entry: what led to the generation besides the commit. did says what policy did,
-// in words.
+// noteOf returns the note of a history entry: what led to the generation besides the commit; empty: nothing. did says
+// what policy did, in words.
 func (in inputs) noteOf(w change, did string) string {
 	who := func(by, reason string) (words string) {
 		if by != "" {
@@ -430,8 +431,8 @@ func (in inputs) noteOf(w change, did string) string {
 	return did
 }
 
-// carryPins copies the pins of the generation before into the entry of a new one, and updates them. If the entry before
-// was not read, audit copies them, because carryPins doesn't know when a pin began.
+// carryPins copies the open pins of the generation before into the entry of a new one, and updates them if all pins are
+// known. If the entry before was not read, audit copies them, because carryPins doesn't know when a pin began.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return
@@ -442,8 +443,8 @@ func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	}
 }
 
-// noteOrder returns the history entry that records the order consumed by a change: the entry of its new generation,
-// or else the newest one.
+// noteOrder returns the history entry that records the order consumed by a change: that of its new generation, or else
+// the newest one. If the newest isn't known, it is made from the record.
 func (in inputs) noteOrder(w change, step policy.Transition) *deployments.History {
 	entry := w.history
 	if newest, known := in.history[w.unit]; entry == nil && known {

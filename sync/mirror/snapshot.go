@@ -16,7 +16,7 @@ import (
 // too old.
 const snapshotEvery = time.Hour
 
-// snapshots passes what this mirror wrote to Config.Snapshot.
+// snapshots passes what this mirror wrote or adopted to Config.Snapshot.
 type snapshots struct {
 	save    func(ctx context.Context, desired []kv.Entry) error // nil: no snapshots are kept
 	log     *slog.Logger
@@ -24,8 +24,9 @@ type snapshots struct {
 	offered []kv.Entry
 }
 
-// offer gives run the records that this mirror wrote or adopted, if they changed since the last call. All other records
-// are left out: the snapshot's signature must not vouch for what somebody else wrote to desired/.
+// offer gives run the records that this mirror wrote or adopted, if they changed since the last call. All others, and
+// orphaned ones that Git never named, are left out: the snapshot's signature must not vouch for what somebody else
+// wrote.
 func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	if s.save == nil {
 		return

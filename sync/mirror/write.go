@@ -53,7 +53,7 @@ func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID
 	}
 }
 
-// unconfirmed reports whether the store has yet to show a write.
+// unconfirmed reports whether the store has yet to show the write of a record.
 func (w *written) unconfirmed() bool {
 	for _, own := range w.records {
 		if own.version == 0 {
@@ -63,8 +63,8 @@ func (w *written) unconfirmed() bool {
 	return false
 }
 
-// lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. If the watch may still
-// be late to show the write, lostState can't tell yet; at is when it can.
+// lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. It is false while the
+// view is out of date. If the watch may still be late to show the write, lostState can't tell yet; at is when it can.
 func (w *written) lostState(state observedState, now time.Time) (lost bool, at time.Time) {
 	if !state.current || w.stateAt.IsZero() || bytes.Equal(state.value, encodeStatus(w.state)) {
 		return false, at
@@ -73,9 +73,9 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 	return !now.Before(at), at
 }
 
-// write commits the changes, and the state if it changed or is lost. If several transactions are needed, the first
-// announces the commit and the last confirms it, so that a mirror that takes over in between knows which commit is
-// half written.
+// write commits the changes, and the state if it changed or is lost. If a new commit needs several transactions, the
+// first announces it and the last confirms it. So a mirror that takes over in between knows which commit is half
+// written.
 func (w *writer) write(
 	ctx context.Context,
 	changes []change,
@@ -201,7 +201,7 @@ func (w *writer) reportFailure(ctx context.Context, err error, now time.Time) {
 	w.writeError(ctx, "the commit can't be written: "+err.Error(), now)
 }
 
-// writeError writes an error to mirror/state.
+// writeError tries to write an error to mirror/state, unless that isn't worth writing: see worthWriting.
 func (w *writer) writeError(ctx context.Context, words string, now time.Time) {
 	status := w.state
 	status.Holder, status.Error = w.name, clip(words, maxError)

@@ -35,9 +35,10 @@ type Releases struct {
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 }
 
-// Check reads the manifest of every release that a tree names. It checks that the manifest exists, has the right
-// digest, parses, is trusted, and does only what kedge.yaml allows for its stage. The error is
-// deployments.Problems, also for manifests that can't be read now.
+// Check reads the manifest of every release that a tree names, until maxUnread could not be read. It checks that the
+// manifest exists, has the right digest, is trusted, parses, and does only what kedge.yaml allows for its stage. For
+// manifests with variables see checkRelease. The error is deployments.Problems, also for manifests that can't be read
+// now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
 	problems, unread := r.Inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
@@ -75,7 +76,8 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// Bounded returns the units whose releases can only be checked by their manifests.
+// Bounded returns the units of stages that s bounds by dests, users or commands: these can only be checked by
+// manifests.
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(slices.Clone(units),
 		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() })
@@ -83,8 +85,8 @@ func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 
 // Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a digest
 // names the same manifest for ever. unread are manifests that could not be read or have no valid signature. For these a
-// retry may help: the release isn't there yet, or the storage is away. Both are sorted. After maxUnread failures
-// Inspect reads no more manifests.
+// retry may help: the release isn't there yet, or the storage is away. Both are sorted by place. Once unread has
+// maxUnread entries, one for each unit, Inspect begins to read no more manifests.
 func (r Releases) Inspect(
 	ctx context.Context,
 	s deployments.Settings,
