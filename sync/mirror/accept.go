@@ -416,7 +416,7 @@ func recorded(
 }
 
 // concerns reports whether a record is about a release that Git names: as its target, or as the release that it rolls
-// back. Of a pinned record, what the pin replaced is asked.
+// back. For a pinned record, it looks at what the pin replaced.
 func concerns(r deployments.Record, release deployments.Pointer) bool {
 	if r.Pinned != nil {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
@@ -426,9 +426,9 @@ func concerns(r deployments.Record, release deployments.Pointer) bool {
 
 // CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5). It refuses
 // what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the
-// branch. It checks no signature of a commit. It checks only the given branches, by default main and the one that HEAD
-// names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the
-// releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
+// branch. It doesn't check signatures of commits, and only checks the given branches, by default main and the one that
+// HEAD names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with
+// the releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
 // quarantine.
 func CheckPush(
 	ctx context.Context,

@@ -27,9 +27,9 @@ type deadNodes struct {
 	denied bool               // this mirror's token may not remove entries
 }
 
-// forget removes the entries that forgettable returns: with AutoScaling, those of nodes that died would only grow in
-// number. Without an up-to-date view of status/, or the permission, it does nothing. again is the time after which to
-// call forget again even if nothing changes; 0: never.
+// forget removes the entries that forgettable returns: with AutoScaling, those of dead nodes would only grow in number.
+// It does nothing while status/ can't be read, or once the store has denied it. again is the time after which to call
+// forget again even if nothing changes; 0: never.
 func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil

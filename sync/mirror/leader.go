@@ -138,7 +138,7 @@ func (m *Mirror) setLeading(lease kv.Lease) {
 	m.metrics.led(lease != nil)
 }
 
-// run leads until ctx ends, the lease turns out to be lost or Config.Leading fails, and returns which.
+// run leads until ctx ends, the lease turns out to be lost or Config.Leading fails, and returns why.
 func (l *leader) run(ctx context.Context) error {
 	if err := l.persist(ctx, "begin to lead", l.begin); err != nil {
 		return err
@@ -201,8 +201,8 @@ func (l *leader) nodeName(ctx context.Context) string {
 	return name
 }
 
-// warnShared logs if the first synced view of status/ has a live agent on this mirror's Consul node. Its token can end
-// the mirror's lease.
+// warnShared logs if the first synced view of status/ has a live agent on this mirror's Consul node. That agent's token
+// can end the mirror's lease.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
 		return
@@ -304,12 +304,12 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row lead to a log line. They are a second apart unless the store keeps
-// changing: a late watch doesn't explain so many.
+// conflictsLogged is how many conflicts in a row lead to a log line: a late watch doesn't explain so many, a second
+// apart. While the store keeps changing, they follow faster.
 const conflictsLogged = 5
 
-// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row. It logs that
-// for the first and every 60th report.
+// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row. It logs the
+// first report, and then every 60th conflict.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // once a minute
 		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+

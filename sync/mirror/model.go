@@ -190,7 +190,7 @@ type writtenRecord struct {
 type keyState int
 
 const (
-	inOrder  keyState = iota // the key holds what this mirror wrote or, if it wrote nothing, a mirror's valid record
+	inOrder  keyState = iota // the key holds what this mirror wrote, or a valid record with a generation where it wrote none
 	inFlight                 // the watch has yet to show this mirror's write
 	foreign                  // the key doesn't hold what this mirror wrote: somebody else changed or removed it
 	unknown                  // this mirror wrote nothing or removed the key, and there is no record to go on from

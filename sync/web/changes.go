@@ -13,14 +13,14 @@ import (
 	"kedge/sync/fleet"
 )
 
-// changeCache caches who changed each unit last, and when: the newest entry of each history, read once per generation.
+// changeCache caches what began each unit's current generation: the history's entry of that generation, read once.
 type changeCache struct {
 	mu    sync.Mutex
 	known map[deployments.UnitID]change
 }
 
-// change describes what began a unit's generation. Author, Subject and At are empty if the history doesn't have the
-// generation.
+// change describes what began a unit's generation. Author, Subject and At are empty if the generation's entry in the
+// history isn't known.
 type change struct {
 	generation int64
 	Commit     string
@@ -54,7 +54,7 @@ func (c *changeCache) of(u *fleet.Unit) change {
 }
 
 // load reads what began the current generation of each unit, unless it is cached, for at most maxChanges units. It
-// returns true if there was anything to read, and all of it was read.
+// returns true if there was anything to read, and all of it was read or can't be: denied, missing or malformed.
 func (c *changeCache) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool {
 	ctx, cancel := context.WithTimeout(ctx, changesWithin)
 	defer cancel()

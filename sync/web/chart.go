@@ -13,14 +13,15 @@ import (
 type chart struct {
 	Areas    []mapPath
 	From, To time.Time
-	// Changes is how often the proportions changed in that time.
+	// Changes is how many changes of the proportions it shows.
 	Changes int
 }
 
 // chartWidth and chartHeight are the size of a chart's drawing, in SVG units.
 const chartWidth, chartHeight = 1000, 100
 
-// chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone.
+// chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone. Of fewer than
+// two samples the chart is empty.
 func chartOf(u *unit, samples []sample, now time.Time) chart {
 	if len(samples) < 2 {
 		return chart{}

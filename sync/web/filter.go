@@ -52,7 +52,7 @@ func (f filter) address(path string) string {
 	return path
 }
 
-// active reports whether the filter leaves anything out.
+// active reports whether the filter may leave anything out.
 func (f filter) active() bool { return f.Stage+f.Role+f.State+f.Query != "" }
 
 // States of units that a filter can select, in addition to the states of nodes.
@@ -165,11 +165,12 @@ const pageRows = 75
 
 // pager says which page of a list is shown.
 type pager struct {
-	From, To, All  int
+	From, To, All  int    // the first row shown (from 1), the last, and how many rows there are
 	Previous, Next string // addresses; empty: there is none
 }
 
-// paged returns the rows of the filter's page, and what to show about the other pages. path is the list's URL path.
+// paged returns the rows of the filter's page, and what to show about the other pages. A page beyond the last is the
+// last. path is the list's URL path.
 func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	pages := max(1, (len(rows)+pageRows-1)/pageRows)
 	f.Page = min(f.Page, pages)
@@ -193,7 +194,7 @@ func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 // maxOptions bounds the options of a selection.
 const maxOptions = 100
 
-// options returns the distinct values of a field, sorted, including the chosen one.
+// options returns the first maxOptions distinct values of a field, and the chosen one, sorted.
 func options(units []*unit, chosen string, field func(deployments.UnitID) string) []string {
 	seen := map[string]bool{}
 	var all []string

@@ -26,7 +26,7 @@ import (
 const (
 	// writeWithin bounds sending one answer, or one event of a stream, to a browser.
 	writeWithin = 30 * time.Second
-	// firstRead is how long a page waits for the first read of the store.
+	// firstRead is how long a page waits for the first read of the store, or for a unit's history.
 	firstRead = 5 * time.Second
 )
 
@@ -140,7 +140,7 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // the client may be gone
 }
 
-// nodes lists the nodes of a unit's map, cell by cell, for the tooltips.
+// nodes answers with the nodes of a unit's map, cell by cell, for the tooltips: their names, states and releases.
 func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 	s := w.first(r.Context())
 	if s == nil {
@@ -180,7 +180,7 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 	_ = document(page).Render(r.Context(), rw) // the client is gone
 }
 
-// unitHistory is a unit's history, newest first.
+// unitHistory is a unit's history, newest first, and the record's generation and retry when it was read.
 type unitHistory struct {
 	generation, retry int64
 	entries           []deployments.History
@@ -191,7 +191,7 @@ type unitHistory struct {
 const maxHistories = 64
 
 // history returns a unit's history, from the cache unless the record's Generation or Retry has changed. If the history
-// can't be read, the result has err.
+// can't be read, the result has err. A unit without a record has none.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}

@@ -42,7 +42,7 @@ type traceStep struct {
 	What, Mark, Tone, Says, Next string
 }
 
-// healthView is the result of a node's health checks.
+// healthView is the health check that fails on a node; zero: none does.
 type healthView struct {
 	Failing bool
 	Check   string
@@ -53,7 +53,7 @@ type healthView struct {
 // maxNodeUnits bounds the listed units of a node.
 const maxNodeUnits = 60
 
-// nodeOf returns the page of a unit on a node. The error names a node with a similar name.
+// nodeOf returns the page of a unit on a node. If the unit has no such node, the error names nodes that it has, if any.
 func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	d, err := fleet.Explain(s.Fleet, u.ID, name)
 	if err != nil {

@@ -27,7 +27,7 @@ type mapRow struct {
 	Versions []mapPath
 }
 
-// mapPath is the cells of one colour, as an SVG path.
+// mapPath is what has one colour in a row of a map, or in a chart, as an SVG path.
 type mapPath struct{ Class, Path string }
 
 // maxCells bounds the cells of a map.

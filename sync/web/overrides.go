@@ -32,7 +32,7 @@ type pinRow struct {
 	Until   time.Time
 	Expired bool
 	AtOnce  bool
-	// Nodes is how many live nodes it is for.
+	// Nodes is how many live nodes it is for; 1 for a node's own pin, even if that node is gone.
 	Nodes        int
 	UnpinCommand string
 }
@@ -53,7 +53,7 @@ type frozenRow struct {
 	PromoteCommand string
 }
 
-// maxOverrides bounds each list.
+// maxOverrides bounds the pins, the orders and the frozen rollouts that are listed.
 const maxOverrides = 80
 
 // overridesOf lists what overrides Git. Pins that end first come first.

@@ -44,7 +44,7 @@ type counted struct {
 	Count int
 }
 
-// mirrorView is the mirror's state.
+// mirrorView is the mirror's state; if Known isn't set, no state can be read.
 type mirrorView struct {
 	Holder  string
 	Running bool
@@ -95,8 +95,8 @@ const (
 	maxFound    = 12
 )
 
-// overviewOf returns the page of the units that pass a filter; false: the path names a stage or role without
-// units.
+// overviewOf returns the page of the units that pass a filter; false: no unit has the stage and role of the filter, and
+// path isn't /.
 func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview, bool) {
 	v := overview{Path: path, Filter: f, Totals: s.totals(commitURL)}
 	v.Stages = options(s.all(), f.Stage, func(id deployments.UnitID) string { return id.Stage })
@@ -136,7 +136,7 @@ func problems(units []*unit) (worst []problem, more int) {
 }
 
 // found returns at most maxFound nodes whose names contain one of the words of a query. It passes over units whose
-// STAGE/ROLE/UNIT contains one.
+// STAGE/ROLE/UNIT contains one. Words like stage:prod don't count, except node:NAME.
 func found(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
@@ -205,7 +205,8 @@ func (s *snapshot) mirror(commitURL string) mirrorView {
 	}
 }
 
-// commitOf returns a commit's view, with a link if its hash is valid: the store's content isn't trusted.
+// commitOf returns a commit's view, with a link if commitURL is set and the hash is valid: the store's content isn't
+// trusted.
 func commitOf(hash, commitURL string) commitView {
 	c := commitView{Short: fleet.Clean(safetext.Prefix(hash, 8), 8), Hash: fleet.Clean(hash, 64)}
 	if commitURL == "" || len(hash) < 7 || strings.Trim(hash, "0123456789abcdef") != "" {
@@ -215,7 +216,7 @@ func commitOf(hash, commitURL string) commitView {
 	return c
 }
 
-// maxLines bounds a text of several lines, as the mirror's error.
+// maxLines bounds a long text, such as the mirror's error: in bytes if it keeps its lines, else in characters.
 const maxLines = 2000
 
 func clipLines(s string) string {
@@ -259,7 +260,8 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	return r
 }
 
-// percent formats n as a percentage of all. It returns 100% only if n is all, and 0% only if n is 0.
+// percent formats n as a percentage of all, rounded down; – if all is 0. It returns 0% only if n is 0, and <1% below
+// 1%.
 func percent(n, all int) string {
 	switch p := 0; {
 	case all == 0:

@@ -184,7 +184,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 	return true
 }
 
-// at returns the snapshot as seen at a later time.
+// at returns the snapshot as seen at a later time, with the same counts.
 func (s *snapshot) at(now time.Time) *snapshot {
 	f := *s.Fleet
 	f.At = now

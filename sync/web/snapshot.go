@@ -14,8 +14,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// snapshot is a fleet as read at one time, with the counts that pages show. What it says doesn't change: it contains
-// times, from which browsers compute elapsed times.
+// snapshot is a fleet as read at one time, with the counts that pages show. What it says doesn't change: it has no
+// elapsed times, but times from which browsers compute them.
 type snapshot struct {
 	*fleet.Fleet
 	// storeError is why the store can't be read now; empty: it can, or that wasn't checked yet.
@@ -79,7 +79,8 @@ func healthOf(n *fleet.Node) health {
 	return busy
 }
 
-// share is how many live nodes run a release.
+// share is how many live nodes run a release. Release is zero for nodes that run nothing, and for the other releases
+// together.
 type share struct {
 	Release deployments.Pointer
 	Name    string
@@ -88,7 +89,7 @@ type share struct {
 	Class string
 }
 
-// maxShares is how many releases of a unit have a colour of their own; all others share one.
+// maxShares is how many releases of a unit have a colour of their own at most; all others share one.
 const maxShares = 5
 
 // unit is a unit with the counts that pages show.
@@ -98,14 +99,14 @@ type unit struct {
 	// target is the release that the unit is meant to reach: its pin's, or the record's target if there is no pin or it
 	// holds. Nodes may have to run another one, such as stable once the target was rolled back.
 	target deployments.Pointer
-	// shares has the number of live nodes for each release that has a colour, most common first, and then one share for
-	// all other releases.
+	// shares has the number of live nodes for each release that has a colour, and for none, most common first. One share
+	// for all other releases follows.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int
 	// states counts live nodes that aren't converged, by their state in words.
 	states map[string]int
-	// trouble is the error of the first node that has one, and troubled that node.
+	// trouble is the error of the first failing or retrying node that has one, and troubled that node.
 	trouble, troubled string
 	pinned            bool
 	progress          *progress
@@ -153,14 +154,14 @@ func summarize(u *fleet.Unit, now time.Time) *unit {
 	return s
 }
 
-// stateOf returns a node's state in words, without details that differ by node.
+// stateOf returns the first word of a node's state: details that differ by node follow it.
 func stateOf(n *fleet.Node) string {
 	text, _, _ := strings.Cut(n.Shown().Text, " ")
 	return fleet.Clean(text, 24)
 }
 
-// colour sets u.shares and u.classes from counts. The target gets the colour v0, the stable release v1, and the most
-// common others v2 and on.
+// colour sets u.shares and u.classes from counts. The target gets the class v0, the stable release v1, the most common
+// others v2 and on, and nodes that run nothing vn. All other releases share vx.
 func (u *unit) colour(counts map[deployments.Digest]*share) {
 	all := make([]*share, 0, len(counts))
 	for _, c := range counts {
@@ -202,7 +203,7 @@ func (u *unit) colour(counts map[deployments.Digest]*share) {
 	}
 }
 
-// class returns the CSS class, and so the colour, of the release that a node runs.
+// class returns the CSS class, and so the colour, of the release that a node runs; vg if the node is gone.
 func (u *unit) class(n *fleet.Node) string {
 	if n.Gone {
 		return "vg"
@@ -214,7 +215,8 @@ func (u *unit) class(n *fleet.Node) string {
 type progress struct {
 	Phase deployments.Phase
 	Label string
-	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed are parts of them.
+	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed are parts of them. If nodes go
+	// back, Converged are those that have left the target.
 	Admitted, Converged, Failed, Of int
 	Since                           time.Time
 	// ExpectedEnd is when the phase is expected to end, according to the mirror or estimated from the trend; zero:
@@ -222,7 +224,7 @@ type progress struct {
 	ExpectedEnd time.Time
 }
 
-// back reports whether nodes go back to the stable release.
+// back reports whether nodes go back to the stable release, or have done so.
 func (p *progress) back() bool {
 	return p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 }
@@ -247,7 +249,8 @@ var phaseLabels = map[deployments.Phase]string{
 	deployments.PhaseRolledBack: "rolled back",
 }
 
-// progressOf returns how far the rollout of u has come; nil: no rollout is under way.
+// progressOf returns how far the rollout of u has come; nil: its record has no rollout, not even one that was rolled
+// back.
 func progressOf(u *unit, now time.Time) *progress {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return nil

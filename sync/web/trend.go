@@ -16,7 +16,8 @@ type trends struct {
 	units map[deployments.UnitID][]sample
 }
 
-// sample is the number of live nodes that ran each release at one time.
+// sample is the number of live nodes that ran each release at one time. Nodes that ran nothing, or a release without a
+// colour of its own, count under the zero digest.
 type sample struct {
 	at     time.Time
 	counts map[deployments.Digest]int
@@ -28,11 +29,12 @@ const (
 	maxSamples = 60
 	// maxTrends bounds the units that have a trend.
 	maxTrends = 2000
-	// sampleEvery is the least time between two samples of a unit.
+	// sampleEvery is the least time between a new sample of a unit and the one before its last: until then the last is
+	// updated.
 	sampleEvery = 2 * time.Second
 )
 
-// record adds a sample for each unit whose shares changed.
+// record adds a sample for each unit whose shares changed, or updates its last one. It forgets units that are gone.
 func (t *trends) record(units []*unit, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -16,7 +16,8 @@ type unitPage struct {
 	Path    string
 	Row     unitRow
 	Problem *problem
-	// Freeze is when the unit's rollouts are frozen next; "": not within a week.
+	// Freeze says until when the unit's rollouts are frozen, or when they are next; "": not within a week, or Steps say
+	// so.
 	Freeze   string
 	Notes    []fleet.Note
 	Steps    []step
@@ -195,7 +196,7 @@ func releasesOf(u *unit) (lines []releaseLine) {
 	return lines
 }
 
-// stepsOf returns the phases of a unit's rollout; none: no rollout is under way.
+// stepsOf returns the phases of a unit's rollout, whose progress is p; none: p is nil.
 func stepsOf(u *unit, p *progress) []step {
 	if p == nil {
 		return nil
@@ -249,7 +250,7 @@ func stepsOf(u *unit, p *progress) []step {
 	return []step{passed("Canary"), passed("Bake"), now("Rolling", admitted), todo("Everywhere")}
 }
 
-// commandsOf returns the commands that would change something about a unit now.
+// commandsOf returns commands that would change something about a unit now, at most 8.
 func commandsOf(u *unit) (all []command) {
 	id := u.ID.String()
 	add := func(does, line string) { all = append(all, command{does, line}) }

@@ -1,12 +1,10 @@
 // Package web is the dashboard: what kedge status, explain and history print, as pages that follow the store live.
 //
-// It is read-only: its one form searches, it takes no request but GET, and needs a token that may list keys and no
-// more. It
-// asks nobody who they are, so whoever reaches its port sees the fleet; Config.Hosts says why a web site that its
-// users visit
-// does not. All that it shows was written by others, and is escaped, cleaned and bounded.
+// It is read-only: its one form searches, it takes only GET and HEAD, and needs a token that may list keys and no more.
+// It asks nobody who they are, so whoever reaches its port sees the fleet; Config.Hosts says why a web site that its
+// users visit does not. All that it shows was written by others, and is escaped, cleaned and bounded.
 //
-// A page is whole without scripts. With them it is told what has changed of it, by server-sent events.
+// A page is whole without scripts. With them it follows the store, by server-sent events that have what changed.
 //
 // Pages are made in three steps: fleet.Fleet, what snapshot.go counts of it, and a view (overview.go, unit.go, node.go,
 // overrides.go) that a template of the same name puts in HTML. After a change of a template: go generate ./sync/web.
@@ -57,7 +55,7 @@ type Web struct {
 	trend         *trends
 
 	mu        sync.Mutex
-	place     string        // the store's name: see source
+	place     string        // the store's datacenter; empty: unknown
 	current   *snapshot     // nil: not read yet
 	changed   chan struct{} // closed when current is replaced
 	recent    []*rendered
@@ -94,8 +92,8 @@ func New(c Config) (*Web, error) {
 // Addr returns the address that it listens on.
 func (w *Web) Addr() string { return w.listener.Addr().String() }
 
-// Run watches the store and answers requests until ctx ends; then it returns nil. While the store is away, pages show
-// what was last known, and say so.
+// Run watches the store and answers requests until ctx ends; then it returns nil. An error of the HTTP server ends it,
+// as does a store that can't be watched at all. While the store is away, pages show what was last known, and say so.
 func (w *Web) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -187,7 +185,7 @@ func (w *Web) latest() (*snapshot, <-chan struct{}) {
 	return w.current, w.changed
 }
 
-// readChanges reads, after each change of the fleet, who made the latest change of each unit.
+// readChanges reads, after each change of the fleet, what made the latest change of each unit, unless it is cached.
 func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 	for {
 		select {
@@ -206,7 +204,7 @@ const (
 	// after a minute, as it may just have no news.
 	probeEvery  = 1500 * time.Millisecond
 	probeWithin = 2 * time.Second
-	// probeFor is how long after the last request for a page the store is probed.
+	// probeFor is how long after the last request for a page the store is probed, if no browser follows changes.
 	probeFor = time.Minute
 )
 
@@ -217,7 +215,7 @@ func (w *Web) noteRequest() {
 	w.used = time.Now()
 }
 
-// probe checks that the store answers, while pages are requested.
+// probe checks that the store answers, while pages are requested or followed.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {
@@ -281,7 +279,7 @@ func (w *Web) probeStore(ctx context.Context) error {
 	return nil
 }
 
-// source returns the store's name for people: its datacenter and prefix.
+// source returns the store's name for people: of Consul the datacenter, once known, and the prefix.
 func (w *Web) source() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()

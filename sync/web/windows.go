@@ -24,7 +24,7 @@ type windowRow struct {
 	// are zero if there is none in the next week.
 	Open     bool
 	From, To time.Time
-	// Later lists the openings after that, in words.
+	// Later lists the next openings after that in words, at most laterOpenings.
 	Later string
 	// Path draws the openings, beginning with the current hour. Zone is the time zone of the window.
 	Path string
@@ -39,7 +39,7 @@ const (
 	weekWidth = 7 * 24 * 6
 )
 
-// windowsOf lists at most maxWindows freeze windows: open ones first, then by their next opening. more is how many
+// windowsOf lists the first maxWindows freeze windows: open ones first, then by their next opening. more is how many
 // others there are.
 func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	windows, more := s.Freezes()

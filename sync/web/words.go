@@ -41,7 +41,7 @@ func names(all []counted) (names []string) {
 	return names
 }
 
-// when returns a class if a condition holds.
+// when returns a class if a condition holds, or else "".
 func when(condition bool, class string) string {
 	if condition {
 		return class
@@ -70,13 +70,14 @@ func toneClass(t fleet.Tone) string {
 		fleet.Warn: "warn", fleet.Bad: "bad"}[t]
 }
 
-// rect is a part of a bar.
+// rect is a part of a bar; x and width are in nodes.
 type rect struct{ class, x, width string }
 
 // box returns the SVG view box of a bar or line with n parts.
 func box(n int) string { return fmt.Sprintf("0 0 %d 1", max(1, n)) }
 
-// boxes returns the parts of a bar of shares, the target first, so that it grows from the left.
+// boxes returns the parts of a bar of shares, the target first, so that it grows from the left, and nodes that run
+// nothing last.
 func boxes(all []share) (rects []rect) {
 	all = slices.Clone(all)
 	slices.SortStableFunc(all, func(a, b share) int {
@@ -110,7 +111,8 @@ func describeShares(all []share) string {
 	return text
 }
 
-// boxes returns the parts of a rollout's bar: converged, admitted and changing, failed.
+// boxes returns the parts of a rollout's bar: nodes that converged, that are changing or have yet to go back, that
+// failed.
 func (p *progress) boxes() []rect {
 	moving := max(0, p.Admitted-p.Converged-p.Failed)
 	if p.back() {
