@@ -426,9 +426,9 @@ func concerns(r deployments.Record, release deployments.Pointer) bool {
 
 // CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5). It refuses
 // what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the
-// branch. It doesn't check signatures of commits, and only checks the given branches, by default main and the one that
-// HEAD names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with
-// the releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
+// branch. Signatures aren't checked, nor other branches than the given ones, by default main and the one that HEAD
+// names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the
+// releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
 // quarantine.
 func CheckPush(
 	ctx context.Context,

@@ -131,8 +131,8 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 }
 
 // descends reports whether commit to descends from commit from. If the repository lacks commits between them, the error
-// is git.ErrGap. The repository is then fetched anew now and then: somebody may have completed the server's, which
-// moves no branch.
+// is git.ErrGap. A later call may have it fetched anew: somebody may have completed the server's, which moves no
+// branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {

@@ -165,7 +165,7 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin makes the top folder keys, and reads the state that the last leader left at mirror/state. A state that doesn't
+// begin makes the top folder keys, and reads the state that the last leader left at mirror/state. One that doesn't
 // parse counts as none.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
@@ -201,8 +201,8 @@ func (l *leader) nodeName(ctx context.Context) string {
 	return name
 }
 
-// warnShared logs if the first synced view of status/ has a live agent on this mirror's Consul node. That agent's token
-// can end the mirror's lease.
+// warnShared logs if the first synced view of status/ has a live agent on this mirror's Consul node: the agent's token
+// can end the lease.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
 		return
@@ -304,14 +304,14 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row lead to a log line: a late watch doesn't explain so many, a second
-// apart. While the store keeps changing, they follow faster.
+// conflictsLogged is how many conflicts in a row are logged: a late watch doesn't explain as many. They are a second
+// apart, or less while the store changes.
 const conflictsLogged = 5
 
-// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row. It logs the
-// first report, and then every 60th conflict.
+// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row, and logs it
+// now and then.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
-	if nth == conflictsLogged || nth%60 == 0 { // once a minute
+	if nth == conflictsLogged || nth%60 == 0 { // about once a minute
 		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+
 			"writer below desired/ or control/?", "store", l.c.Store, "times", nth, "error", err)
 	}
@@ -324,8 +324,8 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 }
 
 // round takes the branch's head if it is acceptable, writes what reconcile asks for, and does all other work that is
-// due. Until desired/ is known it does nothing; while a unit of a new commit has to wait, it writes no record of that
-// commit. again is the time after which to run another round even if nothing changes; 0: never.
+// due. It does nothing until desired/ is known, and writes nothing while a unit of a new commit has to wait. again is
+// the time after which to run another round even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {

@@ -54,8 +54,8 @@ type Config struct {
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo;
 	// default: the root.
 	Path string
-	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net). A local repo
-	// that can't be watched is polled each second.
+	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net). One that can't
+	// be watched is polled each second.
 	Every time.Duration
 	// Accept is the full hash of a commit that is taken if it is the branch's head, whatever its history and the
 	// units that it removes: for a repository that was replaced. It has no effect once the store holds a commit
@@ -72,7 +72,7 @@ type Config struct {
 	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on, and which commits
 	// were validly signed. Each mirror needs its own. Default: a temporary directory for the objects, which Run removes.
 	CacheDir string
-	// SignedBy is an allowed_signers file. If it or SignedByPGP is set, a commit that no signer of either has signed is
+	// SignedBy is an allowed_signers file. If it or SignedByPGP is set, a commit that none of their signers has signed is
 	// refused.
 	SignedBy string
 	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
@@ -264,8 +264,8 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live answers an HTTP request: whether this mirror leads, the branch's head as last read, why that may be out of date,
-// and the version.
+// live answers an HTTP request: whether this mirror leads, the head as last read, why that may be out of date, the
+// version.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads, branch := m.leads(), m.branch.state()
 	answer := struct {

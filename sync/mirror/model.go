@@ -75,7 +75,7 @@ const leftFor = 10 * time.Minute
 const maxLeft = 10_000
 
 // leftSince returns the times at which entries of a role vanished that have not come back. following is the time from
-// which the mirror has watched for that; zero: unknown.
+// which the mirror has watched for that; zero: it has yet to begin.
 func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
 	return f.left[role], f.began
 }
@@ -158,8 +158,7 @@ func (o outage) goesOn(u deployments.UnitReport) bool {
 	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
-// order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that carries it out or refuses it removes
-// the key.
+// order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that obeys or refuses it removes the key.
 type order struct {
 	deployments.Order
 	version uint64
@@ -177,8 +176,8 @@ type written struct {
 type writtenRecord struct {
 	record deployments.Record
 	value  []byte // nil: the key was removed
-	// base is the version that the write replaced (0: none). version is the write's own, 0 until the store has shown it.
-	// For an adopted record, both are what was found.
+	// base is the version that the write replaced (0: none). version is its own, 0 until the store has shown it. An
+	// adopted record has the same in both.
 	base, version uint64
 	at            time.Time
 	// vouched is set if a commit named the unit, so that the record goes into the signed snapshot. A record whose
@@ -190,8 +189,8 @@ type writtenRecord struct {
 type keyState int
 
 const (
-	inOrder  keyState = iota // the key holds what this mirror wrote, or a valid record with a generation where it wrote none
-	inFlight                 // the watch has yet to show this mirror's write
+	inOrder  keyState = iota // the key holds what this mirror wrote or, if it wrote none, a record with a generation
+	inFlight                 // the watch has yet to show this mirror's write, for up to watchLag
 	foreign                  // the key doesn't hold what this mirror wrote: somebody else changed or removed it
 	unknown                  // this mirror wrote nothing or removed the key, and there is no record to go on from
 )
@@ -306,8 +305,7 @@ func text(err error) string {
 	return err.Error()
 }
 
-// clip cuts a text to n bytes and "...", after a line that ends beyond n/2, or else after a character. It leaves
-// shorter texts alone.
+// clip cuts text beyond n bytes, at the end of a line after n/2 or else of a character, and adds "...".
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s

@@ -29,8 +29,8 @@ type inputs struct {
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
-	// history has the newest entry of each unit whose role is in pastRead, as its history was read: see needsHistory.
-	// pastPins and stable are the units' pins and stable releases, as in historyKeeper.
+	// pastRead has the roles whose history was read: see needsHistory. history has the newest entries of their units,
+	// pastPins and stable the pins and stable releases, as in historyKeeper.
 	history  map[deployments.UnitID]deployments.History
 	pastPins map[deployments.UnitID][]deployments.PastPin
 	pastRead map[deployments.RoleID]bool
@@ -77,8 +77,7 @@ func (in inputs) passed(at time.Time) time.Time {
 }
 
 // vanishTimes returns the times at which entries of a unit's nodes vanished that have not come back. following is the
-// time from which the mirror has watched for that without a gap; zero: always. All are by the present clock: see
-// passed.
+// time from which the mirror has watched for that without a gap; zero: always. All are by the present clock.
 func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}

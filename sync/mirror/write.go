@@ -74,8 +74,7 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 }
 
 // write commits the changes, and the state if it changed or is lost. If a new commit needs several transactions, the
-// first announces it and the last confirms it. So a mirror that takes over in between knows which commit is half
-// written.
+// first announces it and the last confirms it. So a mirror that takes over knows which commit is half written.
 func (w *writer) write(
 	ctx context.Context,
 	changes []change,

@@ -20,8 +20,7 @@ type chart struct {
 // chartWidth and chartHeight are the size of a chart's drawing, in SVG units.
 const chartWidth, chartHeight = 1000, 100
 
-// chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone. Of fewer than
-// two samples the chart is empty.
+// chartOf draws two or more samples up to now, rounded to the minute so that the chart seldom changes by time alone.
 func chartOf(u *unit, samples []sample, now time.Time) chart {
 	if len(samples) < 2 {
 		return chart{}

@@ -21,8 +21,8 @@ const (
 	// maxRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
 	maxRate      = 4500
 	longestPause = 4 * time.Second
-	// beat is how often a stream sends a heartbeat, except in the pause after an event. A page that hears nothing for
-	// longer than two beats and longestPause shows that it may be out of date.
+	// beat is how often a stream sends a heartbeat, except in the pause after an event. A page that hears nothing for 4.5
+	// s, longer than longestPause, shows that it may be out of date.
 	beat = 2 * time.Second
 	// refresh is how often a page that shows elapsed times is rendered again without a change.
 	refresh = 10 * time.Second

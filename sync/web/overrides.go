@@ -106,7 +106,7 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	return r
 }
 
-// maxFaults bounds the listed faulty keys.
+// maxFaults bounds the listed errors that belong to no unit.
 const maxFaults = 20
 
 // faults returns the first maxFaults errors that belong to no unit.

@@ -95,8 +95,8 @@ const (
 	maxFound    = 12
 )
 
-// overviewOf returns the page of the units that pass a filter; false: no unit has the stage and role of the filter, and
-// path isn't /.
+// overviewOf returns the page of the units that pass a filter; false: path isn't / and no unit has the filter's stage
+// and role.
 func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview, bool) {
 	v := overview{Path: path, Filter: f, Totals: s.totals(commitURL)}
 	v.Stages = options(s.all(), f.Stage, func(id deployments.UnitID) string { return id.Stage })
@@ -205,8 +205,7 @@ func (s *snapshot) mirror(commitURL string) mirrorView {
 	}
 }
 
-// commitOf returns a commit's view, with a link if commitURL is set and the hash is valid: the store's content isn't
-// trusted.
+// commitOf returns a commit's view, with a link if commitURL is set and the hash, which isn't trusted, is valid.
 func commitOf(hash, commitURL string) commitView {
 	c := commitView{Short: fleet.Clean(safetext.Prefix(hash, 8), 8), Hash: fleet.Clean(hash, 64)}
 	if commitURL == "" || len(hash) < 7 || strings.Trim(hash, "0123456789abcdef") != "" {
@@ -260,8 +259,7 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	return r
 }
 
-// percent formats n as a percentage of all, rounded down; – if all is 0. It returns 0% only if n is 0, and <1% below
-// 1%.
+// percent formats n as a percentage of all, rounded down; – if all is 0. It returns <1%, not 0%, unless n is 0.
 func percent(n, all int) string {
 	switch p := 0; {
 	case all == 0:

@@ -249,8 +249,7 @@ var phaseLabels = map[deployments.Phase]string{
 	deployments.PhaseRolledBack: "rolled back",
 }
 
-// progressOf returns how far the rollout of u has come; nil: its record has no rollout, not even one that was rolled
-// back.
+// progressOf returns how far the rollout of u has come, or if it was rolled back; nil: its record has none.
 func progressOf(u *unit, now time.Time) *progress {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return nil

@@ -16,8 +16,7 @@ type unitPage struct {
 	Path    string
 	Row     unitRow
 	Problem *problem
-	// Freeze says until when the unit's rollouts are frozen, or when they are next; "": not within a week, or Steps say
-	// so.
+	// Freeze says until when the unit's rollouts are frozen, or when next; "": not within a week, or Steps say so.
 	Freeze   string
 	Notes    []fleet.Note
 	Steps    []step

@@ -140,7 +140,7 @@ func (w *Web) Run(ctx context.Context) error {
 	return nil
 }
 
-// show makes a fleet the current one.
+// show makes a fleet the current one, and records it in the trends.
 func (w *Web) show(f *fleet.Fleet) {
 	s := &snapshot{Fleet: f}
 	w.trend.record(s.all(), f.At)

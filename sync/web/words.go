@@ -76,8 +76,7 @@ type rect struct{ class, x, width string }
 // box returns the SVG view box of a bar or line with n parts.
 func box(n int) string { return fmt.Sprintf("0 0 %d 1", max(1, n)) }
 
-// boxes returns the parts of a bar of shares, the target first, so that it grows from the left, and nodes that run
-// nothing last.
+// boxes returns the parts of a bar of shares: the target first, so that it grows from the left, and no release last.
 func boxes(all []share) (rects []rect) {
 	all = slices.Clone(all)
 	slices.SortStableFunc(all, func(a, b share) int {
@@ -111,8 +110,7 @@ func describeShares(all []share) string {
 	return text
 }
 
-// boxes returns the parts of a rollout's bar: nodes that converged, that are changing or have yet to go back, that
-// failed.
+// boxes returns the parts of a rollout's bar: nodes that converged, that change or have yet to go back, that failed.
 func (p *progress) boxes() []rect {
 	moving := max(0, p.Admitted-p.Converged-p.Failed)
 	if p.back() {

@@ -35,10 +35,9 @@ type Releases struct {
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 }
 
-// Check reads the manifest of every release that a tree names, until maxUnread could not be read. It checks that the
-// manifest exists, has the right digest, is trusted, parses, and does only what kedge.yaml allows for its stage. For
-// manifests with variables see checkRelease. The error is deployments.Problems, also for manifests that can't be read
-// now.
+// Check reads the manifests of the releases that a tree names, as Inspect does. It checks that each exists, has the
+// right digest, is trusted, parses, and does only what kedge.yaml allows for its stage (with variables, see
+// checkRelease). The error is deployments.Problems, also for manifests that can't be read now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
 	problems, unread := r.Inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
@@ -76,8 +75,7 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// Bounded returns the units of stages that s bounds by dests, users or commands: these can only be checked by
-// manifests.
+// Bounded returns the units of stages that s bounds by dests, users or commands, which only manifests tell.
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(slices.Clone(units),
 		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() })
