@@ -37,8 +37,8 @@ var assetTypes = map[string]string{
 	"kedge.css": "text/css; charset=utf-8", "kedge.js": "text/javascript; charset=utf-8", "kedge.svg": "image/svg+xml",
 }
 
-// asset returns the URL of one of the dashboard's files. It contains a hash of the content, so browsers cache it
-// for ever.
+// asset returns the URL of one of the dashboard's files. It contains a hash of the content, so browsers may cache it
+// for a year.
 func asset(name string) templ.SafeURL {
 	data, _ := static.ReadFile("static/" + name)
 	sum := sha256.Sum256(data)
