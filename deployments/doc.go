@@ -1,5 +1,5 @@
 // Package deployments is the model of kedge: every format that Git, Consul KV, object storage and nodes share, and the
-// reference of each. It imports nothing else of kedge.
+// reference of each. It imports nothing else of kedge but safetext.
 //
 // People type manifests, unit files, kedge.yaml, agent.yaml, pins and orders. These are parsed strictly: an unknown
 // field, a field that is given twice and a bad value are errors with line and column. Programs write records, reports,
@@ -12,7 +12,8 @@
 // # Manifest
 //
 // A manifest says what a release is and how it goes live. kedge publish writes one beside each archive; stretcher's
-// manifests are manifests, too. Once a pointer names its digest it never changes. At most 1 MiB.
+// manifests are manifests, too. Once a pointer names its digest it never changes. Fields that begin with x- are passed
+// over. At most 1 MiB.
 //
 // Example of a manifest:
 //
@@ -260,7 +261,7 @@
 // # Order
 //
 // An order at control/STAGE/ROLE/UNIT tells the mirror what to do about a rollout. The mirror removes it when it has
-// obeyed. It is a bare verb, or YAML or JSON with fields. At most 4 KiB.
+// obeyed or refused it. It is a bare verb, or YAML or JSON with fields. At most 4 KiB.
 //
 // Example of an order:
 //
@@ -277,7 +278,8 @@
 // # Record
 //
 // A record at desired/STAGE/ROLE/UNIT is what a unit should run, and how far the fleet may have gone there. The mirror
-// that holds the lease writes it. Where no mirror runs, a person may write a bare pointer instead. It stays under 1 KB.
+// that holds the lease writes it. Where no mirror runs, a person may write a bare pointer instead. It mostly stays
+// under 1 KB.
 //
 // Example of a record:
 //
@@ -347,7 +349,7 @@
 // Of a unit:
 //
 //	state         converged, waiting, fetching, switching, retrying, quarantined, held, unhealthy or invalid
-//	running       the pointer of what dest leads to
+//	running       the pointer of the release that is live
 //	version       its manifest's
 //	want          the pointer of what should run
 //	message       why want is what should run, in words

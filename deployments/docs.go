@@ -11,7 +11,7 @@ import (
 //go:embed docs/*.md
 var docs embed.FS
 
-// formats is the source of the package comment, whose sections are pages as well.
+// formats is the source of the package comment; some of its sections are pages as well.
 //
 //go:embed doc.go
 var formats string
@@ -54,7 +54,7 @@ type Topic struct {
 	Reference bool
 }
 
-// Topics returns the pages of the manual, ordered by name, those of the reference last.
+// Topics returns the pages of docs, ordered by name, and then those of the reference, in the order of sections.
 func Topics() []Topic {
 	entries, err := docs.ReadDir("docs")
 	if err != nil {

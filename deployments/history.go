@@ -28,15 +28,15 @@ type History struct {
 	Retry int64 `json:"retry,omitempty"`
 	// Pinned is a copy of Record.Pinned: what Git asked for while a unit pin was rolled out instead; nil: none was.
 	Pinned *Pinned `json:"pinned,omitempty"`
-	// Note says what else led to the generation: a change by hand that was put back, an order, a rollout that was
-	// stopped.
+	// Note says what else led to the generation: such as a pin, an order, a change by hand that was put back, or a
+	// rollout that was stopped.
 	Note string `json:"note,omitempty"`
 	// Pins are the pins of the unit, and of its nodes, that were in force in this generation, the oldest first. A
 	// pin that outlasts the generation is listed in the next entry, too. The mirror rewrites the newest entry when
 	// a pin comes or ends.
 	Pins []PastPin `json:"pins,omitempty"`
-	// Orders are the orders that the mirror took in this generation, the oldest first. If an order began the
-	// generation, it is the first.
+	// Orders are the newest orders that the mirror took in this generation, the oldest first. An order that began the
+	// generation is the first of all.
 	Orders []PastOrder `json:"orders,omitempty"`
 	// Truncated is set if there were more pins or orders than an entry keeps.
 	Truncated bool `json:"truncated,omitempty"`
@@ -44,14 +44,14 @@ type History struct {
 
 // PastPin is a pin as the history keeps it. By, Reason and Error are cut at MaxPastWords.
 type PastPin struct {
-	// At is when the mirror saw the pin. Ended is when it was removed or replaced, or when its Until came; zero:
-	// it is still in force.
+	// At is when the mirror saw the pin. Ended is when the mirror saw it removed or replaced, or its Until. Zero: it is
+	// in force, or outlasted the generation.
 	At    time.Time `json:"at"`
 	Ended time.Time `json:"ended,omitzero"`
 	// Node is the one node that the pin was for; empty: all nodes of the unit.
 	Node string `json:"node,omitempty"`
 	Pin
-	// Error says why the pin's value could not be read. Such a pin changed nothing on any node.
+	// Error says why the pin's value could not be read. Such a pin keeps its nodes as they are.
 	Error string `json:"error,omitempty"`
 }
 
@@ -73,8 +73,8 @@ type PastOrder struct {
 const (
 	// HistoryKept is how many generations of a unit stay in history/.
 	HistoryKept = 50
-	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords the bytes of each
-	// By, Reason and Error: whoever may write pins or orders must not make an entry grow without bound.
+	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords how many bytes of each
+	// By, Reason and Error are kept: whoever may write pins or orders must not make an entry grow without bound.
 	MaxPastPins   = 50
 	MaxPastOrders = 50
 	MaxPastWords  = 200
@@ -104,8 +104,8 @@ func (h *History) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// MergePins keeps each pin only in the entry of the generation in which it began, and removes its other mentions from
-// history. The pin's end is that of its newest mention. history is sorted newest first, and is changed in place.
+// MergePins keeps each pin only in the oldest entry that lists it, and removes its other mentions from history. The
+// pin's end is that of its newest mention. history is sorted newest first, and is changed in place.
 func MergePins(history []History) {
 	began := map[pastPinKey]*PastPin{}
 	for i := len(history) - 1; i >= 0; i-- {
@@ -127,7 +127,7 @@ func MergePins(history []History) {
 	}
 }
 
-// pastPinKey identifies a pin: a node has one pin at a time.
+// pastPinKey identifies a pin by its node (empty: all nodes) and its At: a node has one pin at a time.
 type pastPinKey struct {
 	node string
 	at   int64

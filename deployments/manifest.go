@@ -6,8 +6,9 @@ import (
 )
 
 // Manifest says what a release is and how it goes live. It is a superset of stretcher's manifest. Manifests of
-// stretcher deploy unchanged, unless they have unknown fields, loops in templates, or a src without a checksum: these
-// are errors here. kedge publish or a person writes a manifest; it is immutable once a pointer names its digest.
+// stretcher deploy unchanged, except as migrating/differences.md says. Unknown fields, loops in templates, and a src
+// without a checksum are errors here. kedge publish or a person writes a manifest; it is immutable once a pointer
+// names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
 	// Created is when a signed release was made: a node with signers refuses a release below its version floor. Whole
@@ -25,7 +26,7 @@ type Manifest struct {
 	Index  *Blob
 	Deltas []Delta
 
-	// Dest is an absolute, clean path. DestMode is the mode of the tree's top directory.
+	// Dest is an absolute, clean path; empty only without Src. DestMode is the mode of the tree's top directory.
 	Dest     string
 	DestMode fs.FileMode
 	Strategy Strategy
@@ -36,7 +37,8 @@ type Manifest struct {
 	Owner string
 	// Keep is how many old releases stay beside the running and the last good one, at least 1. Default 3.
 	Keep int
-	// Shared are paths of the tree, relative and clean, that live outside of the release and stay across releases.
+	// Shared are paths of the tree, relative and clean, that live outside of the release and stay across releases; for
+	// StrategyRelease alone.
 	Shared []string
 	// Symlinks says whether links of the archive may lead out of the tree.
 	Symlinks Symlinks
@@ -104,8 +106,8 @@ func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Succ
 type Command struct {
 	Run string
 	// Timeout is how long the command may run before its whole process group is ended. Default: the manifest's
-	// commands.timeout, or else 10 minutes; a day in a manifest that has only stretcher's fields, as stretcher has no
-	// timeouts.
+	// commands.timeout, or else 10 minutes; a day in a manifest of stretcher's, which has no timeouts: see
+	// stretchersFields.
 	Timeout time.Duration
 	// User is the user that the command runs as, by name or number; empty: the agent's.
 	User string
@@ -154,7 +156,7 @@ const (
 	DuringDeploy During = "deploy" // at the switch alone: for what all nodes share, such as a database
 )
 
-// HTTPCheck passes on status 2xx, or on Status if that is set, provided that Contains is in the first 64 KiB of
+// HTTPCheck passes on status 2xx, or only on Status if that is set, provided that Contains is in the first 64 KiB of
 // the body.
 type HTTPCheck struct {
 	URL      string
@@ -162,5 +164,5 @@ type HTTPCheck struct {
 	Contains string
 }
 
-// MaxManifest bounds a manifest, in bytes, before it is parsed.
+// MaxManifest bounds a manifest, in bytes, before and after its variables are filled in.
 const MaxManifest = 1 << 20

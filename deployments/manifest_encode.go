@@ -12,8 +12,9 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-// Encode returns a manifest as YAML, as kedge publish writes it. ParseManifest of that text, at the same URL,
-// returns an equal Manifest. Fields that hold their default are left out.
+// Encode returns a manifest as YAML, as kedge publish writes it. Fields that are zero or hold their default are left
+// out. Otherwise ParseManifest of that text, at the same URL, returns an equal Manifest. Encode returns an error
+// beyond MaxManifest.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {
@@ -138,7 +139,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	return data, nil
 }
 
-// own reports whether Encode writes a field that stretcher doesn't know: such a manifest is one of kedge's own.
+// own reports whether Encode writes a field or a strategy that stretcher doesn't know: such a manifest is kedge's own.
 func (m *Manifest) own() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
@@ -155,7 +156,7 @@ func (m *Manifest) own() bool {
 // scalar is text that is quoted in YAML, unless every YAML reader takes it for text unquoted.
 type scalar string
 
-// bare matches text that every reader of YAML takes for text, unquoted.
+// bare matches text that every reader of YAML takes for text, unquoted, but for words such as true and no.
 var bare = regexp.MustCompile(`^[A-Za-z/]([A-Za-z0-9._/@+=:-]*[A-Za-z0-9._/@+=-])?$`)
 
 func (s scalar) MarshalYAML() ([]byte, error) {

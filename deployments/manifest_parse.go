@@ -22,7 +22,7 @@ const (
 	maxEnv      = 1000
 	maxSecrets  = 100
 
-	// DefaultCommandTimeout is the timeout of commands in kedge's own manifests, stretchersTimeout that in
+	// DefaultCommandTimeout is the timeout of commands in kedge's own manifests that give none, stretchersTimeout that in
 	// stretcher's.
 	DefaultCommandTimeout = 10 * time.Minute
 	stretchersTimeout     = 24 * time.Hour
@@ -34,11 +34,11 @@ const (
 	defaultCheckTimeout   = 5 * time.Second
 )
 
-// ParseManifest parses the manifest found at url, whose digest the caller has checked. As in stretcher, {{ env
-// "NAME" "default" }} and {{ must_env "NAME" }} are first replaced by what env returns; a nil env has no
-// variables. Relative URLs are made absolute against url. Unknown fields (which stretcher ignores), fields given
-// twice and bad values are Problems with line and column. A field without a value counts as left out, as in
-// stretcher.
+// ParseManifest parses the manifest found at url, whose digest the caller has checked. As in stretcher, {{ env "NAME"
+// "default" }} and {{ must_env "NAME" }} are first replaced by what env returns; a nil env has no variables. Relative
+// URLs are made absolute against url. Unknown fields (which stretcher ignores), fields given twice and bad values are
+// Problems with line and column. A field without a value counts as left out, as in stretcher, and so does one that
+// begins with x-.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
 	if env == nil {
 		env = func(string) (string, bool) { return "", false }
@@ -47,8 +47,8 @@ func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*M
 	return m, err
 }
 
-// ParseTemplate parses a manifest whose variables aren't known: fields that contain one are not checked, and may
-// be empty in the result.
+// ParseTemplate parses a manifest whose variables aren't known: fields that contain one are not checked. In the result
+// they are empty, or have a placeholder for it. Conditions are as in readManifest.
 func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	m, _, err := readManifest(data, url, nil)
 	return m, err
@@ -57,8 +57,8 @@ func ParseTemplate(data []byte, url string) (*Manifest, error) {
 // variable is the placeholder for an unknown variable's value.
 const variable = "kedge-variable"
 
-// ManifestTraps returns a warning for each part of a valid manifest that may surprise people, mostly in old ones of
-// stretcher's. Variables are treated as unknown.
+// ManifestTraps returns a warning for each part of a manifest that may surprise people, mostly in old ones of
+// stretcher's. Variables are treated as unknown. The error is that of ParseTemplate.
 func ManifestTraps(data []byte) ([]Problem, error) {
 	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
@@ -145,14 +145,15 @@ type manifestReader struct {
 	timeout time.Duration
 }
 
-// stretchersFields are the fields that stretcher reads. A manifest with no other fields counts as stretcher's.
+// stretchersFields are the fields that stretcher reads. A manifest with no other fields counts as stretcher's, unless
+// its sync_strategy is release.
 var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
 
 // setTimeouts gives a timeout to each command without one of its own: commands.timeout if that is given. Otherwise,
-// commands of kedge's own manifests get DefaultCommandTimeout. stretcher has no timeouts, so commands of its manifests
-// get stretchersTimeout, which no command reaches that ends at all.
+// commands of kedge's own manifests get DefaultCommandTimeout, which is noted as a trap. stretcher has no timeouts, so
+// commands of its manifests get stretchersTimeout, which no command reaches that ends at all.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false
@@ -283,7 +284,8 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}
 }
 
-// destMode reads an octal mode in any notation. stretcher read 755 as a decimal number, which is mode 01363.
+// destMode reads an octal mode: 755, 0755 or 0o755. Only its last three digits count. stretcher read 755 as a decimal
+// number, which is mode 01363.
 func (r *manifestReader) destMode(n ast.Node) {
 	s, ok := r.text(n)
 	if !ok {
@@ -380,8 +382,8 @@ func (r *manifestReader) secrets(n ast.Node) {
 	}
 }
 
-// variables reads a mapping whose keys are names of environment variables. Names that kedge itself sets are
-// refused.
+// variables reads a mapping whose keys are names of environment variables. Names that begin with KEDGE_, as those that
+// kedge sets do, are refused.
 func (r *manifestReader) variables(n ast.Node, what, example string, most int, read func(name string, given ast.Node)) {
 	values, ok := r.entries(n)
 	if !ok {

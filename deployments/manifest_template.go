@@ -24,18 +24,18 @@ type expansion struct {
 	text string
 	// values are the environment variables that were read, with their values.
 	values []variableValue
-	// names are, by line (from 1), the variables whose values are in that line.
+	// names are, by line (from 1), the variables that the actions in that line have read.
 	names map[int][]string
 	// open counts the conditions that depend on a variable whose value isn't known here.
 	open int
 }
 
-// expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape,
-// and of text/template what manifests need: if, with, printf, comparisons, variables. There are no loops, calls or
-// nested templates, so that an unchecked text can't run for long.
+// expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape, and
+// of text/template if, with, variables, and the other functions in functions. There are no loops, calls or nested
+// templates, so that an unchecked text can't run for long.
 //
-// choose decides the conditions that depend on a variable, by their number. If choose is nil, the variables are
-// known and the conditions are evaluated.
+// choose decides the conditions that depend on a variable, by their number: from 0, as they are reached. If choose is
+// nil, the variables are known and the conditions are evaluated.
 func expand(text string, env func(string) (string, bool), choose func(condition int) bool) (expansion, error) {
 	if !strings.Contains(text, "{{") {
 		return expansion{text: text}, nil
@@ -76,7 +76,7 @@ type expander struct {
 	result expansion
 }
 
-// variableValue is an environment variable.
+// variableValue is an environment variable with its value.
 type variableValue struct{ name, value string }
 
 // templateVariable is a variable of the template, such as $name.
@@ -245,7 +245,7 @@ func (e *expander) arg(n parse.Node, dot any) (any, error) {
 		clip(n.String()))
 }
 
-// functions are the functions of templates, each with the least and the most arguments it takes (-1: no bound).
+// functions are all functions of templates, each with the least and the most arguments it takes (-1: no bound).
 var functions = map[string]struct{ least, most int }{
 	"env": {1, -1}, "must_env": {1, 1}, "json_escape": {1, 1},
 	"printf": {1, -1}, "print": {0, -1}, "println": {0, -1},
@@ -312,8 +312,8 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 	}
 }
 
-// text calls one of stretcher's functions. As in stretcher, env returns the first variable of its words that is
-// set and not empty, else the last word itself.
+// text calls one of stretcher's functions. As in stretcher, env returns the value of the first of its words that is a
+// variable which is set and not empty, else the last word itself.
 func (e *expander) text(name string, words []string) (string, error) {
 	switch name {
 	case "env":
@@ -350,7 +350,7 @@ func (e *expander) read(name, value string) {
 	}
 }
 
-// truth returns text/template's truth of a value: anything but empty and zero is true.
+// truth returns text/template's truth of a value: anything but false, empty text, zero and nil is true.
 func truth(value any) bool {
 	switch v := value.(type) {
 	case string:
@@ -365,7 +365,7 @@ func truth(value any) bool {
 	return false
 }
 
-// format is printf with the verbs s, v, d, q, t and f. Its result is bounded to the size of a manifest.
+// format is printf with the verbs s, v, d, q, t and f. It returns an error if the result could exceed 8*MaxManifest.
 func format(values []any) (string, error) {
 	layout, ok := values[0].(string)
 	if !ok {
@@ -405,8 +405,8 @@ func format(values []any) (string, error) {
 	return fmt.Sprintf(layout, values[1:]...), nil
 }
 
-// compare returns the result of the comparison name, from eq to ge, of values of one type. eq reports whether the first
-// value equals one of the others.
+// compare returns the result of the comparison name, from eq to ge, of values of one type; other values are an error.
+// eq reports whether the first value equals one of the others.
 func compare(name string, values []any) (bool, error) {
 	order := func(a, b any) (int, error) {
 		switch x := a.(type) {

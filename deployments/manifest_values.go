@@ -35,7 +35,7 @@ func (r *manifestReader) asURL(s string) (string, error) {
 	return s, CheckSourceURL(s)
 }
 
-// parentOf returns a path up to its last slash, included.
+// parentOf returns a path up to its last slash, included; empty: it has none.
 func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
 // asShown reads a name or version. It is shown to people, and becomes part of a directory's name and of a URL.
@@ -56,7 +56,7 @@ var (
 	owner        = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 )
 
-// isOwner reports whether s can be the name of a user or a group.
+// isOwner reports whether s can be the name or number of a user or a group.
 func isOwner(s string) bool { return len(s) <= 64 && owner.MatchString(s) }
 
 func asCreated(s string) (time.Time, error) {

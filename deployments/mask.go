@@ -15,12 +15,12 @@ const minMasked = 4
 // maskText replaces a masked value.
 const maskText = "***"
 
-// Mask hides the values of variables, as {{ must_env }} passes them to commands, in logs, status, journals and
-// errors. A nil Mask and the zero Mask hide nothing.
+// Mask hides the values of variables and secrets that manifests use, in logs, status, journals and errors. A nil Mask
+// and the zero Mask hide nothing.
 type Mask struct{ replacer *strings.Replacer }
 
-// NewMask returns a Mask that hides the values, also if they are quoted, escaped for a URL, or cut into lines. It
-// returns nil if no value is long enough to be hidden.
+// NewMask returns a Mask that hides the values of 4 bytes and more, also if they are quoted, escaped for a URL, or cut
+// into lines. It returns nil if there are none.
 func NewMask(values []string) *Mask {
 	var forms []string
 	add := func(s string) {
@@ -62,8 +62,8 @@ func (m *Mask) Text(s string) string {
 }
 
 // maskedValues returns the values that a Mask has to hide for the manifest m. Variables whose names say that they are
-// secret have such values, and so do variables that go into commands. A value that dest, src or the like show anyway is
-// not masked, nor is a common word.
+// secret have such values. So do variables that go into commands, unless dest, src or the like show the value anyway.
+// Short values and common words aren't masked.
 func maskedValues(values []variableValue, m *Manifest) []string {
 	var shown, run strings.Builder
 	fmt.Fprintln(&shown, m.Name, m.Version, m.Src, m.Dest, m.Owner, strings.Join(m.Shared, " "))
