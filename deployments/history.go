@@ -11,7 +11,8 @@ type History struct {
 	Generation int64   `json:"generation"`
 	Release    Pointer `json:"release"`
 	Stable     Pointer `json:"stable,omitzero"`
-	// Commit, Author and Subject describe the Git commit that was mirrored then. Committed is the commit's time.
+	// Commit, Author and Subject describe the Git commit that was mirrored then, Committed is its time. An entry that was
+	// lost, and made again from the record, has only Commit.
 	Commit    string    `json:"commit"`
 	Author    string    `json:"author"`
 	Subject   string    `json:"subject,omitempty"`
@@ -28,15 +29,15 @@ type History struct {
 	Retry int64 `json:"retry,omitempty"`
 	// Pinned is a copy of Record.Pinned: what Git asked for while a unit pin was rolled out instead; nil: none was.
 	Pinned *Pinned `json:"pinned,omitempty"`
-	// Note says what else led to the generation: such as a pin, an order, a change by hand that was put back, or a
+	// Note says what else led to the generation, such as a pin, an order, a change by hand that was put back, or a
 	// rollout that was stopped.
 	Note string `json:"note,omitempty"`
 	// Pins are the pins of the unit, and of its nodes, that were in force in this generation, the oldest first. A
 	// pin that outlasts the generation is listed in the next entry, too. The mirror rewrites the newest entry when
 	// a pin comes or ends.
 	Pins []PastPin `json:"pins,omitempty"`
-	// Orders are the newest orders that the mirror took in this generation, the oldest first. An order that began the
-	// generation is the first of all.
+	// Orders are the newest orders that the mirror took in this generation, the oldest first. If an order began the
+	// generation, it was the first.
 	Orders []PastOrder `json:"orders,omitempty"`
 	// Truncated is set if there were more pins or orders than an entry keeps.
 	Truncated bool `json:"truncated,omitempty"`

@@ -10,14 +10,14 @@ import (
 //go:embed consul
 var rules embed.FS
 
-// RuleVars are the values of the variables in Consul ACL rules.
+// RuleVars are the variables of Consul ACL rules.
 type RuleVars struct {
 	// Prefix is the prefix of all of kedge's keys; empty: kedge/.
 	Prefix string
 	// Stage and Role are an agent's. Other parties have none.
 	Stage, Role string
-	// Node is the Consul node whose Consul agent an agent or a mirror talks to. The rules of maintenance need it, too;
-	// those of other parties don't.
+	// Node is the name of the Consul node of an agent or a mirror: the one whose Consul agent it talks to. Other parties
+	// have none.
 	Node string
 }
 

@@ -106,8 +106,8 @@ func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Succ
 type Command struct {
 	Run string
 	// Timeout is how long the command may run before its whole process group is ended. Default: the manifest's
-	// commands.timeout, or else 10 minutes; a day in a manifest of stretcher's, which has no timeouts: see
-	// stretchersFields.
+	// commands.timeout, or else 10 minutes; a day in a manifest with only stretcher's fields and strategies, as stretcher
+	// has no timeouts.
 	Timeout time.Duration
 	// User is the user that the command runs as, by name or number; empty: the agent's.
 	User string

@@ -48,7 +48,7 @@ func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*M
 }
 
 // ParseTemplate parses a manifest whose variables aren't known: fields that contain one are not checked. In the result
-// they are empty, or have a placeholder for it. Conditions are as in readManifest.
+// they are empty, or have a placeholder for it. A condition that depends on one may turn out either way.
 func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	m, _, err := readManifest(data, url, nil)
 	return m, err
@@ -64,9 +64,9 @@ func ManifestTraps(data []byte) ([]Problem, error) {
 	return traps, err
 }
 
-// readManifest parses a manifest, and also returns its traps (see ManifestTraps). If env is nil, variables are unknown,
-// and a condition that depends on one may turn out either way. The manifest is then valid if it is valid for one of the
-// outcomes that are tried.
+// readManifest parses a manifest, and also returns its traps (see ManifestTraps). If env is nil, variables are
+// unknown, and a condition that depends on one may turn out either way. The result is then that of the first outcome
+// for which the manifest is valid; if none is, the error of the first.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)

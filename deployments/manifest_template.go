@@ -31,8 +31,8 @@ type expansion struct {
 }
 
 // expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape, and
-// of text/template if, with, variables, and the other functions in functions. There are no loops, calls or nested
-// templates, so that an unchecked text can't run for long.
+// of text/template if, with, variables and what else functions lists. There are no loops, calls or nested templates,
+// so that an unchecked text can't run for long.
 //
 // choose decides the conditions that depend on a variable, by their number: from 0, as they are reached. If choose is
 // nil, the variables are known and the conditions are evaluated.

@@ -28,8 +28,8 @@ const (
 	maxWindowText = 200
 )
 
-// FreezeWindows returns those windows of kedge.yaml that fit into mirror/state, and how many it leaves out. A window is
-// kept with all of its units, or left out.
+// FreezeWindows returns the windows of kedge.yaml up to the first that no longer fits into mirror/state, and how many
+// it leaves out. A window keeps all of its units; its name and reason are cut.
 func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 	size := 0
 	for i, f := range all {
@@ -83,7 +83,7 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 }
 
 // Freezes returns the windows in mirror/state. more is how many windows it lacks: those that mirror/state leaves out,
-// and those that this version can't read.
+// those beyond maxWindows, and those that this version can't read.
 func (s MirrorState) Freezes() (all []Freeze, more int) {
 	for _, w := range s.Freeze[:min(len(s.Freeze), maxWindows)] {
 		if f, err := w.Freeze(); err == nil {

@@ -16,8 +16,8 @@ type MirrorState struct {
 	At     time.Time `json:"at,omitzero"`
 	// Repo is the address of the repository that Head comes from.
 	Repo string `json:"repo,omitempty"`
-	// Past lists commits that Head descends from, abbreviated, newest first: whoever waits for one of them sees
-	// that it was taken.
+	// Past lists the newest commits that Head descends from, abbreviated, newest first, separated by spaces. So whoever
+	// waits for one of them sees that it was taken.
 	Past string `json:"past,omitempty"`
 	// Refused is a newer commit that was not taken. Error says why, or what else is wrong, as when Git is away.
 	Refused string `json:"refused,omitempty"`
@@ -46,8 +46,8 @@ func ParseMirrorState(value []byte) (MirrorState, error) {
 	return s, err
 }
 
-// Equal reports whether two states say the same.
+// Equal reports whether all fields of two states are equal, as reflect.DeepEqual compares them.
 func (s MirrorState) Equal(other MirrorState) bool { return reflect.DeepEqual(s, other) }
 
-// LastCommit returns the commit that the mirror took last, whether or not it is fully written.
+// LastCommit returns the commit that the mirror took last, whether or not it is fully written; empty: none.
 func (s MirrorState) LastCommit() string { return cmp.Or(s.Applying, s.Head) }

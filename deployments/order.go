@@ -13,7 +13,7 @@ import (
 //
 // The path of an order, such as that of kedge promote: SendOrder writes it (sync/fleet/order.go). The mirror sees it
 // (sync/mirror/observe.go) and asks policy.Next for the next record, which applyOrder changes or leaves as it is
-// (policy/orders.go). The mirror writes that record and deletes the order in one transaction
+// (policy/orders.go). The mirror writes that record, if it changed, and deletes the order in one transaction
 // (sync/mirror/reconcile.go). Nodes follow the record (policy/resolve.go).
 type Order struct {
 	Verb Verb `json:"order"`
@@ -26,10 +26,10 @@ type Order struct {
 type Verb string
 
 const (
-	VerbPromote Verb = "promote" // go past the canary, or past a freeze
+	VerbPromote Verb = "promote" // go past the canary, its approval, or a freeze
 	VerbPause   Verb = "pause"   // stop where it is
 	VerbResume  Verb = "resume"  // go on, and tolerate the failures so far
-	VerbAbort   Verb = "abort"   // roll back
+	VerbAbort   Verb = "abort"   // roll back, or pause if there is nothing to go back to
 	VerbRetry   Verb = "retry"   // try again what failed
 )
 

@@ -66,8 +66,8 @@ const MaxPointer = 2048
 
 const digestMark = "@sha256:"
 
-// ParsePointer parses URL@sha256:HEX. It ignores white space around it, a byte-order mark and carriage returns,
-// which `consul kv put` and editors leave behind. The error names anything else that is wrong.
+// ParsePointer parses URL@sha256:HEX. It ignores what Trim removes, which `consul kv put` and editors leave behind.
+// The error names anything else that is wrong.
 func ParsePointer(text string) (Pointer, error) {
 	s := Trim(text)
 	switch {
@@ -93,7 +93,7 @@ func ParsePointer(text string) (Pointer, error) {
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
 
-// PlainURL returns a URL as kedge writes it: with spaces escaped, and without a host in file://. People, and
+// PlainURL returns a URL as kedge writes it: with spaces escaped, and without localhost in file://. People, and
 // stretcher's manifests, also write plain spaces and file://localhost/.
 func PlainURL(s string) string {
 	s = strings.ReplaceAll(s, " ", "%20")
@@ -103,9 +103,9 @@ func PlainURL(s string) string {
 	return s
 }
 
-// CheckURL accepts the URLs that anybody may name: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH,
-// file:///PATH, and http:// to a loopback address. It refuses credentials, fragments and white space, as URLs are
-// shown in logs and stored in KV.
+// CheckURL accepts the URLs that anybody may name: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH,
+// and http:// to localhost or a loopback address. It refuses user names, passwords, fragments and white space, as URLs
+// are shown in logs and stored in KV. Only http and https may have a query, and s3 a versionId.
 func CheckURL(s string) error {
 	if err := CheckSourceURL(s); err != nil {
 		return err
@@ -127,7 +127,8 @@ func IsPlainHTTP(s string) bool {
 	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
 }
 
-// IsLocalURL reports whether a URL's host is this machine by name or by address; false for a name that may lead to it.
+// IsLocalURL reports whether a URL's host is localhost, or an address as in IsLocalAddress; false for any other name,
+// which may lead there.
 func IsLocalURL(u *url.URL) bool {
 	host := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
 	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
@@ -137,9 +138,9 @@ func IsLocalURL(u *url.URL) bool {
 	return err == nil && IsLocalAddress(ip)
 }
 
-// IsLocalAddress reports whether an address is this machine's own, or serves this machine alone, as clouds serve an
-// instance's credentials. Such addresses are loopback, unspecified, link-local, or among cloudLocal. An IPv4 address
-// counts in each form that IPv6 has for it.
+// IsLocalAddress reports whether an address is loopback, unspecified, link-local, or among cloudLocal: this machine's
+// own, or one that serves its link alone, as clouds serve an instance's credentials. An IPv4 address also counts if it
+// is mapped to IPv6 or lies in nat64.
 func IsLocalAddress(ip netip.Addr) bool {
 	ip = ip.Unmap().WithZone("")
 	if b := ip.As16(); nat64.Contains(ip) {
@@ -207,8 +208,8 @@ func CheckSourceURL(s string) error {
 // s3Version matches the one query that an s3:// URL may have: the version of the object.
 var s3Version = regexp.MustCompile(`^versionId=[A-Za-z0-9._-]+$`)
 
-// BesideURL returns a URL with more appended to the object's name. A query is kept, but not a versionId, which
-// belongs to the first object.
+// BesideURL returns a URL with more appended to the object's name. A query is kept, but not that of an s3:// URL: its
+// versionId belongs to the first object.
 func BesideURL(url, more string) string {
 	at, query, found := strings.Cut(url, "?")
 	if !found || strings.HasPrefix(url, "s3:") {
@@ -218,7 +219,7 @@ func BesideURL(url, more string) string {
 }
 
 // ShownURL returns a URL, or a text that should have been one, without what may be secret: the user name, the
-// password, and the query, which may be a signature.
+// password, and the query, which may be a signature. A text without :// loses only what follows a ?.
 func ShownURL(s string) string {
 	s, _, query := strings.Cut(s, "?")
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {
@@ -244,7 +245,8 @@ func (p Pointer) String() string {
 	return p.URL + digestMark + p.Digest.String()
 }
 
-// Version returns the version in the path of the manifest's URL.
+// Version returns the version that the manifest's URL tells: its file's name without the extension or, for manifest.*,
+// the name of its directory. It is on one line of at most maxVersion bytes.
 func (p Pointer) Version() string {
 	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
 	dir, file := path.Split(url)
@@ -258,7 +260,8 @@ func (p Pointer) Version() string {
 // maxVersion is how many bytes of a URL's version are shown.
 const maxVersion = 200
 
-// Short returns the pointer's name for people: its version and the beginning of its digest.
+// Short returns the pointer's name for people: its version and the first 8 digits of its digest; "-" for the zero
+// pointer.
 func (p Pointer) Short() string {
 	if p.IsZero() {
 		return "-"
@@ -281,8 +284,8 @@ func (p *Pointer) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Trim removes from a value what people and tools leave around it: white space, a byte-order mark, carriage
-// returns.
+// Trim removes from a value what people and tools leave there: white space and a byte-order mark around it, and
+// carriage returns at the ends of lines.
 func Trim(s string) string {
 	return strings.TrimSpace(strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(s), "\ufeff"), "\r\n", "\n"))
 }

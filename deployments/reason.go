@@ -7,10 +7,11 @@ import "maps"
 // Kubernetes' conditions, and never change their meaning.
 type Reason string
 
-// Facts are a Reason's parameters, by name: unit, node, release, until, count. They are data, never sentences.
+// Facts are a Reason's parameters, by name, such as unit, node, release and until. They are data, or the words of an
+// error or a person.
 type Facts map[string]string
 
-// With returns a copy of the facts with one more.
+// With returns a copy of the facts with one set. It never changes f, which may be nil.
 func (f Facts) With(name, value string) Facts {
 	all := maps.Clone(f)
 	if all == nil {
@@ -20,18 +21,18 @@ func (f Facts) With(name, value string) Facts {
 	return all
 }
 
-// Reasons of a rollout.
+// Reasons of a rollout. Beside each stands what it means and, after a colon if both do, its main facts.
 const (
 	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until or opens (never), reason
 	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git
 	ReasonCanary           Reason = "Canary"           // canaries go first: admitted, of
-	ReasonBaking           Reason = "Baking"           // healthy, and watched until the bake ends: until
+	ReasonBaking           Reason = "Baking"           // healthy, and watched until the bake ends: who, until
 	ReasonAwaitingApproval Reason = "AwaitingApproval" // baked, and waits for promote
 	ReasonRolling          Reason = "Rolling"          // admitted, of
-	ReasonPaused           Reason = "Paused"           // by an operator: by
-	ReasonAborted          Reason = "Aborted"          // by an operator: by
+	ReasonPaused           Reason = "Paused"           // by an operator
+	ReasonAborted          Reason = "Aborted"          // by an operator
 	ReasonTooManyFailed    Reason = "TooManyFailed"    // failed, of, node, cause, limit
-	ReasonRetried          Reason = "Retried"          // by an operator: by
+	ReasonRetried          Reason = "Retried"          // by an operator
 	ReasonConverged        Reason = "Converged"        // every node runs the target
 	ReasonNoLiveNodes      Reason = "NoLiveNodes"      // waits for nodes: known
 	ReasonAllPinned        Reason = "AllPinned"        // pins decide for every node: nodes

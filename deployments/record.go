@@ -5,20 +5,20 @@ import (
 	"time"
 )
 
-// Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may have gone
-// there. The mirror that holds the lease writes it. Where no mirror runs, a person may write a bare pointer
-// instead. It stays under 1 KB: 5,000 watchers take seconds to receive a large value (300 bytes: 0.2 s).
+// Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may have gone there.
+// The mirror that holds the lease writes it. Where no mirror runs, a person may write a bare pointer instead. It
+// mostly stays under 1 KB: 5,000 watchers take seconds to receive a large value (300 bytes: 0.2 s).
 type Record struct {
 	// Target is the release that Git, or a unit pin, names. Stable is what nodes that aren't admitted run: the
 	// last target that finished its rollout; zero if none has yet.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows by one with each new target, and each time that a rollout turns back or is tried again. It
-	// orders records, whatever Consul's indexes do, and a node's report names the one that it knows. A bare
-	// pointer has generation 0.
+	// Generation grows with each new target, and each time that a rollout turns back or is tried again: by one, unless
+	// the store had lost newer records. It orders records, whatever Consul's indexes do, and a node's report names the
+	// one that it acts on. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
-	// Retry grows by one with each retry that an operator ordered. A release that failed on a node is tried there
-	// once more when Generation or Retry differ from those under which it failed.
+	// Retry grows by one with each retry order that the mirror obeys; it is 0 again if the store lost records. It lets a
+	// release be tried once more on the nodes where it failed: see Claim.
 	Retry int64 `json:"retry,omitempty"`
 	// Commit is the full hash of the Git commit that set Target.
 	Commit string `json:"commit,omitempty"`
@@ -27,16 +27,16 @@ type Record struct {
 	Drift Drift    `json:"drift,omitempty"`
 	// Adopt is a copy of the unit file's adopt: nodes may take over the tree that is at dest if it equals the release.
 	Adopt bool `json:"adopt,omitempty"`
-	// Paced is set if the unit has a rollout. Agents then ignore its unit pins unless they say at_once: the mirror
-	// rolls them out as Target.
+	// Paced is set if the unit has a rollout and the mirror reads pins. Agents then ignore its unit pins unless they say
+	// hold or at_once: the mirror rolls them out as Target.
 	Paced bool `json:"paced,omitempty"`
 	// Joined bounds which nodes the record applies to. Nodes with a later Report.Joined that run something else
 	// were away when it was written: they keep what they run until the mirror raises Joined, as the budget has
 	// room. 0: it applies to all.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: it equals
-	// Generation. A release that failed on a node stays out there while Claim and Retry stay the same. A negative
-	// Claim was lost with the store's data: it is some generation up to -Claim.
+	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: it equals Generation. A
+	// release that failed on a node stays out there until Claim or Retry grows. A negative Claim was lost with the
+	// store's data: it is some generation up to -Claim.
 	Claim int64 `json:"claim,omitempty"`
 	// Nodes is how many nodes the unit was known to have when its rollout last moved. If the list of nodes is
 	// shorter later, the rollout waits a while for the rest.
@@ -52,11 +52,12 @@ type Record struct {
 	Rollout *Progress `json:"rollout,omitempty"`
 }
 
-// RequestGeneration returns the generation that first asked for the record's target; see Claim.
+// RequestGeneration returns the generation that first asked for the record's target, as Claim has it: negative if it
+// was lost.
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
-// Pinned is the record that Git asked for before a unit pin took its place. The record goes back to it when the
-// pin ends.
+// Pinned is the record that Git asked for before a unit pin took its place. When the pin ends, the record goes to what
+// Git names by then, in the way that these fields allow.
 type Pinned struct {
 	Target Pointer `json:"target,omitzero"`
 	Stable Pointer `json:"stable,omitzero"`
@@ -89,13 +90,17 @@ type Progress struct {
 	Message string `json:"message,omitempty"`
 	// Failed is the digest that was rolled back. It stays out until Git names another or an operator retries.
 	Failed Digest `json:"failed,omitzero"`
-	// Promoted is set once the rollout is past its canary: by an operator, or after the bake if approval is auto.
+	// Promoted is set once the rollout is past its canary: by an operator, after the bake if approval is auto, or because
+	// it has none.
 	Promoted bool `json:"promoted,omitempty"`
-	// Forced is set if an operator let the rollout start, or go on, within a freeze window.
+	// Forced is set if the rollout may start, or go on, within a freeze window: an operator said so, or a pin's end leads
+	// back to a stable release.
 	Forced bool `json:"forced,omitempty"`
-	// HealthySince is when the bake began: since then the canaries, or all nodes if there are none, are converged.
+	// HealthySince is when the bake, or a wait for a freeze or for missing nodes, began. Since then the admitted nodes
+	// are converged, apart from failures that are tolerated.
 	HealthySince time.Time `json:"healthy_since,omitzero"`
-	// Tolerated is how many failed nodes an operator has accepted by resume, in addition to max_failures.
+	// Tolerated is how many failed nodes are accepted in addition to max_failures: by resume, or as an earlier rollout
+	// ended without them.
 	Tolerated int `json:"tolerated_failures,omitempty"`
 	// Superseded are targets that this one replaced before their rollouts had ended, at most MaxSuperseded. Nodes
 	// that run one of them keep it until their turn comes, so that replacing a rollout doesn't move all of them at
@@ -130,11 +135,12 @@ const (
 	PhasePendingApproval Phase = "pending-approval" // baked; waits for promote
 	PhaseFrozen          Phase = "frozen"           // has yet to start: waits for a freeze window to end
 	PhaseRolling         Phase = "rolling"          // the other nodes follow, within max_unavailable
-	PhasePaused          Phase = "paused"           // by an operator, or by on_failure: pause
-	// PhaseRollingBack goes back to Stable without gates: the cutoff shrinks from all nodes to none. A node at or
-	// below it that runs Target, or one of Superseded, keeps that until its turn; every other node runs Stable.
+	PhasePaused          Phase = "paused"           // by an operator, or as it failed and is not rolled back
+	// PhaseRollingBack goes back to Stable, or to what was there before a first release, without gates: the cutoff
+	// shrinks from all nodes to none. A node at or below it that runs Target, or one of Superseded, keeps that until its
+	// turn.
 	PhaseRollingBack Phase = "rolling-back"
-	PhaseRolledBack  Phase = "rolled-back" // done: stays on Stable until Git names another target
+	PhaseRolledBack  Phase = "rolled-back" // done: nodes stay on what they went back to, until a retry or another target
 )
 
 // Phases returns every phase.

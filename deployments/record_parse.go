@@ -24,9 +24,9 @@ const (
 	MaxPin    = 16 << 10
 )
 
-// ParseRecord parses a record: the JSON that a mirror writes, or a bare pointer that a person wrote. Unknown
-// fields are ignored, so that a newer mirror can add some. The error is ErrTooOld if min_agent is above
-// FormatLevel. On any error nodes stay as they are.
+// ParseRecord parses a record: the JSON that a mirror writes, or a bare pointer that a person wrote. Unknown fields
+// are ignored, so that a newer mirror can add some. The error wraps ErrTooOld if min_agent is above FormatLevel. On
+// any error nodes stay as they are.
 func ParseRecord(value []byte) (Record, error) {
 	if len(value) > MaxRecord {
 		return Record{}, fmt.Errorf("the record has %d bytes, at most %d are allowed", len(value), MaxRecord)
@@ -80,7 +80,7 @@ func ParseRecord(value []byte) (Record, error) {
 	return rec, nil
 }
 
-// UnmarshalJSON also reads the JSON names of the previous version.
+// UnmarshalJSON also reads the JSON names, the phases and the reasons of the previous version.
 func (p *Progress) UnmarshalJSON(data []byte) error {
 	type plain Progress
 	var both struct {
@@ -141,9 +141,9 @@ func lenientJSON(data []byte, to any) error {
 // holdWord is the text of a pin that keeps what runs.
 const holdWord = "hold"
 
-// ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or
-// hold), reason, by, until (see ParseUntil) and at_once. Text that is empty or doesn't parse is an error, never
-// "no pin".
+// ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold) or
+// hold: true, and reason, by, until (see ParseUntil) and at_once. Text that is empty or doesn't parse is an error,
+// never "no pin".
 func ParsePin(value []byte) (Pin, error) {
 	text := Trim(string(value))
 	switch {

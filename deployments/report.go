@@ -34,7 +34,7 @@ type Report struct {
 // UnitReport is the state of one unit on one node.
 type UnitReport struct {
 	State State `json:"state"`
-	// Running is the release that dest leads to, and Version its manifest's version.
+	// Running is the release that is live, and Version its manifest's version; empty: none is.
 	Running Pointer `json:"running,omitzero"`
 	Version string  `json:"version,omitempty"`
 	// Want is the release that policy.Resolve last answered, and Message why, in words.
@@ -43,9 +43,9 @@ type UnitReport struct {
 	// Generation is the generation of the record that Want was resolved from. A converged node that has nothing to
 	// do for a newer record reports its generation only with its next change.
 	Generation int64 `json:"generation,omitempty"`
-	// Staged is the digest of a target that was staged on disk before the node is admitted.
+	// Staged is the digest of a release that lies ready on disk, mostly for when the node is admitted to it.
 	Staged Digest `json:"staged,omitzero"`
-	// Quarantined are the digests that failed after the switch on this node, and stay out until retried.
+	// Quarantined are the digests that failed on this node once they were staged, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
 	// Failed is the digest of Want if that release failed here and isn't tried again. It is set until what the node went
 	// back to serves: State is StateSwitching or StateUnhealthy.
@@ -56,7 +56,8 @@ type UnitReport struct {
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`
-	// Serves is set if something that kedge did not deploy lies at dest, while no release of the unit runs.
+	// Serves is set if no release of the unit runs, while something else lies at dest or another unit still deploys
+	// there.
 	Serves bool `json:"serves,omitempty"`
 	// Leavable is set as long as what was at dest before the unit's first release can be put back.
 	Leavable bool `json:"leavable,omitempty"`
@@ -109,14 +110,14 @@ type State string
 
 const (
 	StateConverged   State = "converged"   // runs what it should, and is healthy
-	StateWaiting     State = "waiting"     // waits for another unit of After, or no release is desired yet
+	StateWaiting     State = "waiting"     // waits for another unit, or has no release to run yet, or none any more
 	StateFetching    State = "fetching"    // fetching and verifying
-	StateSwitching   State = "switching"   // from drain to the end of the health checks
+	StateSwitching   State = "switching"   // from drain to the end of the health checks, and on the way back
 	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): it tries again by itself
-	StateQuarantined State = "quarantined" // the target failed here, and the node went back
+	StateQuarantined State = "quarantined" // the target failed here, and the node went back if it could
 	StateHeld        State = "held"        // a pin says hold, or the node only observes
-	StateUnhealthy   State = "unhealthy"   // runs what it should, and its health checks fail
-	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
+	StateUnhealthy   State = "unhealthy"   // the health checks fail of what it runs, or went back to
+	StateInvalid     State = "invalid"     // the record, a pin or the manifest is wrong or not allowed: nothing changed
 )
 
 // States returns every state.

@@ -35,7 +35,7 @@ func (r SecretRef) Parts() (source, name, field string) {
 	return source, name, field
 }
 
-// ParseSecretRef parses a reference.
+// ParseSecretRef parses a reference. Its error quotes no text that may be a secret instead.
 func ParseSecretRef(s string) (SecretRef, error) {
 	r := SecretRef(s)
 	source, name, field := r.Parts()
@@ -99,8 +99,8 @@ func CheckSecretPrefix(s string) error {
 	return nil
 }
 
-// Within returns the entry of an allow-list that equals the reference or is its first whole path segments, and whether
-// there is one.
+// Within returns the first entry of an allow-list that equals the reference, with or without its field, or is its
+// first whole path segments. ok reports whether there is one.
 func (r SecretRef) Within(allowed []string) (entry string, ok bool) {
 	for _, a := range allowed {
 		rest, begins := strings.CutPrefix(string(r), a)

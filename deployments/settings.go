@@ -18,12 +18,13 @@ type Settings struct {
 	Commands map[string]bool
 	// Prune lets the removal of a unit from Git remove its record. Nodes never undeploy because of it.
 	Prune bool
-	// MaxRemoved is the percentage of units that one commit may remove. Default 30; 100 switches the check off.
+	// MaxRemoved is the percentage of units that one commit may remove while Prune is set; one unit always may go.
+	// Default 30; 100 switches the check off.
 	MaxRemoved int
 	// AllowRewind accepts a head that doesn't descend from the last one (a force push).
 	AllowRewind bool
 	Freeze      []Freeze
-	// Rollout holds the defaults for unit files that don't say otherwise.
+	// Rollout holds the defaults for unit files that don't say otherwise; nil: none. Drift is such a default, too.
 	Rollout *Rollout
 	Drift   Drift
 }

@@ -159,9 +159,9 @@ func FromSource(url string, sources []string) bool {
 	return slices.ContainsFunc(sources, func(s string) bool { return url == s || UnderPrefix(url, s) })
 }
 
-// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers
-// s3://acme/web/1, not s3://acme/webx/1. A URL that could be read as another path (.., an escaped dot or slash, an
-// empty segment, a query) lies under no prefix.
+// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1,
+// not s3://acme/webx/1. A URL that could be read as another path (.., an empty segment, %, \, a query other than the
+// versionId of s3://) lies under no prefix.
 func UnderPrefix(url, prefix string) bool {
 	if at, version, found := strings.Cut(url, "?"); found && strings.HasPrefix(url, "s3://") &&
 		s3Version.MatchString(version) {

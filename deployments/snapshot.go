@@ -9,15 +9,15 @@ import (
 // MaxSnapshot bounds an encoded snapshot, in bytes.
 const MaxSnapshot = 16 << 20
 
-// Snapshot is a copy of desired/ at one time, for nodes that boot while the store is away. The mirror that holds
-// the lease writes it, as one signed object.
+// Snapshot is a copy of the records in desired/ that Git named, for nodes that boot while the store is away. The
+// mirror that holds the lease writes it, as one signed object.
 type Snapshot struct {
 	// URL is where the snapshot was written. The signature covers it: a snapshot copied to another place, such as
 	// another stage's, is refused.
 	URL string `json:"url"`
 	// At is when the snapshot was written, by the mirror's clock.
 	At time.Time `json:"at"`
-	// Records are the values below desired/, by key without the store's prefix.
+	// Records are values below desired/, by key without the store's prefix.
 	Records map[string]string `json:"records"`
 }
 
@@ -28,7 +28,7 @@ type signedSnapshot struct {
 	Signature string `json:"signature"`
 }
 
-// Encode returns the object to store. sign makes its signature.
+// Encode returns the object to store. sign makes its signature. An object of more than MaxSnapshot is an error.
 func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) ([]byte, error) {
 	text, err := json.Marshal(s)
 	if err != nil {

@@ -36,7 +36,7 @@ func (t *Tree) Warnings() (words []string) {
 	return words
 }
 
-// Problem is one mistake in a commit, at a place that an editor can jump to.
+// Problem is one mistake in a commit or a manifest, at a place that an editor can jump to.
 type Problem struct {
 	File string `json:"file"`
 	// Line and Column count from 1; 0 is the whole file.
@@ -52,7 +52,7 @@ func (p Problem) Error() string {
 	return fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, p.Message)
 }
 
-// Problems is every mistake of a commit, in order of file and line.
+// Problems are the mistakes that were found in a commit or a manifest, in order of file and line.
 type Problems []Problem
 
 func (ps Problems) Error() string {
@@ -80,9 +80,10 @@ const (
 	maxTreeProblems = 1000
 )
 
-// Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every STAGE/ROLE/UNIT.yaml. It
-// ignores dot-files, and files that don't end in .yaml or .yml; a .yaml file in a wrong place is a problem. The
-// error is Problems, with every one that was found and its place, or an error of reading the tree.
+// Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every STAGE/ROLE/UNIT.yaml. It ignores
+// dot-files, and files that don't end in .yaml or .yml; a .yaml file in a wrong place is a problem, and so is a link
+// or a submodule that hides units. The error is Problems, with every one that was found and its place, or an error of
+// reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
 		fsys:   fsys,

@@ -85,7 +85,7 @@ func ParseUnitPattern(s string) (string, error) {
 	return s, nil
 }
 
-// MatchesUnit reports whether one of the patterns names a unit.
+// MatchesUnit reports whether one of the patterns, as ParseUnitPattern accepts them, names a unit.
 func MatchesUnit(patterns []string, id UnitID) bool {
 	fits := func(pattern, name string) bool { return pattern == "*" || pattern == name }
 	return slices.ContainsFunc(patterns, func(p string) bool {
@@ -153,8 +153,8 @@ type Rollout struct {
 	MaxFailures Amount
 	OnFailure   OnFailure
 	Approval    Approval
-	// Deadline is how long an admitted node may take before it counts as failed. It counts from the last step of
-	// the rollout, or from the node's boot. Default 10 minutes.
+	// Deadline is how long an admitted node may take before it counts as failed. It counts from the last of the rollout's
+	// last step, the start of the node's agent, and the end of the store's outage. Default 10 minutes.
 	Deadline time.Duration
 	// FastBack lets a release that was stable lately go without gates. Default true.
 	FastBack bool
@@ -181,7 +181,7 @@ func (a Amount) String() string {
 	return fmt.Sprint(a.N)
 }
 
-// OnFailure is what a rollout does when more than MaxFailures nodes have failed.
+// OnFailure is what a rollout does when more than MaxFailures nodes have failed. The rollout of a pin always pauses.
 type OnFailure string
 
 const (

@@ -18,11 +18,11 @@ import (
 	"github.com/goccy/go-yaml/parser"
 )
 
-// reader parses one YAML document strictly, and notes every mistake with its place. It parses JSON too, which is
-// YAML.
+// reader parses one YAML document, strictly unless it is lax, and notes up to maxProblems mistakes with their places.
+// It parses JSON too, which is YAML.
 type reader struct {
 	file string
-	// open: variables with unknown values may stand in the text; values that contain one aren't checked.
+	// open: variables with unknown values may stand in the text; a bad value that contains one is no mistake.
 	open bool
 	// lax: a field without a value counts as left out, and anchors and aliases are read. Fields that begin with x- are
 	// ignored, as people keep anchors in them.
@@ -32,8 +32,9 @@ type reader struct {
 	problems Problems
 }
 
-// parse returns the document's root, or nil if the text is empty or no YAML. Tags are refused. So are, unless the
-// reader is lax, anchors, aliases and merge keys: a few lines of them can expand without bound.
+// parse returns the document's root; nil for an empty text and, with a problem noted, for one that isn't a single YAML
+// document within the bounds. Tags are refused. So are, unless the reader is lax, anchors, aliases and merge keys: a
+// few lines of them can expand without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -107,8 +108,8 @@ const (
 	maxProblems = 100
 )
 
-// shape returns upper bounds of the nesting depth of data, of its keys and items together, and of its documents. The
-// depth is judged by flow brackets, indentation and dashes.
+// shape returns estimates of the nesting depth of data, of its keys and items together, and of its documents. The
+// depth is judged by flow brackets, indentation and dashes, and is rather too high than too low.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
@@ -151,7 +152,7 @@ func controlAt(data []byte) int {
 	return 1 + bytes.Count(data[:i], []byte("\n"))
 }
 
-// refuser reports YAML features that kedge doesn't support.
+// refuser notes anchors, aliases, merge keys and tags as mistakes.
 type refuser struct{ r *reader }
 
 func (v refuser) Visit(n ast.Node) ast.Visitor {
@@ -207,9 +208,9 @@ func (r *reader) err() error {
 	return r.problems
 }
 
-// fields reads a mapping: it calls for each key the function of that name in known. It notes unknown and duplicate keys
-// and, unless the reader is lax, keys without a value. seen has the keys that were read; what names the mapping in
-// errors.
+// fields reads a mapping: it calls for each key the function of that name in known. It notes unknown and duplicate
+// keys, and keys without a value. A lax reader passes over those without a value and those that begin with x-. seen
+// has the keys that were read; what names the mapping in errors.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)
@@ -248,7 +249,7 @@ func isEmptyText(n ast.Node) bool {
 	return ok && s.Value == ""
 }
 
-// mapping returns a mapping's entries. goccy has another node for a mapping of one entry.
+// mapping returns a mapping's entries, and false for another node. goccy has another node for a mapping of one entry.
 func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	switch m := n.(type) {
 	case *ast.MappingNode:
@@ -267,7 +268,7 @@ func keyOf(v *ast.MappingValueNode) string {
 	return v.Key.GetToken().Value
 }
 
-// didYouMean returns a hint that names the known field nearest to a misspelt one.
+// didYouMean returns a hint that names the known field nearest to a misspelt one; empty: none is near.
 func didYouMean[T any](name string, known map[string]T) string {
 	if best := Nearest(name, maps.Keys(known)); best != "" {
 		return fmt.Sprintf(": did you mean %q?", best)
@@ -275,7 +276,7 @@ func didYouMean[T any](name string, known map[string]T) string {
 	return ""
 }
 
-// Nearest returns the known name nearest to a misspelt one; empty: none is near.
+// Nearest returns the known name nearest to a misspelt one, at most two edits away; empty: there is none.
 func Nearest(name string, known iter.Seq[string]) string {
 	best, least := "", 3
 	for k := range known {
@@ -286,7 +287,8 @@ func Nearest(name string, known iter.Seq[string]) string {
 	return best
 }
 
-// distance returns the Levenshtein distance, with a swap of neighbours as one step.
+// distance returns the Levenshtein distance, with a swap of neighbours as one step. For an a of more than 64 bytes it
+// returns the length of a.
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)
@@ -314,7 +316,8 @@ func distance(a, b string) int {
 	return rows[len(a)][len(b)]
 }
 
-// text returns a scalar as it was written, without its quotes.
+// text returns a scalar's text, and false for another node, which it notes. Numbers and the like are as they were
+// written.
 func (r *reader) text(n ast.Node) (string, bool) {
 	switch s := n.(type) {
 	case *ast.StringNode:
@@ -328,8 +331,8 @@ func (r *reader) text(n ast.Node) (string, bool) {
 	return "", false
 }
 
-// into returns a function for fields that parses a scalar into *to. The error of parse is noted at the scalar's
-// place.
+// into returns a function for fields that parses a scalar into *to. The error of parse is noted at the scalar's place,
+// unless the value is open, and *to stays as it was.
 func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node) {
 	return func(n ast.Node) {
 		s, ok := r.text(n)

@@ -7,8 +7,8 @@ import (
 // maxAliases bounds how often a document's aliases are followed, as each may stand for most of the document.
 const maxAliases = 200
 
-// anchorFinder collects the document's anchors. It notes an alias before its anchor, and a name used by two
-// anchors, as mistakes.
+// anchorFinder collects the document's anchors. It notes an alias before its anchor, a name used by two anchors, and
+// tags, as mistakes.
 type anchorFinder struct{ r *reader }
 
 func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
@@ -35,8 +35,7 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	return v
 }
 
-// resolve returns the node that an alias stands for, or n itself. Beyond maxAliases it returns a node without a
-// value.
+// resolve returns the node that an alias stands for, or n itself, without an anchor. Beyond maxAliases it returns nil.
 func (r *reader) resolve(n ast.Node) ast.Node {
 	for {
 		switch v := n.(type) {
@@ -56,10 +55,11 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 	}
 }
 
-// empty reports whether a resolved node has no value.
+// empty reports whether a resolved node is nil or has no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries returns the entries of a mapping, and those that its merge keys (<<) add to them.
+// entries returns the entries of a mapping and, if the reader is lax, those that its merge keys (<<) add to them;
+// false: n is no mapping.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {

@@ -12,11 +12,11 @@ type Handler struct {
 	change func(string) string
 }
 
-// NewHandler returns a Handler that applies Clean to every text of a record, and passes the record on to next.
+// NewHandler returns a Handler that applies Clean to a record's message and values, and passes the record on to next.
 func NewHandler(next slog.Handler) Handler { return Handler{next, Clean} }
 
-// NewChanger returns a Handler that applies change to every text of a record, its message and its attributes, and
-// passes the record on to next.
+// NewChanger returns a Handler that applies change to a record's message and to the values of its attributes, not to
+// their names. It passes the record on to next.
 func NewChanger(next slog.Handler, change func(string) string) Handler { return Handler{next, change} }
 
 // Enabled reports whether next handles records at the level.

@@ -1,5 +1,5 @@
-// Package safetext makes text from untrusted sources fit to be shown in logs, errors and JSON. It hides what may
-// be secret in URLs, bounds lengths, and removes characters that control a terminal or reorder a line.
+// Package safetext makes text from untrusted sources fit to be shown in logs, errors and JSON. It hides what may be
+// secret in URLs, bounds lengths, and replaces characters that control a terminal or reorder a line.
 package safetext
 
 import (
@@ -31,8 +31,8 @@ func Clean(s string) string {
 	return kept + fmt.Sprintf("… [%d more bytes]", more)
 }
 
-// Clip returns s if it has at most most bytes. Otherwise it returns the beginning of s, and says how many bytes were
-// left out.
+// Clip returns s if it has at most most bytes. Otherwise it returns the beginning of s, of at most most bytes, and
+// after it says how many bytes were left out.
 func Clip(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -44,7 +44,8 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
-// Prefix returns the beginning of s, of at most most bytes and of whole characters.
+// Prefix returns s if it has at most most bytes, and else its beginning, of at most most bytes and of whole
+// characters.
 func Prefix(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -74,7 +75,7 @@ func Printable(s string) string {
 	}, s)
 }
 
-// Line returns s on one line of at most most bytes: control characters are spaces in it.
+// Line returns s on one line of at most most bytes: control characters are spaces in it, and invalid UTF-8 is "?".
 func Line(s string, most int) string {
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -96,7 +97,8 @@ func unseen(r rune) bool {
 		r == '\u2029'
 }
 
-// JSON escapes unseen characters in the strings of a JSON text, without changing its meaning.
+// JSON escapes unseen characters from 0x7f in the strings of a JSON text, without changing its meaning. JSON itself
+// escapes those below.
 func JSON(data []byte) []byte {
 	s := string(data)
 	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }

@@ -92,5 +92,5 @@ func (s Signal) Set() {
 func (s Signal) C() <-chan struct{} { return s.c }
 
 // Rest returns how long to pause after recurring work of the duration took. The pause is 20 times as long, so that the
-// work takes less than a twentieth of a core, but never longer than most.
+// work takes less than a twentieth of a core, or most if that is shorter.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }

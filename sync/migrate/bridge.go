@@ -39,9 +39,10 @@ type Bridged struct {
 	Changed bool
 }
 
-// Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest,
-// which old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a
-// mirror runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins.
+// Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest, which
+// old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a mirror
+// runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins. An unreadable pin or one of
+// another author is an error, and so is a pin without a record.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	if err := o.Naming.check(); err != nil {
@@ -126,7 +127,7 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 	return true, fleet.Pin(ctx, store, id, "", pin)
 }
 
-// record writes a bare pointer as the record, as a person would.
+// record writes a bare pointer as the record, as a person would, unless the record has that target already.
 func record(
 	ctx context.Context,
 	store kv.Store,

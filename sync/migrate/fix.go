@@ -15,7 +15,7 @@ import (
 	"kedge/deployments"
 )
 
-// decimalMode matches a dest_mode that stretcher reads as a decimal number.
+// decimalMode matches a line with a dest_mode that stretcher reads as a decimal number.
 var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
 
 // Fix returns the text of in's manifest adapted to kedge, and a description of each change; none: nothing had to be

@@ -24,9 +24,9 @@ import (
 // ImportOptions are the options of Import.
 type ImportOptions struct {
 	Objects *object.Client
-	// Prefix is the URL below which stretcher's manifests lie; it ends in a slash.
+	// Prefix is the URL below which stretcher's manifests lie.
 	Prefix string
-	// To is the URL below which they are copied. Empty: kedge/ below Prefix.
+	// To is the URL below which the manifests are copied. Empty: kedge/ below Prefix.
 	To string
 	// Repo is the deployments repo's directory.
 	Repo   string
@@ -40,24 +40,25 @@ type ImportOptions struct {
 // Imported is the result for one unit.
 type Imported struct {
 	Unit deployments.UnitID `json:"unit"`
-	// From is the newest of stretcher's manifests for the unit. Older is how many older ones there are.
+	// From is the newest of stretcher's manifests for the unit. OlderCount is how many older ones there are.
 	From       string `json:"from"`
 	OlderCount int    `json:"older"`
-	// Pointer names its copy. File is the unit file. Written is set if the file was changed.
+	// Pointer names the copy. File is the unit file. Written is set if the file was made or changed.
 	Pointer deployments.Pointer `json:"pointer"`
 	File    string              `json:"file"`
 	Written bool                `json:"written"`
 	// Fixed says in words what differs in the copy.
 	Fixed []string `json:"fixed,omitempty"`
-	// Notes are surprises in the manifest: see deployments.ManifestTraps.
+	// Notes are surprises in the manifest or its archive: see Inspection.
 	Notes []deployments.Problem `json:"notes,omitempty"`
 	// Refused says why no node would take the manifest: nothing was copied or written.
 	Refused deployments.Problems `json:"refused,omitempty"`
 }
 
-// Import copies the newest manifest of each unit to a key that contains its digest, and writes the unit file,
-// which names the copy. In an existing file it changes only the release. It skips what is done already, so that it
-// can run after each deployment until all nodes use kedge. strange are manifests that belong to no unit.
+// Import copies the newest manifest of each unit to a key that contains its digest, and writes the unit file, which
+// names the copy. In an existing file it changes only the release. It skips what is done already, so that it can run
+// after each deployment until all nodes use kedge. It leaves out what no node would take: see Imported.Refused.
+// strange are the URLs of manifests that belong to no unit. With an error, done has the units before it.
 func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
@@ -164,8 +165,8 @@ func CopyByDigest(
 // releaseLine matches the release line of a unit file.
 var releaseLine = regexp.MustCompile(`(?m)^release:[^\n#]*?([ \t]*#[^\n]*)?$`)
 
-// writeUnit sets the release in a unit file of a repo, and reports whether it had to be changed. As the repo may
-// not be trusted, it follows no link out of the repo, and only reads and replaces regular files.
+// writeUnit sets the release in a unit file of a repo, or makes the file, with adopt set. It reports whether it had
+// to. As the repo may not be trusted, it follows no link out of the repo, and only reads and replaces regular files.
 func writeUnit(repo, file, from string, p deployments.Pointer) (bool, error) {
 	if err := os.MkdirAll(repo, 0o755); err != nil {
 		return false, err
@@ -216,7 +217,7 @@ func writeSynced(root *os.Root, name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// readUnit reads a unit file.
+// readUnit reads a unit file. One that isn't a regular file, or is too large, is an error.
 func readUnit(root *os.Root, file string) ([]byte, error) {
 	f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {
@@ -233,7 +234,7 @@ func readUnit(root *os.Root, file string) ([]byte, error) {
 	return text, err
 }
 
-// list returns the manifests below a prefix.
+// list returns the .yml and .yaml objects below a prefix, by URL; more than maxPrefix objects are an error.
 func list(ctx context.Context, objects *object.Client, prefix string) ([]object.Listed, error) {
 	all, more, err := objects.List(ctx, prefix, maxPrefix)
 	if err != nil {

@@ -17,14 +17,14 @@ import (
 	"kedge/deployments"
 )
 
-// maxPrefix bounds the objects below a prefix that are listed.
+// maxPrefix bounds the objects below a prefix, of any name.
 const maxPrefix = 100_000
 
 // Source is a manifest that was read.
 type Source struct {
-	// Name names the manifest for people: a URL, or a file's path.
+	// Name names the manifest for people: a URL, a file's path, or - for the standard input.
 	Name string
-	// URL is its URL; a file has a file:// URL.
+	// URL is the manifest's URL; a file, and the standard input, have one with file://.
 	URL string
 	Raw []byte
 }
@@ -49,9 +49,9 @@ type Archive struct {
 	Outside []string
 }
 
-// Inspect parses a manifest as a node would. If objects isn't nil and src has no variables, it also unpacks the archive
-// into a temporary directory. What is wrong with the manifest is in the Inspection; the error only says why the
-// inspection itself failed.
+// Inspect parses a manifest as a node would. If objects isn't nil and src has no variables, it also unpacks the
+// archive into a temporary directory. What is wrong with the manifest or the archive is in the Inspection; the error
+// only says why the inspection itself failed.
 func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection, error) {
 	in := Inspection{Source: s}
 	m, err := deployments.ParseTemplate(s.Raw, s.URL)

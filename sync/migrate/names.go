@@ -11,16 +11,16 @@ import (
 
 // Naming derives a unit from a manifest's key.
 type Naming struct {
-	// Patterns are tried in order. {stage}, {role} and {unit} match a part of a path segment, * matches any text
-	// in one, and .yml also matches .yaml. A pattern matches the end of a path, from the beginning of a segment.
-	// Empty: DefaultPatterns.
+	// Patterns are tried in order. {stage}, {role} and {unit} match a part of a path segment, * matches any text in one,
+	// and .yml and .yaml match each other. A pattern matches the end of a path, from the beginning of a segment. Empty:
+	// DefaultPatterns.
 	Patterns []string
 	// Stage, Role and Unit are the parts that a pattern lacks. A pattern that yields another value for one of them doesn't
 	// count as a match.
 	Stage, Role, Unit string
 }
 
-// DefaultPatterns match the names that capistrano-stretcher gives.
+// DefaultPatterns match the names that capistrano-stretcher gives to manifests.
 var DefaultPatterns = []string{"manifest_{role}_{stage}.yml"}
 
 // DefaultUnit is a unit's name if nothing else gives one.
@@ -36,7 +36,7 @@ func (n Naming) check() error {
 	return nil
 }
 
-// UnitOf returns the unit of the manifest at a path, and an error if no pattern gives one.
+// UnitOf returns the unit of the manifest at a path, and an error if no pattern gives a valid one.
 func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 	patterns := n.Patterns
 	if len(patterns) == 0 {
