@@ -11,9 +11,8 @@
 //
 // # Manifest
 //
-// A manifest says what a release is and how it goes live. kedge publish writes one beside each archive; stretcher's
-// manifests are manifests, too. Once a pointer names its digest it never changes. Fields that begin with x- are passed
-// over. At most 1 MiB.
+// A manifest says what a release is and how it goes live. kedge publish writes one beside each archive; stretcher's are
+// manifests, too. Once a pointer names its digest it never changes. Fields like x-NAME are ignored. At most 1 MiB.
 //
 // Example of a manifest:
 //
@@ -278,8 +277,7 @@
 // # Record
 //
 // A record at desired/STAGE/ROLE/UNIT is what a unit should run, and how far the fleet may have gone there. The mirror
-// that holds the lease writes it. Where no mirror runs, a person may write a bare pointer instead. It mostly stays
-// under 1 KB.
+// that holds the lease writes it. Where no mirror runs, a person may write a bare pointer. It mostly stays under 1 KB.
 //
 // Example of a record:
 //

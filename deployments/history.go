@@ -12,7 +12,7 @@ type History struct {
 	Release    Pointer `json:"release"`
 	Stable     Pointer `json:"stable,omitzero"`
 	// Commit, Author and Subject describe the Git commit that was mirrored then, Committed is its time. An entry that was
-	// lost, and made again from the record, has only Commit.
+	// made again from the record has only Commit.
 	Commit    string    `json:"commit"`
 	Author    string    `json:"author"`
 	Subject   string    `json:"subject,omitempty"`
@@ -29,8 +29,7 @@ type History struct {
 	Retry int64 `json:"retry,omitempty"`
 	// Pinned is a copy of Record.Pinned: what Git asked for while a unit pin was rolled out instead; nil: none was.
 	Pinned *Pinned `json:"pinned,omitempty"`
-	// Note says what else led to the generation, such as a pin, an order, a change by hand that was put back, or a
-	// rollout that was stopped.
+	// Note says what else led to the generation, such as a pin, an order, or a change by hand that was put back.
 	Note string `json:"note,omitempty"`
 	// Pins are the pins of the unit, and of its nodes, that were in force in this generation, the oldest first. A
 	// pin that outlasts the generation is listed in the next entry, too. The mirror rewrites the newest entry when
@@ -74,8 +73,8 @@ type PastOrder struct {
 const (
 	// HistoryKept is how many generations of a unit stay in history/.
 	HistoryKept = 50
-	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords how many bytes of each
-	// By, Reason and Error are kept: whoever may write pins or orders must not make an entry grow without bound.
+	// MaxPastPins bounds the pins of a history entry, and MaxPastOrders its orders. MaxPastWords bounds how many bytes of
+	// each By, Reason and Error are kept. Whoever may write pins or orders must not make an entry grow without bound.
 	MaxPastPins   = 50
 	MaxPastOrders = 50
 	MaxPastWords  = 200

@@ -12,9 +12,9 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-// Encode returns a manifest as YAML, as kedge publish writes it. Fields that are zero or hold their default are left
-// out. Otherwise ParseManifest of that text, at the same URL, returns an equal Manifest. Encode returns an error
-// beyond MaxManifest.
+// Encode returns a manifest as YAML, as kedge publish writes it, without fields that are zero or hold their default.
+// ParseManifest of it, at the same URL, returns m with its defaults filled in. More than MaxManifest bytes are an
+// error.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {

@@ -145,8 +145,7 @@ type manifestReader struct {
 	timeout time.Duration
 }
 
-// stretchersFields are the fields that stretcher reads. A manifest with no other fields counts as stretcher's, unless
-// its sync_strategy is release.
+// stretchersFields are the fields that stretcher reads. A manifest of only these, not for release, is stretcher's.
 var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
@@ -284,8 +283,7 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}
 }
 
-// destMode reads an octal mode: 755, 0755 or 0o755. Only its last three digits count. stretcher read 755 as a decimal
-// number, which is mode 01363.
+// destMode reads an octal mode: 755, 0755 or 0o755. stretcher read 755 as a decimal number, which is mode 01363.
 func (r *manifestReader) destMode(n ast.Node) {
 	s, ok := r.text(n)
 	if !ok {

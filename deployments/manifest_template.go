@@ -312,8 +312,8 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 	}
 }
 
-// text calls one of stretcher's functions. As in stretcher, env returns the value of the first of its words that is a
-// variable which is set and not empty, else the last word itself.
+// text calls one of stretcher's functions. As in stretcher, env returns the value of the first variable of its words
+// that is set and not empty, else the last word itself.
 func (e *expander) text(name string, words []string) (string, error) {
 	switch name {
 	case "env":

@@ -19,8 +19,8 @@ const maskText = "***"
 // and the zero Mask hide nothing.
 type Mask struct{ replacer *strings.Replacer }
 
-// NewMask returns a Mask that hides the values of 4 bytes and more, also if they are quoted, escaped for a URL, or cut
-// into lines. It returns nil if there are none.
+// NewMask returns a Mask that hides the values of 4 bytes and more, also quoted, escaped for a URL, or cut into lines.
+// It returns nil if there are none.
 func NewMask(values []string) *Mask {
 	var forms []string
 	add := func(s string) {

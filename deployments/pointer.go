@@ -127,8 +127,7 @@ func IsPlainHTTP(s string) bool {
 	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
 }
 
-// IsLocalURL reports whether a URL's host is localhost, or an address as in IsLocalAddress; false for any other name,
-// which may lead there.
+// IsLocalURL reports whether a URL's host is localhost or local by IsLocalAddress. It looks up no other name.
 func IsLocalURL(u *url.URL) bool {
 	host := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
 	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
@@ -138,9 +137,9 @@ func IsLocalURL(u *url.URL) bool {
 	return err == nil && IsLocalAddress(ip)
 }
 
-// IsLocalAddress reports whether an address is loopback, unspecified, link-local, or among cloudLocal: this machine's
-// own, or one that serves its link alone, as clouds serve an instance's credentials. An IPv4 address also counts if it
-// is mapped to IPv6 or lies in nat64.
+// IsLocalAddress reports whether an address is loopback, unspecified, link-local, or among cloudLocal. It is then this
+// machine's own, or serves its link alone, as clouds serve an instance's credentials. An IPv4 address also counts if
+// it is mapped to IPv6 or lies in nat64.
 func IsLocalAddress(ip netip.Addr) bool {
 	ip = ip.Unmap().WithZone("")
 	if b := ip.As16(); nat64.Contains(ip) {
@@ -218,8 +217,8 @@ func BesideURL(url, more string) string {
 	return at + more + "?" + query
 }
 
-// ShownURL returns a URL, or a text that should have been one, without what may be secret: the user name, the
-// password, and the query, which may be a signature. A text without :// loses only what follows a ?.
+// ShownURL returns a URL, or a text that should have been one, without what may be secret. That is the user name, the
+// password, and the query, which may be a signature; in a text without ://, only the query.
 func ShownURL(s string) string {
 	s, _, query := strings.Cut(s, "?")
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {
@@ -245,8 +244,7 @@ func (p Pointer) String() string {
 	return p.URL + digestMark + p.Digest.String()
 }
 
-// Version returns the version that the manifest's URL tells: its file's name without the extension or, for manifest.*,
-// the name of its directory. It is on one line of at most maxVersion bytes.
+// Version returns the version in the URL: the manifest's file name without extension, or the directory of manifest.*.
 func (p Pointer) Version() string {
 	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
 	dir, file := path.Split(url)
@@ -260,8 +258,7 @@ func (p Pointer) Version() string {
 // maxVersion is how many bytes of a URL's version are shown.
 const maxVersion = 200
 
-// Short returns the pointer's name for people: its version and the first 8 digits of its digest; "-" for the zero
-// pointer.
+// Short returns the pointer's name for people: its version and 8 digits of its digest; "-" for the zero pointer.
 func (p Pointer) Short() string {
 	if p.IsZero() {
 		return "-"
@@ -284,8 +281,8 @@ func (p *Pointer) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Trim removes from a value what people and tools leave there: white space and a byte-order mark around it, and
-// carriage returns at the ends of lines.
+// Trim removes what people and tools leave in a value: white space and a byte-order mark around it, carriage returns
+// at the ends of lines.
 func Trim(s string) string {
 	return strings.TrimSpace(strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(s), "\ufeff"), "\r\n", "\n"))
 }

@@ -7,8 +7,7 @@ import "maps"
 // Kubernetes' conditions, and never change their meaning.
 type Reason string
 
-// Facts are a Reason's parameters, by name, such as unit, node, release and until. They are data, or the words of an
-// error or a person.
+// Facts are a Reason's parameters, by name, such as unit, node and until: data, or the words of an error or a person.
 type Facts map[string]string
 
 // With returns a copy of the facts with one set. It never changes f, which may be nil.

@@ -13,9 +13,9 @@ type Record struct {
 	// last target that finished its rollout; zero if none has yet.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows with each new target, and each time that a rollout turns back or is tried again: by one, unless
-	// the store had lost newer records. It orders records, whatever Consul's indexes do, and a node's report names the
-	// one that it acts on. A bare pointer has generation 0.
+	// Generation grows with each new target, and each time that a rollout turns back or is tried again. It grows by one,
+	// unless the store had lost newer records. It orders records, whatever Consul's indexes do, and a node's report names
+	// the one that it acts on. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
 	// Retry grows by one with each retry order that the mirror obeys; it is 0 again if the store lost records. It lets a
 	// release be tried once more on the nodes where it failed: see Claim.
@@ -52,8 +52,7 @@ type Record struct {
 	Rollout *Progress `json:"rollout,omitempty"`
 }
 
-// RequestGeneration returns the generation that first asked for the record's target, as Claim has it: negative if it
-// was lost.
+// RequestGeneration returns the generation that first asked for the record's target; see Claim.
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
 // Pinned is the record that Git asked for before a unit pin took its place. When the pin ends, the record goes to what
@@ -90,17 +89,13 @@ type Progress struct {
 	Message string `json:"message,omitempty"`
 	// Failed is the digest that was rolled back. It stays out until Git names another or an operator retries.
 	Failed Digest `json:"failed,omitzero"`
-	// Promoted is set once the rollout is past its canary: by an operator, after the bake if approval is auto, or because
-	// it has none.
+	// Promoted is set once the rollout is past its canary, if any: by an operator, or after the bake if approval is auto.
 	Promoted bool `json:"promoted,omitempty"`
-	// Forced is set if the rollout may start, or go on, within a freeze window: an operator said so, or a pin's end leads
-	// back to a stable release.
+	// Forced is set if the rollout may go on within a freeze window, by an operator's order or after the end of a pin.
 	Forced bool `json:"forced,omitempty"`
-	// HealthySince is when the bake, or a wait for a freeze or for missing nodes, began. Since then the admitted nodes
-	// are converged, apart from failures that are tolerated.
+	// HealthySince is when the bake, or a wait, began: since then the admitted nodes are converged, or tolerated.
 	HealthySince time.Time `json:"healthy_since,omitzero"`
-	// Tolerated is how many failed nodes are accepted in addition to max_failures: by resume, or as an earlier rollout
-	// ended without them.
+	// Tolerated is how many failed nodes are accepted beyond max_failures: by resume, or left by an earlier rollout.
 	Tolerated int `json:"tolerated_failures,omitempty"`
 	// Superseded are targets that this one replaced before their rollouts had ended, at most MaxSuperseded. Nodes
 	// that run one of them keep it until their turn comes, so that replacing a rollout doesn't move all of them at
@@ -136,9 +131,8 @@ const (
 	PhaseFrozen          Phase = "frozen"           // has yet to start: waits for a freeze window to end
 	PhaseRolling         Phase = "rolling"          // the other nodes follow, within max_unavailable
 	PhasePaused          Phase = "paused"           // by an operator, or as it failed and is not rolled back
-	// PhaseRollingBack goes back to Stable, or to what was there before a first release, without gates: the cutoff
-	// shrinks from all nodes to none. A node at or below it that runs Target, or one of Superseded, keeps that until its
-	// turn.
+	// PhaseRollingBack goes back to Stable, or to what served before a first release, without gates: the cutoff shrinks
+	// to none. A node at or below it that runs Target, or one of Superseded, keeps that until its turn.
 	PhaseRollingBack Phase = "rolling-back"
 	PhaseRolledBack  Phase = "rolled-back" // done: nodes stay on what they went back to, until a retry or another target
 )

@@ -141,8 +141,8 @@ func lenientJSON(data []byte, to any) error {
 // holdWord is the text of a pin that keeps what runs.
 const holdWord = "hold"
 
-// ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold) or
-// hold: true, and reason, by, until (see ParseUntil) and at_once. Text that is empty or doesn't parse is an error,
+// ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON. Its fields are release (a pointer
+// or hold), hold, reason, by, until (see ParseUntil) and at_once. Text that is empty or doesn't parse is an error,
 // never "no pin".
 func ParsePin(value []byte) (Pin, error) {
 	text := Trim(string(value))

@@ -18,7 +18,7 @@ type Settings struct {
 	Commands map[string]bool
 	// Prune lets the removal of a unit from Git remove its record. Nodes never undeploy because of it.
 	Prune bool
-	// MaxRemoved is the percentage of units that one commit may remove while Prune is set; one unit always may go.
+	// MaxRemoved is the percentage of units that one commit may remove if Prune is set; one unit is always allowed.
 	// Default 30; 100 switches the check off.
 	MaxRemoved int
 	// AllowRewind accepts a head that doesn't descend from the last one (a force push).

@@ -160,8 +160,8 @@ func FromSource(url string, sources []string) bool {
 }
 
 // UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1,
-// not s3://acme/webx/1. A URL that could be read as another path (.., an empty segment, %, \, a query other than the
-// versionId of s3://) lies under no prefix.
+// not s3://acme/webx/1. A URL that could be read as another path lies under no prefix. Such a URL has .., an empty
+// segment, %, \, or a query (but for versionId of s3://).
 func UnderPrefix(url, prefix string) bool {
 	if at, version, found := strings.Cut(url, "?"); found && strings.HasPrefix(url, "s3://") &&
 		s3Version.MatchString(version) {

@@ -81,7 +81,7 @@ const (
 )
 
 // Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every STAGE/ROLE/UNIT.yaml. It ignores
-// dot-files, and files that don't end in .yaml or .yml; a .yaml file in a wrong place is a problem, and so is a link
+// dot-files, and files that don't end in .yaml or .yml. A .yaml file in a wrong place is a problem, and so is a link
 // or a submodule that hides units. The error is Problems, with every one that was found and its place, or an error of
 // reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {

@@ -32,9 +32,9 @@ type reader struct {
 	problems Problems
 }
 
-// parse returns the document's root; nil for an empty text and, with a problem noted, for one that isn't a single YAML
-// document within the bounds. Tags are refused. So are, unless the reader is lax, anchors, aliases and merge keys: a
-// few lines of them can expand without bound.
+// parse returns the document's root, or nil if the text is empty or, with a problem noted, isn't one YAML document
+// within bounds. Tags are refused. So are, unless the reader is lax, anchors, aliases and merge keys: a few lines of
+// them can expand without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -287,8 +287,7 @@ func Nearest(name string, known iter.Seq[string]) string {
 	return best
 }
 
-// distance returns the Levenshtein distance, with a swap of neighbours as one step. For an a of more than 64 bytes it
-// returns the length of a.
+// distance returns the Levenshtein distance, with a swap of neighbours as one step; len(a) if that is more than 64.
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)
@@ -316,8 +315,7 @@ func distance(a, b string) int {
 	return rows[len(a)][len(b)]
 }
 
-// text returns a scalar's text, and false for another node, which it notes. Numbers and the like are as they were
-// written.
+// text returns a scalar's text, numbers as they were written; false, with a problem noted, for another node.
 func (r *reader) text(n ast.Node) (string, bool) {
 	switch s := n.(type) {
 	case *ast.StringNode:
@@ -332,7 +330,7 @@ func (r *reader) text(n ast.Node) (string, bool) {
 }
 
 // into returns a function for fields that parses a scalar into *to. The error of parse is noted at the scalar's place,
-// unless the value is open, and *to stays as it was.
+// unless the value contains an unknown variable.
 func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node) {
 	return func(n ast.Node) {
 		s, ok := r.text(n)

@@ -58,8 +58,7 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 // empty reports whether a resolved node is nil or has no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries returns the entries of a mapping and, if the reader is lax, those that its merge keys (<<) add to them;
-// false: n is no mapping.
+// entries returns a mapping's entries, with those that its merge keys (<<) add if the reader is lax; false: n is none.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {

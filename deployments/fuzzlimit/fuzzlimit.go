@@ -21,9 +21,8 @@ const (
 	Memory = 256 << 20
 )
 
-// Run calls parse, and fails the test if parse allocates more than Memory. It panics if parse takes longer than Time
-// or Waiting. Whoever can have data parsed must not be able to take more. The failure names input. All that the
-// process does meanwhile counts, except for Waiting.
+// Run calls parse, and fails the test if the process meanwhile allocates more than Memory. It panics if that takes
+// longer than Time or Waiting. Whoever can have data parsed must not be able to take more. The failure names input.
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()

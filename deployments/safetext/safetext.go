@@ -44,8 +44,7 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
-// Prefix returns s if it has at most most bytes, and else its beginning, of at most most bytes and of whole
-// characters.
+// Prefix returns the beginning of s, of at most most bytes and of whole characters.
 func Prefix(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -97,8 +96,7 @@ func unseen(r rune) bool {
 		r == '\u2029'
 }
 
-// JSON escapes unseen characters from 0x7f in the strings of a JSON text, without changing its meaning. JSON itself
-// escapes those below.
+// JSON escapes the unseen characters that may stand in the strings of a JSON text, without changing its meaning.
 func JSON(data []byte) []byte {
 	s := string(data)
 	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }

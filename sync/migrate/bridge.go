@@ -41,8 +41,8 @@ type Bridged struct {
 
 // Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest, which
 // old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a mirror
-// runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins. An unreadable pin or one of
-// another author is an error, and so is a pin without a record.
+// runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins. Under a mirror, a unit
+// without a record, or with somebody else's pin, is an error.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	if err := o.Naming.check(); err != nil {

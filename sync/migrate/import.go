@@ -57,8 +57,8 @@ type Imported struct {
 
 // Import copies the newest manifest of each unit to a key that contains its digest, and writes the unit file, which
 // names the copy. In an existing file it changes only the release. It skips what is done already, so that it can run
-// after each deployment until all nodes use kedge. It leaves out what no node would take: see Imported.Refused.
-// strange are the URLs of manifests that belong to no unit. With an error, done has the units before it.
+// after each deployment until all nodes use kedge. It leaves out manifests that no node would take: see
+// Imported.Refused. strange are the URLs of those that belong to no unit. With an error, done has the units before it.
 func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
