@@ -6,8 +6,9 @@
 // history and mirror state. These are parsed leniently: an unknown field is passed over, so that two versions run side
 // by side. What an older reader would get dangerously wrong raises min_agent in the record.
 //
-// Durations are written as in 30s, 5m or 1h30m, at most a year. An amount of nodes is a number, or a percentage of
-// the live nodes, rounded up. A pointer is URL@sha256:HEX: where a manifest lies, and the digest of its bytes.
+// Durations are written as in 30s, 5m or 1h30m, at most a year but in agent.yaml. An amount of nodes is a number, or a
+// percentage of the live nodes, rounded up. A pointer is URL@sha256:HEX: where a manifest lies, and the digest of its
+// bytes.
 //
 // # Manifest
 //
@@ -296,7 +297,7 @@
 //	after       the unit file's
 //	drift       the unit file's
 //	adopt       the unit file's
-//	paced       true: unit pins wait for the mirror, which rolls them out
+//	paced       true: the mirror rolls out unit pins, apart from hold and at_once
 //	joined      nodes that joined later, and run something else, are not told yet
 //	claim       the generation that first asked for target under its commit; a release that failed there stays out;
 //	            negative: lost with the store's data, some generation up to that
@@ -320,9 +321,9 @@
 //	message             both in words
 //	failed              the digest that was rolled back: it stays out until Git names another, or kedge retry
 //	promoted            true: it is past its canaries
-//	forced              true: an operator let it go on within a freeze
+//	forced              true: it may go on within a freeze, by an operator's order or after a pin
 //	healthy_since       when the bake began
-//	tolerated_failures  how many failed nodes an operator accepted by resume
+//	tolerated_failures  how many failed nodes are accepted, by resume or from an earlier rollout
 //	superseded          targets that it replaced before they had ended: digest, cutoff, generation, back
 //
 // # Report
@@ -393,7 +394,7 @@
 //	subject     the commit's
 //	committed   the commit's time
 //	at          when the mirror wrote the entry
-//	failed      the digest that was rolled back
+//	failed      the digest that was rolled back, or that was replaced after it had failed on a node
 //	claim       the record's
 //	retry       the record's
 //	pinned      the record's, while a pin had its place

@@ -44,8 +44,8 @@ type History struct {
 
 // PastPin is a pin as the history keeps it. By, Reason and Error are cut at MaxPastWords.
 type PastPin struct {
-	// At is when the mirror saw the pin. Ended is when the mirror saw it removed or replaced, or its Until. Zero: it is
-	// in force, or outlasted the generation.
+	// At is when the mirror saw the pin. Ended is when the mirror saw it removed or replaced, or its Until if that had
+	// come. Zero: it is in force, or outlasted the generation.
 	At    time.Time `json:"at"`
 	Ended time.Time `json:"ended,omitzero"`
 	// Node is the one node that the pin was for; empty: all nodes of the unit.

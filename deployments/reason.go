@@ -20,7 +20,7 @@ func (f Facts) With(name, value string) Facts {
 	return all
 }
 
-// Reasons of a rollout. Beside each stands what it means and, after a colon if both do, its main facts.
+// Reasons of a rollout. A comment beside a reason is MEANING: FACTS, or one of both; it names only the main facts.
 const (
 	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until or opens (never), reason
 	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git

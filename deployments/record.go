@@ -55,8 +55,8 @@ type Record struct {
 // RequestGeneration returns the generation that first asked for the record's target; see Claim.
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
-// Pinned is the record that Git asked for before a unit pin took its place. When the pin ends, the record goes to what
-// Git names by then, in the way that these fields allow.
+// Pinned is the record that Git asked for before a unit pin took its place. When the pin ends, what Git names then is
+// rolled out: without gates if it is Stable here, not at all if it is Failed.
 type Pinned struct {
 	Target Pointer `json:"target,omitzero"`
 	Stable Pointer `json:"stable,omitzero"`

@@ -37,7 +37,7 @@ type UnitReport struct {
 	// Running is the release that is live, and Version its manifest's version; empty: none is.
 	Running Pointer `json:"running,omitzero"`
 	Version string  `json:"version,omitempty"`
-	// Want is the release that policy.Resolve last answered, and Message why, in words.
+	// Want is the release that policy.Resolve last answered, and Message why, in words, or what the unit waits for.
 	Want    Pointer `json:"want,omitzero"`
 	Message string  `json:"message,omitempty"`
 	// Generation is the generation of the record that Want was resolved from. A converged node that has nothing to
@@ -129,7 +129,7 @@ func States() []State {
 func (s State) Known() bool { return slices.Contains(States(), s) }
 
 const (
-	// MaxReport bounds a report, in bytes. It has room for many units on one node.
+	// MaxReport bounds a report, in bytes. A report of very many units lacks details of some, or some of them.
 	MaxReport = 256 << 10
 	// MaxRoleUnits bounds the units of one role that a node manages, and so those of a report.
 	MaxRoleUnits = 100
