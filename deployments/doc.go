@@ -6,9 +6,9 @@
 // history and mirror state. These are parsed leniently: an unknown field is passed over, so that two versions run side
 // by side. What an older reader would get dangerously wrong raises min_agent in the record.
 //
-// Durations are written as in 30s, 5m or 1h30m, at most a year but in agent.yaml. An amount of nodes is a number, or a
-// percentage of the live nodes, rounded up. A pointer is URL@sha256:HEX: where a manifest lies, and the digest of its
-// bytes.
+// Durations are written as in 30s, 5m or 1h30m, at most a year, except in agent.yaml. An amount of nodes is a number,
+// or a percentage of the live nodes, rounded up. A pointer is URL@sha256:HEX: where a manifest lies, and the digest of
+// its bytes.
 //
 // # Manifest
 //

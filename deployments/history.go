@@ -19,9 +19,9 @@ type History struct {
 	Committed time.Time `json:"committed"`
 	// At is when the mirror wrote the entry.
 	At time.Time `json:"at"`
-	// Failed is the digest of a release that failed, so that kedge rollback never picks it, even if no node has it in
-	// quarantine any more. It is the release that this generation rolled back, or the one that this generation
-	// replaced while a node had it in quarantine.
+	// Failed is the digest of a release that failed. kedge rollback picks it only if it was tried again later, even if no
+	// node has it in quarantine any more. It is the release that this generation rolled back, or the one that this
+	// generation replaced while a node had it in quarantine.
 	Failed Digest `json:"failed,omitzero"`
 	// Claim and Retry are copied from the record: they keep a failed release out of the nodes where it failed even
 	// if the record is lost.

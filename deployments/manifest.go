@@ -140,8 +140,8 @@ type Check struct {
 	Systemd string
 	// Consul names a service of this node whose Consul checks must all pass.
 	Consul string
-	// Interval is the time between two tries; default 1 s. It is shortened to Health.StableFor, but not below 1 s.
-	// Timeout bounds one try; default 5 s.
+	// Interval is the time between two tries at the switch; default 1 s. It is shortened to Health.StableFor, but not
+	// below 1 s. Timeout bounds one try; default 5 s.
 	Interval, Timeout time.Duration
 	// During limits when the check is tried.
 	During During

@@ -13,9 +13,9 @@ type Record struct {
 	// last target that finished its rollout; zero if none has yet.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows with each new target, and each time that a rollout turns back or is tried again. It grows by one,
-	// unless the store had lost newer records. It orders records, whatever Consul's indexes do, and a node's report names
-	// the one that it acts on. A bare pointer has generation 0.
+	// Generation grows with each new target, and each time that a rollout turns back or is tried again. It mostly grows by
+	// one. It orders records, whatever Consul's indexes do, and a node's report names the one that it acts on. A bare
+	// pointer has generation 0.
 	Generation int64 `json:"generation"`
 	// Retry grows by one with each retry order that the mirror obeys; it is 0 again if the store lost records. It lets a
 	// release be tried once more on the nodes where it failed: see Claim.
