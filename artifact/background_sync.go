@@ -9,7 +9,7 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// backgroundSyncStep is how many bytes are written from the start of one background sync to the start of the next.
+// backgroundSyncStep is the least number of bytes written between the starts of two background syncs.
 const backgroundSyncStep = 64 << 20
 
 // backgroundSync syncs written files to the disk while others are fetched. It guarantees nothing, but shortens the

@@ -27,7 +27,8 @@ func (t treeSwitcher) forget() error {
 // keptTree returns the path of the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
-// Keep copies what is at dest, except what rsync leaves alone there: excluded files and mounts.
+// Keep copies what is at dest, except what rsync leaves alone there: excluded files and mounts. If dest is missing,
+// empty or no directory, nothing is kept. If the disk has no room for the copy, that is an error.
 func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := s.forget(); s.c.Before == "" || err != nil {
 		return err
@@ -121,7 +122,8 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	return true, durable.SyncFS(dest.Path(""))
 }
 
-// identity returns text that distinguishes a file from every other, including a later one with the same inode.
+// identity returns text that distinguishes a file from every other. If its file system records birth times, that
+// includes a later file with the same inode.
 func identity(path string) (string, error) {
 	var st unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_BTIME, &st)
@@ -133,8 +135,8 @@ func identity(path string) (string, error) {
 
 func (m moveSwitcher) keptIdentity() string { return filepath.Join(m.c.Before, "identity") }
 
-// Keep stores the identity of the directory, or link, at dest. A pre command is expected to move it away, as the
-// release can't be moved there otherwise.
+// Keep stores the identity of the directory, or link, at dest, if there is one. A pre command is expected to move it
+// away, as the release can't be moved there otherwise.
 func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	if err := m.forget(); m.c.Before == "" || err != nil {
 		return err
@@ -160,8 +162,8 @@ func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	return durable.WriteFile(m.keptIdentity(), []byte(id), 0o600)
 }
 
-// Restore moves back the directory that Keep identified, if it still lies in dest's parent directory, under any
-// name.
+// Restore moves back the directory that Keep identified, if it still lies in dest's parent directory, under any name.
+// What lies at dest then is removed.
 func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	if m.c.Before == "" {
 		return false, nil

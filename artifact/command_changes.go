@@ -33,7 +33,8 @@ const (
 )
 
 // commandChange is a path of a live tree that the release's own commands made, changed or removed. From then on it
-// belongs to the release: verify doesn't report it, and healing restores it.
+// belongs to the release: verify reports it only if it changes again, and healing restores it as far as it can. In
+// changeFiles.before, it is a path that differed before the commands ran.
 type commandChange struct {
 	Path string `json:"path"` // "." is the tree itself
 	// What is the difference from the archive: see Difference.
@@ -109,7 +110,8 @@ func (f changeFiles) forget() error {
 	return err
 }
 
-// readChanges reads what writeChanges wrote; nil if the file is missing or damaged.
+// readChanges reads what writeChanges wrote, without paths that no tree can have; nil if the file is missing or
+// damaged.
 func readChanges(file string) []commandChange {
 	var of struct {
 		Made []commandChange `json:"made"`
@@ -130,8 +132,8 @@ func writeChanges(file string, made []commandChange) error {
 	return durable.WriteFile(file, data, 0o600)
 }
 
-// recordBefore records the differences of a tree before its release's commands run. If there is a record already, the
-// commands ran before and were cut off: it is kept.
+// recordBefore records the differences of a tree before its release's commands run, without those that commands caused
+// earlier. If there is a record already, the commands may have run, and been cut off: it is kept.
 func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	if safefs.Exists(f.before) {
 		return nil
@@ -145,8 +147,9 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
-// recordAfter records what commands made in the tree at dir: the current differences without those of recordBefore. It
-// returns the number of paths beyond maxChanges, which are not recorded.
+// recordAfter records what commands made in the tree at dir: the current differences without those of recordBefore that
+// are unchanged. If there are none, it removes both files. It returns the number of paths beyond maxChanges, which are
+// not recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -175,8 +178,9 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 	return left, nil
 }
 
-// describe returns the current state of each path of differences, once for each path. Paths below one that is whole
-// are left out. keep makes it record the content of small files.
+// describe returns the current state of each path of differences, once for each path. Paths below one that is whole,
+// and paths that were removed meanwhile, are left out. keep makes it record the content of small files that were made
+// or changed.
 func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -210,7 +214,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []commandChang
 	return found
 }
 
-// changeAt describes what exists at a path; its Type is empty if nothing does.
+// changeAt describes what exists at a path; its Type is empty if nothing does, or if that can't be read.
 func changeAt(root *os.Root, p string) commandChange {
 	m := commandChange{Path: p}
 	info, err := root.Lstat(p)
@@ -233,8 +237,9 @@ func changeAt(root *os.Root, p string) commandChange {
 	return m
 }
 
-// keepContent records a file's content if it is small, and adds the content's size to kept. If changed says that the
-// archive has other content, the digest is recorded, too, whatever the file's size.
+// keepContent records a file's content if it is small and the release's recorded contents stay within
+// maxChangesContent. It adds the content's size to kept. If changed says that the archive has other content, the digest
+// is recorded, too, whatever the file's size.
 func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 	if changed {
 		sum, err := sumOf(root, m.Path)
@@ -294,8 +299,9 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// difference returns how m's path differs from how the commands left it, as one of the words of Difference.What. It is
-// empty if nothing differs.
+// difference returns the first way in which m's path differs from how the commands left it, as a word of
+// Difference.What; empty if there is none. It compares content only if its digest was recorded, and the owner only if
+// nothing else was changed. What comesAndGoes may be missing, or have changed.
 func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {

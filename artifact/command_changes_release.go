@@ -9,7 +9,7 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// heals reports whether staging a release anew would remove any of its tree's differences.
+// heals reports whether staging a release anew would remove any of its tree's differences, or that is unknown.
 func (r *Releases) heals(rel *Release, differences []Difference) bool {
 	r, leave, err := r.enter(false)
 	if err != nil {
@@ -26,7 +26,7 @@ func uncompared(found []Difference) bool {
 }
 
 // RecordBefore records how a release's tree differs from its index before its commands run, so that these differences
-// aren't taken for the commands' own. It does nothing if they are recorded already.
+// aren't taken for the commands' own. It does nothing if they are recorded already, or if the index is damaged.
 func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {
@@ -47,7 +47,8 @@ func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// RecordAfter records the files that the release's commands made in its tree. From then on they belong to the release.
+// RecordAfter records what the release's commands made, changed and removed in its tree. From then on it belongs to the
+// release. If the index is missing or damaged, nothing is recorded.
 func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

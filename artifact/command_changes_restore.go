@@ -13,7 +13,8 @@ import (
 )
 
 // restorer restores what a release's commands made in a newly unpacked tree. Paths of the live tree that are as the
-// commands left them are carried over, files by hard links. All others are made from what was recorded.
+// commands left them are carried over, files by hard links. All others are made from what was recorded, as far as that
+// suffices.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing
@@ -44,7 +45,8 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreChanges restores in dir the things that commands made, as they were left. It ends at the first error.
+// restoreChanges restores in dir the things that commands made, as they were left, as far as it can. It ends at the
+// first error.
 func restoreChanges(dir, live string, made []commandChange) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
@@ -59,8 +61,8 @@ func restoreChanges(dir, live string, made []commandChange) error {
 	return nil
 }
 
-// restoreLate is called when the new tree at dir has become live, and the tree that it replaced lies at old. It
-// carries over what was written meanwhile into directories of the old tree that the commands made.
+// restoreLate is called when the new tree at dir has become live, and the tree that it replaced lies at old. It carries
+// over paths that were added meanwhile to directories of the old tree that the commands made.
 func restoreLate(dir, old string, made []commandChange) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
@@ -175,7 +177,8 @@ func (r *restorer) remove(p string) error {
 	return safefs.RemoveAt(int(parent.Fd()), path.Base(p), p)
 }
 
-// attributes sets a path's mode, and its owner if that was recorded, to what the commands left.
+// attributes sets a path's owner and, unless it is a link, its mode to what the commands left. If a file of another
+// type lies there, it does nothing.
 func (r *restorer) attributes(m *commandChange) error {
 	if changeAt(r.tree, m.Path).Type != m.Type {
 		return nil
@@ -208,7 +211,8 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry brings the live tree's path p into the new tree: files and links by hard links, directories as new ones.
+// carry brings the live tree's path p into the new tree, with all below it: files and links by hard links, directories
+// as new ones. If p was removed meanwhile, it does nothing.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {

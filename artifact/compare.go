@@ -13,8 +13,8 @@ import (
 )
 
 // compareDest returns how the tree at rel's dest, whoever put it there, differs from the release's tree, which is
-// unpacked at tree. It compares type, content, mode and link, and the owner if the manifest names one. It skips
-// shared paths and mounts.
+// unpacked at tree. It compares type, content, mode and link, and the owner if the manifest names one. It skips shared
+// paths and mounts. If dest is missing, or no directory, that is the only difference.
 func compareDest(
 	ctx context.Context,
 	place *safefs.Place,

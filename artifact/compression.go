@@ -18,8 +18,8 @@ import (
 // maxDictionary bounds, in bytes, the memory that an xz stream can make its decoder allocate. xz -9 needs 64 MiB.
 const maxDictionary = 64 << 20
 
-// foreign lists the magic numbers of archive formats that kedge does not read. Such an archive is refused: deployed as
-// a single file, it would replace a whole tree.
+// foreign lists the magic numbers of formats that kedge does not read. Such an archive is refused, unless zipFiles has
+// its ending: deployed as a single file, it would replace a whole tree.
 var foreign = []struct{ magic, name string }{
 	{"PK\x03\x04", "zip"},
 	{"PK\x05\x06", "zip"},
@@ -40,8 +40,9 @@ var foreign = []struct{ magic, name string }{
 var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 
 // decompress detects the compression by the first bytes of raw. It returns a reader of the decoded bytes, and name
-// without the compression's suffix. The reader of compressed bytes fails beyond limit; uncompressed bytes are returned
-// as they are, without that bound. An archive of a foreign format is an error that names it. close frees the decoder.
+// without the compression's suffix. The reader fails with errBomb beyond limit decoded bytes; of uncompressed input raw
+// itself is returned, without that bound. An archive of a foreign format is an error that names it. close frees the
+// decoder.
 func decompress(
 	raw *bufio.Reader,
 	name string,

@@ -3,14 +3,15 @@
 //
 // # Fetching
 //
-// A node that runs a release takes what it has from there, hashed on the way; then from a delta, if one was
-// published for it; then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight
-// connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
-// straight into a private directory. Every 64 MiB the file system is synced in the background, so that the sync before
-// the switch, which alone counts, has little left to do. There is no journal: a fetch that was cut finds what it has
-// by hashing it, files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is
-// known that the disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before
-// it is read.
+// With strategy release, a node first takes what it can from the release that it runs, hashed unless it is known to be
+// unchanged. The rest comes from a delta, if one was published for that release. What that lacks comes from the
+// archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight connections. Frames are hashed before
+// they are decoded, and files written by as many workers as there are cores, straight into a private directory. Every
+// 64 MiB the file system is synced in the background: the sync before the switch, which alone counts, then has little
+// left to do. There is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by
+// frame. With the other strategies, it starts again. A delta of more than 4 MiB is fetched after the index, once it is
+// known that the disk holds it beside the tree. A delta that was cut is resumed, and hashed as a whole before it is
+// read.
 //
 // An archive without an index is unpacked as it comes, and nothing is kept of the stream. If that was cut off (killed,
 // or the storage went away), the next try fetches an archive of 16 MiB or more into a file beside the tree, and each
@@ -18,8 +19,8 @@
 // disk have room for archive and tree; else it is streamed again. The file is unpacked once all of it has the
 // manifest's checksum. It goes when the release is whole or refused, or another one is fetched.
 //
-// Where the node's configuration names mirrors, each of these is asked for there first: what comes is used only if its
-// hash is right, so any place may give it.
+// If the node's configuration names mirrors, each object is asked for there first. What comes is used only if its hash
+// is right, so any place may give it. An archive whose checksum is shorter than SHA-256 is read only from its own URL.
 //
 // A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing.
 // That this is the content whose hash the index gives the file is up to who packed it, since publish takes both

@@ -47,7 +47,7 @@ const (
 type extractor struct {
 	ctx    context.Context
 	root   *os.Root
-	owners bool
+	owners bool // entries get the archive's owners
 	// allowed returns an error if an entry may not belong to a user and group; nil: any owner is allowed.
 	allowed func(uid, gid int) error
 	// uids and gids cache looked-up users and groups; -1: unknown here.
@@ -145,7 +145,7 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// archive unpacks raw, whose first bytes tell its format.
+// archive unpacks raw, whose first bytes tell its format. Input of no known format is written as one file.
 func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	content, name, free, err := decompress(raw, name, x.left)
 	if err != nil {
@@ -355,8 +355,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	return x.finish(name, a)
 }
 
-// parents makes the directories above an entry that have no entry of their own. It counts them towards the bound of
-// entries, as one long name may need many.
+// parents makes the directories above an entry that no entry has made. It counts them towards the bound of entries, as
+// one long name may need many.
 func (x *extractor) parents(dir string) error {
 	if _, there := x.dirs[dir]; there || dir == "." {
 		return nil
@@ -410,7 +410,8 @@ func (x *extractor) write(name string, r io.Reader) (err error) {
 	return err
 }
 
-// finish sets an entry's owner, mode and time.
+// finish sets an entry's owner, mode and time. Owners are left alone unless x.owners is set, and times unless they are
+// after 1970-01-01.
 func (x *extractor) finish(name string, a *attributes) error {
 	if err := x.chown(name, a); err != nil {
 		return err
@@ -431,9 +432,9 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
-// checkSingleFile returns an error if rsync would replace two or more entries of dest by the single file name. The
-// input may be an error page instead of an archive. Files named like an entry of dest are accepted, and so is every
-// other strategy: release, for one, keeps the old directory.
+// checkSingleFile returns an error if rsync would replace two or more files and directories of dest by the single file
+// name. The input may be an error page instead of an archive. Files named like an entry of dest are accepted, and so is
+// every other strategy: release, for one, keeps the old directory.
 func checkSingleFile(m *deployments.Manifest, name string) error {
 	if m.Strategy != deployments.StrategyRsync {
 		return nil

@@ -14,7 +14,7 @@ func (f *fetch) fallBack(why string, args ...any) {
 	f.log.Warn(why+", so that more is fetched", args...)
 }
 
-// spoiled counts files that an old release or a delta should have provided but whose content was wrong.
+// spoiled counts files that an old release or a delta should have provided, but that were missing or wrong there.
 type spoiled struct {
 	mu    sync.Mutex
 	n     int

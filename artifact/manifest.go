@@ -9,8 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
-// deployments.ErrDigest.
+// ReadManifest returns the bytes of the manifest that p points to, if need be from an older version of the object. If
+// none with p's digest is found, the error wraps deployments.ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
 	if err != nil && !errors.Is(err, deployments.ErrDigest) {
@@ -45,7 +45,8 @@ func hasDigest(want deployments.Digest) func([]byte) error {
 const maxVersions = 20
 
 // olderVersion returns the manifest that p points to from an older version of the object at p.URL: some publishers
-// overwrite one key with each release. If no version has p's digest, the error is deployments.ErrDigest.
+// overwrite one key with each release. If none of the last maxVersions has p's digest, the error is
+// deployments.ErrDigest.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {

@@ -15,7 +15,8 @@ import (
 
 // Prune removes old releases. It keeps the current one, those in protect, and the newest of the rest; keep is the
 // number of these. It also removes partly staged trees, except those of releases in protect. If dest can't be read, it
-// removes nothing and returns the error.
+// removes nothing and returns the error. A release in which something is mounted stays, and its error is returned at
+// the end.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }
@@ -99,7 +100,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		case strings.HasSuffix(name, recordSuffix),
 			strings.HasSuffix(name, indexSuffix),
 			strings.HasSuffix(name, changesSuffix), strings.HasSuffix(name, beforeSuffix),
-			// a version's name may end like this
+			// a version may begin with one of the prefixes below
 			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix):
 		case strings.HasPrefix(name, trashPrefix),
 			isStaging && !protected(staging),
@@ -116,7 +117,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 }
 
 // remove removes the release whose directory is called name. It first renames the directory, so that no half-removed
-// release is ever found.
+// release is ever found. If something is mounted there, it removes nothing, and the error wraps safefs.ErrMounted.
 func (r *Releases) remove(name string) error {
 	dir := filepath.Join(r.top(), name)
 	if err := safefs.NoMounts(dir); err != nil {

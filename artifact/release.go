@@ -21,7 +21,7 @@ import (
 	"kedge/deployments"
 )
 
-// ErrNoRelease means that a release is not complete on this disk.
+// ErrNoRelease means that a release is not complete on this disk, or that dest leads to none.
 var ErrNoRelease = errors.New("no such release on this disk")
 
 // Releases manages one dest's releases in DEST.releases/, beside dest, so that both are on one file system.
@@ -32,22 +32,22 @@ var ErrNoRelease = errors.New("no such release on this disk")
 //	/srv/app.releases/.kedge/…             manifests, indexes, what commands made, trees being staged; private (0700)
 //	/srv/app.shared/…                      the manifest's shared paths, which releases link to; never removed
 //
-// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: if the
-// name exists, the release is complete. One process at a time may change DEST.releases: package deploy ensures it by a
-// lock file beside dest.
+// A release is complete if its directory and its record in .kedge exist. A new directory gets its name by one rename,
+// after its tree, index and record are on the disk. One process at a time may change DEST.releases: package deploy
+// ensures it by a lock file beside dest.
 type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
-	// within are the directories in which dest must lie; empty: anywhere. owner names a user who may own the directories
-	// that lead to dest, besides root and this process's user. See safefs.PlaceOptions.
+	// within and owner are safefs.PlaceOptions' Within and Owner: where dest must lie, and who may own the directories
+	// that lead there.
 	within []string
 	owner  string
 	// owners is SwitcherConfig.Owners.
 	owners func(uid, gid int) error
 	// hashAlways is SwitcherConfig.HashAlways.
 	hashAlways bool
-	// step is called before and after each change on disk. Tests kill the process there. May be nil.
+	// step is called before and after changes on disk. Tests kill the process in it. May be nil.
 	step func(name string)
 	// places are the directories that enter has opened; nil: none are open.
 	places *heldPlaces
@@ -67,20 +67,22 @@ func (h *heldPlaces) close() {
 // Release is a release on this node.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
-	// Manifest was parsed from Raw when this node first got the release. It isn't parsed again, as the environment
-	// variables in it may have changed since.
+	// Manifest was parsed from Raw with the environment variables of that time: a release that is read from disk isn't
+	// parsed again.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of its complete tree; empty unless Find, Current or Stage returned the release.
+	// Dir is the absolute path of its directory in DEST.releases; empty unless Find, Current, Stage or in returned the
+	// release.
 	Dir string `json:"-"`
 }
 
-// StageOptions are the options of Releases.Stage.
+// StageOptions are the options of Stage and Unpack.
 type StageOptions struct {
 	Progress func(meter.Progress) // called at most a few times a second; may be nil
-	// Base is the release to take unchanged files from; zero: the current one.
+	// Base is the release to take unchanged files from; zero: the current one. Only Releases.Stage uses it.
 	Base deployments.Pointer
-	// Log gets each reason why more is fetched than should be needed, once per fetch; nil: the log of the Releases.
+	// Log gets each reason why more is fetched than should be needed, once per fetch. nil: Releases.Stage takes the log of
+	// the Releases; Unpack and the other strategies log nothing.
 	Log *slog.Logger
 	// resumes lets a fetch that was cut off leave a spool beside the directory that it fills. Whoever owns that directory
 	// must remove the spool.
@@ -93,7 +95,7 @@ type Difference struct {
 	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type", "index"
 }
 
-// Open returns the releases of dest. It changes nothing on disk.
+// Open returns the releases of dest. It changes nothing on disk. log may be nil.
 func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -110,9 +112,9 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 }
 
 // enter opens dest's parent, DEST.releases and its private directory for one call. in is a copy of r whose paths lead
-// through these open directories, so that renaming a parent redirects nothing. leave closes them. With create, missing
-// directories are made; without it, the error wraps ErrNoRelease if one is missing. If r has them open already, in is
-// r.
+// through these directories, so that renaming a parent redirects nothing. leave closes them. With create, missing
+// directories are made; without it, the error wraps ErrNoRelease if one is missing or is a file. If r has them open
+// already, in is r.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.places != nil {
 		return r, func() {}, nil
@@ -173,8 +175,7 @@ func (r *Releases) parent() string {
 // dirOf returns a release's directory below top.
 func (r *Releases) dirOf(rel *Release) string { return filepath.Join(r.top(), filepath.Base(rel.Dir)) }
 
-// record is the content of .kedge/NAME.json for the release whose directory is NAME. It is written before the
-// directory gets its name.
+// record is the content of .kedge/NAME.json for the release whose directory is NAME. It is written after the index.
 type record struct {
 	Release
 	Index deployments.Digest `json:"index"` // of .kedge/NAME.index
@@ -185,10 +186,10 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-" // trees that healing replaced
+	healPrefix    = "heal-" // trees that replace exchanged for others
 	adoptedPrefix = "adopted-"
-	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile leaves behind; no version begins with
-	// it.
+	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or writeStats leaves behind; no version
+	// begins with it.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"
@@ -221,8 +222,8 @@ func (r *Releases) readRecord(name string) (*record, error) {
 // errDamaged means that a release's record doesn't parse, or holds no manifest.
 var errDamaged = errors.New("it is damaged")
 
-// readRecord decodes the JSON file at path into to. rel must be the Release in to: if it has no manifest then, the
-// error wraps errDamaged.
+// readRecord decodes the JSON file at path into to, whose Release rel must be. If the file doesn't parse, or rel has no
+// manifest then, the error wraps errDamaged.
 func readRecord(path string, to any, rel *Release) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -237,8 +238,8 @@ func readRecord(path string, to any, rel *Release) error {
 	return nil
 }
 
-// load returns the release whose directory is called name, and its record. If either is missing or damaged, the error
-// wraps ErrNoRelease.
+// load returns the release whose directory is called name, and its record. If the directory is missing, or the record
+// is missing or damaged, the error wraps ErrNoRelease.
 func (r *Releases) load(name string) (*Release, *record, error) {
 	rec, err := r.readRecord(name)
 	if err != nil {
@@ -252,8 +253,7 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	return &rec.Release, rec, nil
 }
 
-// names returns the directory names of all releases that have a record. The release that was last staged or switched
-// to comes first.
+// names returns the directory names of all releases that have a record, last staged, healed or switched to first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -284,7 +284,8 @@ func (r *Releases) names() ([]string, error) {
 	return names, nil
 }
 
-// Find returns a release that is complete on disk, or ErrNoRelease.
+// Find returns the release whose manifest has the digest. If it isn't complete on this disk, the error wraps
+// ErrNoRelease.
 func (r *Releases) Find(digest deployments.Digest) (*Release, error) {
 	rel, _, err := r.find(digest)
 	return rel, err
@@ -311,7 +312,8 @@ func (r *Releases) find(digest deployments.Digest) (*Release, *record, error) {
 	return nil, nil, fmt.Errorf("%s: %w", digest.Short(), ErrNoRelease)
 }
 
-// Current returns the release that dest leads to, or ErrNoRelease if dest is absent or no link of kedge's.
+// Current returns the release that dest leads to. The error wraps ErrNoRelease if dest is absent or no link of kedge's,
+// or if that release isn't complete.
 func (r *Releases) Current() (*Release, error) {
 	rel, _, err := r.current()
 	return rel, err

@@ -19,9 +19,9 @@ import (
 // sharedSuffix, appended to dest, names the directory of the manifest's shared paths. It is never removed.
 const sharedSuffix = ".shared"
 
-// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH doesn't
-// exist yet, the archive's content at PATH is moved there; otherwise that content is dropped. If neither exists, an
-// empty directory is made. DEST.shared may belong to anybody: no link in it is followed.
+// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH doesn't exist
+// yet, the archive's content at PATH is moved there; otherwise that content is dropped. If neither exists, an empty
+// directory is made. DEST.shared may belong to anybody: no link in it is followed out of it.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil
@@ -61,7 +61,7 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	return durable.SyncDir(r.parent())
 }
 
-// sharer moves the shared paths of one tree.
+// sharer replaces the shared paths of one tree by links.
 type sharer struct {
 	staging      string // staging is the directory of tree
 	tree, shared *os.Root
@@ -70,12 +70,12 @@ type sharer struct {
 }
 
 func (s *sharer) share(p string) error {
-	// It climbs from the link to the directory that holds DEST.releases and DEST.shared.
+	// target climbs from the link to the directory that holds DEST.releases and DEST.shared.
 	target := strings.Repeat("../", 2+strings.Count(p, "/")) + s.name + "/" + p
 	here, err := s.tree.Lstat(p)
 	if err == nil && here.Mode().Type() == fs.ModeSymlink {
 		if there, err := s.tree.Readlink(p); err == nil && there == target {
-			return nil // an earlier call was cut off after this step
+			return nil // an earlier call made it, and was cut off later
 		}
 	}
 	inTree := err == nil
@@ -159,7 +159,7 @@ func (s *sharer) make(p string) error {
 	if s.uid < 0 && s.gid < 0 {
 		return nil
 	}
-	// It is opened first: the owner of the directory above could replace it by a link to any file.
+	// The directory is opened, not named: the owner of the one above could replace it by a link to any file.
 	dir, err := safefs.OpenAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return safefs.PathError("open", p, err)

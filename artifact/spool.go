@@ -28,9 +28,9 @@ const (
 )
 
 // spool is a file that lets an interrupted fetch of an archive without an index be resumed. It lies beside the
-// directory that the archive is unpacked into. The first try streams the archive, and leaves the spool empty. A try
-// that finds the spool appends to it, from where the last try ended. It unpacks the spool once that is complete and
-// has the right checksum.
+// directory that the archive is unpacked into. The first try streams the archive, and leaves the spool empty. If the
+// disk has room, a try that finds the spool appends to it, from where the last try ended. It unpacks the spool once
+// that is complete and has the right checksum.
 type spool struct {
 	path string // empty: the archive gets no spool
 	size int64  // of the archive
@@ -105,8 +105,9 @@ func (s spool) create(flags int) (*os.File, error) {
 	return os.OpenFile(s.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|flags, 0o600)
 }
 
-// fetch appends the missing bytes of the archive to the spool, and returns the complete file, open at its start. If
-// the checksum is wrong and an earlier try wrote a part of the file, fetch fetches the whole archive again, once.
+// fetch appends the missing bytes of the archive to the spool, and returns the complete file, open at its start. If the
+// checksum is wrong and an earlier try wrote a part of the file, fetch fetches the whole archive again, once. A
+// checksum that is wrong then is deployments.ErrDigest.
 func (s spool) fetch(
 	ctx context.Context,
 	from object.Source,
@@ -121,7 +122,7 @@ func (s spool) fetch(
 	sum := newHash(checksum)
 	had, err := io.Copy(sum, io.LimitReader(file, s.size))
 	if err == nil {
-		err = file.Truncate(had) // of a longer one
+		err = file.Truncate(had) // if it holds more than the archive
 	}
 	if err == nil {
 		meter.Add(had)

@@ -23,9 +23,9 @@ import (
 )
 
 // Stage makes the release of p complete, verified and synced in its own directory, and returns it. If it is complete
-// already, Stage only sets its directory's mode. After a kill at any point the next Stage continues or starts again;
-// it never takes a partial tree for a complete one. raw is the manifest's bytes, whose digest is p's. If sizes are
-// known, a full disk is reported before the archive is fetched.
+// already, Stage only sets its directory's mode. After a kill at any point the next Stage continues or starts again; it
+// never takes a partial tree for a complete one. raw is the manifest's bytes: if their digest isn't p's, the error
+// wraps deployments.ErrDigest. If sizes are known, a full disk is reported before the archive is fetched.
 func (r *Releases) Stage(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -66,15 +66,16 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.changeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // it belongs to a tree that was removed
+	if err := r.changeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // of an earlier tree
 		return nil, err
 	}
 	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
 }
 
-// Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the
-// time. It takes from the old tree only what the release's own commands made: see commandChange. Processes may still
-// work in the old tree: it stays until the release is removed or healed again.
+// Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the time.
+// It takes from the old tree only what the release's own commands made (see commandChange) and, if the manifest names
+// no owner, the owners. Processes may still work in the old tree: it stays until the release is removed or healed
+// again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
 	if err != nil {
@@ -195,8 +196,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (s
 	return stats, err
 }
 
-// noteFiles records the stats of a staged release. If files of base were hard-linked, which changes their ctimes, it
-// records those of base again. A failure is only logged: the files are hashed the next time.
+// noteFiles records the stats of a staged release, unless hashAlways is set. If files of base were hard-linked, which
+// changes their ctimes, it records those of base again. A failure is only logged: the files are hashed the next time.
 func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
@@ -235,7 +236,7 @@ func (r *Releases) prepare(staging string) error {
 }
 
 // replace exchanges the staged tree for the directory at dir, and reports whether there was one. Such a directory is a
-// release to heal, or has no record. Without a record it can't be trusted, and must be gone before the record is
+// release to heal, or has no valid record. Without a record it can't be trusted, and must be gone before the record is
 // written. The exchange is one system call, as dest may lead to dir. Processes may still work in the old directory,
 // which is kept until the release is removed or healed again.
 func (r *Releases) replace(staging, dir string) (bool, error) {
@@ -269,7 +270,8 @@ func (r *Releases) displaced(staging string) string {
 	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 }
 
-// restoreChanges restores in a staged tree the files that the release's commands made, and their owners.
+// restoreChanges restores in a staged tree what the release's commands made. If m names no owner, it also gives all
+// paths the owners that they have in the live tree.
 func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest, made []commandChange) error {
 	if !safefs.Exists(live) && len(made) == 0 {
 		return nil
@@ -313,13 +315,13 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	return b
 }
 
-// Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the strategies rsync and
-// mv.
+// Unpack puts a manifest's tree into the empty directory dir, verified and synced. After an error, dir may hold a part
+// of it.
 func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
 	return unpack(ctx, objects, m, dir, opt, nil)
 }
 
-// unpack is Unpack with a check of owners: see SwitcherConfig.Owners.
+// unpack is Unpack with a check of owners, for the strategies rsync and mv: see SwitcherConfig.Owners.
 func unpack(
 	ctx context.Context,
 	objects *object.Client,
@@ -337,7 +339,7 @@ func unpack(
 	return durable.SyncFS(dir)
 }
 
-// fill puts m's tree into dir, and sets its owner.
+// fill puts m's tree into dir, and sets its owner. The tree isn't synced yet.
 func fill(
 	ctx context.Context,
 	objects *object.Client,
@@ -400,7 +402,7 @@ func sizeText(n int64) string {
 }
 
 // makeMovable gives a directory's owner write permission in it, without which only root can move it to another
-// directory.
+// directory. A missing directory is no error.
 func makeMovable(dir string) error {
 	info, err := os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -87,8 +87,8 @@ func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// Heal makes dest lead to the release. If the release's directory is gone, or differs in a way that staging mends, it
-// first stages the release again and exchanges the directories. left are the remaining differences.
+// Heal makes dest lead to the release. A release that isn't complete, can't be compared, or differs in a way that
+// staging mends, is first staged again, and its directory exchanged. left are the remaining differences.
 func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference, err error) {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if errors.Is(err, ErrNoRelease) {
@@ -134,8 +134,9 @@ func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.
 	return l.releases.pruneBut(others, protect, drop)
 }
 
-// Switch makes dest lead to rel by one rename, and syncs the directory. If dest is a directory from before kedge,
-// both are exchanged in one system call (renameat2 RENAME_EXCHANGE), and the old tree is kept in DEST.releases/.
+// Switch makes dest lead to rel by one rename, and syncs the directory. A directory, or another tool's link, at dest is
+// exchanged for the new link in one system call (renameat2 RENAME_EXCHANGE), and kept in DEST.releases/. Any other file
+// at dest is an error. If rel's directory is gone, the error wraps ErrNoRelease.
 func (r *Releases) Switch(rel *Release) error {
 	if err := r.switchTo(rel); err != nil {
 		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
@@ -213,8 +214,8 @@ func linkTarget(link, dest string) (string, error) {
 	return target, err
 }
 
-// adopt gives a permanent name to the tree or link that was at dest before kedge. An exchange has left it under the
-// link's temporary name. If a link of kedge's lies there, which was never used, adopt removes that.
+// adopt gives a permanent name to the tree or link from before kedge that an exchange left under the link's temporary
+// name. If there is an unused link of kedge's under that name, adopt removes it.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
@@ -234,7 +235,8 @@ func (r *Releases) adopt() error {
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// restore puts back what was at dest before kedge, by one exchange, and reports whether dest holds that now.
+// restore puts back what was at dest before kedge, by one exchange, and reports whether dest holds that now. If dest is
+// no link of kedge's, whatever lies there counts as put back.
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)
 	if errors.Is(err, ErrNoRelease) {

@@ -27,7 +27,8 @@ func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
 	return m.put(ctx, parent, r)
 }
 
-// put moves r's tree to dest.
+// put moves r's tree to dest, from another file system by a copy beside dest. If dest exists and the tree does, too,
+// the error wraps ErrUntouched.
 func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release) error {
 	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
 	if err := m.clear(parent, r); err != nil {
@@ -118,7 +119,7 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 	return nil, nil
 }
 
-// Heal unpacks a missing tree again, as it was published.
+// Heal unpacks a tree that is missing at dest again, as it was published. It leaves an existing one as it is.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if safefs.Exists(r.Manifest.Dest) {
 		return nil, nil
@@ -129,7 +130,7 @@ func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error
 	return nil, m.Switch(ctx, r)
 }
 
-// asideName returns the name, beside dest, to which strategy mv moves a failed release until the one before it is
+// asideName returns the name, beside dest, to which strategy mv moves a failed release until what was at dest before is
 // back.
 func asideName(rel *Release) string {
 	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"

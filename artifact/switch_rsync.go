@@ -36,7 +36,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
 	if s.c.Changes != "" {
-		if err := s.changeFiles(r).forget(); err != nil { // rsync removes what they made
+		if err := s.changeFiles(r).forget(); err != nil { // rsync removes what the commands made
 			return err
 		}
 	}
@@ -48,7 +48,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return s.copy(ctx, r, dest)
 }
 
-// copy has rsync make dest equal to r's tree. Excluded files stay as they are.
+// copy has rsync make dest equal to r's tree, and syncs dest. Excluded files and mounts stay as they are. exclude are
+// options of rsync for more exclusions.
 func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -65,7 +66,7 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place,
 	return durable.SyncFS(dest.Path(""))
 }
 
-// replaceLink replaces a link that the release strategy left at dest by a whole tree, in one exchange, as
+// replaceLink replaces the link that the release strategy left at dest, if any, by a whole tree, in one exchange:
 // something is served from there.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r *Release) error {
 	if !s.linked(parent, r) {
@@ -99,7 +100,8 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
-// dest opens dest itself. A link to a directory is followed if only trusted users can have made it.
+// dest opens r's dest, which lies in parent; create makes it if it is missing. A link to a directory is followed if
+// only trusted users can have made it.
 func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
 	return parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 }
@@ -147,7 +149,8 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 
 func (s rsyncSwitcher) IsLive(r *Release) bool { return safefs.Exists(r.Manifest.Dest) }
 
-// Verify asks rsync what it would change. rsync can't bound its reading speed, so limit is ignored.
+// Verify asks rsync what it would change, and leaves out what r's commands made. It returns nothing if r's unpacked
+// tree is gone. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
 	if !safefs.Exists(s.tree(r)) {
 		return nil, nil
@@ -167,7 +170,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	return s.changeFiles(r).overlaid(dest.Path(""), found)
 }
 
-// open opens dest itself. It must exist, unless create is set.
+// open is dest for callers that haven't opened dest's parent directory, which must exist.
 func (s rsyncSwitcher) open(r *Release, create bool) (*safefs.Place, error) {
 	parent, err := s.place(r)
 	if err != nil {
@@ -183,7 +186,7 @@ func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
 }
 
 // RecordAfter records what the release's commands changed in dest: rsync compares dest with the tree that it copied
-// there, by size and time.
+// there, by size and time. If either is gone, nothing is recorded.
 func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	if s.c.Changes == "" || !safefs.Exists(s.tree(r)) {
 		return nil
@@ -272,7 +275,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 }
 
 // excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's path. It leaves out
-// paths that rsync has to correct before they can be restored.
+// paths that rsync is to correct: ones that are restored afterwards (modes, owners, links), and contents that are lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
@@ -291,7 +294,7 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 
-// itemized parses rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
+// itemized parses rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH. Other lines are ignored.
 func itemized(out string) []Difference {
 	var ds []Difference
 	for line := range strings.Lines(out) {

@@ -96,11 +96,12 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 	return safefs.RemoveTree(parent.Path(besideName(r) + ".part"))
 }
 
-// RecordBefore and RecordAfter do nothing: verify can't compare a tree that was moved. rsyncSwitcher has its own.
+// RecordBefore and RecordAfter do nothing for mv: verify can't compare a tree that was moved. rsyncSwitcher has its own
+// RecordAfter, and needs no RecordBefore: its switch leaves no differences.
 func (t treeSwitcher) RecordBefore(context.Context, *Release) error { return nil }
 func (t treeSwitcher) RecordAfter(context.Context, *Release) error  { return nil }
 
-// besideName returns the name, beside dest, under which a tree is copied from another file system.
+// besideName returns the name under which r's tree is copied beside dest, before it gets dest's name.
 func besideName(r *Release) string {
 	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
 }

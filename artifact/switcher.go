@@ -22,36 +22,40 @@ var ErrUntouched = errors.New("dest was not touched")
 // Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut off
 // at any point.
 type Switcher interface {
-	// Stage makes rel complete on this disk; it changes nothing at dest.
+	// Stage makes rel complete on this disk. It changes dest only if rel is live there, and its directory or record is
+	// damaged.
 	Stage(ctx context.Context, rel *Release, opt StageOptions) error
-	// Switch makes rel live at dest.
+	// Switch makes rel, which must be staged, live at dest.
 	Switch(ctx context.Context, rel *Release) error
-	// SwitchBack makes rel live again after failed, or a part of failed, was live. It stages rel again if its tree
-	// is gone. dirty says that a release before failed may have changed dest, too.
+	// SwitchBack makes rel live again, however far the deployment of failed has come. It stages rel again if its tree is
+	// gone. dirty says that a superseded deployment may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
-	// Keep stores what the strategy needs for Restore to put back what is at dest now. It is called before the first
-	// deployment of a unit changes anything.
+	// Keep stores what the strategy needs for Restore to put back what is at dest now. It is called before a deployment
+	// changes anything, while none of the unit's releases runs.
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
-	// IsLive reports whether dest holds rel, as far as a few system calls can tell.
+	// IsLive reports whether dest holds rel. With rsync and mv it only tells whether dest exists; without src it returns
+	// true.
 	IsLive(rel *Release) bool
-	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
+	// Dir returns rel's directory, which commands find in KEDGE_RELEASE: dest with rsync and mv; empty if there is none.
 	Dir(rel *Release) string
-	// Compare returns how the tree at dest, whoever put it there, differs from rel, which is staged. limit is
+	// Compare returns how the tree at dest, whoever put it there, differs from rel, which must be staged. limit is
 	// Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// RecordBefore is called before rel's commands run, and RecordAfter after its post commands. Whatever the commands
-	// changed in the tree in between belongs to the release from then on.
+	// changed in the tree in between belongs to the release from then on. With mv, nothing is recorded.
 	RecordBefore(ctx context.Context, rel *Release) error
 	RecordAfter(ctx context.Context, rel *Release) error
-	// Verify compares the live tree with rel. limit bounds the bytes read in a second (0: unbounded).
+	// Verify returns how the live tree differs from rel: nothing with mv, and with rsync if rel's unpacked tree is gone.
+	// limit bounds the bytes read in a second (0: unbounded); rsync ignores it.
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Heal makes the live tree equal to rel. left are the remaining differences: those that only rel's commands
-	// can make again.
+	// Heal makes the live tree equal to rel; with mv it only puts back a missing one. left are the remaining differences:
+	// those that only rel's commands can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes the files of stored releases. It keeps the live one, those in protect, and the newest of the rest;
-	// others is the number of these. Releases in drop are removed even if they are among the newest.
+	// Prune removes the files of stored releases; with rsync and mv, only what an interrupted copy left beside dest. It
+	// keeps the live release, those in protect, and the newest of the rest that aren't in drop; others is the number of
+	// these.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -59,8 +63,8 @@ type Switcher interface {
 type SwitcherConfig struct {
 	Objects *object.Client
 	Log     *slog.Logger // nil: discard
-	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Changes is one for records of
-	// what releases' commands made, if the strategy has no directory of its own.
+	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Changes is one for records of what
+	// releases' commands made with rsync; empty: nothing is recorded.
 	Trees, Changes string
 	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv;
 	// empty: it is not kept.
@@ -79,7 +83,7 @@ type SwitcherConfig struct {
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }
 
-// NewSwitcher returns the Switcher of m's strategy and dest.
+// NewSwitcher returns the Switcher of m's strategy and dest; without src, one that does nothing.
 func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	switch {
 	case m.Src == "":
@@ -111,7 +115,8 @@ func (commandsOnly) RecordAfter(context.Context, *Release) error                
 func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
-// PruneTrees removes everything in dir (SwitcherConfig.Trees) but the trees of the releases in keep, and their spools.
+// PruneTrees removes everything in dir (SwitcherConfig.Trees or Before) but the trees of the releases in keep, and
+// their spools.
 func PruneTrees(dir string, keep []deployments.Digest) error {
 	var names []string
 	for _, d := range keep {
@@ -127,7 +132,7 @@ func PruneTrees(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// PruneChanges removes the files in dir (SwitcherConfig.Changes) but those of the releases in keep.
+// PruneChanges removes everything in dir (SwitcherConfig.Changes) but the records of the releases in keep.
 func PruneChanges(dir string, keep []deployments.Digest) error {
 	names := make([]string, 0, 2*len(keep))
 	for _, d := range keep {
@@ -136,13 +141,13 @@ func PruneChanges(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// ReadRelease reads a file that WriteRelease wrote.
+// ReadRelease reads a file that WriteRelease wrote. If there is none, the error wraps fs.ErrNotExist.
 func ReadRelease(path string) (*Release, error) {
 	var rel Release
 	return &rel, readRecord(path, &rel, &rel)
 }
 
-// WriteRelease stores rel in a private file, which is durable when it returns.
+// WriteRelease stores rel, without Dir, in a private file that is durable when WriteRelease returns.
 func WriteRelease(path string, rel *Release) error {
 	data, err := json.Marshal(rel)
 	if err != nil {
@@ -154,7 +159,7 @@ func WriteRelease(path string, rel *Release) error {
 	return durable.WriteFile(path, data, 0o600)
 }
 
-// PruneReleases removes all files that WriteRelease wrote as DIR/DIGEST.json, but those of the releases in keep.
+// PruneReleases removes everything in dir but the files DIGEST.json that WriteRelease wrote for the releases in keep.
 func PruneReleases(dir string, keep []deployments.Digest) error {
 	return removeBut(dir, recordSuffix, keep)
 }
@@ -168,7 +173,7 @@ func removeBut(dir, suffix string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// removeOthers removes all entries of dir but the names in keep.
+// removeOthers removes all entries of dir but the names in keep. A missing dir is no error.
 func removeOthers(dir string, keep []string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -23,8 +23,8 @@ import (
 
 // verifyTree compares a tree with its index, and returns the differences, sorted by path. It doesn't compare owners, as
 // an index has none. It reads each file that has the size in the index, at most limit bytes a second (0: no limit). It
-// skips the paths in skip, and what lies below them. stats has, by entry, the stat of each file whose content was
-// right; zero: it was wrong, or the file changed just before or while it was read.
+// skips the paths in skip, and what lies below them. stats has, by entry, the stat of each file whose content was right
+// and didn't change just before or during the read; else zero.
 func verifyTree(
 	ctx context.Context,
 	dir string,
@@ -80,7 +80,7 @@ type verifier struct {
 	stats []fileStat
 	found []Difference
 	limit *rate.Limiter // nil: no bound
-	// known are stats of files that needn't be read if their inode and mtime are the same; nil: none.
+	// known are stats of files that needn't be read if their inode, mtime and size are the same; nil: none.
 	known  []fileStat
 	buffer []byte
 }
@@ -110,7 +110,7 @@ func (v *verifier) run(ctx context.Context) error {
 		}
 		i := v.index.Find(p)
 		if i < 0 && d.IsDir() && isAbove(p, v.skip) {
-			return nil // it leads to a shared path
+			return nil // it leads to a path that is skipped
 		}
 		if i < 0 {
 			v.differs(p, "extra")
@@ -248,8 +248,9 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 	}
 }
 
-// indexOfTree returns an encoded index without frames: the hashes of a tree whose archive came without an index. They
-// serve to verify the tree later, and to take unchanged files from it.
+// indexOfTree returns an encoded index without frames: the hashes of a tree's files. They serve to compare dest with
+// the tree. If its archive came without an index, they also serve to verify the tree, and to take unchanged files from
+// it.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {

@@ -16,8 +16,8 @@ import (
 
 // Verify returns how a release's tree differs from its index. A release that came without an index has a list of
 // hashes, taken when it was staged, in its place. If the index is missing or damaged, that is the only difference, as
-// no other can be known. Verify reads every byte; limit bounds the bytes read in a second (0: no bound). What the
-// release's own commands made is compared with how they left it.
+// no other can be known. Verify reads each file that has its size in the index, at most limit bytes a second (0: no
+// bound). It skips shared paths and mounts. What the release's own commands made is compared with how they left it.
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	found, err := r.differences(ctx, rel, verification{limit: limit})
 	if err != nil {
@@ -29,7 +29,7 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 // verification configures the comparison of a release's tree with its index.
 type verification struct {
 	limit int64 // bytes read in a second; 0: no bound
-	// quick skips files whose inode, size and mtime are unchanged.
+	// quick reads no files whose inode, size and mtime are unchanged.
 	quick bool
 	// raw includes in the differences what the release's commands made.
 	raw bool
@@ -93,8 +93,8 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	return r.changeFiles(name).overlaid(dir, found)
 }
 
-// updateStats records the stats of the files that were right. If one file's content was wrong, it drops the stats of
-// all releases of this dest.
+// updateStats records the stats of the files that were right, unless hashAlways is set. If one file's content was
+// wrong, it drops the stats of all releases of this dest.
 func (r *Releases) updateStats(name string, rec *record, v *verifier) {
 	var err error
 	if slices.ContainsFunc(v.found, func(d Difference) bool { return d.What == "content" }) {
