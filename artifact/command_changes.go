@@ -299,9 +299,9 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// difference returns the first way in which m's path differs from how the commands left it, as a word of
-// Difference.What; empty if there is none. It compares content only if its digest was recorded, and the owner only if
-// nothing else was changed. What comesAndGoes may be missing, or have changed.
+// difference returns the first way in which m's path differs from how the commands left it, in a word of
+// Difference.What; empty: none. It compares content only if its digest was recorded, and the owner only if nothing else
+// was changed. What comesAndGoes may be missing, or have changed.
 func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {

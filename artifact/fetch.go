@@ -22,7 +22,7 @@ const (
 	maxSpan     = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
 	spanGap     = 128 << 10 // so many unwanted bytes are cheaper to read than a second request
 	connections = 8
-	tries       = 4 // requests for a span that gain no frame, until the next source is tried
+	tries       = 4 // requests for a span that gain no frame, until another source is tried; a mirror gets one
 )
 
 // base is a release on disk to take unchanged files from; nil: none.
@@ -47,15 +47,15 @@ func (b *base) decode() (x *archive.Index, err error) {
 // filled is a tree that was put into a directory.
 type filled struct {
 	index   []byte
-	decoded *archive.Index
+	decoded *archive.Index // nil: index isn't decoded yet
 	// stats has, by entry of the index, the stats of files that were hard-linked to verified ones, from after linking.
 	// All others are zero.
 	stats []fileStat
 }
 
 // fetchIndexed fills the private directory dir with the tree of m. Content that an earlier call left in dir is kept if
-// its hash is right, and removed otherwise. Written files may not be synced yet. The base is only read; files of it
-// that don't match its index are not used.
+// its hash is right, and removed otherwise. Written files may not be synced yet. Files of the base are only read or
+// hard-linked, and not used if they don't match its index.
 func fetchIndexed(
 	ctx context.Context,
 	objects *object.Client,
@@ -164,7 +164,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	// The old release and the delta had wrong content.
+	// What the old release and the delta lacked, or had wrong, comes from the archive.
 	if n, first := f.spoiled.sum(); n > 0 {
 		f.fallBack("the old release or the delta has wrong content", "dir", base.dir, "files", n, "first", first)
 	}
@@ -177,8 +177,8 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	return f.tree.finish()
 }
 
-// makeFiles makes the tree's files from what an earlier call left, from the old release, a delta, and fetched
-// frames.
+// makeFiles makes the tree's files from what an earlier call left, from the old release, and from a delta or, without
+// one, fetched frames. What the delta lacks is left out.
 func (f *fetch) makeFiles(ctx context.Context) error {
 	if f.old != nil && f.delta == nil {
 		if err := f.takeChunks(ctx); err != nil {
@@ -196,8 +196,8 @@ func (f *fetch) makeFiles(ctx context.Context) error {
 	return group.Wait()
 }
 
-// fetchIndex sets the index. It takes it from a small delta against the base, from the base itself if that has the
-// same tree, or from the storage. It also sets delta, or large for a delta of more than deltaInMem bytes.
+// fetchIndex sets index and encoded. It takes the index from a small delta against the base, from the base itself if
+// that has the same tree, or from the storage. It also sets delta, or large for a delta of more than deltaInMem bytes.
 func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	m := f.manifest
 	if base != nil {
@@ -259,7 +259,8 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	}
 }
 
-// decode verifies an index against the manifest, and then decodes it.
+// decode decodes an index, which must have the digest in the manifest (or deployments.ErrDigest), and fit the
+// manifest's size and symlinks (or archive.ErrIndex).
 func (f *fetch) decode(data []byte) (*archive.Index, error) {
 	if deployments.DigestOf(data) != f.manifest.Index.SHA256 {
 		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", deployments.ErrDigest,
@@ -294,8 +295,8 @@ func spaceOf(e *archive.Entry) int64 {
 	return 0
 }
 
-// checkSpace returns an error that wraps ENOSPC if the disk has no room for what the tree lacks, and for other files
-// of beside bytes.
+// checkSpace returns an error that wraps ENOSPC if the disk has no room for what the tree lacks, and for other files of
+// beside bytes. Files that may share blocks with the old release's take no room.
 func (f *fetch) checkSpace(dir string, beside int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -322,8 +323,8 @@ func (f *fetch) checkSpace(dir string, beside int64) error {
 	return nil
 }
 
-// takeLocal makes, on all cores, the files that need no fetching: those that an earlier call left, empty ones, and
-// those of the old release.
+// takeLocal makes, on all cores, the files that need no fetching: empty ones, and those of the old release. It counts
+// in spoiled the files that it can't make because the old release lacks their content.
 func (f *fetch) takeLocal(ctx context.Context) error {
 	// Neighbours mostly lie in one directory, and two workers would contend for its lock: of 44,567 links, batches of
 	// 64 files took an eighth longer.

@@ -64,9 +64,9 @@ func dropDeltas(dir, keep string) error {
 	return err
 }
 
-// openLarge fetches the large delta to a file beside dir, if the disk has room for the delta and the tree. It resumes
-// what an earlier call began. If the delta can't be used, that is no error, as the archive has everything. An error
-// means that ctx has ended, or that a useless delta can't be removed.
+// openLarge fetches the large delta to a file beside dir, and sets delta, if the disk has room for the delta and the
+// tree. It resumes what an earlier call began. If the delta can't be used, that is no error, as the archive has
+// everything. An error means that ctx has ended, or that a useless delta can't be removed.
 func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 	file := deltaFile(dir, *f.large)
 	err := dropDeltas(dir, file)
@@ -140,7 +140,7 @@ func (f *fetch) fetchLargeFrom(
 	sum := sha256.New()
 	had, err := io.Copy(sum, io.LimitReader(file, blob.Size))
 	if err == nil {
-		err = file.Truncate(had) // it holds more than the delta's size
+		err = file.Truncate(had) // if it holds more than the delta
 	}
 	if err == nil {
 		f.meter.Expect(blob.Size - had)
@@ -165,7 +165,7 @@ func (f *fetch) fetchLargeFrom(
 	return file, nil
 }
 
-// copyRest copies a blob from an offset to its end.
+// copyRest copies a blob from an offset to its end. If that isn't at blob.Size, the error wraps deployments.ErrDigest.
 func (f *fetch) copyRest(ctx context.Context, s object.Source, blob deployments.Delta, from int64, to io.Writer) error {
 	if from == blob.Size {
 		return nil
@@ -215,7 +215,8 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 }
 
 // patch makes entry i from entry from of the old release (-1: from nothing) by the delta's next patch. If the patch
-// doesn't match, entry i stays unmade. The result is false if the delta can't be read any further.
+// doesn't match, entry i stays unmade; if entry i is made already, the patch is skipped. The result is false if the
+// delta can't be read any further.
 func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
 	e := &f.index.Entries[i]
 	var src io.ReaderAt = bytes.NewReader(nil)

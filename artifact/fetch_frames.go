@@ -152,7 +152,7 @@ func newDecoder() (*zstd.Decoder, error) {
 }
 
 // readSpan reads a span, and sends its wanted frames to out. If the connection breaks, or a frame is wrong, another
-// request continues with the first frame that wasn't sent, if need be to another source.
+// request, if need be to another source, continues with the first frame that wasn't sent.
 func (f *fetch) readSpan(
 	ctx context.Context,
 	source *archiveSource,
@@ -192,7 +192,7 @@ func (f *fetch) readSpan(
 }
 
 // tryReadSpan makes one request for the span in s, and sends its wanted frames to out. It returns the number of the
-// first frame that it could not send; s.to if there is none.
+// first frame that it could neither send nor skip; s.to if there is none.
 func (f *fetch) tryReadSpan(
 	ctx context.Context,
 	o place,

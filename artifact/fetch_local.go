@@ -16,14 +16,15 @@ import (
 	"kedge/deployments"
 )
 
-// source is a release on disk that files are taken from. Its index is not trusted: files are hashed before use.
+// source is a release on disk that files are taken from. Its index is not trusted: files are hashed before use, unless
+// they are known to be unchanged.
 type source struct {
 	top   *os.File
 	index *archive.Index
-	// known are the files that need no hashing.
+	// known are the files that need no hashing; never nil.
 	known *knownFiles
-	// files maps the SHA-256 of a file's content to the entry that has it. chunks maps the SHA-256 of a frame of a
-	// large file to where it lies.
+	// files maps the SHA-256 of a file's content to the first entry that has it. chunks maps the SHA-256 of the content of
+	// a large file's frame to where it lies.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
 	// matches has, for each entry of the index that was passed to match, the entry of this release with the same content,
@@ -47,7 +48,7 @@ func openSource(b *base) (*source, error) {
 		return nil, err
 	}
 	if b.known != nil && len(b.known.stats) != len(x.Entries) {
-		b.known.stats = make([]fileStat, len(x.Entries)) // filled as files are hashed
+		b.known.stats = make([]fileStat, len(x.Entries)) // filled as files are hashed and hard-linked
 	}
 	s := &source{
 		top:    top,
@@ -160,7 +161,7 @@ type sharing struct {
 
 // newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
 // files that belong to m's owner already are linked: an inode has one owner, and changing it would change the live
-// release.
+// release. If m names no user, that is this process's.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
@@ -200,7 +201,8 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks copies into a large file those frames whose content the old release has unchanged.
+// takeChunks copies into a large file those frames whose content the old release has unchanged. If the file then lacks
+// none, it is ready.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.Entries[i]
 	var to *os.File
@@ -256,7 +258,7 @@ type oldFile struct {
 }
 
 // holds reports whether an open file has e's content. It hashes the file unless it is unchanged since it was last
-// hashed.
+// written or hashed.
 func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true
@@ -266,7 +268,7 @@ func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
 }
 
 // copyFrom makes entry i from the file in f, which should have its content: by a hard link, a clone or a copy. If the
-// content differs, it makes nothing, and returns nil.
+// content differs or can't be read, it makes nothing, and returns nil.
 func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
 	e, from := &w.index.Entries[i], f.fd
 	if w.partly(i) {
@@ -344,8 +346,9 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
-// linkKnown makes entry i a hard link to file n of the old release, and reports whether it did. It does so if that
-// file is known to be unchanged, so that it needs no hashing. It opens neither file: that halves the system calls.
+// linkKnown makes entry i a hard link to file n of the old release, and reports whether it did. It does so if share
+// allows that, and the file is known to be unchanged, so that it needs no hashing. It opens neither file: that halves
+// the system calls.
 func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool, error) {
 	if !share.link || w.partly(i) {
 		return false, nil

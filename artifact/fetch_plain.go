@@ -24,10 +24,11 @@ import (
 	"kedge/deployments"
 )
 
-// extractFrom calls extract with one source of the archive after the other until one succeeds. It goes on to the next
-// if a source can't deliver the archive, or delivers one of another size or checksum. After any other error, of the
-// archive itself or of this machine, no other source is tried. Mirrors are used only if the manifest's checksum is at
-// least as long as SHA-256: shorter hashes are not collision-resistant.
+// extractFrom empties dir, and calls extract, with one source of the archive after the other until one succeeds. It
+// goes on to the next if a source can't deliver the archive, or delivers one of another size or checksum. After any
+// other error, of the archive itself or of this machine, no other source is tried. If a spool has filled the disk, it
+// is removed, and the archive streamed once more. Mirrors are used only if the manifest's checksum is at least as long
+// as SHA-256: shorter hashes are not collision-resistant.
 func extractFrom(
 	ctx context.Context,
 	objects *object.Client,
@@ -38,7 +39,7 @@ func extractFrom(
 ) error {
 	var own error
 	try := func(s object.Source) error {
-		if err := safefs.EmptyDir(dir); err != nil { // a tree can't be gone on with
+		if err := safefs.EmptyDir(dir); err != nil { // half a tree can't be completed
 			own = err
 			return nil
 		}
@@ -112,7 +113,7 @@ func extract(
 		links:    map[string]bool{},
 		dirs:     map[string]*attributes{},
 		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
-		// Without a named owner, tar does the same for root, and stretcher's users rely on it.
+		// As tar does for root, and stretcher's users rely on it; an owner in the manifest takes precedence.
 		owners:  os.Geteuid() == 0 && m.Owner == "",
 		allowed: owners,
 		uids:    map[string]int{},
@@ -136,8 +137,8 @@ func extract(
 	return nil
 }
 
-// openPlain opens an archive without an index, and returns its stream. If an earlier try was cut off, and the disk has
-// room for archive and tree, it returns the completed spool instead.
+// openPlain opens an archive without an index, and returns its stream. With opt.resumes, if an earlier try was cut off
+// and the disk has room for archive and tree, it returns the completed spool instead.
 func openPlain(
 	ctx context.Context,
 	from object.Source,
@@ -173,7 +174,7 @@ func openPlain(
 	}{io.TeeReader(stream, meter), stream}, nil
 }
 
-// nameIn returns the last part of a URL's path.
+// nameIn returns the last part of a URL's path; empty if src is no URL.
 func nameIn(src string) string {
 	u, err := url.Parse(src)
 	if err != nil {

@@ -57,7 +57,8 @@ func (a *archiveSource) nextSource(ctx context.Context, from place, err error) e
 	return a.open(ctx)
 }
 
-// open opens the next source that has the archive. If none has it, open returns the error of the archive's own URL.
+// open makes the next source that has the archive, in the size that the index says, the current one. A mirror must also
+// keep to Range. If no source is left, open returns the error of the archive's own URL, if it tried that.
 func (a *archiveSource) open(ctx context.Context) error {
 	err := errors.New("no place is left to read the archive from")
 	for len(a.left) > 0 {

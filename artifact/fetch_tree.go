@@ -27,11 +27,12 @@ type builder struct {
 	top   *os.File // the directory of root, as safefs.Dirs needs it
 	index *archive.Index
 	files []int // entries with content, in the order of the tar stream
-	// withheld has the permission bits that a new file doesn't get, because of the umask or a default ACL.
+	// withheld has the permission bits that a new file may not get, because of the umask or a default ACL; all if that is
+	// unknown.
 	withheld uint32
 
-	// ready says for each entry whether it is made and verified; for a directory, whether its mode is final. The
-	// goroutine that makes an entry sets its element; others read it once that goroutine has ended.
+	// ready says for each entry whether it is made and verified, or isn't wanted; for a directory, whether its mode is
+	// final. The goroutine that makes an entry sets its element; others read it once that goroutine has ended.
 	ready []bool
 	// fetching says which entries writeFrame makes; missing sets it.
 	fetching []bool
@@ -45,7 +46,7 @@ type builder struct {
 	// above them, exist.
 	made []chan struct{}
 
-	// back syncs the file system in the background, each time that workers have reported so many bytes as written.
+	// back syncs the file system in the background, by the number of bytes that workers report as written.
 	back *backgroundSync
 
 	mu   sync.Mutex
@@ -150,7 +151,7 @@ func (b *builder) makeDirs(ctx context.Context) error {
 	return nil
 }
 
-// await waits until the directory of entry i exists.
+// await waits until the directory of entry i exists. An error means that ctx has ended.
 func (b *builder) await(ctx context.Context, i int) error {
 	select {
 	case <-b.made[i/gateWidth]:
@@ -160,7 +161,7 @@ func (b *builder) await(ctx context.Context, i int) error {
 	}
 }
 
-// dirMade reports whether the directory of entry i has been made.
+// dirMade reports whether the directory of entry i is known to exist: await wouldn't wait.
 func (b *builder) dirMade(i int) bool {
 	select {
 	case <-b.made[i/gateWidth]:
@@ -192,11 +193,11 @@ func (b *builder) probeWithheld() error {
 	return nil
 }
 
-// gets reports whether a new file or directory gets all permission bits of mode.
+// gets reports whether a new file or directory surely gets all permission bits of mode.
 func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
 // sweep removes everything but the directories and regular files that the index has at the same paths. It returns the
-// entries of these files.
+// entries of these files, and gives these directories the mode 0700.
 func (b *builder) sweep() (kept []int, err error) {
 	err = fs.WalkDir(b.root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || p == "." {
@@ -222,7 +223,7 @@ func (b *builder) sweep() (kept []int, err error) {
 }
 
 // examine hashes the file of entry i. It keeps the file if its content is right, or else the right frames of a large
-// file. If none is right, it removes the file.
+// file without other hard links. Otherwise, or if the file can't be read, it removes the file.
 func (b *builder) examine(i int) error {
 	e := &b.index.Entries[i]
 	f, err := b.root.Open(e.Path)
@@ -387,7 +388,7 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 	return nil
 }
 
-// create creates a file, with its mode whatever the umask.
+// create creates a file, which must not exist, with its mode whatever the umask.
 func (w *treeWorker) create(e *archive.Entry) (fd int, err error) {
 	fd, err = w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.Mode.Perm()))
 	if err != nil || w.gets(e.Mode) {
@@ -410,12 +411,12 @@ func (b *builder) partly(i int) bool {
 	return slices.Contains(b.chunks[from:to], true)
 }
 
-// discard removes a large file that has some of its frames already, and notes that these frames are missing again.
+// discard removes the file of entry i, if it exists, and notes that the frames it had are missing again.
 func (w *treeWorker) discard(i int) error {
 	e := &w.index.Entries[i]
 	from, to := w.index.FramesOf(e)
 	for n := from; n < to; n++ {
-		if w.chunks[n] { // otherwise it may be hard-linked elsewhere, and is only read
+		if w.chunks[n] { // otherwise the frame may hold several files, whose goroutines read this element
 			w.chunks[n] = false
 		}
 	}

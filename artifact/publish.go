@@ -28,10 +28,11 @@ type PublishOptions struct {
 	// Manifest has all fields but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and Version are
 	// required.
 	Manifest deployments.Manifest
-	// Template, if not nil, is text that the manifest begins with, byte for byte, including variables ({{ env }}).
-	// Only fields that it doesn't set may be set in Manifest.
+	// Template, if not nil, is text that the manifest begins with, byte for byte but for newlines at its end, including
+	// variables ({{ env }}). Manifest must then have the template's fields, too. Of its other fields, only Name, Version,
+	// Created and Dest are used.
 	Template []byte
-	// Since are pointers of earlier releases to make deltas from, newest first.
+	// Since are pointers of earlier releases to make deltas from, newest first. If one can't be used, that is an error.
 	Since []deployments.Pointer
 	// Find is how many earlier releases to look for and make deltas from if Since is empty: those published last
 	// below To/NAME/. A release that can't be found or read gets no delta, and the log says why. 0: none.
@@ -67,8 +68,8 @@ type PublishedDelta struct {
 	Version  string              `json:"version,omitempty"` // version of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is the size of a delta, in bytes, that was not published because the changed parts of the archive
-	// cost less.
+	// Dropped is what the node would fetch with a delta, in bytes, if that was not published because the changed parts of
+	// the archive cost no more.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 
@@ -84,9 +85,10 @@ const (
 const MaxSignature = 16 << 10
 
 // Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and
-// options give the same bytes. An object that exists with other bytes is an error. After an interruption Publish can be
-// run again: it takes the time of the release from the manifest of the first run. Therefore the signature, which covers
-// that time, is uploaded last.
+// options give the same bytes, if Find finds the same releases. An object that exists with other bytes is an error
+// (object.ErrExists), but for a signature that Signed accepts. After an interruption Publish can be run again: it takes
+// the time of the release from the manifest of the first run. Therefore the signature, which covers that time, is
+// uploaded last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -194,7 +196,7 @@ func (p *publisher) storedManifest() (b publishedManifest, err error) {
 }
 
 // created returns the time of the stored manifest, since publishing a version again must give the same bytes. It
-// returns now if there is no such manifest, or if its time is not before now.
+// returns now if there is no such time, if it is not before now, or if now is zero.
 func (b publishedManifest) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created
@@ -204,14 +206,14 @@ func (b publishedManifest) created(now time.Time) time.Time {
 
 // deltas returns the deltas of the manifest that an earlier run published for the same tree. A new search could find
 // other bases, and the manifest of a release must not change. ok is false if there is no such manifest, Since is set or
-// Find is 0. The manifest needn't be trusted: a node verifies what a delta makes.
+// Find isn't positive. The manifest needn't be trusted: a node verifies what a delta makes.
 func (b publishedManifest) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {
 		return nil, false
 	}
 	for _, d := range b.manifest.Deltas {
-		d.URL = deltaName(d.From) // if it lies elsewhere, the manifest differs, and so its signature
+		d.URL = deltaName(d.From) // if it lies elsewhere, the manifest differs: put refuses it
 		deltas = append(deltas, d)
 	}
 	return deltas, true
@@ -250,13 +252,13 @@ func (p *publisher) sign(manifest []byte) error {
 // ownFields matches the fields that only Publish writes.
 var ownFields = regexp.MustCompile(`(?m)^(src|checksum|size|index|deltas)[ \t]*:`)
 
-// TemplateSets reports whether a manifest's template sets a field. Publish sets name, version, created, dest and
-// sync_strategy if the template doesn't; the strategy is then release.
+// TemplateSets reports whether a manifest's template sets a field, in a line FIELD: VALUE. Publish sets name, version,
+// created, dest and sync_strategy if the template doesn't; the strategy is then release.
 func TemplateSets(template []byte, field string) bool {
 	return regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(template)
 }
 
-// text returns the manifest's bytes: the template unchanged, then the fields that it lacks.
+// text returns the manifest's bytes, which must parse: m's or, with a template, that and then the fields that it lacks.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
 		text, err := m.Encode()

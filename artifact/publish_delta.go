@@ -33,7 +33,8 @@ type earlier struct {
 	named    bool // the caller named it: it is an error if it can't be used
 }
 
-// earlier returns the releases to make deltas from, newest first.
+// earlier returns the releases to make deltas from, newest first: those of PublishOptions.Since or, without any, those
+// that are found. index is the digest of the new index.
 func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	if len(p.opt.Since) == 0 {
 		return p.findEarlier(index)
@@ -53,9 +54,9 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	return found, nil
 }
 
-// findEarlier returns the releases that were published last below TO/NAME/, at most PublishOptions.Find, without those
-// whose index has the digest in index. If it finds fewer, nodes only fetch more, so its only error is that ctx has
-// ended.
+// findEarlier returns the releases that were published last below TO/NAME/, at most PublishOptions.Find, each tree
+// once. It leaves out the tree whose index has the digest in index. If it finds fewer, nodes only fetch more, so its
+// only error is that ctx has ended.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil
@@ -164,7 +165,8 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 }
 
 // deltas makes a delta from each earlier release, and uploads it if nodes that run that release then fetch fewer bytes
-// than without it. costs has what these nodes fetch, for each earlier release.
+// than without it. costs has what these nodes fetch. A release that can't be used is left out if it was found, and an
+// error if the caller named it.
 func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)
@@ -199,9 +201,9 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 // errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes the delta from an earlier release, and uploads it. d is nil if a delta is of no use, or if done has
-// from, the digest of the earlier release's index. It fetches only those files of the earlier release that files of
-// this one are patched from.
+// delta makes the delta from an earlier release, and uploads it. d is nil if a delta is of no use, or if done has from,
+// the digest of the earlier release's index. Of a release that was published with an index, only those files are
+// fetched that files of this one are patched from.
 func (p *publisher) delta(
 	e earlier,
 	made archive.Packed,
@@ -255,8 +257,8 @@ func (p *publisher) delta(
 
 func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
 
-// fetchPatched fills dir with the files of m's tree that archive.MakeDelta reads, and returns the tree's index. It
-// takes most of them from new, the tree that is being published.
+// fetchPatched fills dir with the files of m's tree that archive.MakeDelta reads, or with all if m has no index, and
+// returns the tree's index. What new, the tree that is being published, has of them is taken from there.
 func fetchPatched(
 	ctx context.Context,
 	objects *object.Client,

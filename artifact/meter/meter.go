@@ -1,4 +1,4 @@
-// Package meter reports how far work on bytes is: fetching, verifying, packing, uploading.
+// Package meter reports how far work on bytes is: fetching, packing, making deltas, uploading.
 package meter
 
 import (
@@ -8,12 +8,12 @@ import (
 
 // Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown.
 type Progress struct {
-	Phase       string // "fetch", "verify", "pack", "upload"
+	Phase       string // "fetch", "pack", "delta", "upload"
 	Done, Total int64
 }
 
-// Meter counts bytes and reports their progress, at most four times a second and once at the end. With a nil report it
-// does nothing. Several goroutines may use it.
+// Meter counts bytes and reports their progress, at most four times a second and once at the end. Without a report
+// function it does nothing. Several goroutines may use it.
 type Meter struct {
 	phase  string
 	report func(Progress)
@@ -29,7 +29,7 @@ func New(phase string, total int64, report func(Progress)) *Meter {
 	return &Meter{phase: phase, total: total, report: report}
 }
 
-// Add counts n bytes as done.
+// Add counts n bytes as done. A negative n takes back bytes that have to be fetched again.
 func (m *Meter) Add(n int64) {
 	if m.report == nil {
 		return
