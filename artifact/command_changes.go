@@ -110,8 +110,7 @@ func (f changeFiles) forget() error {
 	return err
 }
 
-// readChanges reads what writeChanges wrote, without paths that no tree can have; nil if the file is missing or
-// damaged.
+// readChanges reads what writeChanges wrote, but for impossible paths; nil if the file is missing or damaged.
 func readChanges(file string) []commandChange {
 	var of struct {
 		Made []commandChange `json:"made"`
@@ -147,9 +146,9 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
-// recordAfter records what commands made in the tree at dir: the current differences without those of recordBefore that
-// are unchanged. If there are none, it removes both files. It returns the number of paths beyond maxChanges, which are
-// not recorded.
+// recordAfter records what commands made in the tree at dir: the current differences but for unchanged ones of
+// recordBefore. If there are none, it removes both files. left is the number of paths beyond maxChanges, which are not
+// recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -179,8 +178,7 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 }
 
 // describe returns the current state of each path of differences, once for each path. Paths below one that is whole,
-// and paths that were removed meanwhile, are left out. keep makes it record the content of small files that were made
-// or changed.
+// and paths removed meanwhile, are left out. keep makes it record the new content of small files.
 func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -237,9 +235,8 @@ func changeAt(root *os.Root, p string) commandChange {
 	return m
 }
 
-// keepContent records a file's content if it is small and the release's recorded contents stay within
-// maxChangesContent. It adds the content's size to kept. If changed says that the archive has other content, the digest
-// is recorded, too, whatever the file's size.
+// keepContent records a file's content if it is small and maxChangesContent leaves room, and adds its size to kept. If
+// changed says that the archive has other content, the digest is recorded, too, whatever the file's size.
 func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 	if changed {
 		sum, err := sumOf(root, m.Path)
@@ -299,9 +296,9 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// difference returns the first way in which m's path differs from how the commands left it, in a word of
-// Difference.What; empty: none. It compares content only if its digest was recorded, and the owner only if nothing else
-// was changed. What comesAndGoes may be missing, or have changed.
+// difference returns the first difference between m's path and how the commands left it, in a word of Difference.What;
+// empty: none. It compares content if its digest was recorded, and the owner if only that was changed. A path that
+// comesAndGoes may be missing, or have changed.
 func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {

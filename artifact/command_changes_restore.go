@@ -13,8 +13,7 @@ import (
 )
 
 // restorer restores what a release's commands made in a newly unpacked tree. Paths of the live tree that are as the
-// commands left them are carried over, files by hard links. All others are made from what was recorded, as far as that
-// suffices.
+// commands left them are carried over, files by hard links. All others are made from the record, if that suffices.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing
@@ -45,8 +44,7 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreChanges restores in dir the things that commands made, as they were left, as far as it can. It ends at the
-// first error.
+// restoreChanges restores in dir what commands made, as they left it, as far as it can. It ends at the first error.
 func restoreChanges(dir, live string, made []commandChange) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
@@ -177,8 +175,7 @@ func (r *restorer) remove(p string) error {
 	return safefs.RemoveAt(int(parent.Fd()), path.Base(p), p)
 }
 
-// attributes sets a path's owner and, unless it is a link, its mode to what the commands left. If a file of another
-// type lies there, it does nothing.
+// attributes sets a path's owner and, but for a link, mode as the commands left them, if its type is still the same.
 func (r *restorer) attributes(m *commandChange) error {
 	if changeAt(r.tree, m.Path).Type != m.Type {
 		return nil
@@ -211,8 +208,8 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry brings the live tree's path p into the new tree, with all below it: files and links by hard links, directories
-// as new ones. If p was removed meanwhile, it does nothing.
+// carry brings the live tree's path p, if it still exists, into the new tree: files and links by hard links,
+// directories with all their content as new ones.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -39,10 +39,9 @@ var foreign = []struct{ magic, name string }{
 // zipFiles are the endings of zip archives that are deployed as files, without unpacking them.
 var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 
-// decompress detects the compression by the first bytes of raw. It returns a reader of the decoded bytes, and name
-// without the compression's suffix. The reader fails with errBomb beyond limit decoded bytes; of uncompressed input raw
-// itself is returned, without that bound. An archive of a foreign format is an error that names it. close frees the
-// decoder.
+// decompress detects the compression by the first bytes of raw. It returns a reader of the decoded bytes, which fails
+// with errBomb beyond limit, and name without the compression's suffix. Uncompressed input is returned as it is,
+// without that bound. An archive of a foreign format is an error that names it. close frees the decoder.
 func decompress(
 	raw *bufio.Reader,
 	name string,

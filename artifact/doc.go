@@ -10,8 +10,7 @@
 // 64 MiB the file system is synced in the background: the sync before the switch, which alone counts, then has little
 // left to do. There is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by
 // frame. With the other strategies, it starts again. A delta of more than 4 MiB is fetched after the index, once it is
-// known that the disk holds it beside the tree. A delta that was cut is resumed, and hashed as a whole before it is
-// read.
+// known that the disk holds it beside the tree. If cut, it is resumed, and read once its hash is right.
 //
 // An archive without an index is unpacked as it comes, and nothing is kept of the stream. If that was cut off (killed,
 // or the storage went away), the next try fetches an archive of 16 MiB or more into a file beside the tree, and each

@@ -410,8 +410,7 @@ func (x *extractor) write(name string, r io.Reader) (err error) {
 	return err
 }
 
-// finish sets an entry's owner, mode and time. Owners are left alone unless x.owners is set, and times unless they are
-// after 1970-01-01.
+// finish sets an entry's mode, its owner if x.owners is set, and its time if that is after 1970-01-01.
 func (x *extractor) finish(name string, a *attributes) error {
 	if err := x.chown(name, a); err != nil {
 		return err

@@ -259,8 +259,8 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	}
 }
 
-// decode decodes an index, which must have the digest in the manifest (or deployments.ErrDigest), and fit the
-// manifest's size and symlinks (or archive.ErrIndex).
+// decode decodes an index. If its digest isn't the manifest's, the error wraps deployments.ErrDigest; if it is
+// malformed, or doesn't fit the manifest, archive.ErrIndex.
 func (f *fetch) decode(data []byte) (*archive.Index, error) {
 	if deployments.DigestOf(data) != f.manifest.Index.SHA256 {
 		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", deployments.ErrDigest,

@@ -16,15 +16,15 @@ import (
 	"kedge/deployments"
 )
 
-// source is a release on disk that files are taken from. Its index is not trusted: files are hashed before use, unless
-// they are known to be unchanged.
+// source is a release on disk that files are taken from. Its index is not trusted: all but known files are hashed
+// before use.
 type source struct {
 	top   *os.File
 	index *archive.Index
 	// known are the files that need no hashing; never nil.
 	known *knownFiles
-	// files maps the SHA-256 of a file's content to the first entry that has it. chunks maps the SHA-256 of the content of
-	// a large file's frame to where it lies.
+	// files maps the SHA-256 of a file's content to the first entry that has it. chunks maps that of the content of a
+	// large file's frame to where it lies.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
 	// matches has, for each entry of the index that was passed to match, the entry of this release with the same content,
@@ -160,8 +160,8 @@ type sharing struct {
 }
 
 // newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
-// files that belong to m's owner already are linked: an inode has one owner, and changing it would change the live
-// release. If m names no user, that is this process's.
+// files that belong to m's owner already are linked (without one, this process's): an inode has one owner, and changing
+// it would change the live release.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
@@ -201,8 +201,7 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks copies into a large file those frames whose content the old release has unchanged. If the file then lacks
-// none, it is ready.
+// takeChunks copies into a large file the frames that the old release has, too. A file that is then whole is ready.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.Entries[i]
 	var to *os.File
@@ -346,9 +345,8 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
-// linkKnown makes entry i a hard link to file n of the old release, and reports whether it did. It does so if share
-// allows that, and the file is known to be unchanged, so that it needs no hashing. It opens neither file: that halves
-// the system calls.
+// linkKnown makes entry i a hard link to the old release's file n if share allows it and that is known to be unchanged.
+// It reports whether it did. It opens neither file: that halves the system calls.
 func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool, error) {
 	if !share.link || w.partly(i) {
 		return false, nil

@@ -27,8 +27,7 @@ type builder struct {
 	top   *os.File // the directory of root, as safefs.Dirs needs it
 	index *archive.Index
 	files []int // entries with content, in the order of the tar stream
-	// withheld has the permission bits that a new file may not get, because of the umask or a default ACL; all if that is
-	// unknown.
+	// withheld has the permission bits that a new file may lack, because of the umask or a default ACL; all if unknown.
 	withheld uint32
 
 	// ready says for each entry whether it is made and verified, or isn't wanted; for a directory, whether its mode is
@@ -46,7 +45,7 @@ type builder struct {
 	// above them, exist.
 	made []chan struct{}
 
-	// back syncs the file system in the background, by the number of bytes that workers report as written.
+	// back syncs the file system in the background, after each backgroundSyncStep bytes that workers report as written.
 	back *backgroundSync
 
 	mu   sync.Mutex

@@ -44,9 +44,8 @@ func hasDigest(want deployments.Digest) func([]byte) error {
 // maxVersions bounds how many older versions of a manifest are read.
 const maxVersions = 20
 
-// olderVersion returns the manifest that p points to from an older version of the object at p.URL: some publishers
-// overwrite one key with each release. If none of the last maxVersions has p's digest, the error is
-// deployments.ErrDigest.
+// olderVersion returns p's manifest from an older version of the object at p.URL: some publishers overwrite one key
+// with each release. If none of the last maxVersions has p's digest, the error is deployments.ErrDigest.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {

@@ -12,9 +12,9 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// eachWrongOwner calls f for each path of the tree at root, which itself is ".", whose user isn't uid or whose group
-// isn't gid. A negative number stands for any. Paths in skip, paths below them, and directories deeper than any
-// release's are left out. The first error of f ends it.
+// eachWrongOwner calls f for each path of root's tree, whose top is ".", if its user isn't uid or its group isn't gid;
+// a negative number stands for any. Paths in skip or below them, and directories deeper than any release's, are left
+// out.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -15,8 +15,7 @@ import (
 
 // Prune removes old releases. It keeps the current one, those in protect, and the newest of the rest; keep is the
 // number of these. It also removes partly staged trees, except those of releases in protect. If dest can't be read, it
-// removes nothing and returns the error. A release in which something is mounted stays, and its error is returned at
-// the end.
+// removes nothing and returns the error. A release with a mount in it stays: the error then wraps safefs.ErrMounted.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }

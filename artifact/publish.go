@@ -29,8 +29,8 @@ type PublishOptions struct {
 	// required.
 	Manifest deployments.Manifest
 	// Template, if not nil, is text that the manifest begins with, byte for byte but for newlines at its end, including
-	// variables ({{ env }}). Manifest must then have the template's fields, too. Of its other fields, only Name, Version,
-	// Created and Dest are used.
+	// variables ({{ env }}). Manifest must have its fields, too; of all others, only Name, Version, Created and Dest are
+	// used.
 	Template []byte
 	// Since are pointers of earlier releases to make deltas from, newest first. If one can't be used, that is an error.
 	Since []deployments.Pointer
@@ -68,8 +68,8 @@ type PublishedDelta struct {
 	Version  string              `json:"version,omitempty"` // version of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is what the node would fetch with a delta, in bytes, if that was not published because the changed parts of
-	// the archive cost no more.
+	// Dropped is the number of bytes that the node would fetch with a delta that was made but not published, as it saves
+	// nothing.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 
@@ -87,8 +87,7 @@ const MaxSignature = 16 << 10
 // Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and
 // options give the same bytes, if Find finds the same releases. An object that exists with other bytes is an error
 // (object.ErrExists), but for a signature that Signed accepts. After an interruption Publish can be run again: it takes
-// the time of the release from the manifest of the first run. Therefore the signature, which covers that time, is
-// uploaded last.
+// the time of the release from the first run's manifest. Therefore the signature, which covers it, is uploaded last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -258,7 +257,8 @@ func TemplateSets(template []byte, field string) bool {
 	return regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(template)
 }
 
-// text returns the manifest's bytes, which must parse: m's or, with a template, that and then the fields that it lacks.
+// text returns the manifest's bytes: m's encoding or, with a template, the template and then the fields that it lacks.
+// Bytes that don't parse are an error.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
 		text, err := m.Encode()

@@ -33,8 +33,8 @@ type earlier struct {
 	named    bool // the caller named it: it is an error if it can't be used
 }
 
-// earlier returns the releases to make deltas from, newest first: those of PublishOptions.Since or, without any, those
-// that are found. index is the digest of the new index.
+// earlier returns the releases to make deltas from, newest first: PublishOptions.Since or, if that is empty, what it
+// finds.
 func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	if len(p.opt.Since) == 0 {
 		return p.findEarlier(index)
@@ -165,8 +165,8 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 }
 
 // deltas makes a delta from each earlier release, and uploads it if nodes that run that release then fetch fewer bytes
-// than without it. costs has what these nodes fetch. A release that can't be used is left out if it was found, and an
-// error if the caller named it.
+// than without it. costs has what these nodes fetch. A release that can't be used is an error if it is named, else left
+// out.
 func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)

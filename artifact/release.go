@@ -71,8 +71,8 @@ type Release struct {
 	// parsed again.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of its directory in DEST.releases; empty unless Find, Current, Stage or in returned the
-	// release.
+	// Dir is the absolute path of the release's directory in DEST.releases; empty unless Find, Current, Stage or in set
+	// it.
 	Dir string `json:"-"`
 }
 
@@ -81,8 +81,8 @@ type StageOptions struct {
 	Progress func(meter.Progress) // called at most a few times a second; may be nil
 	// Base is the release to take unchanged files from; zero: the current one. Only Releases.Stage uses it.
 	Base deployments.Pointer
-	// Log gets each reason why more is fetched than should be needed, once per fetch. nil: Releases.Stage takes the log of
-	// the Releases; Unpack and the other strategies log nothing.
+	// Log gets each reason why more is fetched than should be needed, once per fetch. If it is nil, Releases.Stage takes
+	// the log of the Releases, and others log nothing.
 	Log *slog.Logger
 	// resumes lets a fetch that was cut off leave a spool beside the directory that it fills. Whoever owns that directory
 	// must remove the spool.

@@ -130,8 +130,7 @@ func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error
 	return nil, m.Switch(ctx, r)
 }
 
-// asideName returns the name, beside dest, to which strategy mv moves a failed release until what was at dest before is
-// back.
+// asideName returns the name, beside dest, to which strategy mv moves a failed release until its predecessor is back.
 func asideName(rel *Release) string {
 	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
 }

@@ -100,8 +100,8 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
-// dest opens r's dest, which lies in parent; create makes it if it is missing. A link to a directory is followed if
-// only trusted users can have made it.
+// dest opens r's dest in parent, and follows a link there if only trusted users can have made it. create makes a
+// missing one.
 func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
 	return parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 }

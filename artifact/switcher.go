@@ -22,8 +22,7 @@ var ErrUntouched = errors.New("dest was not touched")
 // Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut off
 // at any point.
 type Switcher interface {
-	// Stage makes rel complete on this disk. It changes dest only if rel is live there, and its directory or record is
-	// damaged.
+	// Stage makes rel complete on this disk. It changes dest only if rel is live there and damaged.
 	Stage(ctx context.Context, rel *Release, opt StageOptions) error
 	// Switch makes rel, which must be staged, live at dest.
 	Switch(ctx context.Context, rel *Release) error
@@ -35,8 +34,7 @@ type Switcher interface {
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
-	// IsLive reports whether dest holds rel. With rsync and mv it only tells whether dest exists; without src it returns
-	// true.
+	// IsLive reports whether dest holds rel; with rsync and mv, only whether dest exists; without src, it returns true.
 	IsLive(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE: dest with rsync and mv; empty if there is none.
 	Dir(rel *Release) string
@@ -54,7 +52,7 @@ type Switcher interface {
 	// those that only rel's commands can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
 	// Prune removes the files of stored releases; with rsync and mv, only what an interrupted copy left beside dest. It
-	// keeps the live release, those in protect, and the newest of the rest that aren't in drop; others is the number of
+	// keeps the live release, those in protect, and the newest of all others that aren't in drop; others is the number of
 	// these.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }

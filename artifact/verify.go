@@ -249,8 +249,7 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 }
 
 // indexOfTree returns an encoded index without frames: the hashes of a tree's files. They serve to compare dest with
-// the tree. If its archive came without an index, they also serve to verify the tree, and to take unchanged files from
-// it.
+// the tree; for an archive without an index, also to verify the tree and to take files from it.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {
