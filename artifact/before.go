@@ -162,8 +162,7 @@ func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	return durable.WriteFile(m.keptIdentity(), []byte(id), 0o600)
 }
 
-// Restore moves back the directory that Keep identified, if it still lies in dest's parent directory, under any name.
-// What lies at dest then is removed.
+// Restore moves back what Keep identified if it still lies in dest's parent directory, and removes what took its place.
 func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	if m.c.Before == "" {
 		return false, nil

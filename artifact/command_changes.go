@@ -147,7 +147,7 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 }
 
 // recordAfter records what commands made in the tree at dir: the current differences but for unchanged ones of
-// recordBefore. If there are none, it removes both files. left is the number of paths beyond maxChanges, which are not
+// recordBefore. If there are none, it removes both files. left counts the paths beyond maxChanges, which aren't
 // recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)

@@ -12,8 +12,9 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// restorer restores what a release's commands made in a newly unpacked tree. Paths of the live tree that are as the
-// commands left them are carried over, files by hard links. All others are made from the record, if that suffices.
+// restorer restores what a release's commands made, in a newly unpacked tree or the live one. Paths of the live tree
+// that are as the commands left them are carried over, files by hard links. All others are made from the record, if it
+// suffices.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing
@@ -208,8 +209,8 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry brings the live tree's path p, if it still exists, into the new tree: files and links by hard links,
-// directories with all their content as new ones.
+// carry brings the live tree's path p, if it still exists, into the new tree: files and links by hard links.
+// Directories are made anew, with all that is in them.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -18,8 +18,8 @@ import (
 // maxDictionary bounds, in bytes, the memory that an xz stream can make its decoder allocate. xz -9 needs 64 MiB.
 const maxDictionary = 64 << 20
 
-// foreign lists the magic numbers of formats that kedge does not read. Such an archive is refused, unless zipFiles has
-// its ending: deployed as a single file, it would replace a whole tree.
+// foreign lists the magic numbers of formats that kedge does not read. Such an archive is refused, unless it is a zip
+// that zipFiles names: deployed as a single file, it would replace a whole tree.
 var foreign = []struct{ magic, name string }{
 	{"PK\x03\x04", "zip"},
 	{"PK\x05\x06", "zip"},

@@ -355,8 +355,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	return x.finish(name, a)
 }
 
-// parents makes the directories above an entry that no entry has made. It counts them towards the bound of entries, as
-// one long name may need many.
+// parents makes the directories above an entry that no entry has made. They count towards the bound of entries, as one
+// long name may need many.
 func (x *extractor) parents(dir string) error {
 	if _, there := x.dirs[dir]; there || dir == "." {
 		return nil

@@ -16,8 +16,7 @@ import (
 	"kedge/deployments"
 )
 
-// source is a release on disk that files are taken from. Its index is not trusted: all but known files are hashed
-// before use.
+// source is a release on disk that files are taken from. Its index isn't trusted: all but known files are hashed first.
 type source struct {
 	top   *os.File
 	index *archive.Index
@@ -160,8 +159,8 @@ type sharing struct {
 }
 
 // newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
-// files that belong to m's owner already are linked (without one, this process's): an inode has one owner, and changing
-// it would change the live release.
+// files of m's owner (none: of this process's user) are linked: changing an inode's owner would change the live
+// release.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
@@ -256,8 +255,7 @@ type oldFile struct {
 	info      unix.Stat_t
 }
 
-// holds reports whether an open file has e's content. It hashes the file unless it is unchanged since it was last
-// written or hashed.
+// holds reports whether an open file has e's content. It hashes the file unless it is known to be unchanged.
 func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true

@@ -29,8 +29,7 @@ type PublishOptions struct {
 	// required.
 	Manifest deployments.Manifest
 	// Template, if not nil, is text that the manifest begins with, byte for byte but for newlines at its end, including
-	// variables ({{ env }}). Manifest must have its fields, too; of all others, only Name, Version, Created and Dest are
-	// used.
+	// variables ({{ env }}). Manifest must have its fields; of others only Name, Version, Created and Dest are used.
 	Template []byte
 	// Since are pointers of earlier releases to make deltas from, newest first. If one can't be used, that is an error.
 	Since []deployments.Pointer
@@ -68,8 +67,7 @@ type PublishedDelta struct {
 	Version  string              `json:"version,omitempty"` // version of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is the number of bytes that the node would fetch with a delta that was made but not published, as it saves
-	// nothing.
+	// Dropped is the number of bytes to fetch with a delta that was not published, as a node fetches no more without it.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 

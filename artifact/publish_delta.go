@@ -33,8 +33,7 @@ type earlier struct {
 	named    bool // the caller named it: it is an error if it can't be used
 }
 
-// earlier returns the releases to make deltas from, newest first: PublishOptions.Since or, if that is empty, what it
-// finds.
+// earlier returns the releases to make deltas from, newest first: PublishOptions.Since or, if none, what is found.
 func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	if len(p.opt.Since) == 0 {
 		return p.findEarlier(index)
@@ -165,8 +164,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 }
 
 // deltas makes a delta from each earlier release, and uploads it if nodes that run that release then fetch fewer bytes
-// than without it. costs has what these nodes fetch. A release that can't be used is an error if it is named, else left
-// out.
+// than without it. costs has what they fetch. A release that can't be used is an error if named, else left out.
 func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)

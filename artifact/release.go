@@ -39,8 +39,7 @@ type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
-	// within and owner are safefs.PlaceOptions' Within and Owner: where dest must lie, and who may own the directories
-	// that lead there.
+	// within and owner are those of safefs.PlaceOptions: where dest must lie, and who may own the directories to it.
 	within []string
 	owner  string
 	// owners is SwitcherConfig.Owners.
@@ -67,12 +66,10 @@ func (h *heldPlaces) close() {
 // Release is a release on this node.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
-	// Manifest was parsed from Raw with the environment variables of that time: a release that is read from disk isn't
-	// parsed again.
+	// Manifest was parsed from Raw with that time's environment variables. A release read from disk isn't parsed again.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of the release's directory in DEST.releases; empty unless Find, Current, Stage or in set
-	// it.
+	// Dir is the absolute path of the release's directory in DEST.releases; set only by Find, Current, Stage and in.
 	Dir string `json:"-"`
 }
 
@@ -112,9 +109,8 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 }
 
 // enter opens dest's parent, DEST.releases and its private directory for one call. in is a copy of r whose paths lead
-// through these directories, so that renaming a parent redirects nothing. leave closes them. With create, missing
-// directories are made; without it, the error wraps ErrNoRelease if one is missing or is a file. If r has them open
-// already, in is r.
+// through these directories, so that renaming a parent redirects nothing. If r has them open, in is r. leave closes
+// them. With create, missing ones are made; otherwise the error wraps ErrNoRelease if one is missing or a file.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.places != nil {
 		return r, func() {}, nil
@@ -188,8 +184,7 @@ const (
 	trashPrefix   = "trash-"
 	healPrefix    = "heal-" // trees that replace exchanged for others
 	adoptedPrefix = "adopted-"
-	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or writeStats leaves behind; no version
-	// begins with it.
+	// unfinishedPrefix begins names of files that a crash in durable.WriteFile or writeStats leaves; no version begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"
@@ -284,8 +279,7 @@ func (r *Releases) names() ([]string, error) {
 	return names, nil
 }
 
-// Find returns the release whose manifest has the digest. If it isn't complete on this disk, the error wraps
-// ErrNoRelease.
+// Find returns the release of a manifest's digest. If it isn't complete on this disk, the error wraps ErrNoRelease.
 func (r *Releases) Find(digest deployments.Digest) (*Release, error) {
 	rel, _, err := r.find(digest)
 	return rel, err
@@ -312,8 +306,7 @@ func (r *Releases) find(digest deployments.Digest) (*Release, *record, error) {
 	return nil, nil, fmt.Errorf("%s: %w", digest.Short(), ErrNoRelease)
 }
 
-// Current returns the release that dest leads to. The error wraps ErrNoRelease if dest is absent or no link of kedge's,
-// or if that release isn't complete.
+// Current returns the release that dest leads to. If there is none, or it isn't complete, the error wraps ErrNoRelease.
 func (r *Releases) Current() (*Release, error) {
 	rel, _, err := r.current()
 	return rel, err

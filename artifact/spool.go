@@ -106,8 +106,7 @@ func (s spool) create(flags int) (*os.File, error) {
 }
 
 // fetch appends the missing bytes of the archive to the spool, and returns the complete file, open at its start. If the
-// checksum is wrong (deployments.ErrDigest) and an earlier try wrote a part of the file, fetch fetches the archive
-// anew, once.
+// checksum is wrong (deployments.ErrDigest) and an earlier try wrote a part, fetch fetches the whole archive, once.
 func (s spool) fetch(
 	ctx context.Context,
 	from object.Source,

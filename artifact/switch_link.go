@@ -50,7 +50,7 @@ func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) e
 	return l.Switch(ctx, rel)
 }
 
-// Keep does nothing: the first switch moves what is at dest to a directory among the releases.
+// Keep does nothing: the first switch moves what is at dest to DEST.releases/.
 func (l linkSwitcher) Keep(context.Context, *Release) error { return nil }
 
 func (l linkSwitcher) Restore(context.Context, *Release) (bool, error) { return l.releases.restore() }

@@ -27,8 +27,7 @@ func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
 	return m.put(ctx, parent, r)
 }
 
-// put moves r's tree to dest, from another file system by a copy beside dest. If dest exists and the tree does, too,
-// the error wraps ErrUntouched.
+// put moves r's tree to dest, or copies it between file systems. If dest exists as well, the error wraps ErrUntouched.
 func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release) error {
 	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
 	if err := m.clear(parent, r); err != nil {

@@ -48,8 +48,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return s.copy(ctx, r, dest)
 }
 
-// copy has rsync make dest equal to r's tree, and syncs dest. Excluded files and mounts stay as they are. exclude are
-// options of rsync for more exclusions.
+// copy has rsync make dest equal to r's tree, and syncs it. Mounts, and what r and the options in exclude exclude,
+// stay.
 func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {

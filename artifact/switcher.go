@@ -52,8 +52,7 @@ type Switcher interface {
 	// those that only rel's commands can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
 	// Prune removes the files of stored releases; with rsync and mv, only what an interrupted copy left beside dest. It
-	// keeps the live release, those in protect, and the newest of all others that aren't in drop; others is the number of
-	// these.
+	// keeps the live release, those in protect, and the newest others: as many as others says, and none in drop.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -113,8 +112,7 @@ func (commandsOnly) RecordAfter(context.Context, *Release) error                
 func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
-// PruneTrees removes everything in dir (SwitcherConfig.Trees or Before) but the trees of the releases in keep, and
-// their spools.
+// PruneTrees removes everything in dir (SwitcherConfig.Trees or Before) but trees and spools of the releases in keep.
 func PruneTrees(dir string, keep []deployments.Digest) error {
 	var names []string
 	for _, d := range keep {
