@@ -146,9 +146,8 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
-// recordAfter records what commands made in the tree at dir: the current differences but for unchanged ones of
-// recordBefore. If there are none, it removes both files. left counts the paths beyond maxChanges, which aren't
-// recorded.
+// recordAfter records what commands made in the tree at dir: the differences but for unchanged ones of recordBefore. If
+// there are none, it removes both files. left counts the paths beyond maxChanges, which aren't recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

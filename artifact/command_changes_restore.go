@@ -12,9 +12,8 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// restorer restores what a release's commands made, in a newly unpacked tree or the live one. Paths of the live tree
-// that are as the commands left them are carried over, files by hard links. All others are made from the record, if it
-// suffices.
+// restorer restores what a release's commands made, in a newly unpacked tree or the live one. What the live tree has as
+// the commands left it is carried over, files by hard links. All else is made from the record, if it suffices.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing

@@ -73,8 +73,8 @@ func (r *Releases) stage(
 }
 
 // Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the time.
-// It takes from the old tree only what the release's own commands made (see commandChange) and, if the manifest names
-// no owner, the owners. Processes may still work in the old tree: it stays until the release is removed or healed
+// It takes from the old tree only what the release's own commands made (see commandChange) and, without an owner in the
+// manifest, the owners. Processes may still work in the old tree: it stays until the release is removed or healed
 // again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
@@ -315,8 +315,7 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	return b
 }
 
-// Unpack puts a manifest's tree into the empty directory dir, verified and synced. After an error, dir may hold a part
-// of it.
+// Unpack puts a manifest's tree into the empty directory dir, verified and synced. An error may leave a part there.
 func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
 	return unpack(ctx, objects, m, dir, opt, nil)
 }
