@@ -79,8 +79,8 @@ func fetchIndexed(
 	return filled{f.encoded, f.index, f.tree.stats}, nil
 }
 
-// fetch is the state of one fetch of an indexed archive: for a release that is staged, or for an old release that a
-// delta is made from.
+// fetch is the state of one fetch of an indexed archive: of a release to stage or unpack, or of an old one to make a
+// delta from.
 type fetch struct {
 	objects  *object.Client
 	manifest *deployments.Manifest

@@ -69,7 +69,7 @@ type Release struct {
 	// Manifest was parsed from Raw with that time's environment variables. A release read from disk isn't parsed again.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of the release's directory in DEST.releases; set only by Find, Current, Stage and in.
+	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current, Stage, Release.in set it.
 	Dir string `json:"-"`
 }
 
@@ -248,7 +248,7 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	return &rec.Release, rec, nil
 }
 
-// names returns the directory names of all releases that have a record, last staged, healed or switched to first.
+// names returns the directory names of all releases that have a record, newest staging, healing or switch first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {
