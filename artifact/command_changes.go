@@ -110,7 +110,7 @@ func (f changeFiles) forget() error {
 	return err
 }
 
-// readChanges reads what writeChanges wrote, but for impossible paths; nil if the file is missing or damaged.
+// readChanges reads what writeChanges wrote, without invalid paths; nil if the file is missing or damaged.
 func readChanges(file string) []commandChange {
 	var of struct {
 		Made []commandChange `json:"made"`

@@ -12,11 +12,11 @@
 // frame. With the other strategies, it starts again. A delta of more than 4 MiB is fetched after the index, once it is
 // known that the disk holds it beside the tree. If cut, it is resumed, and read once its hash is right.
 //
-// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If that was cut off (killed,
-// or the storage went away), the next try fetches an archive of 16 MiB or more into a file beside the tree. Each
-// further try goes on where that ended. The object must have the ETag of before, its server keep to Range, and the disk
-// have room for archive and tree. Otherwise it is streamed again. The file is unpacked once all of it has the
-// manifest's checksum. It is removed when the release is whole or refused, or another archive is fetched like this.
+// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If this was killed, or the
+// storage went away, the next try fetches archives of 16 MiB or more to a file beside the tree. Each further try goes
+// on where that ended. The object must have the ETag of before, its server keep to Range, and the disk have room for
+// archive and tree. Otherwise the archive is streamed again. The file is unpacked once all of it has the manifest's
+// checksum. It is removed when the release is whole or refused, or another archive is fetched like this.
 //
 // If the node's configuration names mirrors, each object is asked for there first. What comes is used only if its hash
 // is right, so any place may give it. An archive whose checksum is shorter than SHA-256 is read only from its own URL.

@@ -79,8 +79,7 @@ func fetchIndexed(
 	return filled{f.encoded, f.index, f.tree.stats}, nil
 }
 
-// fetch is the state of one fetch of an indexed archive: of a release to stage or unpack, or of an old one to make a
-// delta from.
+// fetch is the state of one fetch of an indexed archive: of a release to unpack, or of an old one for a delta.
 type fetch struct {
 	objects  *object.Client
 	manifest *deployments.Manifest

@@ -159,8 +159,7 @@ type sharing struct {
 }
 
 // newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
-// files of m's owner (none: of this process's user) are linked: changing an inode's owner would change the live
-// release.
+// files of m's owner (none: of this process's user) are linked: a change of owner would change the live release.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {

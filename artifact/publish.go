@@ -45,8 +45,8 @@ type PublishOptions struct {
 	// signature is stored already. An interrupted publish may have left it, with a key whose signatures differ each time
 	// (ECDSA). Nil: only an equal signature is accepted.
 	Signed   func(manifest, signature []byte) error
-	Progress func(meter.Progress)
-	Log      *slog.Logger // nil: discard
+	Progress func(meter.Progress) // may be nil
+	Log      *slog.Logger         // nil: discard
 }
 
 // Published is the result of Publish.

@@ -21,7 +21,7 @@ const sharedSuffix = ".shared"
 
 // linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH doesn't exist
 // yet, the archive's content at PATH is moved there; otherwise that content is dropped. If neither exists, an empty
-// directory is made. DEST.shared may belong to anybody: its links can't lead out of it.
+// directory is made. DEST.shared may belong to anybody: links in it aren't followed out of it.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil

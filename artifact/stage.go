@@ -73,9 +73,8 @@ func (r *Releases) stage(
 }
 
 // Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the time.
-// It takes from the old tree only what the release's own commands made (see commandChange) and, without an owner in the
-// manifest, the owners. Processes may still work in the old tree: it stays until the release is removed or healed
-// again.
+// It takes over only what the release's own commands made (see commandChange) and, without an owner in the manifest,
+// the owners. Processes may still work in the old tree: it stays until the release is removed or healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
 	if err != nil {

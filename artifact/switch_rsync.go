@@ -48,8 +48,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return s.copy(ctx, r, dest)
 }
 
-// copy has rsync make dest equal to r's tree, and syncs it. Mounts and excluded files stay; exclude has more such
-// options.
+// copy has rsync make dest equal to r's tree, and syncs it. Mounts and excluded files stay; exclude excludes more.
 func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -100,8 +99,7 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
-// dest opens r's dest in parent. A link is followed if only trusted users can have made it. create makes a missing
-// dest.
+// dest opens r's dest in parent; create makes a missing one. A link is followed if only trusted users can have made it.
 func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
 	return parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 }

@@ -23,7 +23,7 @@ type Meter struct {
 	last       time.Time
 }
 
-// New returns a meter for a phase of total bytes (0: not known yet). It passes the progress to report, which may be
+// New returns a meter for a phase of total bytes (0: not known yet). The meter passes its progress to report, if not
 // nil.
 func New(phase string, total int64, report func(Progress)) *Meter {
 	return &Meter{phase: phase, total: total, report: report}
