@@ -13,16 +13,17 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// ErrDelta means that a delta is malformed (see the package comment), or does not start from the release at hand.
+// ErrDelta means that a delta is malformed (see the package comment), ends early, can't be read, or does not start from
+// the release at hand.
 var ErrDelta = errors.New("bad delta")
 
 const (
 	deltaMagic  = "kedgedl\x01"
 	deltaWindow = 8 << 20
-	sectionSize = 4 << 20 // bytes that one section of a patch produces
+	sectionSize = 4 << 20 // bytes that one section of a patch produces, but for the last
 )
 
-// Delta is an open delta whose hash was verified, read up to its first file.
+// Delta is an open delta, read up to its first file.
 type Delta struct {
 	raw    io.Closer
 	zstd   *zstd.Decoder
@@ -37,8 +38,9 @@ func (d *Delta) Close() error {
 	return d.raw.Close()
 }
 
-// ReadDelta opens the delta that r reads. It returns the delta, and the new index, which it makes from oldIndex by the
-// delta's first patch. Delta.Close closes raw; on an error ReadDelta does.
+// ReadDelta opens the delta that r reads, whose hash the caller has verified. It returns the delta, and the new index,
+// which the delta's first patch makes from oldIndex. Delta.Close closes raw; on an error ReadDelta does. The error
+// wraps ErrDelta, or ErrMisfit if that patch does not match oldIndex.
 func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex []byte, err error) {
 	d := &Delta{raw: raw}
 	defer func() {
@@ -108,8 +110,9 @@ func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 	return last + int(gap), int(n) - 1, err
 }
 
-// Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match
-// old, the error wraps ErrMisfit, and reading the delta can continue after the patch.
+// Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match old, or
+// old can't be read, the error wraps ErrMisfit. Sections may have been written by then, and reading the delta can
+// continue after the patch.
 func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
 	var out []byte
@@ -135,7 +138,7 @@ func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 	return misfit
 }
 
-// ErrMisfit means that a patch does not match the file that it is applied to.
+// ErrMisfit means that a patch does not match the file that it is applied to, or that this file can't be read.
 var ErrMisfit = errors.New("the patch does not match the old file")
 
 // patchSection is one section, split into its four parts.
@@ -168,7 +171,7 @@ func (d *Delta) section(n int) (*patchSection, error) {
 	return &patchSection{cursor{rest: parts[0]}, cursor{rest: parts[1]}, parts[2], cursor{rest: parts[3]}}, nil
 }
 
-// apply appends the section's n bytes to out.
+// apply appends the section's n bytes to out, which is empty.
 func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 	ops, runs, differ, extra := &s.ops, &s.runs, s.differ, &s.extra
 	src.at = 0
@@ -234,7 +237,7 @@ type window struct {
 	from  io.ReaderAt
 	size  int64
 	at    int64 // where the last op stopped; 0 at the start of a section
-	begin int64
+	begin int64 // where data begins in the file
 	data  []byte
 }
 

@@ -18,12 +18,12 @@ import (
 	"kedge/deployments/wait"
 )
 
-// maxPatched bounds the sizes of the old and the new file of a patch, as both are in memory. Larger files come from
-// the archive.
+// maxPatched bounds, in bytes, the sizes of the old and the new file of a patch, as both are in memory. If either is
+// larger, the new file comes from the archive.
 const maxPatched = 1 << 30
 
-// MakeDelta writes a delta from one release to another, both unpacked. It is an error if a tree doesn't match its
-// index.
+// MakeDelta writes a delta from one release to another, both unpacked. It is an error if a file that it reads doesn't
+// match its index; it reads those that ChoosePatches returns.
 func MakeDelta(
 	ctx context.Context,
 	oldTree string,
@@ -89,13 +89,13 @@ type deltaMaker struct {
 	meter            *meter.Meter
 }
 
-// FilePatch is a file to patch: Entry is its number in the new index, From that of the file in the old index, or -1.
+// FilePatch is a file to patch: Entry is its number in the new index, From that of the file in the old index; -1: none.
 type FilePatch struct{ Entry, From int }
 
-// ChoosePatches returns the files whose content the old release lacks, except those too large to patch. For each it
-// picks the most similar old file: the one at the same path. Else it is the file nearest in size at a path that
-// differs only in digits and hash-like parts (hashed assets, versioned directories). Else it is the file nearest in
-// size of the same name.
+// ChoosePatches returns the files whose content the old release lacks, and for each the most similar old file, if any.
+// That is the one at the same path. Else it is the file nearest in size at a path that differs only in digits and
+// hash-like parts (hashed assets, versioned directories). Else it is the file nearest in size of the same name. A file
+// is left out if it is empty, or if it or its old file has more than maxPatched bytes.
 func ChoosePatches(old, new *Index) []FilePatch {
 	type key struct{ by, name string }
 	have := make(map[deployments.Digest]bool, len(old.Entries))
@@ -146,8 +146,8 @@ func (x *Index) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf returns a path with # for each run of digits, or of eight or more hexadecimal digits, as these change from
-// build to build.
+// shapeOf returns a path with # for each run of hexadecimal digits that are all decimal, or at least eight. These
+// change from build to build.
 func shapeOf(p string) string {
 	var b strings.Builder
 	for len(p) > 0 {
@@ -176,8 +176,8 @@ func isHex(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
 }
 
-// run makes the patches of jobs, and writes them in order. Small files are patched in parallel, a large file alone on
-// all cores.
+// run makes the patches of jobs, and writes them in order. Files of one section are patched in parallel; of a larger
+// file, its sections are.
 func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 	type result struct {
 		job   FilePatch
@@ -253,7 +253,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 	return group.Wait()
 }
 
-// load reads a job's old and new file, and verifies both against their indexes.
+// load reads a job's old file, if it has one, and its new one, and verifies both against their indexes.
 func (m *deltaMaker) load(job FilePatch) (old, new []byte, err error) {
 	if job.From >= 0 {
 		if old, err = loadFile(m.oldRoot, &m.old.Entries[job.From]); err != nil {

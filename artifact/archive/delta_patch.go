@@ -13,7 +13,7 @@ func appendPatch(out []byte, match *matcher, old, new []byte) []byte {
 }
 
 const (
-	seedSize = 16 // bytes of the old file per slot of the matcher
+	seedSize = 16 // bytes by which the matcher finds a place
 	better   = 8  // bytes by which another place must match longer than the current one
 )
 
@@ -47,7 +47,7 @@ func (m *matcher) slot(data []byte) uint64 {
 }
 
 // find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal from
-// there. If it knows no such place, both are 0.
+// there. If it knows no such place, both are 0. data has at least 16 bytes.
 func (m *matcher) find(data []byte) (at, length int) {
 	slot := m.slots[m.slot(data)]
 	if slot == 0 {
@@ -99,7 +99,7 @@ type sectionMaker struct {
 // equal, and moves to another place if that matches clearly better.
 func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []byte {
 	s := &sectionMaker{old: old, new: new}
-	// new[begin:] has yet to be written; it is nearly equal to old[begin+shift:].
+	// new[begin:] has yet to be written. If aligned is set, it is taken to be nearly equal to old[begin+shift:].
 	begin, shift, aligned := from, 0, from < len(old)
 	scan := from
 	for scan < to {

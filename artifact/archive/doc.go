@@ -6,20 +6,21 @@
 // An archive is a tar stream in zstd, so that `tar --zstd -xf` opens it. What makes it more than that is where its
 // zstd frames begin and end: each can be fetched, checked and decoded alone.
 //
-//   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. Names too long
-//     for ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory,
-//     sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and
-//     symbolic links that leave the tree are refused when packing.
+//   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. What ustar
+//     can't hold, such as a long name, is a PAX record. Times are 1980-01-01, owners 0, modes the nine permission bits
+//     and, on a directory, sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid
+//     and setgid files are refused when packing. So are symbolic links that leave the tree, unless the manifest allows
+//     them.
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
-//     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at
-//     least 768 KiB, which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders
-//     follow names, and so stay where they were when one file grows.
+//     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames. From
+//     768 KiB on, one ends before an entry whose path's FNV-1a hash is divisible by four, and in any case at about
+//     2 MiB: borders follow names, and so stay where they were when one file grows.
 //   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
 //     same compression, whatever the number of cores.
 //
 // A reader asks no more of frames than these 4 MiB, and that they lie in the index as below: how content is cut, and
-// how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for small files. An
-// agent of either kind reads both.
+// how hard it is compressed, is up to who packs. Earlier versions made frames of 192 to 512 KiB for small files; they
+// read today's archives, and agents of today read theirs.
 //
 // Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs
 // a few files only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with
@@ -49,10 +50,11 @@
 //	  SHA-256     of the frame as it lies in the archive
 //	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
 //
-// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A
-// symbolic link's target is relative, its ".." come first and do not climb above the top. Bounds: a path has at
-// most 4,096 bytes and a part of it 255; all paths together at most 64 MiB more than 32 times the index; an index
-// at most 4 million entries and 512 MiB. A reader refuses everything else before it makes a file.
+// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. Unless
+// the manifest allows any, a symbolic link's target is relative, its ".." come first and do not climb above the top.
+// Bounds: a path has at most 4,096 bytes and 128 parts, of 255 bytes each; all paths together have at most 64 MiB more
+// than 32 times the index; a tree has 64 TiB; an index has 4,194,304 entries and 512 MiB. A reader refuses everything
+// else before it makes a file.
 //
 // # The delta
 //
@@ -72,7 +74,7 @@
 // come from the archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
 //
 //	lengths of four parts, then the parts:
-//	  ops         seek (signed varint: from where the last op stopped reading the old file), add, extra
+//	  ops         seek (signed varint: from where the section's last op stopped in the old file, at first 0), add, extra
 //	  runs        of the added bytes: same, differ, same, differ … until all are counted
 //	  differ      what to add, modulo 256, to the old bytes that differ
 //	  extra       bytes that the old file has not

@@ -22,7 +22,7 @@ const (
 	maxEntries = 4 << 20
 	maxPath    = 4096 // bytes
 	maxName    = 255  // bytes
-	MaxLevels  = 128  // directories above a path, in an archive without an index, too
+	MaxLevels  = 128  // directories above a path, the top included; also in an archive without an index
 	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound the sum of all paths: it is at most maxPaths
 	// plus pathGrowth lengths. An entry stores only what its path doesn't share with the path before, so that six bytes
 	// can stand for a path of 4,096.
@@ -54,7 +54,7 @@ type Entry struct {
 	Mode fs.FileMode        // permission bits, and a directory's sticky and set-group-id bits
 	Size int64              // of a file
 	Sum  deployments.Digest // of a file's content
-	// Offset is where a file's content begins in the tar stream.
+	// Offset is where a file's content begins in the archive's tar stream; of an empty file it means nothing.
 	Offset int64
 	// Target is the target of a symbolic link. Original is the number of the entry that a hard link is another
 	// name of.
@@ -64,10 +64,10 @@ type Entry struct {
 
 // Frame is one zstd frame of the archive.
 type Frame struct {
-	Offset, Size  int64 // in the archive
-	Start, Length int64 // in the tar stream
-	Sum           deployments.Digest
-	// Content is the SHA-256 of what the frame decodes to if all of that is one file's content, else zero.
+	Offset, Size  int64              // in the archive
+	Start, Length int64              // in the tar stream
+	Sum           deployments.Digest // of the frame as it lies in the archive
+	// Content, unless it is zero, is the SHA-256 of what the frame decodes to, all of which is one file's content.
 	Content deployments.Digest
 }
 
@@ -86,7 +86,7 @@ func (x *Index) TreeSize() (n int64) {
 	return n
 }
 
-// ArchiveSize returns the size of the archive, in bytes.
+// ArchiveSize returns the size of the archive, in bytes; 0 for a list of hashes.
 func (x *Index) ArchiveSize() int64 {
 	if len(x.Frames) == 0 {
 		return 0
@@ -95,8 +95,8 @@ func (x *Index) ArchiveSize() int64 {
 	return last.Offset + last.Size
 }
 
-// FramesOf returns the range of frames that hold a file's content, up to but not including the frame in to. It is
-// empty for an empty file.
+// FramesOf returns the range of frames that hold a file's content, up to but not including the frame in to. It is empty
+// for an empty file. Of a list of hashes, which has no frames, it means nothing.
 func (x *Index) FramesOf(e *Entry) (from, to int) {
 	if e.Size == 0 {
 		return 0, 0

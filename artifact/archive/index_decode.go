@@ -13,9 +13,9 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a small
-// multiple of their length. Its result keeps every rule of the package comment; any other index is an error that wraps
-// ErrIndex.
+// DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than 64 MiB
+// and some 60 times their length. The result keeps every rule of the package comment but those for symbolic links'
+// targets: see CheckTargets. Any other index is an error that wraps ErrIndex.
 func DecodeIndex(data []byte) (*Index, error) {
 	if len(data) > MaxIndex {
 		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), MaxIndex)
@@ -143,7 +143,7 @@ func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 
 func (x *Index) decodeFrames(r *cursor, end int64) error {
 	var offset, start int64
-	within := 0 // the first entry that ends after start
+	within := 0 // the files among the entries before this one end by start
 	for i := range x.Frames {
 		f := &x.Frames[i]
 		f.Offset, f.Start = offset, start
@@ -183,7 +183,7 @@ func (x *Index) decodeFrames(r *cursor, end int64) error {
 
 func clip(s string) string { return safetext.Cut(s, 120) }
 
-// cursor reads numbers and bytes from a buffer. After the first error it returns zeros.
+// cursor reads numbers and bytes from a buffer. After the first error it returns zeros and no bytes.
 type cursor struct {
 	rest []byte
 	err  error
@@ -191,7 +191,7 @@ type cursor struct {
 
 var errShort = errors.New("it is cut short")
 
-// number reads a varint of at most max.
+// number reads a varint of at most max, in its shortest encoding.
 func (r *cursor) number(max uint64) uint64 {
 	n, size := binary.Uvarint(r.rest)
 	switch {
@@ -211,7 +211,7 @@ func (r *cursor) number(max uint64) uint64 {
 	return n
 }
 
-// bytes returns the next n bytes, which alias the buffer.
+// bytes returns the next n bytes, which alias the buffer; nil after an error, such as that fewer are left.
 func (r *cursor) bytes(n uint64) []byte {
 	if r.err == nil && n > uint64(len(r.rest)) {
 		r.err = errShort

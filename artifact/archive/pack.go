@@ -25,9 +25,9 @@ import (
 const (
 	LargeFile  = 1 << 20   // files from this size on have frames of their own
 	LargeFrame = 2 << 20   // bytes of content in a large file's frame
-	minGroup   = 768 << 10 // least bytes in a frame of small files
-	maxGroup   = 2 << 20   // most bytes in a frame of small files
-	packWindow = 2 << 20   // the encoder's window: a whole frame
+	minGroup   = 768 << 10 // bytes from which on a frame of small files may end: see borders
+	maxGroup   = 2 << 20   // most bytes in a frame of small files, without padding
+	packWindow = 2 << 20   // the encoder's window: about the largest frame
 )
 
 // EmptyDigest is the SHA-256 of an empty file.
@@ -41,12 +41,12 @@ type Packed struct {
 	SHA256  deployments.Digest
 	Index   []byte // as it is stored
 	Entries int    // files, directories and links
-	Files   int
-	Tree    int64 // bytes of the tree
+	Files   int    // without a file's further names, which are hard links
+	Tree    int64  // bytes of the tree
 }
 
-// Pack writes the tree in dir as an archive. It is an error if a file changes meanwhile, or if a symbolic link
-// leads where symlinks doesn't allow.
+// Pack writes the tree in dir to w as an archive. It is an error if a file changes while it is read, or if the tree has
+// what a release can't contain, such as a symbolic link that symlinks doesn't allow.
 func Pack(
 	ctx context.Context,
 	dir string,
@@ -92,23 +92,24 @@ func Pack(
 	return result, nil
 }
 
-// section is the list of file parts that go into one frame.
+// section is what goes into one frame.
 type section struct {
 	parts []part
 	large bool // its one part is a piece of a large file
 }
 
-// part is one piece of a section: an entry's header, or n bytes of its content, and the padding after it.
+// part is one piece of a section: an entry's header, n bytes of its content and the padding after it, or the archive's
+// end.
 type part struct {
 	entry   int
 	header  bool
 	from, n int64
-	pad     bool
+	pad     bool // padding follows the n bytes, which may be none
 	end     bool // it is the archive's end
 }
 
-// sections yields the sections in the order of the archive. Their borders depend on the entries' names and sizes
-// alone.
+// sections yields the sections in the order of the archive. Their borders depend on the entries alone: on their paths,
+// their sizes, and the lengths of their targets.
 func (x *Index) sections(yield func(section) bool) {
 	var group section
 	var size int64
@@ -120,7 +121,7 @@ func (x *Index) sections(yield func(section) bool) {
 	for i := range x.Entries {
 		e := &x.Entries[i]
 		header := int64(512)
-		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: an estimate that is never too low
+		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: never too low; of a name beyond ASCII it is
 			header += 2048 + 2*int64(len(e.Path)+len(e.Target))
 		}
 		content := header
@@ -340,7 +341,7 @@ func (w *packWorker) header(i int) error {
 	return tar.NewWriter(&w.raw).WriteHeader(h)
 }
 
-// content reads a part of a file, and hashes it. Parts of a large file are hashed in order.
+// content reads a part of a file into raw, and hashes it. Parts of a large file are hashed in order.
 func (w *packWorker) content(ctx context.Context, job *packing, part part) error {
 	if part.n == 0 {
 		return nil
@@ -379,7 +380,8 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 }
 
-// read reads a part of a file, and returns the file's mtime from before the read.
+// read reads a part of a file into raw, and returns the file's mtime. The error is ErrChanging if the file's size isn't
+// the entry's, or if the file changes meanwhile.
 func (w *packWorker) read(e *Entry, part part) (written unix.Timespec, err error) {
 	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -7,7 +7,8 @@ import (
 	"kedge/deployments"
 )
 
-// CheckPath returns an error unless a path is clean, relative, and stays in the tree.
+// CheckPath returns an error unless a path is clean, relative, stays in the tree, and keeps the package comment's
+// bounds.
 func CheckPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
@@ -49,9 +50,9 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// CheckTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. It need not
-// resolve other links on the target's way. The target's ".." come first, and there can be no more of them than real
-// directories above the link.
+// CheckTarget returns an error unless target can be a symbolic link's and leads from p to a path in the tree. With
+// SymlinksAny it may lead anywhere. Other links on its way need not be resolved: its ".." must come first, and only
+// real directories lie above p.
 func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err

@@ -13,7 +13,8 @@ import (
 	"kedge/deployments"
 )
 
-// Scan lists a tree in the order of the archive, without hashes and offsets.
+// Scan lists a tree in the order of the archive. It reads no content: each file's Sum is EmptyDigest, and offsets are
+// 0. What a release can't contain is an error, but not a symbolic link that leaves the tree: see CheckTargets.
 func Scan(ctx context.Context, top *os.File) ([]Entry, error) {
 	s := &scanner{ctx: ctx, seen: map[inode]int{}}
 	// a descriptor with a read position of its own
