@@ -52,8 +52,8 @@
 //
 // The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. Unless
 // the manifest allows any, a symbolic link's target is relative, its ".." come first and do not climb above the top.
-// Bounds: a path has at most 4,096 bytes and 128 parts, of 255 bytes each; all paths together have at most 64 MiB more
-// than 32 times the index; a tree has 64 TiB; an index has 4,194,304 entries and 512 MiB. A reader refuses everything
+// Bounds: a path has at most 4,096 bytes and 128 parts of 255 bytes; all paths together at most 64 MiB more than 32
+// times the index; a tree at most 64 TiB; an index at most 4,194,304 entries and 512 MiB. A reader refuses everything
 // else before it makes a file.
 //
 // # The delta

@@ -8,8 +8,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Compression is how hard Pack compresses an archive, as an index into compressions. Every agent reads archives of
-// each.
+// Compression is how hard Pack compresses an archive, as an index into compressions. Every agent reads all of these.
 type Compression uint8
 
 // CompressionDefault makes an archive about as large as one stream of zstd -3: see compressions.

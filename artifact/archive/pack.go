@@ -45,8 +45,8 @@ type Packed struct {
 	Tree    int64  // bytes of the tree
 }
 
-// Pack writes the tree in dir to w as an archive. It is an error if a file changes while it is read, or if the tree has
-// what a release can't contain, such as a symbolic link that symlinks doesn't allow.
+// Pack writes the tree in dir to w as an archive. What a release can't contain is an error, such as a symbolic link
+// that symlinks doesn't allow. So is a file that changes while it is read.
 func Pack(
 	ctx context.Context,
 	dir string,
@@ -121,7 +121,7 @@ func (x *Index) sections(yield func(section) bool) {
 	for i := range x.Entries {
 		e := &x.Entries[i]
 		header := int64(512)
-		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: never too low; of a name beyond ASCII it is
+		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: an estimate that is never too low
 			header += 2048 + 2*int64(len(e.Path)+len(e.Target))
 		}
 		content := header

@@ -7,8 +7,7 @@ import (
 	"kedge/deployments"
 )
 
-// CheckPath returns an error unless a path is clean, relative, stays in the tree, and keeps the package comment's
-// bounds.
+// CheckPath returns an error unless a path is clean, relative, in the tree, and within the package comment's bounds.
 func CheckPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))

@@ -13,9 +13,9 @@ import (
 // some milliseconds.
 const credentialsPatience = time.Second
 
-// slowCredentials is a provider of AWS credentials that logs if retrieving them takes longer than credentialsPatience.
-// On a machine without credentials, AWS's own code asks a metadata service that isn't there, for some 20 s before it
-// fails.
+// slowCredentials is a provider of AWS credentials that logs if retrieving them takes longer than credentialsPatience,
+// once until they come. On a machine without credentials, AWS's own code asks a metadata service that isn't there, for
+// some 20 s before it fails.
 type slowCredentials struct {
 	aws.CredentialsProvider
 	log         *slog.Logger

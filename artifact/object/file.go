@@ -16,7 +16,7 @@ import (
 	"kedge/deployments/durable"
 )
 
-// fileStore is file://: a directory of this machine.
+// fileStore implements file://, in the file system of this machine.
 type fileStore struct{ requests *atomic.Int64 }
 
 func (s fileStore) stat(_ context.Context, u *url.URL) (Object, error) {
@@ -68,8 +68,8 @@ const putPrefix = ".kedge-"
 // putPiece is how many bytes put writes between two checks of its context.
 const putPiece = 4 << 20
 
-// put writes to a temporary file, syncs it, and links it to its name. The link fails if the name exists, unless
-// the put is to replace it.
+// put writes to a temporary file, syncs it, and links it to its name, which fails if the name exists. To replace an
+// object it renames the file instead.
 func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// gsStore implements gs://, by the XML API with a bearer token.
+// gsStore implements gs://, by the XML API with a bearer token, or without one at an endpoint of its own.
 type gsStore struct {
 	http     *http.Client
 	endpoint string // empty: Google's
@@ -29,8 +29,9 @@ func (s *gsStore) address(u *url.URL) string {
 	return cmp.Or(s.endpoint, gsEndpoint) + "/" + u.Host + "/" + (&url.URL{Path: key(u)}).EscapedPath()
 }
 
-// header returns a header with the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS
-// is exchanged for, or the instance's own.
+// header returns a header with the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS is
+// exchanged for, or the instance's own. An endpoint that isn't Google's never gets the last: without the others the
+// header is empty.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
 	var err error

@@ -50,7 +50,8 @@ func (a *gsAccount) get(ctx context.Context) (string, error) {
 	return token.AccessToken, nil
 }
 
-// exchange exchanges a claim, signed with the key in a service account's file, for a token.
+// exchange exchanges a claim, signed with the key in a service account's file, for a token. If the server refuses, the
+// error wraps ErrDenied.
 func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	data, err := inputfile.Read("the service account's key", file)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 	"kedge/deployments/inputfile"
 )
 
-// headersVariable names the file of headers for https sources: lines of HOST[:PORT] NAME: VALUE.
+// headersVariable names the file of headers for https, and http to this machine: lines of HOST[:PORT] NAME: VALUE.
 const headersVariable = "KEDGE_HTTP_HEADERS_FILE"
 
 // ownHeaders are what kedge sends itself: a redirect carries them to any host, and no file may set them.
@@ -27,8 +27,9 @@ var connectionHeaders = []string{
 	"Host", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Te", "Trailer",
 }
 
-// requestHeaders returns the headers that identify this node to a URL's server. These are the headers of the file, and
-// the password of netrc as Authorization, unless the file gives that. A redirect to another host carries neither.
+// requestHeaders returns the headers that identify this node to a URL's server; nil: none. They are those of
+// headersVariable's file, and netrc's password as Authorization, unless the file gives that. A redirect to another host
+// carries neither.
 func requestHeaders(u *url.URL) (http.Header, error) {
 	h, err := netrcHeader(u)
 	if err != nil {
@@ -45,8 +46,8 @@ func requestHeaders(u *url.URL) (http.Header, error) {
 	return h, nil
 }
 
-// fileHeaders returns the headers that the file has for a URL's server. There are none for plain http to another
-// machine, which would send them over the network in the clear.
+// fileHeaders returns the headers that headersVariable's file has for a URL's server. There are none for plain http to
+// another machine, which would send them over the network in the clear.
 func fileHeaders(u *url.URL) (http.Header, error) {
 	file := os.Getenv(headersVariable)
 	if file == "" || u.Scheme != "https" && !thisMachine(u) {
@@ -67,7 +68,8 @@ func fileHeaders(u *url.URL) (http.Header, error) {
 	return h, nil
 }
 
-// parseHeaders returns the headers that a file has for HOST:PORT. Its errors quote no values, which may be secret.
+// parseHeaders returns the headers that a file has for HOST:PORT; without a port, a line is about 443. Its errors quote
+// no values, which may be secret.
 func parseHeaders(data []byte, address string) (http.Header, error) {
 	h := http.Header{}
 	lines := bufio.NewScanner(bytes.NewReader(data))

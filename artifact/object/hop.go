@@ -37,7 +37,7 @@ func thisMachine(u *url.URL) bool {
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// mayRead reports whether a URL of plain http may be read: it leads to this machine, or lies below one of
+// mayRead reports whether a URL of plain http may be read: it names this machine, or is or lies below one of
 // Config.Sources.
 func (c *Client) mayRead(u *url.URL) bool {
 	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
@@ -56,9 +56,10 @@ func WithRedirect(ctx context.Context, allowed func(url string) error) context.C
 	return context.WithValue(ctx, boundsKey{}, allowed)
 }
 
-// checkRedirect returns an error if a redirect leads where the URL itself would be refused. One to another host loses
-// its tokens and passwords. One from another machine to this one is refused: it could reach a service that listens on
-// this machine only. The error doesn't show the URL that led there, which may contain a signature.
+// checkRedirect returns an error if a redirect leads from https to plain http, or where mayRead, Config.Redirect or
+// WithRedirect refuse the URL. It follows at most maxRequests-1. One from another machine to this one is refused, as it
+// could reach a service that listens on this machine only. One to another host loses all headers but ownHeaders. The
+// error doesn't show the URL that led there, which may contain a signature.
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")
 	if r.URL.Host != via[0].URL.Host {
@@ -89,8 +90,9 @@ func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// httpClient returns a client that counts requests and checks each hop's address. The first hop may lead to this
-// machine if mayLeadHere allows it.
+// httpClient returns a client that counts requests and checks each hop's address. If mayLeadHere accepts the first URL,
+// that, and redirects on its host, may lead to this machine. Redirects to other hosts may only if the first names this
+// machine.
 func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) *http.Client {
 	guarded, proxies := t.Clone(), &proxies{}
 	guarded.Proxy = proxies.of(t.Proxy)
@@ -113,7 +115,7 @@ func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) 
 	}
 }
 
-// mayLeadHere reports whether the name in an http URL may resolve to this machine.
+// mayLeadHere reports whether the name in an http or https URL may resolve to this machine: see Config.NoLocal.
 func (c *Client) mayLeadHere(u *url.URL) bool {
 	if !c.noLocal {
 		return true
@@ -134,8 +136,8 @@ func refuseLocal(_ context.Context, _, address string, _ syscall.RawConn) error 
 	return err
 }
 
-// isLocalAddress reports whether a request failed because each address of its host is this machine's. Trying again
-// in the same call doesn't help.
+// isLocalAddress reports whether a request failed because refuseLocal refused an address of its host. Trying again in
+// the same call doesn't help.
 func isLocalAddress(err error) bool { return errors.Is(err, errLocalAddress) }
 
 // hops sends requests on connections to any address, or on connections that never lead to this machine. The two

@@ -20,7 +20,7 @@ type httpStore struct {
 }
 
 // stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and works with presigned
-// URLs.
+// URLs. An empty object takes a HEAD as well, and one of unknown size is read.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	h, err := requestHeaders(u)
 	if err != nil {

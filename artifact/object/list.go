@@ -62,8 +62,8 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 }
 
-// lister is a store that can be listed, page by page. A page has at most most objects, whose URLs are their paths
-// after the prefix. next is where the next page begins; empty at the end.
+// lister is a store that can be listed, page by page. A page has at most most objects, whose URLs are their paths after
+// the prefix. next is the after of the next page; empty: there is none.
 type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }
@@ -95,7 +95,7 @@ func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most 
 	return page, aws.ToString(out.NextContinuationToken), nil
 }
 
-// list returns everything in one page. It doesn't follow symbolic links, and skips unfinished puts.
+// list returns all in one page, or any most objects. It doesn't follow symbolic links, and skips unfinished puts.
 func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int) (page []Listed, _ string, err error) {
 	s.requests.Add(1)
 	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {

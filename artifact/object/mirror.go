@@ -25,7 +25,7 @@ const (
 	mirrorPause = time.Minute
 )
 
-// Check returns an error if a prefix is one that no URL can have, or has no mirrors.
+// Check returns an error if a prefix has no mirrors, or if deployments.CheckURL refuses it or one of its mirrors.
 func (m Mirrors) Check() error {
 	for _, prefix := range slices.Sorted(maps.Keys(m)) {
 		for _, p := range append([]string{prefix}, m[prefix]...) {
@@ -40,8 +40,8 @@ func (m Mirrors) Check() error {
 	return nil
 }
 
-// of returns the mirrors' prefixes for a URL, and the URL below each of them. It uses the longest prefix that
-// covers the URL.
+// of returns the mirrors' prefixes for a URL, and the URL below each of them. It uses the longest prefix that covers
+// the URL; if none does, both are nil.
 func (m Mirrors) of(url string) (prefixes, urls []string) {
 	longest := ""
 	for prefix := range m {
@@ -79,7 +79,8 @@ type mirrors struct {
 	failed map[string]time.Time // when a mirror failed last, by prefix
 }
 
-// newMirrors returns the mirrors of a client. Redirects from one mirror to another are allowed.
+// newMirrors returns the mirrors of a client. A mirror may redirect to another, and have a local address whatever
+// NoLocal says.
 func newMirrors(c Config, origin *Client) *mirrors {
 	of, redirect := c.Mirrors, c.Redirect
 	c.Mirrors, c.NoLocal = nil, false
@@ -129,8 +130,8 @@ func (c *Client) Sources(url string) []Source {
 	return slices.Concat(first, []Source{own}, last)
 }
 
-// PassOver records that a mirror failed, so that it is tried last for a while. A missing object is no such
-// failure.
+// PassOver records that the mirror s failed with err, so that it is tried last for mirrorPause. A missing object is
+// only logged, and a source that is no mirror is left alone.
 func (c *Client) PassOver(s Source, err error) {
 	if !s.IsMirror() {
 		return
@@ -153,9 +154,9 @@ func (c *Client) PassOver(s Source, err error) {
 		"mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL), "reason", reason, "error", err)
 }
 
-// EachSource calls try with one source of an object after the other, until try returns nil or ctx ends. It has a mirror
-// that failed tried last for a while: see PassOver. If no try succeeds, the error is that of the object's own place; if
-// ctx ends, that of the last try.
+// EachSource calls try with one source of an object after the other, until try returns nil or ctx ends. A mirror that
+// fails is passed to PassOver. If no try succeeds, the error is that of the object's own place; if ctx ends, that of
+// the last try.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
 	for _, s := range c.Sources(url) {
@@ -173,7 +174,8 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 }
 
 // ReadPinned reads an object of at most max bytes from its mirrors or its own place, and returns the first bytes that
-// check accepts. check compares them with a known digest or signature, and returns an error for any others.
+// check accepts. check compares them with a known digest or signature, and returns an error for any others. With an
+// error, out means nothing.
 func (c *Client) ReadPinned(
 	ctx context.Context,
 	url string,

@@ -13,14 +13,14 @@ import (
 	"kedge/deployments/inputfile"
 )
 
-// netrcHeader returns the Authorization header with the user and password that NETRC, or ~/.netrc, has for a URL's
-// host, as curl --netrc sends it. A redirect to another host doesn't carry it.
+// netrcHeader returns the Authorization header for a URL's host, as curl --netrc sends it; nil: there is none. The user
+// and password are NETRC's, or those of ~/.netrc. A redirect to another host doesn't carry the header.
 func netrcHeader(u *url.URL) (http.Header, error) {
 	file := os.Getenv("NETRC")
 	if file == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, nil // as of a service without one
+			return nil, nil // a service may have no home
 		}
 		file = filepath.Join(home, ".netrc")
 	}

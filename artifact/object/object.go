@@ -1,4 +1,5 @@
-// Package object reads and writes objects by URL: s3://, gs://, https://, file:// (and http:// to this machine).
+// Package object reads and writes objects by URL: s3://, gs:// and file://. It only reads https://, and http:// from
+// this machine or Config.Sources.
 package object
 
 import (
@@ -26,14 +27,14 @@ var (
 	// ErrUnavailable means that the storage, or the network to it, fails: the same call may succeed later, and the
 	// release is not to blame.
 	ErrUnavailable = errors.New("the storage is unavailable")
-	// ErrCredentials means that no AWS credentials were found, so that no request was sent. Such an error is
+	// ErrCredentials means that AWS credentials could not be got, so that no request was sent. Such an error is
 	// ErrUnavailable, too: an instance's role takes a moment at boot.
 	ErrCredentials = errors.New("no AWS credentials")
 	ErrNotFound    = errors.New("no such object")
 	ErrDenied      = errors.New("access is denied")
 	// ErrExists means that the object exists with other bytes: a release is immutable.
 	ErrExists = errors.New("the object exists with other bytes")
-	// ErrTooLarge means that the object is larger than the caller's bound.
+	// ErrTooLarge means that the object is larger than the caller's bound, or than 16 GiB if its size isn't announced.
 	ErrTooLarge = errors.New("the object is larger than allowed")
 	// ErrChanged means that the object was replaced while it was read.
 	ErrChanged = errors.New("the object changed while it was read")
@@ -45,16 +46,16 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides AWS's own configuration from the environment; nil: nothing is overridden.
 	S3 *S3Config
-	// UnconditionalPut is set for an S3 without conditional PUT. If two processes publish one object at once, one may
-	// then overwrite the other's.
+	// UnconditionalPut is set for an S3 without conditional PUT. An object may then be overwritten that another process
+	// writes at the same time, or that this one may not read.
 	UnconditionalPut bool
 	// GSEndpoint is the endpoint of gs://; empty: Google's own.
 	GSEndpoint string
-	// StallTimeout is how long a server may take to answer a request, or to send the next stallLeast bytes of an answer.
-	// After that another connection is tried. Default 10 s.
+	// StallTimeout is how long a server may take to answer a request, or to send the next 4 KiB of an answer. After that
+	// another connection is tried. Default 10 s.
 	StallTimeout time.Duration
 	// LeastRate is the lowest rate of a read, in bytes a second over six StallTimeouts. A slower read ends with
-	// ErrUnavailable. Default 1 KiB/s. Time spent waiting for MaxBandwidth doesn't count.
+	// ErrUnavailable. Default 1 KiB/s. Time spent waiting for MaxBandwidth doesn't count, except in ReadAll.
 	LeastRate int64
 	// Redirect returns an error if a redirect may not lead to url, which is passed without its query. A nil function
 	// allows any. In any case a redirect from https must lead to https, and one from another machine never leads to this
@@ -63,8 +64,8 @@ type Config struct {
 	// Sources are URLs, or prefixes of URLs. Plain http is read from another machine only if the URL is one of these or
 	// lies below one.
 	Sources []string
-	// NoLocal refuses connections to this machine's own and link-local addresses, whatever name leads there. It applies
-	// to http:// and https:// URLs that Sources doesn't name.
+	// NoLocal refuses connections to loopback, link-local and similar addresses, whatever name leads there. It applies to
+	// http:// and https:// URLs that Sources doesn't name, and not to connections through a proxy.
 	NoLocal bool
 	// Mirrors are tried before an object's own place by callers that know its digest.
 	Mirrors Mirrors
@@ -72,9 +73,9 @@ type Config struct {
 }
 
 // Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
-// backoff, up to seven tries without progress. The pauses between these take some 6 seconds, or longer if the server
-// says so. After the last try the error wraps a sentinel of this package if one fits. AWS is configured by its own
-// environment, profile or instance role, when the first s3:// URL is used.
+// backoff, up to seven tries without progress, or two from a mirror. The pauses between seven take some 6 seconds, or
+// longer if the server says so. After the last try the error wraps a sentinel of this package if one fits. Without
+// Config.S3, AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -98,7 +99,7 @@ type Client struct {
 type Object struct {
 	URL  string
 	Size int64
-	// ETag makes a ranged read fail if the object was replaced; empty: the server has none.
+	// ETag makes a read fail with ErrChanged if the object was replaced; empty: the server has none that can be relied on.
 	ETag string
 	// Ranges is false if the server is known to ignore Range.
 	Ranges bool
@@ -107,18 +108,18 @@ type Object struct {
 // PutOptions are the options of Client.Put.
 type PutOptions struct {
 	ContentType string
-	// Progress is called with the bytes sent so far; may be nil.
+	// Progress is called with the bytes sent so far, in the end with the size, even if nothing was sent; may be nil.
 	Progress func(sent int64)
 }
 
-// store is one kind of storage. Each method makes one try.
+// store is one kind of storage. Each method makes one try, but for the parts of a multipart upload.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
-	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. before is how many bytes the
-	// server sends before these, as it does if it ignores Range.
+	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. If the server ignores Range, r gives
+	// the whole object, and before is how many bytes come before these.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
-	// put writes an object. If one exists, the error is errOccupied, unless body.replace is set: then the object is
-	// replaced atomically.
+	// put writes an object. If one exists, the error is errOccupied, unless body.replace or Config.UnconditionalPut is
+	// set: then the object is replaced atomically.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 
@@ -169,7 +170,7 @@ func (c *Client) tune(t *http.Transport) {
 	t.DialContext = dialer().DialContext
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
 	t.ResponseHeaderTimeout = c.stall
-	// HTTP/2 puts all of them on one connection, and what is tried again on the one that stalled.
+	// HTTP/2 would put all reads on one connection, and a retry on the one that stalled.
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)
 	t.ForceAttemptHTTP2 = false
@@ -184,7 +185,7 @@ func dialer() *net.Dialer {
 	}}
 }
 
-// Requests returns the requests sent and the bytes read since New, for benchmarks and logs.
+// Requests returns the requests sent and the bytes read since New, from mirrors, too, for benchmarks and logs.
 func (c *Client) Requests() (requests, bytes int64) {
 	requests, bytes = c.requests.Load(), c.bytes.Load()
 	if c.mirrors != nil {
@@ -218,7 +219,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", deployments.ShownURL(text))
 }
 
-// Stat returns an object's description.
+// Stat returns an object's description. An object whose size an http server doesn't announce is read for that.
 func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -232,7 +233,8 @@ func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	return o, nil
 }
 
-// ReadAll reads a whole small object in one request. If it has more than max bytes, the error is ErrTooLarge.
+// ReadAll reads a whole small object in one request. If it has more than max bytes, the error is ErrTooLarge. It is
+// ErrUnavailable after six StallTimeouts and the time that max bytes take at LeastRate.
 func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -273,8 +275,8 @@ func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadClose
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
-// ReadRange reads n bytes at offset in one request with If-Match. If the server ignores Range, it discards the
-// bytes before. A broken connection is resumed.
+// ReadRange opens a stream of n bytes from offset on, as Read does. If the server ignores Range, the bytes before these
+// are read and dropped.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
 }
@@ -339,7 +341,7 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 	return nil
 }
 
-// verifyExisting returns ErrExists unless the stored object equals b.
+// verifyExisting returns nil if the stored object equals b, and ErrExists if it does not.
 func (c *Client) verifyExisting(ctx context.Context, url string, b *body) error {
 	o, err := c.Stat(ctx, url)
 	if err != nil {

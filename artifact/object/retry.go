@@ -32,7 +32,8 @@ func (e *transientError) Unwrap() error { return e.err }
 type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails permanently, or has failed too often (Client.tries), or ctx has ended. what
-// names the call in the log. A transient error becomes ErrUnavailable.
+// names the call in the log. A transient error becomes ErrUnavailable; if ctx ends between two tries, the error is its
+// cause.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
@@ -61,7 +62,7 @@ func withoutTransient(err error) error {
 	return unavailableError{err}
 }
 
-// unavailableError is ErrUnavailable with the error of the last try.
+// unavailableError is ErrUnavailable with its cause, such as the error of the last try.
 type unavailableError struct{ error }
 
 func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }

@@ -114,8 +114,8 @@ func checkAWSFiles() error {
 }
 
 // s3Client returns the client for requests to S3. It keeps the transport of AWS's configuration, which knows of
-// AWS_CA_BUNDLE. AWS's own client follows redirects to anywhere without end; this one checks and bounds them.
-// Credentials are fetched by AWS's own client: an instance's are at a link-local address.
+// AWS_CA_BUNDLE. AWS's own client follows redirects to anywhere without end; this one follows only 307 and 308, and
+// checks and bounds these. Credentials are fetched by AWS's own client: an instance's are at a link-local address.
 func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 	buildable, ok := made.(*awshttp.BuildableClient)
 	if !ok {
@@ -128,7 +128,7 @@ func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 		case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 			return check(r, via)
 		}
-		return http.ErrUseLastResponse // S3Error tells what it says, such as the bucket's region
+		return http.ErrUseLastResponse // s3Error tells what it says, such as the bucket's region
 	}
 	return client
 }
@@ -164,7 +164,7 @@ func (s *s3Store) ifNone() *string {
 }
 
 // stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and its errors have a
-// message.
+// message. An empty object takes a HEAD as well.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 	out, err := s.client.GetObject(
 		ctx,
@@ -283,7 +283,7 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 			n := min(size, b.size-offset)
 			number := int32(i + 1)
 			var out *s3.UploadPartOutput
-			// alone: else all others were sent again
+			// each part by itself, or else all others would be sent again
 			err := s.retry(groupCtx, "put a part of "+u.String(), func() (err error) {
 				out, err = s.client.UploadPart(groupCtx, &s3.UploadPartInput{
 					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,

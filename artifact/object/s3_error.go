@@ -51,7 +51,7 @@ func s3Error(err error) error {
 	var api smithy.APIError
 	asAPI := errors.As(err, &api)
 	if asAPI && region == "" {
-		// Servers other than AWS's, and some answers of AWS itself, name it in the message alone.
+		// Servers other than AWS's, and some answers of AWS itself, name the region in the message alone.
 		if m := expectedRegion.FindStringSubmatch(api.ErrorMessage()); m != nil {
 			region = m[1]
 		}

@@ -20,8 +20,8 @@ func version(u *url.URL) *string {
 	return nil
 }
 
-// Versions returns the URLs of at most most older versions of an object, newest first; none if the bucket or the
-// storage keeps no versions. It needs s3:ListBucketVersions.
+// Versions returns the URLs of at most most older versions of an object, newest first. There are none if url names a
+// version, or if the bucket or the storage keeps no versions. It needs s3:ListBucketVersions.
 func (c *Client) Versions(ctx context.Context, url string, most int) (urls []string, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
