@@ -38,7 +38,7 @@ type Request struct {
 	Method string
 	Key    string // the object's key; "" for a list
 	Name   string // the part after the key's last slash
-	N      int    // the number of earlier requests of this method for this key
+	N      int    // the number of earlier requests since Play with the same Method, Key and Probe
 	From   int64  // the first requested byte
 	Probe  bool   // only the first byte is requested, to see whether the object exists
 }
@@ -114,7 +114,7 @@ func (p *Proxy) Play(choose func(Request) Fault) {
 // Counted returns the number of requests since Play, and the bytes of the bodies sent.
 func (p *Proxy) Counted() (requests, sent int64) { return p.requests.Load(), p.sent.Load() }
 
-// Endpoint returns the proxy's URL; Client reads and writes through the proxy.
+// Endpoint returns the proxy's URL. Client reads and writes through the proxy; change edits its configuration.
 func (p *Proxy) Endpoint() string { return p.proxy.URL }
 
 func (p *Proxy) Client(change ...func(*object.Config)) *object.Client {
@@ -160,7 +160,7 @@ func SlowDown() Fault { return Status(http.StatusServiceUnavailable, "SlowDown")
 // Denied answers as S3 does when access is denied.
 func Denied() Fault { return Status(http.StatusForbidden, "AccessDenied") }
 
-// Cut closes the connection once it has sent as many bytes of the body as after says.
+// Cut closes the connection once it has sent as many bytes of the body as after says. A shorter body is sent whole.
 func Cut(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&limited{w, after, func() { panic(http.ErrAbortHandler) }}, r)
@@ -168,7 +168,7 @@ func Cut(after int64) Fault {
 }
 
 // Stall sends as many bytes of the body as after says, then nothing, and keeps the connection open. If after is
-// negative, it never answers.
+// negative, it never answers. A shorter body is sent whole.
 func (p *Proxy) Stall(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		wait := func() {
@@ -283,7 +283,7 @@ func (w *flipping) Write(data []byte) (int, error) {
 
 func (w *flipping) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WithoutRange answers every range with the whole object, as a server without support of Range does.
+// WithoutRange answers every request with the whole object, as a server without support of Range does.
 func (p *Proxy) WithoutRange() Fault {
 	return p.instead(func(data []byte) []byte { return data })
 }

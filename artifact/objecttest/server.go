@@ -1,4 +1,4 @@
-// Package objecttest starts a real S3 server for tests.
+// Package objecttest starts a real S3 server for tests, and a proxy before it that injects faults.
 package objecttest
 
 import (

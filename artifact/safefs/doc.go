@@ -1,7 +1,7 @@
-// Package safefs works on files below a directory that others may change meanwhile. It leads nobody out of there:
+// Package safefs works on files below a directory that others may change meanwhile. They can't lead it out of there:
 //
-//   - Place is a directory that is held open. It was reached through no link, and through no directory, that somebody
-//     other than a trusted user could have put there.
+//   - Place is a directory that is held open. It was reached through no symbolic link that an untrusted user could have
+//     put there. PlaceOptions says whose directories may lead to it.
 //   - Dirs opens, makes and removes the files of one tree, and follows no symbolic link on the way.
 //   - RemoveTree removes a tree, follows no symbolic link, and crosses no mount point.
 //

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnsafe means that users other than root and this process's could redirect dest. Nothing is done there until
-// its directories' owners and modes are put right.
+// ErrUnsafe means that dest leads out of where it may be, or that users who aren't trusted could redirect it. Nothing
+// is done there until dest, or its directories' owners and modes, are put right.
 var ErrUnsafe = errors.New("dest is not safe to write to")
 
 // maxLinks bounds the symbolic links on the way to a directory, as the kernel does.
@@ -31,8 +31,8 @@ type Place struct {
 	trust trust
 }
 
-// trust says who may own the directories that lead to a place. Root, this process's user and the owner of / may
-// own all of them, and only their symbolic links are followed.
+// trust says whose links and directories may lead to a place: root's, this process's user's (self), and those of the
+// owner of / (top). Below bounds owner may own directories, too (-1: none); without bounds anybody may.
 type trust struct {
 	self, top int
 	owner     int
@@ -40,10 +40,10 @@ type trust struct {
 
 // PlaceOptions are the rules that OpenPlace checks.
 type PlaceOptions struct {
-	// Within are the directories in or below which dest must lie after resolving links; empty: anywhere. The
-	// directories below them must belong to root, to this process's user, or to Owner.
+	// Within are the directories in or below which dest must lie after resolving links; empty: anywhere. Directories
+	// between them and dest must belong to root, to this process's user, to the owner of /, or to Owner.
 	Within []string
-	// Owner is the manifest's owner: USER, USER:GROUP or :GROUP.
+	// Owner is the manifest's owner: USER, USER:GROUP or :GROUP. It counts only with Within.
 	Owner string
 	// Create makes missing directories.
 	Create bool
@@ -51,7 +51,7 @@ type PlaceOptions struct {
 
 // OpenPlace opens the directory that dest lies in. It follows a symbolic link only if nobody but root, the owner of /
 // and this process's user can have made it. So an application that owns dest's directory can't make an agent write
-// outside of it.
+// outside of it. Any other link, or a breach of opt.Within, is an error that wraps ErrUnsafe.
 func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	t := trust{self: os.Geteuid(), owner: -1}
 	if len(opt.Within) > 0 {
@@ -120,8 +120,8 @@ func (p *Place) path(process, name string) string {
 }
 
 // OpenPrivate opens the directory name in p, in which kedge stores what it relies on. With create, it makes a missing
-// directory. If a user who isn't trusted owns the directory, the error wraps ErrUnsafe. Write permission is removed
-// from all users but the owner.
+// directory. Write permission is removed from all users but the owner. If that fails, or a user who isn't trusted owns
+// the directory, the error wraps ErrUnsafe.
 func (p *Place) OpenPrivate(name string, create bool) (*Place, error) {
 	below, err := p.walk(name, nil, create)
 	if err != nil {
@@ -146,8 +146,8 @@ func (p *Place) MakePrivate(name string) (*Place, error) {
 	return p.OpenPrivate(name, false)
 }
 
-// restrict returns an error that wraps ErrUnsafe if a user who isn't trusted owns the directory. It removes write
-// permission from all users but the owner.
+// restrict removes write permission on the directory from all users but the owner. If that fails, or a user who isn't
+// trusted owns the directory, the error wraps ErrUnsafe.
 func (p *Place) restrict() error {
 	st, err := p.stat()
 	if err != nil {
@@ -179,7 +179,7 @@ func (t trust) has(uid uint32) bool {
 	return uid == 0 || int(uid) == t.self || int(uid) == t.top
 }
 
-// replaceable reports whether untrusted users can replace what lies in a directory; plantable, whether they can
+// replaceable reports whether untrusted users can replace what others own in a directory; plantable, whether they can
 // add something new there.
 func (t trust) replaceable(st *unix.Stat_t) bool {
 	return t.plantable(st) && (st.Mode&unix.S_ISVTX == 0 || !t.has(st.Uid))
@@ -190,8 +190,8 @@ func (t trust) plantable(st *unix.Stat_t) bool {
 	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
 }
 
-// realDirs returns dirs, and the paths that they have once trusted links are resolved. A missing directory is returned
-// as it is.
+// realDirs returns dirs, and the paths that they have once trusted links are resolved. A directory that is missing, or
+// behind an untrusted link, is returned only as it is.
 func realDirs(dirs []string) (real []string, err error) {
 	for _, dir := range dirs {
 		dir = filepath.Clean(dir)
@@ -239,7 +239,7 @@ func openPath(path string, t trust, bounds []string, create bool) (*Place, error
 	return p.walk(path, bounds, create)
 }
 
-// walk opens the directory at path, relative to p or absolute. p stays open.
+// walk opens the directory at path, relative to p; an absolute path takes p to be /. p stays open.
 func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) {
 	shown := path
 	if !filepath.IsAbs(path) {

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrMounted means that a path was neither moved nor removed because something is mounted there.
+// ErrMounted means that a path was neither moved nor removed because something is mounted there or below.
 var ErrMounted = errors.New("it is a mount point, which is left alone with its content: unmount it first")
 
 // maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
@@ -22,7 +22,7 @@ const maxOpenLevels = 64
 
 // RemoveTree removes the tree at path, even if its owner may not write into its directories. It follows no symbolic
 // link, and never crosses a mount point, including bind mounts of the same file system. Mount points and the
-// directories above them stay, and are in the error. A missing tree is no error.
+// directories above them stay; the error names the first of these mount points. A missing tree is no error.
 func RemoveTree(path string) error {
 	if !Exists(path) {
 		return nil // this avoids an error on a read-only file system
@@ -45,7 +45,7 @@ func RemoveAt(dir int, name, path string) error {
 	return errors.Join(r.errs...)
 }
 
-// EmptyDir removes the content of dir, as RemoveTree does.
+// EmptyDir removes the content of dir, as RemoveTree does. A missing dir is an error.
 func EmptyDir(dir string) error {
 	d, err := OpenDir(dir)
 	if err != nil {
@@ -118,7 +118,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	}
 }
 
-// empty removes the content of the directory d.
+// empty removes what can be removed of the content of the directory d.
 func (r *remover) empty(d *os.File, path string, level int) {
 	for {
 		if _, err := d.Seek(0, io.SeekStart); err != nil {
@@ -206,7 +206,7 @@ func mountOf(fd int) (string, error) {
 	return "", errors.New("the kernel does not say which mount a file lies in")
 }
 
-// MountsBelow returns the paths, relative to dir, at which something is mounted in dir; "." is dir itself.
+// MountsBelow returns the paths, relative to dir, of the mounts in dir; "." is dir itself. A missing dir has none.
 func MountsBelow(dir string) ([]string, error) {
 	real, err := filepath.EvalSymlinks(dir)
 	if err != nil {
@@ -256,7 +256,7 @@ func unescapeMount(s string) string {
 	return out.String()
 }
 
-// NoMounts returns an error if something is mounted in dir: it must then be neither moved nor removed.
+// NoMounts returns ErrMounted, wrapped, if dir is or has a mount point: it must then be neither moved nor removed.
 func NoMounts(dir string) error {
 	found, err := MountsBelow(dir)
 	if err == nil && len(found) > 0 {
@@ -265,7 +265,7 @@ func NoMounts(dir string) error {
 	return err
 }
 
-// Exists reports whether something lies at path, be it a dangling symbolic link.
+// Exists reports whether something can be seen at path, be it a dangling symbolic link.
 func Exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil

@@ -31,7 +31,7 @@ type File struct {
 	Same   string // for a hard link: the path of the file that it links to
 }
 
-// Write makes the tree in dir. Each directory of a path must be in the tree as well.
+// Write makes the tree in dir. Directories of a path must be in the tree as well, and a hard link's file before it.
 func (tree Tree) Write(t testing.TB, dir string) {
 	t.Helper()
 	check := func(err error) {
@@ -71,7 +71,7 @@ func (tree Tree) Paths() []string {
 	return paths
 }
 
-// Snapshot returns a description of a tree on disk, one line a path, so that two can be compared.
+// Snapshot describes a tree on disk, one line a path, without times and owners, so that two can be compared.
 func Snapshot(t testing.TB, dir string) string {
 	t.Helper()
 	var b strings.Builder
@@ -110,7 +110,7 @@ func Snapshot(t testing.TB, dir string) string {
 	return b.String()
 }
 
-// Same fails the test if two trees on disk differ.
+// Same fails the test if the Snapshots of two trees on disk differ.
 func Same(t testing.TB, got, want string) {
 	t.Helper()
 	g, w := Snapshot(t, got), Snapshot(t, want)
@@ -135,7 +135,7 @@ func Same(t testing.TB, got, want string) {
 // InodeOf returns a file's inode number.
 func InodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
 
-// Sample returns a tree with one of everything.
+// Sample returns a tree with each kind of entry, files of each size that is packed in its own way, and odd names.
 func Sample(seed uint64) Tree {
 	tree := Tree{
 		"empty":                 {Mode: 0o644},
@@ -162,7 +162,7 @@ func Sample(seed uint64) Tree {
 	return tree
 }
 
-// Noise returns n bytes that don't compress.
+// Noise returns n bytes that depend on the low byte of seed alone, and don't compress.
 func Noise(seed uint64, n int) string {
 	return string(Random(byte(seed), n))
 }
@@ -219,7 +219,7 @@ func List(t testing.TB, dir string) (names []string) {
 	return names
 }
 
-// Relink makes a symbolic link to target at path, in the place of what is there.
+// Relink makes a symbolic link to target at path, in the place of a file, link or empty directory there.
 func Relink(t testing.TB, path, target string) {
 	t.Helper()
 	os.Remove(path)
@@ -275,7 +275,7 @@ func NeedRoot(t *testing.T) {
 	t.Fatal("to be somebody else takes root")
 }
 
-// OpenHome makes a directory that everybody may enter, removed with the test.
+// OpenHome makes a directory that everybody may enter, removed with the test. It calls NeedRoot.
 func OpenHome(t *testing.T) string {
 	t.Helper()
 	NeedRoot(t)
