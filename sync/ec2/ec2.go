@@ -44,7 +44,7 @@ type Instance struct {
 }
 
 // Describe reads the instance's identity from the metadata service, within 10 s. AWS_EC2_METADATA_SERVICE_ENDPOINT
-// overrides the service's address.
+// overrides the service's address. With an error, it returns what was read before, such as the ID.
 func Describe(ctx context.Context) (Instance, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -109,10 +109,10 @@ type Hook struct {
 	actionWait time.Duration
 }
 
-// Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the timeout passes
-// first, so that AutoScaling replaces the instance. An instance that converges while AutoScaling can't be reached
-// is kept. An agent that restarts on an instance in service finds no action to complete, which is no error. Run
-// tries until ctx ends.
+// Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the timeout passes first,
+// so that AutoScaling replaces the instance. An instance that converges while AutoScaling can't be reached is kept. An
+// agent that restarts on an instance in service finds no action to complete, which is no error. Calls that fail are
+// repeated until ctx ends. An error means that, or that the group or AWS's configuration is missing.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]
@@ -169,7 +169,8 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 	}
 }
 
-// complete completes the action: with CONTINUE if the instance has converged by then, else with ABANDON.
+// complete completes the action: with CONTINUE if the instance has converged by then, else with ABANDON. It gives up,
+// without an error, if AutoScaling knows no action for longer than actionWait.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for began, tries := time.Now(), 0; ; tries++ {

@@ -1,8 +1,8 @@
 // Package cache keeps what a node knows of the records and pins of its roles: from the store or, while the store is
 // away, from the node's last known state or a snapshot.
 //
-// An error of the store removes nothing from what is known. Save writes a record or pin to disk before anything is
-// decided by it, so that a restart never goes back to something older.
+// An error of the store removes nothing from what is known. The agent calls Save before it decides by a new record or
+// pin. So a restart goes back to something older only if the disk refused it.
 //
 // A Cache isn't safe for concurrent use: the agent guards it with its mutex.
 package cache
@@ -41,7 +41,7 @@ type Cache struct {
 	failing   bool // Save failed, and logged it
 }
 
-// Open reads the last known state from disk. A damaged file is moved aside.
+// Open reads the last known state from disk; a missing file is an empty state. A damaged file is moved aside.
 func Open(c Config) (*Cache, error) {
 	known, err := readLastKnown(c.File, c.Log)
 	if err != nil {
@@ -88,7 +88,7 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	}
 }
 
-// Offer uses a snapshot's entries for each source of which nothing is known, from the store or from before.
+// Offer uses a snapshot's entries for each source of which nothing is known yet.
 func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -111,7 +111,7 @@ func (c *Cache) NeedsSnapshot() bool {
 }
 
 // Review accepts the records that were held back and have been in the store for long enough. It returns when the next
-// one may be accepted; zero: never.
+// one may be accepted; zero: none is waiting for that.
 func (c *Cache) Review(now time.Time) (next time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -145,7 +145,7 @@ func (c *Cache) Save(now time.Time) (retry time.Time) {
 	return time.Time{}
 }
 
-// Rename changes the node's name, and drops the remembered pins, which are those of the old name.
+// Rename changes the node's name. Pins from the last known state are forgotten, as they were chosen by the old name.
 func (c *Cache) Rename(node string) {
 	if node == c.c.Node {
 		return
@@ -159,8 +159,8 @@ func (c *Cache) Rename(node string) {
 	}
 }
 
-// RefilterPins decides anew which of a role's pins count, after its units with records or with files on this node have
-// changed.
+// RefilterPins decides anew which pins of a role's last synced view count, after its units with records or with files
+// on this node have changed.
 func (c *Cache) RefilterPins(role string, now time.Time) {
 	r := c.Role(role)
 	if r == nil || r.Pins.lastView == nil {
@@ -174,7 +174,7 @@ func (c *Cache) RefilterPins(role string, now time.Time) {
 	c.remember(r.Pins, now)
 }
 
-// changed updates the last known state from a source, and recounts the pins of records that came or went.
+// changed updates the last known state from a source; if records came or went, it also decides anew which pins count.
 func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {

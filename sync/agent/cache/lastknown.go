@@ -14,7 +14,7 @@ import (
 	"kedge/kv"
 )
 
-// lastKnown is last-known.json: what the store last held for this node, for a boot while the store is away.
+// lastKnown is last-known.json: what this node last took from the store, for a boot while the store is away.
 type lastKnown struct {
 	Format   int                     `json:"format"` // 1
 	Prefixes map[string]knownEntries `json:"prefixes"`
@@ -22,14 +22,14 @@ type lastKnown struct {
 
 // knownEntries has the keys below one prefix that concern this node, with their exact values.
 type knownEntries struct {
-	At      time.Time         `json:"at"` // when the node first saw them, by its own clock
+	At      time.Time         `json:"at"` // when this last changed, by the node's own clock
 	Entries map[string][]byte `json:"entries"`
 	// Generations are the highest that the node has acted on, by key, also of records that are gone.
 	Generations map[string]int64 `json:"generations,omitempty"`
 }
 
-// readLastKnown reads a file; the state is empty if there is none. A damaged file is moved aside: the node then
-// waits for the store, as at its first boot.
+// readLastKnown reads a file; the state is empty if there is none. A damaged file is moved aside: the node then waits
+// for the store or a snapshot, as at its first boot.
 func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	k, err := durable.ReadState[lastKnown](path, nil)
 	var damaged *durable.DamagedError
@@ -46,7 +46,7 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	return k, nil
 }
 
-// set replaces the entries of prefix, and reports whether they changed.
+// set replaces the entries and generations of prefix, and reports whether they changed.
 func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int64, now time.Time) bool {
 	was, ok := k.Prefixes[prefix]
 	same := ok && len(was.Entries) == len(entries) && maps.Equal(was.Generations, floors)
@@ -65,7 +65,7 @@ func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int
 	return true
 }
 
-// get returns the entries of prefix, sorted by key, and when they were first seen; ok is false if the file has none.
+// get returns the entries of prefix, sorted by key, and when they last changed; ok is false if the file has none.
 func (k *lastKnown) get(prefix string) (entries []kv.Entry, at time.Time, ok bool) {
 	known, ok := k.Prefixes[prefix]
 	for key, value := range known.Entries {

@@ -17,7 +17,7 @@ type Role struct {
 	Records, Pins *Source
 	// LeftOut counts the units beyond deployments.MaxRoleUnits, which the node ignores.
 	LeftOut int
-	// PassedOver counts the pins that are ignored, as their units have no record.
+	// PassedOver counts the pins that are ignored, as their units have neither a record nor files on this node.
 	PassedOver int
 
 	stage string
@@ -40,8 +40,8 @@ func (r *Role) Known() bool {
 	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.Answered() == r.Pins.Answered()
 }
 
-// Unknown returns why a source isn't known from the store yet; nil once the store has answered for each. The agent
-// calls it while Known is false.
+// Unknown returns why a source isn't known from the store yet; nil once the store has answered for each and something
+// is known. The agent calls it while Known is false.
 func (r *Role) Unknown() error {
 	for _, s := range r.Sources() {
 		if s.from == fromNowhere || !s.Answered() {
@@ -58,7 +58,8 @@ func (r *Role) Unknown() error {
 	return nil
 }
 
-// Missing reports whether the store has no folder for the role's records: the role's name may be mistyped.
+// Missing reports whether nothing is known of the role's records, and the store has no folder for them: the role's name
+// may be mistyped.
 func (r *Role) Missing() bool {
 	return r.Records.from == fromNowhere && errors.Is(r.Records.err, kv.ErrNoFolder)
 }
@@ -79,18 +80,18 @@ func (r *Role) unit(name string) deployments.UnitID {
 	return deployments.UnitID{Stage: r.stage, Role: r.Name, Unit: name}
 }
 
-// Record returns a unit's record.
+// Record returns a unit's record; it isn't Present if there is none.
 func (r *Role) Record(id deployments.UnitID) policy.Value[deployments.Record] {
 	return r.Records.records[kv.DesiredKey(id)]
 }
 
-// UnitPins returns the pins of a unit: the one for all nodes, and the one for node.
+// UnitPins returns the pins of a unit: the one for all nodes, and the one for node. One that is missing isn't Present.
 func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin policy.Value[deployments.Pin]) {
 	return r.Pins.pins[kv.PinKey(id)], r.Pins.pins[kv.NodePinKey(id, node)]
 }
 
 // Generation returns the highest generation of a unit's record that the node has acted on; 0: none. held is the
-// generation of a record in the store that the node doesn't act on; 0: there is none.
+// generation of a record in the store that the node doesn't act on; 0: there is none, or it has no generation.
 func (r *Role) Generation(id deployments.UnitID) (actedOn, held int64) {
 	key := kv.DesiredKey(id)
 	return r.Records.floors[key], r.Records.held[key].generation

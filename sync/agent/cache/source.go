@@ -35,22 +35,22 @@ type Source struct {
 	entries  []kv.Entry
 	lastView []kv.Entry // of pins: all entries of the last synced view; see Cache.RefilterPins
 	from     origin
-	at       time.Time // when entries last changed
+	at       time.Time // when entries last changed, or began to come from the store
 	err      error     // why the store's view may be out of date
-	since    time.Time // when err last became nil or non-nil
+	since    time.Time // when err last became nil or non-nil; zero: the store has not answered
 
 	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]
 	pins    map[string]policy.Value[deployments.Pin]
-	// floors has the highest generation of each record that was acted on. confirmed are the records of the last synced
-	// view, and held are those of them that aren't acted on yet.
+	// floors has the highest generation of each record that was acted on, also of removed ones: see trimFloors. confirmed
+	// are the records of the last synced view, and held are those of them that aren't acted on yet.
 	floors    map[string]int64
 	held      map[string]heldRecord
 	confirmed []kv.Entry
 	recheck   time.Time // when a record in held may be acted on; zero: not by waiting
 }
 
-// set replaces the entries, and parses those that changed.
+// set replaces the entries, parses those that changed, and raises floors.
 func (s *Source) set(entries []kv.Entry, at time.Time) {
 	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
 	for _, e := range entries {
@@ -82,9 +82,9 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 const bareWait = 5 * time.Second
 
 // accept updates the entries from a view of the store, and reports whether they changed or are now the store's. It uses
-// only the keys for which mine returns true. From a view that isn't synced, it takes only records that are new or have
-// a higher generation. They are enough even if nothing was known before, because a missing record never decides
-// anything.
+// only the keys for which mine returns true. From a view that isn't synced, it takes no pins, and only records that are
+// new or have a higher generation. They are enough even if nothing was known before, because a missing record never
+// decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -117,9 +117,10 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 	return changed
 }
 
-// hold returns the entries of a synced view that may be acted on. A record of a lower generation than one that was
-// acted on comes from a restored backup of the store. What is known stays until a mirror that knows the higher
-// generation has written. A record without a generation that replaces a mirror's record has to be there for bareWait.
+// hold returns the entries of a synced view that may be acted on, and sets held and recheck. A record of a lower
+// generation than one that was acted on comes from a restored backup of the store. What is known, if anything, then
+// stays until a mirror that knows the higher generation has written. It also stays for bareWait if a record without a
+// generation replaces a mirror's record.
 func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
@@ -176,7 +177,7 @@ type heldRecord struct {
 	since      time.Time
 }
 
-// offer uses entries from the disk or a snapshot if nothing better is known, and reports whether it did.
+// offer uses entries from the disk or a snapshot if nothing as good is known, and reports whether it did.
 func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	if s.from >= from {
 		return false
@@ -217,11 +218,11 @@ func (s *Source) find(key string) (kv.Entry, bool) {
 // Answered reports whether the store has answered, even with an error.
 func (s *Source) Answered() bool { return !s.since.IsZero() }
 
-// Origin returns where the entries come from, and since when they are unchanged.
+// Origin returns where the entries come from, and since when they have come from there unchanged.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
 
 // Error returns why the store's view may be out of date, and since when. If err is nil, the view has been up to date
-// since then.
+// since then; since is zero before the store's first answer.
 func (s *Source) Error() (since time.Time, err error) { return s.since, s.err }
 
 // Value returns the known value of a key; empty if there is none.

@@ -97,10 +97,10 @@ func (s *Source) only(entries []kv.Entry, counts func(key string) bool) []kv.Ent
 	return own
 }
 
-// maxFloors bounds how many removed records' generations a role remembers.
+// maxFloors is how many generations a role remembers before it forgets those of removed records.
 const maxFloors = 1000
 
-// trimFloors drops generations of removed records if there are too many.
+// trimFloors drops the generations of removed records without files on this node, if there are more than maxFloors.
 func (c *Cache) trimFloors(s *Source) {
 	if len(s.floors) <= maxFloors {
 		return
@@ -112,7 +112,7 @@ func (c *Cache) trimFloors(s *Source) {
 	}
 }
 
-// notePassedOver counts the pins of units that have no record, and logs the first time that there are any.
+// notePassedOver sets the role's PassedOver, and logs when that becomes more than zero.
 func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
 	was, first := r.PassedOver, ""
 	r.PassedOver = 0

@@ -14,11 +14,10 @@ import (
 	"kedge/sync/deploy"
 )
 
-// linkDelay is the delay after a change beside dest, so that a rename that replaces dest isn't seen half done.
+// linkDelay is the pause between an event and the call, so that a rename that replaces dest isn't seen half done.
 const linkDelay = 50 * time.Millisecond
 
-// Watcher watches the directories that contain the units' dests, and calls a function when a dest is removed or
-// replaced.
+// Watcher watches the directories of the units' dests, and calls a function when a dest may have changed: see Watch.
 type Watcher struct {
 	log *slog.Logger
 
@@ -33,8 +32,8 @@ func New(log *slog.Logger) *Watcher {
 	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
 }
 
-// open opens the fsnotify watcher when it is first needed, as the kernel allows each user only 128 of them. w.mu is
-// held.
+// open opens the fsnotify watcher when it is first needed, as the kernel allows each user only 128 of them. If that
+// fails, it logs a warning. w.mu is held.
 func (w *Watcher) open() {
 	select {
 	case <-w.opened:
@@ -49,7 +48,8 @@ func (w *Watcher) open() {
 	close(w.opened)
 }
 
-// Watch calls changed after an event at dest itself, or after kedge run deployed to dest.
+// Watch calls changed after an event at dest or at its lock file, which each deployment to dest writes, and when events
+// may have been lost. A later call for dest replaces changed. Without inotify, changed is never called.
 func (w *Watcher) Watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -64,7 +64,7 @@ func (w *Watcher) Watch(dest string, changed func()) {
 	}
 }
 
-// Forget ends the watch of a dest.
+// Forget ends the watch of a dest. A call that is due after linkDelay is still made.
 func (w *Watcher) Forget(dest string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -93,7 +93,7 @@ func (w *Watcher) close() {
 	}
 }
 
-// Run handles events until ctx ends.
+// Run handles events until ctx ends, or returns at once if inotify is unavailable.
 func (w *Watcher) Run(ctx context.Context) {
 	defer w.close()
 	select {

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// maxWait is how long a switch waits for maintenance mode to be on.
+	// maxWait is how long a switch waits at most for maintenance mode to be on.
 	maxWait = 5 * time.Second
 	// maxRetry is the longest pause between two tries to set maintenance mode.
 	maxRetry = 30 * time.Second
@@ -32,7 +32,7 @@ type Tracker struct {
 	on    bool          // maintenance mode as it was last set
 	known bool          // whether on was set in this run; an earlier run may have left the mode on
 	lost  bool          // on may be wrong: the mode is being set, or setting it failed, perhaps after it took effect
-	done  chan struct{} // closed and replaced when on changes
+	done  chan struct{} // closed and replaced when the mode was set
 }
 
 // New returns a Tracker of a node without drained units. maintenance sets the node's maintenance mode; nil: the node
@@ -51,8 +51,8 @@ func New(
 	}
 }
 
-// Set records that a unit is drained or no longer is. If on is set, it waits until maintenance mode is on, for up to
-// maxWait. It returns an error only if ctx ends meanwhile.
+// Set records that a unit is drained or no longer is. If on is set, and the node has a maintenance mode, it waits for
+// the mode to be on, at most maxWait. It returns an error only if ctx ends meanwhile.
 func (d *Tracker) Set(ctx context.Context, id deployments.UnitID, on bool) error {
 	d.mu.Lock()
 	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })
@@ -100,8 +100,8 @@ func (d *Tracker) Units() []deployments.UnitID {
 	return slices.Clone(d.units)
 }
 
-// Run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in
-// maintenance mode, as it has not become healthy. The next run ends that.
+// Run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance
+// mode, as it has not become healthy. The next run ends that once converged is closed.
 func (d *Tracker) Run(ctx context.Context) {
 	if d.maintenance == nil {
 		return

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked means that another agent uses the state directory; the error names its process.
+// ErrLocked means that another agent uses the state directory; the error names its process, if that is known.
 var ErrLocked = errors.New("another agent uses this state directory")
 
 // lockPatience is how long to wait for the lock of a dead process. A process that was killed while it started a command

@@ -15,8 +15,8 @@ import (
 // oldFailuresFile is where earlier versions kept the failure keys that are now in each unit's journal.
 const oldFailuresFile = "failures.json"
 
-// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes the file. A
-// release whose key is lost counts as failed under the next request for it.
+// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes the file, even a
+// damaged one. A release whose key is lost counts as failed under the next request for it.
 func (d *Dir) moveOldFailures(log *slog.Logger) error {
 	path := d.Path(oldFailuresFile)
 	data, err := os.ReadFile(path)

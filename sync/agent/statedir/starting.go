@@ -31,7 +31,7 @@ func (d *Dir) StartingSince(now time.Time) time.Time {
 	return now
 }
 
-// Started records that the node has converged.
+// Started records that the node has converged, or can't go on by itself: StartingSince begins anew.
 func (d *Dir) Started() error {
 	if err := os.Remove(d.Path(startingFile)); !errors.Is(err, fs.ErrNotExist) {
 		return err

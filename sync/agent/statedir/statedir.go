@@ -35,8 +35,8 @@ type Dir struct {
 	lock *os.File
 }
 
-// Open creates the directory at path if there is none, and locks it; it returns ErrLocked if another agent holds
-// it. It removes temporary files that a kill left. Close unlocks it.
+// Open creates the directory at path if there is none, and locks it; it returns ErrLocked if another agent holds it. It
+// removes temporary files that a kill left, and moves the failures of an earlier version. Close unlocks it.
 func Open(path string, log *slog.Logger) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("making the state directory: %w", err)
@@ -89,8 +89,8 @@ type node struct {
 	Node string `json:"node"`
 }
 
-// NodeName returns the name that the store's agent last had for this host; empty: unknown. A name saved by another host
-// doesn't count: this disk may be a copy of that host's.
+// NodeName returns the name that the store's agent last had for this host; empty: unknown, or it can't be read. A name
+// saved by another host doesn't count: this disk may be a copy of that host's.
 func (d *Dir) NodeName(host string) string {
 	var n node
 	data, err := os.ReadFile(d.Path(nodeFile))
@@ -113,7 +113,7 @@ func writeJSON(path string, v any) error {
 	return durable.WriteFile(path, data, 0o600)
 }
 
-// removeLeftovers removes the temporary files of writes that a kill interrupted.
+// removeLeftovers removes the temporary files that a kill left of this package's and package cache's files.
 func (d *Dir) removeLeftovers() error {
 	for _, name := range []string{nodeFile, LastKnownFile, startingFile} {
 		left, err := filepath.Glob(d.Path("." + name + "*"))
