@@ -136,6 +136,7 @@ func (x *Index) Find(p string) int {
 	return i
 }
 
+// Encode returns the index in the format of the package comment. It checks nothing: see DecodeIndex.
 func (x *Index) Encode() []byte {
 	out := make([]byte, 0, len(indexMagic)+64*len(x.Entries)+40*len(x.Frames)+16)
 	out = append(out, indexMagic...)

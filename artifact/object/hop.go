@@ -57,8 +57,8 @@ func WithRedirect(ctx context.Context, allowed func(url string) error) context.C
 }
 
 // checkRedirect returns an error if a redirect leads from https to plain http, or where mayRead, Config.Redirect or
-// WithRedirect refuse the URL. It follows at most maxRequests-1. One from another machine to this one is refused, as it
-// could reach a service that listens on this machine only. One to another host loses all headers but ownHeaders. The
+// WithRedirect refuse the URL. At most maxRequests-1 are followed. One from another machine to this one is refused, as
+// it could reach a service that listens on this machine only. One to another host loses all headers but ownHeaders. The
 // error doesn't show the URL that led there, which may contain a signature.
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")

@@ -109,7 +109,7 @@ type Source struct {
 func (s Source) IsMirror() bool { return s.mirror != "" }
 
 // Sources returns the places of an object in the order to try them: its mirrors, its own place, then mirrors that
-// failed lately. A mirror may return any bytes: use it only with the object's digest.
+// failed lately. A mirror may return any bytes: use it only with the object's digest or signature.
 func (c *Client) Sources(url string) []Source {
 	own := Source{Client: c, URL: url}
 	if c.mirrors == nil {

@@ -36,7 +36,7 @@ var (
 	ErrExists = errors.New("the object exists with other bytes")
 	// ErrTooLarge means that the object is larger than the caller's bound, or than 16 GiB if its size isn't announced.
 	ErrTooLarge = errors.New("the object is larger than allowed")
-	// ErrChanged means that the object was replaced while it was read.
+	// ErrChanged means that the object isn't, or is no longer, the one that an Object describes.
 	ErrChanged = errors.New("the object changed while it was read")
 )
 
@@ -67,15 +67,16 @@ type Config struct {
 	// NoLocal refuses connections to loopback, link-local and similar addresses, whatever name leads there. It applies to
 	// http:// and https:// URLs that Sources doesn't name, and not to connections through a proxy.
 	NoLocal bool
-	// Mirrors are tried before an object's own place by callers that know its digest.
+	// Mirrors are tried before an object's own place by callers that can check its bytes. Their timeouts are shorter.
 	Mirrors Mirrors
 	Log     *slog.Logger // nil: discard
 }
 
 // Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
-// backoff, up to seven tries without progress, or two from a mirror. The pauses between seven take some 6 seconds, or
-// longer if the server says so. After the last try the error wraps a sentinel of this package if one fits. Without
-// Config.S3, AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
+// backoff, up to seven tries without progress, or two from a mirror. Between seven tries it pauses for some 6 seconds
+// in all, or longer if the server says so. After the last try the error wraps a sentinel of this package if one fits.
+// Without Config.S3, AWS is configured by its own environment, profile or instance role, when the first s3:// URL is
+// used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
