@@ -13,8 +13,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// ErrDelta means that a delta is malformed (see the package comment), ends early, can't be read, or does not start from
-// the release at hand.
+// ErrDelta means that a delta is malformed, can't be read to its end, or does not start from the release at hand.
 var ErrDelta = errors.New("bad delta")
 
 const (

@@ -9,8 +9,7 @@
 //   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. What ustar
 //     can't hold, such as a long name, is a PAX record. Times are 1980-01-01, owners 0, modes the nine permission bits
 //     and, on a directory, sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid
-//     and setgid files are refused when packing. So are symbolic links that leave the tree, unless the manifest allows
-//     them.
+//     and setgid files are refused when packing, and symbolic links out of the tree unless the manifest allows them.
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
 //     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames. From
 //     768 KiB on, one ends before an entry whose path's FNV-1a hash is divisible by four, and in any case at about

@@ -98,8 +98,7 @@ type section struct {
 	large bool // its one part is a piece of a large file
 }
 
-// part is one piece of a section: an entry's header, n bytes of its content and the padding after it, or the archive's
-// end.
+// part is a piece of a section: an entry's header, n bytes of its content and its padding, or the archive's end.
 type part struct {
 	entry   int
 	header  bool

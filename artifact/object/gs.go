@@ -30,8 +30,7 @@ func (s *gsStore) address(u *url.URL) string {
 }
 
 // header returns a header with the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS is
-// exchanged for, or the instance's own. An endpoint that isn't Google's never gets the last: without the others the
-// header is empty.
+// exchanged for, or the instance's own. Another endpoint than Google's never gets the instance's, and may get none.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
 	var err error

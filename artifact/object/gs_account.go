@@ -50,8 +50,7 @@ func (a *gsAccount) get(ctx context.Context) (string, error) {
 	return token.AccessToken, nil
 }
 
-// exchange exchanges a claim, signed with the key in a service account's file, for a token. If the server refuses, the
-// error wraps ErrDenied.
+// exchange gets a token for a claim signed with the key in a service account's file; ErrDenied: the server refuses.
 func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	data, err := inputfile.Read("the service account's key", file)
 	if err != nil {

@@ -28,8 +28,8 @@ var connectionHeaders = []string{
 }
 
 // requestHeaders returns the headers that identify this node to a URL's server; nil: none. They are those of
-// headersVariable's file, and netrc's password as Authorization, unless the file gives that. A redirect to another host
-// carries neither.
+// headersVariable's file, and netrc's password unless the file gives Authorization. Redirects to another host lack
+// them.
 func requestHeaders(u *url.URL) (http.Header, error) {
 	h, err := netrcHeader(u)
 	if err != nil {

@@ -37,8 +37,7 @@ func thisMachine(u *url.URL) bool {
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// mayRead reports whether a URL of plain http may be read: it names this machine, or is or lies below one of
-// Config.Sources.
+// mayRead reports whether a URL of plain http may be read: it names this machine, or one of Config.Sources covers it.
 func (c *Client) mayRead(u *url.URL) bool {
 	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
 }
@@ -91,8 +90,7 @@ func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 }
 
 // httpClient returns a client that counts requests and checks each hop's address. If mayLeadHere accepts the first URL,
-// that, and redirects on its host, may lead to this machine. Redirects to other hosts may only if the first names this
-// machine.
+// that, and redirects on its host, may lead to this machine; others only if the first names this machine.
 func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) *http.Client {
 	guarded, proxies := t.Clone(), &proxies{}
 	guarded.Proxy = proxies.of(t.Proxy)

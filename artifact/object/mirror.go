@@ -79,8 +79,7 @@ type mirrors struct {
 	failed map[string]time.Time // when a mirror failed last, by prefix
 }
 
-// newMirrors returns the mirrors of a client. A mirror may redirect to another, and have a local address whatever
-// NoLocal says.
+// newMirrors returns the mirrors of a client. A mirror may redirect to another one, and NoLocal doesn't bind it.
 func newMirrors(c Config, origin *Client) *mirrors {
 	of, redirect := c.Mirrors, c.Redirect
 	c.Mirrors, c.NoLocal = nil, false
@@ -154,9 +153,8 @@ func (c *Client) PassOver(s Source, err error) {
 		"mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL), "reason", reason, "error", err)
 }
 
-// EachSource calls try with one source of an object after the other, until try returns nil or ctx ends. A mirror that
-// fails is passed to PassOver. If no try succeeds, the error is that of the object's own place; if ctx ends, that of
-// the last try.
+// EachSource calls try with each source of an object in turn, until try returns nil or ctx ends. A mirror that fails is
+// passed to PassOver. If no try succeeds, the error is that of the object's own place; if ctx ends, of the last try.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
 	for _, s := range c.Sources(url) {

@@ -75,8 +75,7 @@ type Config struct {
 // Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
 // backoff, up to seven tries without progress, or two from a mirror. Between seven tries it pauses for some 6 seconds
 // in all, or longer if the server says so. After the last try the error wraps a sentinel of this package if one fits.
-// Without Config.S3, AWS is configured by its own environment, profile or instance role, when the first s3:// URL is
-// used.
+// Without Config.S3, AWS's own environment, profile or instance role counts when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -276,8 +275,7 @@ func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadClose
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
-// ReadRange opens a stream of n bytes from offset on, as Read does. If the server ignores Range, the bytes before these
-// are read and dropped.
+// ReadRange opens a stream of n bytes from offset on, as Read does. If the server ignores Range, it drops those before.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
 }

@@ -32,8 +32,7 @@ func (e *transientError) Unwrap() error { return e.err }
 type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails permanently, or has failed too often (Client.tries), or ctx has ended. what
-// names the call in the log. A transient error becomes ErrUnavailable; if ctx ends between two tries, the error is its
-// cause.
+// names the call in the log. A transient error becomes ErrUnavailable. If ctx ends in a pause, its cause is the error.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {

@@ -58,8 +58,8 @@ func (r *Role) Unknown() error {
 	return nil
 }
 
-// Missing reports whether nothing is known of the role's records, and the store has no folder for them: the role's name
-// may be mistyped.
+// Missing reports whether the store has no folder for the role's records and nothing is known of them, as with a wrong
+// name.
 func (r *Role) Missing() bool {
 	return r.Records.from == fromNowhere && errors.Is(r.Records.err, kv.ErrNoFolder)
 }
