@@ -13,7 +13,7 @@
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
 //     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames. From
 //     768 KiB on, one ends before an entry whose path's FNV-1a hash is divisible by four, and in any case at about
-//     2 MiB: borders follow names, and so stay where they were when one file grows.
+//     2 MiB. So borders follow names, and stay where they were when one file grows.
 //   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
 //     same compression, whatever the number of cores.
 //
@@ -51,9 +51,9 @@
 //
 // The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. Unless
 // the manifest allows any, a symbolic link's target is relative, its ".." come first and do not climb above the top.
-// Bounds: a path has at most 4,096 bytes and 128 parts of 255 bytes; all paths together at most 64 MiB more than 32
-// times the index; a tree at most 64 TiB; an index at most 4,194,304 entries and 512 MiB. A reader refuses everything
-// else before it makes a file.
+// A path has at most 4,096 bytes, in at most 128 parts of at most 255 bytes. All paths together have at most 64 MiB
+// more than 32 times the index. A tree has at most 64 TiB, an index 4,194,304 entries and 512 MiB. A reader refuses
+// everything else before it makes a file.
 //
 // # The delta
 //

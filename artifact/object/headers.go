@@ -28,7 +28,7 @@ var connectionHeaders = []string{
 }
 
 // requestHeaders returns the headers that identify this node to a URL's server; nil: none. They are those of
-// headersVariable's file, and netrc's password unless the file gives Authorization. Redirects to another host lack
+// headersVariable's file, and netrc's password unless that file has Authorization. A redirect to another host lacks
 // them.
 func requestHeaders(u *url.URL) (http.Header, error) {
 	h, err := netrcHeader(u)

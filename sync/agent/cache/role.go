@@ -58,8 +58,8 @@ func (r *Role) Unknown() error {
 	return nil
 }
 
-// Missing reports whether the store has no folder for the role's records and nothing is known of them, as with a wrong
-// name.
+// Missing reports whether nothing is known of the role's records, and the store lacks their folder: a name may be
+// mistyped.
 func (r *Role) Missing() bool {
 	return r.Records.from == fromNowhere && errors.Is(r.Records.err, kv.ErrNoFolder)
 }

@@ -14,7 +14,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// linkDelay is the pause between an event and the call, so that a rename that replaces dest isn't seen half done.
+// linkDelay is the pause between an event and the call for it, so that a rename that replaces dest isn't seen half
+// done.
 const linkDelay = 50 * time.Millisecond
 
 // Watcher watches the directories of the units' dests, and calls a function when a dest may have changed: see Watch.
@@ -48,8 +49,8 @@ func (w *Watcher) open() {
 	close(w.opened)
 }
 
-// Watch calls changed after an event at dest or at its lock file, which each deployment to dest writes, and when events
-// may have been lost. A later call for dest replaces changed. Without inotify, changed is never called.
+// Watch calls changed after an event at dest or at its lock file, which each deployment to dest writes. It also does
+// when events may have been lost. A later call for dest replaces changed. Without inotify, changed is never called.
 func (w *Watcher) Watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
