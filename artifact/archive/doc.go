@@ -28,8 +28,8 @@
 // # The index
 //
 // The index says what is in the archive and where, and is what a manifest pins: from its SHA-256 every other byte
-// is checked. It is not compressed, as half of it is hashes, so that the same tree has the same index whatever
-// compressor wrote it. All numbers are unsigned varints (encoding/binary) unless said otherwise.
+// is checked. It is not compressed, as half of it is hashes: so its bytes follow from the archive alone. All numbers
+// are unsigned varints (encoding/binary) unless said otherwise.
 //
 //	"kedgeix\x01"
 //	flags         1: of an archive; 0: a list of hashes, taken from a tree that came without an index
