@@ -55,9 +55,8 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && part
 	admitted := rank <= p.Cutoff ||
-		// a node that is to go back stays if it is admitted, or if the record doesn't apply to it
 		replaced && rank <= p.Early && !back
-	if back {
+	if back { // a node stays on what it runs if it is admitted, or if the record doesn't apply to it
 		admitted = admitted || !applies
 	} else {
 		admitted = admitted && applies
@@ -67,16 +66,16 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	if !r.Stable.IsZero() {
 		stable = facts.With("release", r.Stable.String())
 	}
-	// The record names nothing that serves here: only stable can be what its next steps count on.
+	// Something other than stable serves here. Unless part is set, the record doesn't name it.
 	unnamed := (!f.Running.IsZero() || !idle && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest
 	// A release that failed here before it became stable isn't tried again just because a new rollout begins: many
 	// nodes would try it at once.
 	refuses := unnamed && slices.Contains(f.Quarantined, r.Stable.Digest)
-	// Such a node goes to stable first, and on from there. Should the target fail on it, it is back on what the record
-	// names. On its old release, the next record or a rollback would move it past the budget.
+	// A node that runs what the record doesn't name goes to stable first, and on from there. Should the target fail on
+	// it, it is back on stable. On its old release, the next record or a rollback would move it past the budget.
 	first := unnamed && !refuses && !part && !r.Stable.IsZero()
 	switch {
-	// whether or not it is admitted: the mirror has to know first
+	// whether or not the node is admitted: the mirror has to know first what lies at dest
 	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown:
 		run(ActStage, FromTarget, deployments.Pointer{})
 		d.Stage = r.Target
@@ -115,7 +114,7 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	case refuses:
 		d.Action, d.Source, d.Stage = ActStage, FromStable, r.Target
 		because(deployments.ReasonStableQuarantined, stable)
-	case admitted: // first, as above
+	case admitted: // first is set
 		run(ActStage, FromStable, r.Stable)
 		d.Stage = r.Target
 		because(deployments.ReasonStableFirst, stable)
@@ -132,8 +131,8 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 
 // destIsFree reports whether nothing serves on the node that a release would replace. That is so if no release of
 // the unit runs, and either dest is empty or the machine has just booted. After a boot, what lies at dest doesn't serve
-// yet, except perhaps while the unit's first release is rolled out. A dest that the agent hasn't examined counts as
-// serving.
+// yet, except perhaps while the unit's first release is rolled out. Otherwise a dest that the agent hasn't examined
+// counts as serving.
 func (f *ResolveInputs) destIsFree(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)

@@ -33,9 +33,9 @@ type Base struct {
 // can't be held back.
 func joinedNone() uint64 { return 1 }
 
-// WithGeneration returns next, the record that follows the base, with a generation that nodes take for a newer one.
-// stored is the valid record in the store, or nil. A generation must never go down: nodes would take the record for
-// an old one.
+// WithGeneration returns next, the record that follows the base, with a generation that nodes don't take for an older
+// one. It is below neither stored's nor any that nodes have acted on; Claim and Retry are set to match. stored is the
+// valid record in the store, or nil.
 func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
 	if more := next.Generation - b.Record.Generation; more > 0 {
 		next.Generation = b.Floor + more
@@ -85,7 +85,7 @@ func actedOn(nodes []Node) (highest int64) {
 	return highest
 }
 
-// generationOf returns the newest generation that a node reports to have acted on.
+// generationOf returns the newest generation that a node reports to have acted on; 0 if that is an AbsurdGeneration.
 func generationOf(u *deployments.UnitReport) int64 {
 	generation := u.Generation
 	if held, err := strconv.ParseInt(u.Facts["acted_on"], 10, 64); err == nil {
@@ -114,11 +114,12 @@ func IsLost(nodes []Node, known int64) bool {
 }
 
 // Rebuild returns a record made from the nodes' reports, for a unit whose record the store has lost. Stable is the most
-// common release that nodes run, apart from Git's release and those that a node has in quarantine. Git's release is
-// rolled back if a node has it in quarantine. Otherwise Target is Stable, and Next begins the rollout to Git's release.
+// common release that nodes run, apart from Git's release and those that a node has in quarantine. If there is none,
+// Stable is zero if a node can go back to what served before the first release. Otherwise Target and Stable are Git's
+// release.
 //
-// If no node runs another release, Target and Stable are Git's release. But Stable is zero as long as a node can go
-// back to what served before the first release. Generation is the highest of known and what nodes report.
+// Unless Stable is Git's release, Git's release is rolled back if a node has it in quarantine. If none has, Target is
+// Stable, and Next begins the rollout to Git's release. Generation is the highest of known and what nodes report.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
 		Joined: joinedNone()}
@@ -134,7 +135,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 			count[report.Running]++
 		}
 	}
-	var others []deployments.Pointer // releases that nodes run and that did not fail, the most common first
+	var others []deployments.Pointer // releases but Git's that nodes run and that did not fail, the most common first
 	for p := range count {
 		if p.Digest != u.Release.Digest && !failed[p.Digest] {
 			others = append(others, p)
@@ -166,7 +167,8 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 
 // FromHistory returns the record of the generation that h describes, for a unit whose record the store has lost. The
 // history doesn't tell how far that generation's rollout had come. A rollback begins anew, with all nodes. Any other
-// rollout goes on after its canaries, within max_unavailable, and Next ends it at once if every node is converged.
+// rollout goes on after its canaries, within max_unavailable, and Next ends it if every node is converged. There is no
+// rollout if the release was stable already, or if it was the first, and did not fail, of a unit without rollouts.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}

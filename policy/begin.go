@@ -7,7 +7,7 @@ import (
 	"kedge/deployments"
 )
 
-// setTarget sets the record's target to the release that Git or a unit pin names.
+// setTarget begins the rollout of the release that Git or a unit pin names, unless the record deals with it already.
 func setTarget(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
@@ -27,7 +27,7 @@ func setTarget(in *inputs, st state) state {
 	return st
 }
 
-// activePin returns the unit pin that the mirror rolls out, and whether there is one. There is none if the pin is
+// activePin returns the unit pin that names the record's target, and whether there is one. There is none if the pin is
 // missing, invalid, expired or a hold. A unit without a rollout has none either, as its nodes follow pins by
 // themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
@@ -39,7 +39,7 @@ func activePin(in *inputs) (deployments.Pin, bool) {
 }
 
 // goal returns the release that the record deals with already: its target, or Git's release if the record's rollout
-// rolled that one back. No other rollout begins while Git names this release.
+// rolls that one back, or did. No other rollout begins while Git names this release.
 func goal(in *inputs) deployments.Pointer {
 	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
 		return in.Unit.Release
@@ -47,7 +47,7 @@ func goal(in *inputs) deployments.Pointer {
 	return in.Record.Target
 }
 
-// successor returns the record with which the rollout of a target begins, named by Git or by a pin. ok is false if the
+// successor returns the state with which the rollout of a target, named by Git or by a pin, begins. ok is false if the
 // record has no room for all the releases that nodes may run. Nodes then have to converge first, and next is the
 // current state, which waits or rolls back.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
@@ -72,7 +72,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		next.p.Unproven = !was.Stable.IsZero() && was.Stable != was.Target && was.Pinned == nil
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
-		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // it isn't known yet which of them run somewhere
+		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // a node that isn't listed may run any of them
 			return st.wake(until), false
 		}
 		switch {
@@ -99,7 +99,8 @@ func begin(in *inputs, st state, target deployments.Pointer) state {
 	return launch(in, next)
 }
 
-// launch starts a new rollout, or ends it at once if there is nothing to roll out.
+// launch starts a new rollout. It ends it at once if nodes run the target already. Outside of a freeze it does so, too,
+// if the unit has no rollout: all nodes go at once.
 func launch(in *inputs, st state) state {
 	revert := st.r.Stable == st.r.Target
 	was := in.Record
@@ -122,8 +123,9 @@ func launch(in *inputs, st state) state {
 }
 
 // firstRelease ends the rollout of a unit's first release once every live node without a pin has reported that nothing
-// else serves at dest. All nodes then take the release at once. If a node reports that something serves, firstRelease
-// sets Serving, and the rollout goes on within its budget. ended reports whether it ended the rollout.
+// else serves at dest. (There must be one; a node that refuses the release counts as if it had.) All nodes then take
+// the release at once. If a node reports that something serves, firstRelease sets Serving, and the rollout goes on
+// within its budget. ended reports whether it ended the rollout.
 func firstRelease(in *inputs, st state) (next state, ended bool) {
 	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
 		return st, false
@@ -163,7 +165,7 @@ func stableBefore(in *inputs, target deployments.Pointer) bool {
 // meanwhile.
 func start(in *inputs, st state) state {
 	u := in.Unit.Rollout
-	// Git went back while nodes were on the way: gates would only keep them on the target
+	// Git went back while nodes were on the way: gates would only keep them on the release that Git left
 	revert := st.r.Stable == st.r.Target
 	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
 	switch {
@@ -179,7 +181,7 @@ func start(in *inputs, st state) state {
 }
 
 // beginPin returns the state in which the release of a unit pin is rolled out, without gates and within the budget. A
-// pin with at_once has no rollout: nodes follow it by themselves.
+// pin with at_once has no rollout: nodes follow it by themselves. If successor has no room, the result is as in begin.
 func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	git := gitsRecord(st)
 	next, ok := successor(in, st, pin.Release)
@@ -200,7 +202,7 @@ func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned
 		if st.r.Target == git.Target {
-			// The pin asked for it last: it stays out of nodes where it has failed since.
+			// The pin asked for Git's release last: that stays out of nodes where it has failed since.
 			git.Claim = st.r.RequestGeneration()
 		}
 		return git
@@ -213,8 +215,9 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// endPin goes back to the release that Git names: without gates if that release was stable, through all gates if it
-// never was. A release that was rolled back isn't rolled out again.
+// endPin goes back to the release that Git names. If the pin's rollout had ended on that release, only the pin's mark
+// goes. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
+// back isn't rolled out again: its rollback goes on. If successor has no room, the result is as in begin.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)
 	target := in.Unit.Release
@@ -235,7 +238,7 @@ func endPin(in *inputs, st state) state {
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
 		if next.r.Stable = git.Stable; next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
-			next.r.Stable = in.Record.Target // every node runs it: while the pin was rolled out, most may serve what was before
+			next.r.Stable = in.Record.Target // every node runs it, unless the pin's rollout is still on
 		}
 		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest && own.Digest != git.Failed {
 			next.p.Superseded = []deployments.Superseded{own}

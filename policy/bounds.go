@@ -11,15 +11,15 @@ import (
 )
 
 // Bounds limit what releases may do. An agent's configuration sets them for its node, whatever KV says, and
-// kedge.yaml for the releases of a commit. The zero value allows everything.
+// kedge.yaml for the releases of a commit. The zero value allows everything but plain http:// of other machines.
 type Bounds struct {
-	// Sources are URLs, or prefixes of URLs by whole path segments, that a release may come from; empty: any,
-	// except plain http:// of other machines, which must be named.
+	// Sources are URLs, or prefixes of URLs by whole path segments, that a release may come from: its manifest, and what
+	// that fetches. Empty: any, except plain http:// of other machines, which must be named.
 	Sources []string
 	// NoLocal refuses file://, http:// and https:// that lead to this machine or its link, unless Sources name them.
 	// Otherwise whoever may only pin could make the agent read files and send requests with its own rights.
 	NoLocal bool
-	// Dests are directories in or below which Dest may lie; empty: any.
+	// Dests are directories that a tree may go live at or below; empty: any.
 	Dests []string
 	// Users are the users, as manifests name them, that commands may run as and that may own the tree; empty: any.
 	// A tree's group must belong to one of them. NoCommands forbids commands, and with them exec health checks.
@@ -37,11 +37,11 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 	return b
 }
 
-// NeedManifest reports whether a check of the bounds needs a release's manifest. To check sources, its pointer is
-// enough.
+// NeedManifest reports whether nothing but a release's manifest shows if it keeps to the bounds. It is false if they
+// bound only sources: by the pointer alone one can check the manifest's own place, though not what it fetches.
 func (b Bounds) NeedManifest() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
-// CheckSource returns an error if nothing may be fetched from a URL.
+// CheckSource returns an error if the bounds forbid to fetch from a URL.
 func (b Bounds) CheckSource(source string) error {
 	named := deployments.FromSource(source, b.Sources)
 	if !named && deployments.IsPlainHTTP(source) {
@@ -64,8 +64,8 @@ func (b Bounds) CheckSource(source string) error {
 		strings.Join(b.Sources, ", "))
 }
 
-// isLocal reports whether a URL plainly leads to this machine. A name that resolves to this machine is only noticed
-// when connecting.
+// isLocal reports whether a URL's text leads to this machine or its link, or doesn't parse. http:// always does, as
+// CheckSource has refused other machines. A name that resolves to this machine is only noticed when connecting.
 func isLocal(text string) bool {
 	u, err := url.Parse(text)
 	return err != nil || u.Scheme == "file" || u.Scheme == "http" || u.Scheme == "https" && deployments.IsLocalURL(u)
@@ -120,7 +120,7 @@ func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func
 	return nil
 }
 
-// checkUser returns an error if a user, given by name or number, is not allowed.
+// checkUser returns an error if a user, given by name or number, is not allowed; "": the agent's own user.
 func (b Bounds) checkUser(name string, names func(string) []string) error {
 	if len(b.Users) == 0 || slices.ContainsFunc(names(name), func(n string) bool { return slices.Contains(b.Users, n) }) {
 		return nil
@@ -131,7 +131,8 @@ func (b Bounds) checkUser(name string, names func(string) []string) error {
 	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
 }
 
-// checkGroup returns an error if a tree may not belong to a group, given by name or number.
+// checkGroup returns an error if a tree may not belong to a group, given by name or number. A group that names doesn't
+// know, other than root, may own it.
 func (b Bounds) checkGroup(group string, names func(string) []string) error {
 	if group == "" || len(b.Users) == 0 {
 		return nil

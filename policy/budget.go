@@ -8,9 +8,9 @@ import (
 )
 
 // room returns how many more nodes may begin to change. Nodes that are not listed count as changing. A negative room
-// means that more nodes may be changing than allowed. Then no node may be told to change, not even one that seems to be
-// changing already. spent is set if nodes past their deadline had used up the room. They are then left out of the
-// count, as max_failures stops the rollout if there are too many of them.
+// means that more nodes may be changing than allowed. Then no node may be told to change that isn't outside of the
+// budget, not even one that seems to be changing already. spent is set if nodes past their deadline had used up the
+// room. They are then left out of the count, as max_failures stops the rollout if there are too many of them.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -23,8 +23,9 @@ func room(in *inputs, v summary) (room int, spent bool) {
 }
 
 // admit raises the cutoff, so that nodes are admitted by rank: as many as the budget has room for, until want nodes are
-// admitted. In the canary phase it first admits nodes that run a superseded target, as these were canaries before.
-// admitted is how many nodes are admitted now; moved reports whether a cutoff rose.
+// admitted. In the canary phase it first raises Early for nodes that run a superseded target, as these were canaries
+// before. admitted is how many nodes are admitted now, missing canaries included. If a cutoff rose, moved is set, and
+// the deadlines and the bake start anew.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
 	admitted = v.missing
@@ -75,14 +76,14 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 	return st, admitted, moved
 }
 
-// isAdmitted reports whether a node runs the target, or may go to it.
+// isAdmitted reports whether a node that its rank admits runs the target, or may go to it.
 func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
 // readmit raises Record.Joined, so that the record applies to nodes that came back, in the order in which they joined.
-// It readmits no more nodes than the budget has room for, and no more than limit. If Joined rose, moved is set and the
-// bake starts anew.
+// It readmits no more nodes than the budget has room for, and no more than limit; nodes of equal Joined count as one.
+// If Record.Joined rose, moved is set, and the deadlines and the bake start anew.
 func readmit(in *inputs, st state, v summary, limit int) (next state, moved bool) {
 	room, _ := room(in, v)
 	room = min(room, limit)
@@ -163,7 +164,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		Generation: was.Generation}
 	back := was.Rollout.Phase == deployments.PhaseRollingBack
 	if back {
-		own.Cutoff, own.Generation = 0, 0 // the nodes that it admitted run one of its Superseded
+		own.Cutoff, own.Generation = 0, 0 // in a rollback the cutoff says who stays, not who may begin
 	}
 	unlisted, _ := in.unlisted(was.Nodes)
 	var acted []deployments.Digest // releases that a node may yet begin, not only run
@@ -209,7 +210,8 @@ func lastJoined(nodes []Node) (last uint64) {
 
 // nextJoined returns Record.Joined for a new record, which applies to all known nodes but those that have to wait for
 // room in the budget. A node waits if it joined after the last record or has no Joined, and may serve something that
-// the record doesn't name. It would leave that for stable as soon as the record applied to it.
+// the record doesn't name. It would leave that for stable as soon as the record applied to it. While nodes are missing
+// from the list, Joined stays. No node waits if it was 0.
 func nextJoined(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {

@@ -1,23 +1,27 @@
 // Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when
-// rollouts may not start (Frozen), and whose signatures count (Signers).
+// rollouts may not start (FreezeAt), what releases may do (Bounds), and whose signatures count (Signers).
 //
 // # Phases
 //
-// A record without a rollout is for every node. In one with a rollout, advance (rollout.go) runs the step of its phase,
+// A record without a rollout admits every node. In one with a rollout, advance (rollout.go) runs the step of its phase,
 // each time that the mirror calls Next:
 //
 //	phase             ends when                                    next
 //	frozen            the freeze window ends, or promote           canary, or rolling if no gates are to be passed
-//	canary            the canaries have converged and baked        pending-approval, or rolling
-//	pending-approval  promote                                      rolling; canary, if one becomes unhealthy
+//	canary            canaries converged and baked, or promote     pending-approval, or rolling
+//	pending-approval  promote, or approval becomes auto            rolling; canary, if one becomes unhealthy
 //	rolling           every known node has converged               no rollout: the target is stable
-//	paused            resume                                       frozen, canary or rolling
+//	paused            resume, or retry                             frozen, canary or rolling
 //	rolling-back      every node is back on stable                 rolled-back
 //	rolled-back       retry                                        frozen, canary or rolling
 //
+// Rolling ends without failed nodes that are tolerated, nodes with another pin, and nodes away for a deadline;
+// rolling-back ends without nodes past theirs.
+//
 // From canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back; with
-// on_failure: pause, or under a unit pin, to paused. Abort leads to rolling-back, pause to paused. Another target, from
-// Git or a pin, begins a rollout of its own in any phase.
+// on_failure: pause, or under a unit pin, to paused. Abort leads to rolling-back, pause to paused. If there is nothing
+// to go back to, paused stands for rolling-back. Another target, from Git or a pin, begins a rollout of its own in any
+// phase, unless more than MaxSuperseded were replaced before it.
 //
 // # Threat model
 //
@@ -28,7 +32,7 @@
 //     TestBounds in sync/deploy). A node with signers uses nothing of a manifest that none of them signed
 //     (TestVerifyManifest). Without either, such a token is the fleet's root.
 //   - A token that writes pins/ and control/ can fill them with junk. Nodes, the mirror and whoever looks at status
-//     spend on it what its number takes, and show a bounded part of it (TestJunkPins in sync/agent, TestFloodOfPins,
+//     spend time in proportion to it, and show a bounded part (TestJunkPins in sync/agent, TestFloodOfPins,
 //     TestFloodOfOrders and TestJunkOrders in sync/mirror, TestAssembleBoundsPinsAndOrders in sync/fleet).
 //   - Such a token, the storage and a name server could have an agent ask services that trust this machine, its Consul
 //     or a cloud's metadata. An agent connects to its own and link-local addresses only by URLs that its sources name,
@@ -81,7 +85,7 @@
 //     none.
 //   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let
 //     one go further than max_unavailable, counted by what the others say. Who can delete status keys makes the list of
-//     nodes short: a rollout doesn't end by it before it has stood for a deadline, and for an hour if most are missing
+//     nodes short. A rollout ends by it only after 2 minutes (or a shorter deadline), or an hour if most are missing
 //     (TestAShortListIsNotTheFleet). Nodes that the record knew of and that have left the list take room in the budget
 //     for as long as they may take to put their keys back, 2 minutes at most (TestWhoIsNotListedTakesRoom,
 //     TestSimulation).
@@ -99,6 +103,6 @@
 // rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when
 // it joined (Report.Joined) follows the record as soon as it is back.
 //
-// A node that came back with a release that the record doesn't name goes by way of stable to the target: if that fails,
-// it is back on what later records name, and waits for its turn as others do.
+// A node that came back with a release that the record doesn't name goes to stable first, unless that failed on it.
+// If the target then fails, it is back on what later records name, and waits for its turn as others do.
 package policy

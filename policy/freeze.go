@@ -16,8 +16,8 @@ type FreezeState struct {
 	Frozen bool
 	// By is the name of the window that decides, Reason that window's reason.
 	By, Reason string
-	// ChangesAt is when Frozen may change; zero: not within a year. WindowEnds is when the deciding window closes
-	// or, if allow windows freeze the unit as none is open, when the next one opens.
+	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
+	// unit as none is open, when the next one opens. Either is zero if that isn't within five years, or isn't known.
 	ChangesAt, WindowEnds time.Time
 	// Wait is set if rollouts under way have to wait as well.
 	Wait bool
@@ -25,7 +25,8 @@ type FreezeState struct {
 	Never bool
 }
 
-// Facts returns the facts of the reason why the unit is frozen: the deciding window's name, its end and its reason.
+// Facts returns the facts of the reason why the unit is frozen: the deciding window's name and reason, and WindowEnds,
+// or that no window opens.
 func (v FreezeState) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.WindowEnds.IsZero() {
@@ -43,8 +44,8 @@ func (v FreezeState) Facts() deployments.Facts {
 // FreezeAt returns whether a unit's rollouts may start at a time, and which freeze window decides. An open deny window
 // freezes the unit, even if an allow window is open. A unit that allow windows cover is frozen while all of them are
 // closed. Windows open by the wall clock of their zone. They stay open for their duration in elapsed time, so that a
-// change of the clocks makes none longer or shorter. A window whose cron line doesn't parse freezes the unit too:
-// better late than at the wrong time. Load refuses such a window.
+// change of the clocks makes none longer or shorter. A window for the unit whose cron line doesn't parse freezes it,
+// too: better late than at the wrong time. Load refuses such a window.
 func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
@@ -116,7 +117,7 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 const mostChanges = 100
 
 // NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that time. It
-// returns now for a unit that is already frozen, and the zero time if it finds none.
+// returns now for a unit that is already frozen, and the zero time if it finds none among the next mostChanges changes.
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
 	for range mostChanges {
@@ -161,8 +162,8 @@ func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	return s, nil
 }
 
-// maxStarts bounds how many starts of a window span computes. Later starts are computed when Frozen is called again at
-// ChangesAt.
+// maxStarts bounds how many starts of a window span computes. Later starts are computed when FreezeAt is called again
+// at ChangesAt.
 const maxStarts = 10000
 
 // span returns when the window's current opening ends, with overlapping openings joined, and when the next one begins.

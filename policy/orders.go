@@ -6,7 +6,8 @@ import (
 	"kedge/deployments"
 )
 
-// Refusal returns why an order would change nothing about a record; empty: it would change something.
+// Refusal returns why an order would change nothing about a record; empty: it would change something. Next refuses a
+// promote, too, when another target has taken the record's place.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
 	return c.reason, c.facts
@@ -100,7 +101,8 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 }
 
 // retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target failed are admitted once
-// more, in their turn. If no rollout is under way, one begins only if live nodes don't run the target.
+// more, in their turn. If no rollout is under way, one begins only if there are unconverged nodes. Otherwise only Retry
+// rises, and nodes on which the target failed try it again at once.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

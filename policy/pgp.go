@@ -34,9 +34,9 @@ func ParseKeyring(data []byte) (Keyring, error) {
 	return k, nil
 }
 
-// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the signer's name.
-// The key must be neither expired nor revoked now. Signatures by SHA-1 or older digests, or by RSA keys below
-// minRSA, are refused.
+// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the signer's name or, if
+// the key has none, its fingerprint. The key must be neither expired nor revoked now. Signatures by digests below
+// SHA-256, or by RSA keys below minRSA, are refused. Every error wraps ErrUntrusted.
 func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who string, err error) {
 	signer, err := k.verify(payload, signature, now)
 	if err != nil {

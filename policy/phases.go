@@ -9,7 +9,8 @@ import (
 )
 
 // checkFleet summarizes the fleet while a rollout goes forward. If nodes that had been healthy no longer are, their
-// deadline counts from now, and the bake starts over.
+// deadline counts from now, and the bake starts over. The same goes for a node that the rollout waited for, once it
+// begins to change.
 func checkFleet(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if awaitedBegan(st, v) {
@@ -44,7 +45,8 @@ func limit(in *inputs, st state, v summary) int {
 	return limit
 }
 
-// stopIfFailing stops the rollout if more nodes have failed than are tolerated.
+// stopIfFailing stops the rollout if more nodes have failed than are tolerated, and reports whether it did. Nodes of a
+// unit without a rollout, and those that go from superseded targets back to stable, are never stopped.
 func stopIfFailing(in *inputs, st state, v summary) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st, false // every node goes at once: each protects itself
@@ -75,12 +77,12 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	case frozen:
 		st = st.wake(in.Freeze.ChangesAt)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
-			// nodes that begin to change before it ends aren't late for the last step: see checkFleet
+			// nodes that begin to change before the freeze ends aren't late for the last step: see checkFleet
 			st.p.HealthySince = in.Now
 		}
 		return st.becauseFrozen(in), true
 	case v.live == 0 && v.followers > 0: // no node has to be admitted
-	// otherwise, once the pins end, all nodes would be the first to run it
+	// otherwise all nodes would run the target at once, untried, when their pins end
 	case v.live == 0 && v.pinned > 0 && v.gone == 0:
 		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
 	case v.live == 0:
@@ -90,7 +92,7 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 }
 
 // mayAdmit reports in goesOn whether the rollout may admit its next nodes. It may not if too many have failed, if it
-// has to wait, or if nodes have yet to report. more is what advance has to return.
+// has to wait, or if nodes have yet to report. more is then what advance has to return.
 func mayAdmit(in *inputs, st state) (_ state, v summary, goesOn, more bool) {
 	st, v = checkFleet(in, st)
 	st, failed := stopIfFailing(in, st, v)
@@ -126,9 +128,9 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	return st, true
 }
 
-// awaitReports delays the rollout of a first release until every live node has reported on it, at most for
-// reportWithin. A node may be out of service because of another unit that had the same dest and was removed from Git.
-// unheard reports whether the rollout still waits.
+// awaitReports delays a first release, before it admits nodes, until every live node that runs nothing has reported on
+// it, at most for reportWithin. A node may be out of service because of another unit that had the same dest and was
+// removed from Git. unheard reports whether the rollout still waits.
 func awaitReports(in *inputs, st state) (next state, unheard bool) {
 	until := st.p.Since.Add(reportWithin)
 	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
@@ -147,7 +149,7 @@ func awaitReports(in *inputs, st state) (next state, unheard bool) {
 // reportWithin is how long a rollout waits for reports: on a first release, and after the store was away.
 const reportWithin = 30 * time.Second
 
-// stepFrozen waits for a freeze window to end.
+// stepFrozen starts the rollout, once the freeze window has ended or an operator forces it.
 func stepFrozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
 		return st.becauseFrozen(in).wake(in.Freeze.ChangesAt), false
@@ -188,7 +190,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	return st.roll(in).because(deployments.ReasonRolling, nil), true
 }
 
-// pendingApproval waits for promote, as long as the canaries stay healthy.
+// pendingApproval waits for promote, as long as approval is manual and the canaries stay healthy.
 func pendingApproval(in *inputs, st state) (state, bool) {
 	st, v := checkFleet(in, st)
 	st, failed := stopIfFailing(in, st, v)
@@ -204,8 +206,8 @@ func pendingApproval(in *inputs, st state) (state, bool) {
 	return wakeLate(in, st, v, false), false
 }
 
-// rolling admits the remaining nodes, as many at a time as the budget allows, and ends when every known node has
-// converged.
+// rolling admits the remaining nodes, as many at a time as the budget allows. It ends when every known node has
+// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing for shortList.
 func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
@@ -251,7 +253,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		}
 	}
 	if v.failed > 0 && canGoBack(st) && !runsSomewhere(in, st.r.Target.Digest) {
-		// whether or not that is tolerated: no node could go back to it
+		// even if the failures are tolerated: a target that runs nowhere must not become stable
 		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true
 	}
 	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned

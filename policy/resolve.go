@@ -57,10 +57,10 @@ type Action string
 
 const (
 	ActRun   Action = "run"   // converge to Target
-	ActKeep  Action = "keep"  // change nothing: no release is desired, is known or is allowed
+	ActKeep  Action = "keep"  // change nothing: no release is known that may run here
 	ActHold  Action = "hold"  // change nothing: a pin says so
 	ActLeave Action = "leave" // go back to what was at dest before the unit's first release
-	// converge to Target (zero: change nothing), and stage Stage for when this node is admitted
+	// converge to Target (zero: change nothing), and stage Stage for when this node's turn comes
 	ActStage Action = "stage"
 )
 
@@ -81,16 +81,16 @@ const (
 // Decision is Resolve's answer, with its reason.
 type Decision struct {
 	Action Action `json:"action"`
-	// Target is the release to run; zero for ActKeep and ActHold. Stage is a release to stage as well; mostly
-	// zero.
+	// Target is the release to run; zero for ActKeep, ActHold and ActLeave, and perhaps for ActStage. Stage is a release
+	// to stage as well; zero but for ActStage.
 	Target deployments.Pointer `json:"target,omitzero"`
 	Stage  deployments.Pointer `json:"stage,omitzero"`
 	Source Source              `json:"source"`
 	// Reason, with its Facts, is why.
 	Reason deployments.Reason `json:"reason"`
 	Facts  deployments.Facts  `json:"facts,omitempty"`
-	// Invalid is set if a value didn't parse or isn't allowed; status shows it as an error. It may come with any
-	// Action: a bad node pin changes nothing on that node (ActKeep). In JSON it is the error's text.
+	// Invalid is set if a value didn't parse, isn't allowed, or is a pin without a record; status shows it as an error. It
+	// may come with any Action, as a bad unit pin does where a node pin decides. In JSON it is the error's text.
 	Invalid error `json:"-"`
 	// Recheck is when time alone could change the answer, as a pin's until; zero: never.
 	Recheck time.Time `json:"recheck,omitzero"`
@@ -111,13 +111,14 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 	}{plain(d), invalid})
 }
 
-// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's, else the record's. Of
-// the record's releases, that is the target if the node is admitted, and else stable. Resolve has no side effects, and
-// the same inputs give the same Decision.
+// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's unless it is Paced,
+// else the record's. Of the record's releases, that is the target if the node is admitted. Otherwise it is stable, or
+// until the node's turn what it runs (FromRunning). Resolve has no side effects, and the same inputs give the same
+// Decision.
 //
-// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even if one of lower precedence is
+// The value that decides changes nothing if it doesn't parse (ActKeep with Invalid), even if one of lower precedence is
 // valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
-// ErrNoRecord. A quarantined digest is still the Target, and the Trace says so: the agent doesn't run it, and reports
+// ErrNoRecord. A quarantined digest may be the Target, and the Trace says so: the agent doesn't run it, and reports
 // that.
 func Resolve(f ResolveInputs) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
@@ -135,8 +136,8 @@ func Resolve(f ResolveInputs) Decision {
 	return d
 }
 
-// ErrNoRecord is the Decision.Invalid of a pin without a record. Whoever may write only pins can't make a node run
-// a unit that nobody desires.
+// ErrNoRecord is what Decision.Invalid wraps for a valid pin without a record. Whoever may write only pins can't make a
+// node run a unit that nobody desires.
 var ErrNoRecord = errors.New("the unit has no record, and a pin counts only for a unit that has one")
 
 func (d *Decision) note(s deployments.Step) { d.Trace = append(d.Trace, s) }
@@ -148,8 +149,8 @@ func (d *Decision) decide(s deployments.Step) {
 	d.note(s)
 }
 
-// pin evaluates one pin, and reports whether it decides. If a pin of higher precedence has decided, this one is
-// only added to the trace.
+// pin evaluates one pin, and reports whether it decides; an invalid one does, and nothing changes. If a pin of higher
+// precedence has decided, this one is only added to the trace, and its error to Invalid.
 func (d *Decision) pin(f ResolveInputs, from Source, v Value[deployments.Pin], key string) bool {
 	step := deployments.Step{What: string(from)}
 	above := d.decidedBy()
@@ -230,7 +231,8 @@ func (d *Decision) decidedBy() string {
 	return ""
 }
 
-// record evaluates the record. If decided is set, a pin has decided already, and the record is only added to the trace.
+// record evaluates the record. If decided is set, a pin has decided already, and the record is only added to the trace,
+// its error to Invalid.
 func (d *Decision) record(f ResolveInputs, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	add := d.decide
@@ -299,7 +301,8 @@ func progressFacts(p *deployments.Progress) deployments.Facts {
 	return facts
 }
 
-// checkBounds checks the result against the bounds, and adds a quarantine to the trace.
+// checkBounds takes a release that the bounds forbid out of the decision. Unless that is Target, it adds quarantines to
+// the trace.
 func (d *Decision) checkBounds(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {
@@ -328,7 +331,7 @@ func (d *Decision) checkBounds(f ResolveInputs) {
 }
 
 // quarantine adds to the trace which releases failed on the node, among those that it should run or stage and the
-// record's target.
+// record's target. It leaves out the one that runs. If none is left, the step is empty.
 func (d *Decision) quarantine(f ResolveInputs) {
 	quarantineStep := func(p deployments.Pointer, namedBy string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}

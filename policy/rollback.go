@@ -7,8 +7,7 @@ import (
 	"kedge/deployments"
 )
 
-// stop applies the unit's on_failure: it pauses the rollout, or rolls it back. The rollout of a pin is always
-// paused.
+// stop applies the unit's on_failure: it pauses the rollout, or turns it back. The rollout of a pin is always paused.
 func stop(in *inputs, st state, why cause) state {
 	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
 		st = st.enter(in, deployments.PhasePaused) // only the pin's operator can tell what to go back to
@@ -43,7 +42,8 @@ func turnBack(in *inputs, st state, why cause) state {
 	return st
 }
 
-// rollingBack lets nodes go back to stable, as many at a time as the budget allows.
+// rollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends once no live node has to go
+// back but those past their deadline. If all known nodes are gone or pinned, it waits.
 func rollingBack(in *inputs, st state) (state, bool) {
 	v := summarize(in, st)
 	if v.live == 0 && v.gone+v.pinned > 0 {

@@ -13,8 +13,8 @@ type Transition struct {
 	// Reason, with its Facts, is what was done, or why nothing was; may be empty.
 	Reason deployments.Reason
 	Facts  deployments.Facts
-	// Refused is set if an order changes nothing; Reason then says why. OrderReason, with OrderFacts, is the reason code
-	// of what an order did, if it changed something.
+	// Refused is set if an order changes nothing because of the record; Reason then says why. OrderReason, with
+	// OrderFacts, is the reason code of what an order did. An invalid pin leaves both unset: no order is looked at then.
 	Refused     bool
 	OrderReason deployments.Reason
 	OrderFacts  deployments.Facts
@@ -22,20 +22,21 @@ type Transition struct {
 	Recheck time.Time
 }
 
-// Next computes the next record of a unit from its record, its unit file, the fleet's reports, an order and the time.
-// It has no side effects, and the same Situation gives the same Transition. Once the record is written, Next is called
-// again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing, and Reason says
-// so.
+// Next computes the next record of a unit from its record, its unit file and pin, the fleet's reports, an order and the
+// time. It changes nothing but Ranks, and the same Situation gives the same Transition. Once the record is written,
+// Next is called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing,
+// and Reason says so.
 //
 // A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it goes to as many nodes
-// at a time as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the gates and
-// keep the budget.
+// at a time as max_unavailable leaves room for. A unit pin, and with fast_back a target that was stable before, skip
+// the gates and keep the budget. A pin with at_once goes to all nodes.
 //
-// Three kinds of nodes are in flight, each node until its deadline. Live nodes that were admitted count until they
-// converge. Nodes that may still act on an earlier record count until their reports name the newest generation. Nodes
-// that left in the middle of a switch count until they are back. The record doesn't apply to a node that comes back
-// before there is room for it: see Record.Joined. Pinned and held nodes don't count; if all nodes are pinned or held,
-// the rollout waits.
+// Three kinds of nodes are in flight, each node until its deadline. Live nodes that were admitted, are changing, or are
+// out of service by the target count until they converge. Nodes that may still act on an earlier record count until
+// their reports name the newest generation. Nodes that left on their way to the target, or in the middle of a switch,
+// count until they are back. The record doesn't apply to a node that comes back before there is room for it: see
+// Record.Joined. Pinned and held nodes don't count. If all are pinned or held, the rollout waits, unless their pins
+// name the target, too.
 func Next(s Situation) Transition {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now
@@ -49,7 +50,7 @@ func Next(s Situation) Transition {
 		in.Ranks = new(Ranks)
 	}
 	st := stateOf(s)
-	// otherwise there is no record yet that could stay as it is
+	// an invalid pin leaves the record as it is, if there is one
 	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 {
 		return Transition{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
@@ -64,7 +65,7 @@ func Next(s Situation) Transition {
 	if s.Order != "" {
 		st, did, refused = applyOrder(in, st)
 	}
-	for range 6 { // at most canary, waiting, rolling, rolling back, finished
+	for range 6 { // at most frozen, canary, pending-approval, rolling, rolling-back, rolled-back
 		next, more := advance(in, st)
 		if st = next; !more {
 			break

@@ -155,7 +155,8 @@ type cause struct {
 }
 
 // stateOf returns the state of the record in force. A time in the future comes from a clock that was set back, or from
-// another mirror's clock. The rollout would wait for that time, so stateOf replaces it by now.
+// another mirror's clock. The rollout would wait for that time, so stateOf replaces it by now. It also puts back the
+// reason that MarkOrphaned replaced.
 func stateOf(s Situation) state {
 	st := state{r: s.Record}
 	if st.r.Rollout == nil {

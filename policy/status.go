@@ -34,7 +34,7 @@ type SourceStatus struct {
 	ErrorSince time.Time `json:"error_since,omitzero"`
 }
 
-// UnmarshalJSON also reads Error under the JSON name that the previous version used.
+// UnmarshalJSON also reads Error and ErrorSince under the JSON names that the previous version used.
 func (s *SourceStatus) UnmarshalJSON(data []byte) error {
 	type plain SourceStatus
 	var both struct {

@@ -25,7 +25,7 @@ type summary struct {
 	// inflight are nodes that are changing, or may begin to at any time. pending are the nodes in flight that the rollout
 	// told to change: it admitted them or, in a rollback, admits them no longer. missing nodes are pending, too.
 	inflight, pending int
-	// failed are nodes on which the target failed; failure is the cause on one of them.
+	// failed are nodes on which the target failed, or that are late; failure is the cause on one of them.
 	failed  int
 	failure deployments.Facts
 	// overdue are nodes in flight whose deadline has passed. late are the pending ones among them, apart from stuck ones.
@@ -57,7 +57,7 @@ type place struct {
 	inflight bool
 	overdue  bool // it is in flight, and its deadline has passed
 	// outsideBudget is set if the node may be admitted, or go back, even if the budget has no room. It is there already,
-	// or the release failed on it.
+	// is out of service anyway, or goes later, by readmit.
 	outsideBudget bool
 }
 
@@ -70,10 +70,9 @@ func (in *inputs) deadline() time.Duration {
 	return defaultDeadline
 }
 
-// due returns the deadline of a node in flight. It counts from the rollout's last step or, if that is later, from the
-// start of the node's agent. Otherwise a node that restarts late in a bake would be overdue at once. For a gone node it
-// counts from the node's departure, if that is known. After an outage of the store it counts from the end of the
-// outage, because no node could report meanwhile.
+// due returns the deadline of a node in flight. For a gone node it counts from the node's departure, if that is known.
+// For others it counts from the latest of the rollout's last step, the end of the store's last outage, and the start of
+// the node's agent. During an outage no node can report, and one that restarts late in a bake would be overdue at once.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
@@ -89,7 +88,7 @@ func (in *inputs) due(st state, n *Node) time.Time {
 }
 
 // dueBack returns the time until which a node that is out of service counts as in flight. The rollout doesn't wait for
-// the node, and the rollout's steps for other nodes don't prolong that time.
+// the node. If UnhealthySince is known, the rollout's steps for other nodes don't prolong that time.
 func (in *inputs) dueBack(st state, n *Node) time.Time {
 	if n.Gone || n.UnhealthySince.IsZero() || n.UnhealthySince.After(in.Now) {
 		return in.due(st, n)
@@ -97,13 +96,13 @@ func (in *inputs) dueBack(st state, n *Node) time.Time {
 	return later(n.UnhealthySince, in.Seen).Add(in.deadline())
 }
 
-// shortList is how long a list of nodes must have been too short before the rollout believes it. Old agents take up to
-// a minute to write a deleted status key again.
+// shortList is how long a list of nodes must have been too short before the rollout believes it, at most a deadline.
+// Old agents take up to a minute to write a deleted status key again.
 const shortList = 2 * time.Minute
 
 // unlisted returns how many nodes without an entry in status/ still take room in the budget. until is when the first of
 // them stops counting, as a live node would have written its entry again by then; zero: there are none. known is how
-// many nodes the unit had before this mirror began to watch.
+// many nodes the record knows of. A unit without a rollout has no budget, and so none of them.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	if in.Unit.Rollout == nil {
 		return 0, time.Time{}
@@ -123,7 +122,7 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 }
 
 // applies reports whether a record applies to a node. It does if the node had joined when the record was written, or is
-// idle: nothing serves there that a release would replace.
+// idle: nothing serves there that a release would replace. If either has no Joined, it does, too.
 func applies(r *deployments.Record, joined uint64, idle bool) bool {
 	return r.Joined == 0 || joined <= r.Joined || idle
 }
@@ -134,7 +133,7 @@ func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() &
 // destUnknown reports whether something may serve on a node because its agent has yet to examine dest.
 func destUnknown(u *deployments.UnitReport) bool { return servesNothing(u) && u.Want.IsZero() }
 
-// pinned reports whether a pin, not the record, decides for a node.
+// pinned reports whether a pin, not the record, decides for a node, or the node only observes.
 func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
 
 // summarize counts the live, in-flight, late and failed nodes of a rollout.
@@ -188,7 +187,7 @@ func summarize(in *inputs, st state) summary {
 				waits := x             // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
-		// otherwise the node may not run it
+		// the node refuses the target, which failed there or isn't allowed
 		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()):
 			x.outsideBudget = true
 			if x.admitted {
@@ -245,9 +244,9 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// countGone counts a node that is gone. A node that was told to change, and left in the middle of a switch, is in
-// flight until it is back or its deadline has passed. If a converged canary is gone, another one is admitted only after
-// the same deadline.
+// countGone counts a node that is gone. A node that left on its way to the target, or in the middle of a switch, is in
+// flight until its deadline. A node on its way counts as failed then, or at once if the target failed on it. If a
+// converged canary is gone, another one is admitted only after the same deadline.
 func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
@@ -337,7 +336,7 @@ func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
 	return deployments.ReasonUnaware, deployments.Facts{"node": v.stuck.Name}
 }
 
-// partOf reports whether a release is the record's target, or one that the target superseded, and is not stable.
+// partOf reports whether a release is the target of a record's rollout, or one that it superseded, and is not stable.
 func partOf(r *deployments.Record, d deployments.Digest) bool {
 	if d.IsZero() || d == r.Stable.Digest || r.Rollout == nil {
 		return false

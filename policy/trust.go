@@ -20,7 +20,7 @@ const (
 	commitNamespace   = "git" // git's own
 )
 
-// ErrUntrusted means that a signature is missing, invalid, or not by an allowed signer.
+// ErrUntrusted means that a signature is missing, invalid, too weak, or not by an allowed signer.
 var ErrUntrusted = errors.New("not signed by an allowed signer")
 
 // Signers are the keys of an allowed_signers file: only their signatures count.
@@ -128,13 +128,13 @@ func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (prin
 	return s.verify(manifest, signature, ManifestNamespace, now)
 }
 
-// VerifySnapshot checks a mirror's signature of a snapshot of the desired state.
+// VerifySnapshot checks a mirror's signature of a snapshot of the desired state, as VerifyManifest does a manifest's.
 func (s Signers) VerifySnapshot(snapshot, signature []byte, now time.Time) (principal string, err error) {
 	return s.verify(snapshot, signature, SnapshotNamespace, now)
 }
 
-// VerifyCommit checks the signature that git made over a commit's payload, which is the commit without its gpgsig
-// header.
+// VerifyCommit checks the SSH signature that git made over a commit's payload, which is the commit without its gpgsig
+// header. The result is as VerifyManifest's.
 func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (principal string, err error) {
 	switch {
 	case len(bytes.TrimSpace(signature)) == 0:
