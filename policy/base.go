@@ -115,8 +115,8 @@ func IsLost(nodes []Node, known int64) bool {
 
 // Rebuild returns a record made from the nodes' reports, for a unit whose record the store has lost. Stable is the most
 // common release that nodes run, apart from Git's release and those that a node has in quarantine. If there is none,
-// Stable is zero if a node can go back to what served before the first release. Otherwise Target and Stable are Git's
-// release.
+// Stable is zero as long as a node can go back to what served before the first release. Otherwise Target and Stable are
+// Git's release.
 //
 // Unless Stable is Git's release, Git's release is rolled back if a node has it in quarantine. If none has, Target is
 // Stable, and Next begins the rollout to Git's release. Generation is the highest of known and what nodes report.
@@ -167,8 +167,8 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 
 // FromHistory returns the record of the generation that h describes, for a unit whose record the store has lost. The
 // history doesn't tell how far that generation's rollout had come. A rollback begins anew, with all nodes. Any other
-// rollout goes on after its canaries, within max_unavailable, and Next ends it if every node is converged. There is no
-// rollout if the release was stable already, or if it was the first, and did not fail, of a unit without rollouts.
+// rollout goes on after its canaries, within max_unavailable, and Next ends it if every node is converged. There is
+// none if the release was stable already, or the first, not failed, of a unit without rollouts.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}

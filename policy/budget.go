@@ -200,7 +200,6 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 	return list
 }
 
-// lastJoined returns the largest Joined of all known nodes.
 func lastJoined(nodes []Node) (last uint64) {
 	for i := range nodes {
 		last = max(last, nodes[i].Joined)
@@ -210,8 +209,8 @@ func lastJoined(nodes []Node) (last uint64) {
 
 // nextJoined returns Record.Joined for a new record, which applies to all known nodes but those that have to wait for
 // room in the budget. A node waits if it joined after the last record or has no Joined, and may serve something that
-// the record doesn't name. It would leave that for stable as soon as the record applied to it. While nodes are missing
-// from the list, Joined stays. No node waits if it was 0.
+// the record doesn't name. It would leave that for stable as soon as the record applied to it. Joined stays while nodes
+// are missing from the list. No node waits if it was 0.
 func nextJoined(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {

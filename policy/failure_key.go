@@ -18,8 +18,8 @@ func FailureKey(r deployments.Record) string {
 // SameRequest reports whether asks, the key of a record, belongs to the same request as failed, or to an earlier one.
 // failed is the key under which a release failed. Each commit and each pin is a request, and a later one has a higher
 // generation or retry. A record of an earlier request comes back with a restored snapshot, and asks for nothing anew. A
-// key whose generation was lost with the store's data counts as each generation that it may have had. A text that is no
-// key is the same only as itself.
+// key whose generation was lost with the store's data counts as each generation that it may have had. Other text fits
+// only itself.
 func SameRequest(failed, asks string) bool {
 	if failed == asks {
 		return true

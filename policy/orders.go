@@ -7,7 +7,7 @@ import (
 )
 
 // Refusal returns why an order would change nothing about a record; empty: it would change something. Next refuses a
-// promote, too, when another target has taken the record's place.
+// promote, too, if Git or a pin names another target by then.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
 	return c.reason, c.facts
@@ -101,8 +101,7 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 }
 
 // retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target failed are admitted once
-// more, in their turn. If no rollout is under way, one begins only if there are unconverged nodes. Otherwise only Retry
-// rises, and nodes on which the target failed try it again at once.
+// more, in their turn. If no rollout is under way, one begins only if there are unconverged nodes; others try at once.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

@@ -8,9 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// checkFleet summarizes the fleet while a rollout goes forward. If nodes that had been healthy no longer are, their
-// deadline counts from now, and the bake starts over. The same goes for a node that the rollout waited for, once it
-// begins to change.
+// checkFleet summarizes the fleet while a rollout goes forward. If nodes are healthy no longer, or the node that it
+// waited for begins to change, deadlines count from now, and the bake starts over.
 func checkFleet(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if awaitedBegan(st, v) {

@@ -112,9 +112,8 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 }
 
 // Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's unless it is Paced,
-// else the record's. Of the record's releases, that is the target if the node is admitted. Otherwise it is stable, or
-// until the node's turn what it runs (FromRunning). Resolve has no side effects, and the same inputs give the same
-// Decision.
+// else the record's. That is the target if the node is admitted, and otherwise stable or, until its turn, what the node
+// runs (FromRunning). Resolve has no side effects, and the same inputs give the same Decision.
 //
 // The value that decides changes nothing if it doesn't parse (ActKeep with Invalid), even if one of lower precedence is
 // valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
@@ -232,7 +231,7 @@ func (d *Decision) decidedBy() string {
 }
 
 // record evaluates the record. If decided is set, a pin has decided already, and the record is only added to the trace,
-// its error to Invalid.
+// and its error to Invalid.
 func (d *Decision) record(f ResolveInputs, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	add := d.decide
@@ -301,8 +300,7 @@ func progressFacts(p *deployments.Progress) deployments.Facts {
 	return facts
 }
 
-// checkBounds takes a release that the bounds forbid out of the decision. Unless that is Target, it adds quarantines to
-// the trace.
+// checkBounds takes a release that the bounds forbid out of the decision. It adds quarantines unless Target is gone.
 func (d *Decision) checkBounds(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {

@@ -66,9 +66,8 @@ type Node struct {
 // inputs are what a step reads. Steps never change them.
 type inputs struct{ Situation }
 
-// Rank returns a node's place in the order in which a target's rollout admits nodes. It is a hash of the node's
-// name and the target's digest, so that each target has other canaries. It is never 0, so that a cutoff of 0
-// admits none.
+// Rank returns a node's place in the order in which a target's rollout admits nodes. It is a hash of the node's name
+// and the target's digest, so that each target has other canaries. It is never 0, so that a cutoff of 0 admits none.
 func Rank(node string, target deployments.Digest) uint64 {
 	var room [len(target) + 64]byte // enough for most names
 	sum := sha256.Sum256(append(append(room[:0], target[:]...), node...))
@@ -148,7 +147,6 @@ type state struct {
 	again time.Time
 }
 
-// cause is a reason with its facts.
 type cause struct {
 	reason deployments.Reason
 	facts  deployments.Facts
@@ -177,7 +175,6 @@ func stateOf(s Situation) state {
 	return st
 }
 
-// record returns the record of a state.
 func (st state) record() deployments.Record {
 	r := st.r
 	if st.on {
@@ -188,7 +185,6 @@ func (st state) record() deployments.Record {
 	return r
 }
 
-// because returns the state with a reason.
 func (st state) because(reason deployments.Reason, facts deployments.Facts) state {
 	st.why = cause{reason, facts}
 	return st
@@ -219,7 +215,6 @@ func (st state) end() state {
 	return st
 }
 
-// enter begins a phase.
 func (st state) enter(in *inputs, phase deployments.Phase) state {
 	st.p.Phase, st.p.Since = phase, in.Now
 	return st

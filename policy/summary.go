@@ -71,8 +71,9 @@ func (in *inputs) deadline() time.Duration {
 }
 
 // due returns the deadline of a node in flight. For a gone node it counts from the node's departure, if that is known.
-// For others it counts from the latest of the rollout's last step, the end of the store's last outage, and the start of
-// the node's agent. During an outage no node can report, and one that restarts late in a bake would be overdue at once.
+// For others it counts from the rollout's last step, the store's last outage or the start of the node's agent,
+// whichever is latest. No node can report during an outage, and one that restarts late in a bake would be overdue at
+// once.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
@@ -362,8 +363,7 @@ func busy(u *deployments.UnitReport) bool {
 	return false
 }
 
-// brokenByStable reports whether a node is out of service because of the release that the record would have it
-// keep.
+// brokenByStable reports whether a node is out of service because of the release that the record would have it keep.
 func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateSwitching, deployments.StateUnhealthy, deployments.StateQuarantined:
