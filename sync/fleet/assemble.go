@@ -16,8 +16,8 @@ import (
 	"kedge/sync/fleet/reports"
 )
 
-// Assemble computes a Fleet as of now from a store's entries; it has no side effects. A key that it can't parse becomes
-// one of the Errors. Units that only pins or reports name are included, up to a bound.
+// Assemble computes a Fleet as of now from a store's entries; it has no side effects. A key or a value that it can't
+// parse becomes one of the Errors. Units that only pins or reports name are included, up to a bound.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
 
 // assembler computes one Fleet after the other from successive views of a store. It parses only those reports and pins
@@ -102,7 +102,6 @@ type assembly struct {
 	parsePin func(kv.Entry) (deployments.Pin, error)
 }
 
-// keyed is an entry with its parsed key.
 type keyed struct {
 	kv.Entry
 	key kv.Key
@@ -132,7 +131,7 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 // name. Such units were removed from Git, or invented: a token can write any number of them.
 const maxReportOnly = 20
 
-// noteReported adds a unit to reportOnly, with the node whose report names it, unless the unit is known already.
+// noteReported adds a unit to reportOnly, with a node whose report names it, unless the unit is known already.
 func (a *assembly) noteReported(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.reportOnly == nil {
@@ -315,8 +314,8 @@ func (a *assembly) assign() {
 	}
 }
 
-// hide removes from each role the nodes that would make its units list more than maxListed nodes together. Nodes that
-// report on units stay rather than those that report on none, and live nodes rather than dead ones.
+// hide removes from each role the nodes that would make its units list more than maxListed nodes together, and counts
+// the live ones. It keeps nodes that report on units rather than others and, among either, live rather than dead ones.
 func (a *assembly) hide(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {
@@ -349,7 +348,8 @@ func (a *assembly) hide(maxListed int) {
 	}
 }
 
-// nodes adds a unit's nodes, and counts them. Live nodes of its role that aren't listed count as not converged.
+// nodes adds a unit's nodes, and counts them. If the unit has a record that isn't orphaned, the live nodes of its role
+// that aren't listed count as not converged.
 func (a *assembly) nodes(u *Unit) {
 	for _, r := range a.reporters[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
@@ -442,7 +442,6 @@ func value[T any](f *Fleet, key string, v *T) policy.Value[T] {
 	return policy.Value[T]{Present: true, Value: *v}
 }
 
-// join joins two texts, either of which may be empty.
 func join(a, b string) string {
 	if a == "" || b == "" {
 		return a + b

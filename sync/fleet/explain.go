@@ -95,7 +95,7 @@ func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	return &f.Units[i], nil
 }
 
-// find returns the unit id, and its node of the given name.
+// find returns the unit id, and its node of the given name. If either is missing, the error names similar ones.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	u, err := f.Unit(id)
 	if err != nil {
@@ -185,7 +185,7 @@ func gitStep(f *Fleet) Step {
 }
 
 // turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted by rank, and go
-// back in reverse order. It is empty if the node has no place: it is gone, pinned, or was sent back already.
+// back in reverse order. It is empty if the node has no place: it is gone, pinned, or was sent back, as all may be.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -335,7 +335,7 @@ type Explanation struct {
 	Report    deployments.UnitReport `json:"report"`
 }
 
-// ExplanationOf returns the Explanation for a decision of Explain or Local.
+// ExplanationOf returns the Explanation for a decision of Explain or Local. It is an error if f lacks the unit's node.
 func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d Decision) (Explanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {

@@ -19,9 +19,9 @@ type Release struct {
 	Pointer deployments.Pointer
 }
 
-// Releases returns the releases of a unit that the store knows, without duplicates. They are, in this order: Git's and
-// the record's, the pin's, the history's (newest first), and those that nodes run. It skips a history that may not be
-// read. An unknown unit is an error.
+// Releases returns the releases of a unit that the store knows, without duplicates. They are, in this order: Git's, the
+// record's target, the unit pin's, the history's (newest first), and those that nodes run or ran last. It skips a
+// history that may not be read. An unknown unit is an error.
 func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Release, error) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
@@ -111,8 +111,8 @@ type NodeUnit struct {
 	Node
 }
 
-// UnitsOf returns the units of a node, in the fleet's order. It is an error if no report and no unit names the
-// node.
+// UnitsOf returns the units of a node, in the fleet's order; none for an unassigned node. It is an error if no report
+// and no unit names the node.
 func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 	of := NodeUnits{Node: node, Units: []NodeUnit{}}
 	for i := range f.Units {

@@ -1,4 +1,4 @@
-// Package fleet reads a whole store for people (status, explain, history, wait), and writes what operators order.
+// Package fleet reads a whole store for people (status, explain, history, wait), and writes operators' pins and orders.
 package fleet
 
 import (
@@ -30,12 +30,12 @@ type Fleet struct {
 	Agents map[string]int `json:"agents,omitempty"`
 	// Unassigned are live nodes of a stage and role that has no unit.
 	Unassigned []Unassigned `json:"unassigned"`
-	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
+	// Errors says, by key, what is wrong with a value and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 	// incomplete are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer
 	// came in time.
 	incomplete []string
-	// late is the one prefix in unread for which no answer came in time; empty: none.
+	// late is the one prefix in incomplete for which no answer came in time; empty: none.
 	late string
 }
 
@@ -45,9 +45,9 @@ var (
 	ErrLate       = errors.New("no answer came in time for the keys")
 )
 
-// CheckComplete returns an error if f was read in part, as f may then be incomplete or out of date; nil: it was read
-// whole. The error wraps ErrIncomplete and names the prefixes of which more is stored than is read. It wraps ErrLate
-// and names the prefix for which no answer came in time. f.Errors says more about each prefix.
+// CheckComplete returns an error if f may be incomplete, as more is stored than is read (ErrIncomplete), or as no
+// answer came in time (ErrLate). It wraps either or both, and names the prefixes; f.Errors says more about each. What
+// the token may not read, and a store that is away, are no errors here.
 func (f *Fleet) CheckComplete() error {
 	more := slices.DeleteFunc(slices.Clone(f.incomplete), func(prefix string) bool { return prefix == f.late })
 	unread := fmt.Errorf("%w below %s", ErrIncomplete, strings.Join(more, ", "))
@@ -99,14 +99,14 @@ type Unassigned struct {
 // mirrorStopped reports whether a mirror has run, and none runs now.
 func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunning }
 
-// Pinned reports whether a pin is in force for the unit. Nodes may have pins of their own.
+// Pinned reports whether the unit has a pin that hasn't expired. Nodes may have pins of their own.
 func (u *Unit) Pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
 // orphaned reports whether the unit was removed from Git, though its record stays.
 func (u *Unit) orphaned() bool { return u.Record != nil && policy.IsOrphaned(*u.Record) }
 
-// GitTarget returns the release that Git names. While a pin is rolled out, the record's target is the pin's
-// release.
+// GitTarget returns the release that Git names, as the record has it; zero: there is no record. While a pin is rolled
+// out, the record's target is the pin's release.
 func (u *Unit) GitTarget() deployments.Pointer {
 	switch {
 	case u.Record == nil:
@@ -149,7 +149,7 @@ func (f Filter) prefix(kind string) string {
 	return kv.RolePrefix(kind, f.Stage, f.Role)
 }
 
-// narrow removes from a fleet what the filter doesn't select.
+// narrow removes the units, unassigned nodes and errors that the filter doesn't select from a fleet, and returns it.
 func (f Filter) narrow(all *Fleet) *Fleet {
 	all.Units = slices.DeleteFunc(all.Units, func(u Unit) bool { return !f.takes(u.ID) })
 	all.Unassigned = slices.DeleteFunc(all.Unassigned, func(n Unassigned) bool {
@@ -179,9 +179,9 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // If a part of the store can't be read, as the token may not or no mirror has run yet, Errors says so. It is an error
 // if that holds for every part, unless the store is known to be empty.
 //
-// If a part holds more than is read at once, Read reads those roles that have a record one by one. A part for which no
-// answer comes in time is left out if the store answers another request then. CheckComplete names such parts. A second
-// late part is an error, as is any other failure.
+// If all pins, or all reports, are too many for one read, Read reads them by role, if the role has a record. Any other
+// part that holds too much is left out. So is one for which no answer comes in time, if the store then answers another
+// request. CheckComplete names such parts. A second late part is an error, as is any other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	failed := map[string]error{}
@@ -227,7 +227,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	return filter.narrow(withErrors(Assemble(entries, time.Now()), failed)), nil
 }
 
-// answers reports whether the store answers a small question now.
+// answers reports whether the store answers a small request now.
 func answers(ctx context.Context, store kv.Store) bool {
 	_, err := store.Get(ctx, kv.MirrorKey)
 	return err == nil || errors.Is(err, kv.ErrNotFound) || errors.Is(err, kv.ErrDenied)
@@ -328,9 +328,10 @@ const (
 	longestPause = 5 * time.Second
 )
 
-// Watch calls f with the fleet now and after changes, at most ten times a second, until ctx ends, and returns
-// ctx's error. If the fleet is so large that this would take more than a twentieth of a core, it calls f less
-// often. While the store is away, the fleet stays as it was last known, and Errors says why.
+// Watch calls f with the fleet now, after changes, when pins expire, and at least hourly, until ctx ends. It returns
+// ctx's error, or that of a store that can't be watched. There are at most ten calls a second, and less if a large
+// fleet would take more than a twentieth of a core: see longestPause. While the store is away, the fleet stays as it
+// was last known, and Errors says why.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}

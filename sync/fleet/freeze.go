@@ -14,7 +14,7 @@ import (
 // FreezeAhead is how far ahead freeze windows are announced.
 const FreezeAhead = 7 * 24 * time.Hour
 
-// Freezes returns the freeze windows that the mirror has written to its state, and how many more there are.
+// Freezes returns the freeze windows in the mirror's state, and how many more there are that it can't return.
 func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 	if f.Mirror == nil {
 		return nil, 0
@@ -51,7 +51,8 @@ const statusAhead = 24 * time.Hour
 // maxFreezeNotes bounds the lines about freezes above the table of all units.
 const maxFreezeNotes = 3
 
-// freezeNotes returns notes on the windows that deny rollouts now or soon, and on allow windows that are closed.
+// freezeNotes returns notes on deny windows that are open or soon will be (statusAhead), and on closed allow windows
+// that open within FreezeAhead.
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
 		at   time.Time
@@ -95,7 +96,6 @@ func (f *Fleet) freezeNotes() (all []Note) {
 	return all
 }
 
-// timeAhead formats a future time, with the time until then.
 func timeAhead(t, now time.Time) string {
 	return t.UTC().Format("Mon 2006-01-02 15:04 UTC") + " (in " + brief(t.Sub(now)) + ")"
 }

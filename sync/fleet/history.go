@@ -14,8 +14,7 @@ import (
 	"kedge/kv"
 )
 
-// histories caches histories, by unit. Only pinned units' histories are read, to count how many releases Git is
-// ahead.
+// histories caches histories, by unit. Only pinned units' histories are read, to count how many releases Git is ahead.
 type histories map[deployments.UnitID]versioned
 
 type versioned struct {
@@ -26,8 +25,8 @@ type versioned struct {
 // historyWithin bounds how long reading a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of returns the histories of the units that are pinned in entries. If one can't be read now, it returns the last
-// known one, if any: histories are only shown, and decide nothing.
+// of returns the histories of the units that have a record and a pin, or a pin of a node, in entries. If one can't be
+// read now, it returns the last known one, if any: histories are only shown, and decide nothing.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)
 	defer cancel()
@@ -67,7 +66,7 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 
 // gitAhead returns, for each release that a pin of u names or holds, how many times Git has changed the release since
 // it last named that one. A release that neither the record nor history names has no entry. history is that of u, in
-// any order.
+// any order. Without a record the result is nil.
 func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil
@@ -99,7 +98,8 @@ func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployme
 	return target
 }
 
-// heldReleases returns the releases that u's pins name, and those that nodes with a hold pin run.
+// heldReleases returns the releases that u's pins name, and those that live nodes under a hold pin run. Expired pins
+// don't count.
 func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	var all []deployments.Pointer
 	add := func(pin deployments.Pin, holds func(Node) bool) {
@@ -125,7 +125,7 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running returns the releases of those live nodes that the function which selects.
+// running returns the releases that live nodes run, of those nodes for which the function which returns true.
 func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {

@@ -14,7 +14,7 @@ import (
 // HistoryColumns are the headings of HistoryRow's cells.
 var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
 
-// HistoryRow formats one generation of a unit as a line.
+// HistoryRow returns one generation's cells, under HistoryColumns.
 func HistoryRow(h deployments.History) []Text {
 	at := "-"
 	if !h.At.IsZero() {
@@ -35,8 +35,8 @@ func HistoryRow(h deployments.History) []Text {
 	}
 }
 
-// PinOf returns the pin of all nodes that led to generation h. ok is false if a commit led to it, or if h doesn't list
-// the pin.
+// PinOf returns the unit pin, listed in h, whose release generation h rolls out. ok is false if h rolls out Git's
+// release, or if h doesn't list the pin.
 func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
 	if h.Pinned == nil {
 		return pin, false
@@ -104,7 +104,6 @@ func pinLine(p deployments.PastPin) Text {
 	return Text{says, tone}
 }
 
-// orderLine formats a past order: what it was, by whom and why.
 func orderLine(o deployments.PastOrder) Text {
 	says := pastTime(o.At) + ": order " + message.OneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
 	if o.Refused != "" {

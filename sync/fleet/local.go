@@ -14,7 +14,7 @@ import (
 
 // Local is Explain without the store: it takes the decision from s, the status of a node's own agent, as of the time
 // at. It also returns the unit's ID, and a Fleet of this unit on this node. The steps named store say how current the
-// agent's view was. unit is UNIT, or ROLE/UNIT if several roles have a unit of that name.
+// agent's view was. unit is ROLE/UNIT, or UNIT if only one role has a unit of that name. Any other name is an error.
 func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {
@@ -71,7 +71,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	return f, id, d, nil
 }
 
-// sourceStep returns how reliable a node's view of a prefix of the store is.
+// sourceStep returns a step that says how current a node's view of a prefix of the store is.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	step := Step{What: "store", Says: message.Clean(s.Prefix) + " by " + message.Clean(s.From) + ", up to date"}
 	if s.Error == "" {

@@ -38,8 +38,8 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	return nil
 }
 
-// CheckRecord returns an error if a unit has no record, probably because of a typo: a pin then has no effect. The
-// error names a unit with a similar name. If the record can't be read, it returns nil.
+// CheckRecord returns an error if a unit has no record, probably because of a typo: a pin then has no effect. The error
+// names a similar unit, if any. If the record can't be read, it returns nil. A name that no unit can have is an error.
 func CheckRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	if err := id.Check(); err != nil {
 		return err
@@ -51,7 +51,6 @@ func CheckRecord(ctx context.Context, store kv.Store, id deployments.UnitID) err
 	return noRecord(ctx, store, id)
 }
 
-// noRecord returns the error for a unit without a record.
 func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	f, err := Read(ctx, store, Filter{})
 	if err != nil {
@@ -114,7 +113,6 @@ func pinKey(id deployments.UnitID, node string) (string, error) {
 	return kv.NodePinKey(id, node), nil
 }
 
-// encodePin encodes a pin as ParsePin reads it.
 func encodePin(pin deployments.Pin) ([]byte, error) {
 	release := "hold"
 	if !pin.Hold {
@@ -220,7 +218,7 @@ func Rollback(
 	return pin, Pin(ctx, store, id, "", pin)
 }
 
-// lastGood returns the release that Rollback pins u to. It has no side effects.
+// lastGood returns the release that Rollback pins u to. It is an error if there is none. It has no side effects.
 func lastGood(u *Unit, history []deployments.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
@@ -247,8 +245,8 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
-	// Only older releases count, so that repeated rollbacks go further back: a release that came back later lies
-	// behind its first place.
+	// Only older releases count, so that repeated rollbacks go further back. A newer release that was told before, too,
+	// is no older one.
 	i := max(0, slices.Index(told, from))
 	seen := map[deployments.Pointer]bool{{}: true, from: true}
 	for _, p := range told[:i] {
@@ -266,7 +264,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	)
 }
 
-// NoUnit returns the error that the store knows no such unit. It names a unit with a similar name.
+// NoUnit returns the error that the store knows no such unit. It names a similar unit, or those that there are.
 func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	f, err := Read(ctx, store, Filter{})
 	if err != nil {
@@ -316,7 +314,7 @@ func firstFew(names []string) string {
 }
 
 // Missing returns an error if f has no units because the store doesn't know what filter names; f was read with this
-// filter. It is nil if something matches, or if that is unknown.
+// filter. It is nil if something matches, if that is unknown, or if filter is empty.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) || len(f.incomplete) > 0 {
 		return nil

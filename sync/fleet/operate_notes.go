@@ -14,7 +14,7 @@ import (
 )
 
 // PinNotes returns what an operator should know before pinning or unpinning a unit or, if node isn't empty, that node.
-// pin is the new pin, nil to unpin. The result is nil if the fleet can't be read.
+// pin is the new pin, nil to unpin. The result is nil, too, if the fleet can't be read.
 func PinNotes(
 	ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin *deployments.Pin,
 ) (notes []string) {
@@ -70,7 +70,7 @@ func PinNotes(
 	return notes
 }
 
-// AfterUnpinNote returns what a unit, or one of its nodes, will run once its pin is removed; empty: unknown.
+// AfterUnpinNote returns what a unit, or one of its nodes, will run now that its pin is removed; empty: unknown.
 func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || len(f.incomplete) > 0 {
@@ -108,8 +108,8 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	return says
 }
 
-// RunsAlreadyNote says that every live node of a unit runs a release already; empty: not every node does, or that is
-// unknown.
+// RunsAlreadyNote says that every live node of a unit that is listed runs a release already; empty: not every node
+// does, or that is unknown.
 func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
@@ -130,7 +130,7 @@ func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID,
 }
 
 // rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
-// was. A pin may be in force by now.
+// was. It may have been rolled back before the pin that is in force now.
 func rolledBackFrom(r *deployments.Record) (failed, stable deployments.Pointer) {
 	switch {
 	case r == nil:

@@ -15,9 +15,9 @@ import (
 )
 
 // SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns the record from
-// before. It doesn't write an order that would change nothing; the error says why. It replaces an order that the
-// mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb if nobody says who or
-// why, else JSON.
+// before. It doesn't write an order that would change nothing, or one for a unit without a record: the error says why.
+// It replaces an order that the mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb
+// if nobody says who or why, else JSON.
 func SendOrder(
 	ctx context.Context,
 	store kv.Store,
@@ -50,7 +50,6 @@ func SendOrder(
 	return was, nil
 }
 
-// encodeOrder encodes an order as ParseOrder reads it.
 func encodeOrder(order deployments.Order) (value []byte, err error) {
 	value = []byte(order.Verb)
 	if order.By != "" || order.Reason != "" {
@@ -62,15 +61,15 @@ func encodeOrder(order deployments.Order) (value []byte, err error) {
 	return value, err
 }
 
-// ErrNotTaken means that no mirror took an order in time. The order stays in the store.
+// ErrNotTaken means that no mirror was seen to take an order in time. An untaken order stays in the store.
 var ErrNotTaken = errors.New("no mirror has taken the order")
 
-// orderPoll is how often Outcome checks whether an order was taken.
+// orderPoll is the time between two checks of AwaitOutcome.
 const orderPoll = 50 * time.Millisecond
 
 // AwaitOutcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
-// SendOrder. The error wraps ErrNotTaken if that takes longer than within, or if ctx ends first. It is an error, too,
-// if the order changed nothing.
+// SendOrder. The error wraps ErrNotTaken if that takes longer than within, even because the store can't be read, or if
+// ctx ends first. It is an error, too, if another order took its place, or if the record is still that from before.
 func AwaitOutcome(
 	ctx context.Context,
 	store kv.Store,
@@ -104,7 +103,7 @@ func AwaitOutcome(
 }
 
 // outcomeOf returns the unit's state in words after an order was taken. was is its record from before. It is an error
-// if the order changed nothing.
+// if the record hasn't changed since, or can't be read. A change needn't be the order's.
 func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {

@@ -16,7 +16,7 @@ type TableOptions struct {
 	// Width is the terminal's width in columns; 0: no terminal, so no line is cut or wrapped.
 	Width int
 	Color bool
-	// Nodes shows every node; otherwise only those that are not converged, or have a note.
+	// Nodes shows every node; otherwise only maxNodes live ones of a unit that are not converged, or have a note.
 	Nodes bool
 	// Fine is how many units were left out of the fleet because they need no attention.
 	Fine int
@@ -161,7 +161,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 // maxNodes is how many nodes of a unit are shown, unless all are asked for.
 const maxNodes = 20
 
-// WriteHistory writes a unit's generations, one per line.
+// WriteHistory writes a unit's generations, one per line, each followed by its notes.
 func WriteHistory(w io.Writer, history []deployments.History, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(history) == 0 {

@@ -10,8 +10,8 @@ import (
 	"kedge/deployments"
 )
 
-// Versions returns a function that names the unit's releases as shortly as possible: by version, with the
-// beginning of the digest if another release of the unit has the same version.
+// Versions returns a function that names releases by version, with the beginning of the digest if another one has the
+// same version. It knows those of the record, the unit's pin and the nodes, and those that it has named before.
 func (u *Unit) Versions() func(deployments.Pointer) string {
 	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
@@ -52,7 +52,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 	}
 }
 
-// reportedVersions returns the version of each running release, as reported by the first node that runs it.
+// reportedVersions returns the version of each running release, as reported by the first node that has one, shortened.
 func (u *Unit) reportedVersions() map[deployments.Digest]string {
 	versions := map[deployments.Digest]string{}
 	for i := range u.Nodes {
@@ -70,7 +70,7 @@ const maxVersion = 24
 // maxReleases is how many running releases a row names.
 const maxReleases = 3
 
-// runs returns the releases that live nodes run, with the number of nodes, most common first.
+// runs returns the maxReleases most common of the releases that live nodes run, with the number of nodes.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	counts := map[string]int{}
 	wanted := true

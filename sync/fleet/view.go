@@ -36,7 +36,7 @@ func unavailable(f *Fleet) (parts []string, why string) {
 }
 
 // lastKnown returns the prefixes below which f may be out of date or incomplete, and a text that says so. Both are
-// empty if there are none.
+// empty if there are none. Prefixes that the token may not read aren't among them.
 func lastKnown(f *Fleet) (parts []string, text string) {
 	parts, why := unavailable(f)
 	var texts []string
@@ -50,8 +50,8 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	return append(parts, f.incomplete...), strings.Join(texts, "; ")
 }
 
-// IncompleteText returns a text that says which parts of f may be out of date or incomplete because they can't be read
-// now, and why. It is empty if there are none.
+// IncompleteText returns a text that says which parts of f may be out of date or incomplete, and why. It is empty if
+// there are none but those that the token may not read.
 func (f *Fleet) IncompleteText() string {
 	_, text := lastKnown(f)
 	return text
@@ -60,8 +60,7 @@ func (f *Fleet) IncompleteText() string {
 // maxFaults bounds the different errors listed for one kind of key, and the keys listed for one error.
 const maxFaults = 20
 
-// Faults returns notes on the errors of f that belong to no unit, and on the live nodes for whose role there is no
-// unit.
+// Faults returns notes on the errors of f that no unit shows, and on the live nodes for whose role there is no unit.
 func (f *Fleet) Faults() (all []Note) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -181,8 +180,7 @@ func (f *Fleet) agentVersions() string {
 // Columns are the headings of Row's cells.
 var Columns = []string{"UNIT", "TARGET", "RUNS", "PIN", "CONVERGED", "ROLLOUT"}
 
-// runsColumn is the index in Row of the releases that nodes run, convergedColumn that of the count of converged
-// nodes.
+// runsColumn is the index in Row of the releases that nodes run, convergedColumn that of the count of converged nodes.
 const runsColumn, convergedColumn = 2, 4
 
 // Row returns one unit's cells, under Columns.
@@ -335,7 +333,8 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, problem
 }
 
-// Next returns what an operator can do about a unit whose rollout has stopped, or whose nodes fail; empty: nothing.
+// Next returns what an operator can do about a unit whose rollout waits or has stopped, or whose nodes fail; empty:
+// nothing. For a pinned unit that is so unless its rollout is paused or rolled back.
 func (u *Unit) Next(now time.Time) string {
 	switch p := rollout(u, now); {
 	case u.Record == nil:
@@ -371,7 +370,7 @@ func (n *Node) Shown() Text {
 	case n.Converged:
 		return Text{string(r.State), Good}
 	case r.State == deployments.StateConverged && r.Running.Digest == n.Want.Digest:
-		return Text{"converged", Warn} // a value that has no effect doesn't parse
+		return Text{"converged", Warn} // but a value is invalid, or the record is older than the one that it follows
 	case r.State == deployments.StateConverged:
 		return Text{"outdated", Warn} // it has yet to learn what it should run
 	case r.State == deployments.StateFetching && r.Total > 0:

@@ -25,7 +25,7 @@ type WaitOptions struct {
 	// Commit is the hash of a commit, or its first seven or more digits. Wait then also waits until the mirror has taken
 	// this commit or a later one. Empty: it waits for no commit.
 	Commit string
-	// Push makes Wait ignore the units that Commit didn't change, even if they aren't converged.
+	// Push makes Wait ignore the units that Commit is known not to have changed, even if they aren't converged.
 	Push bool
 	// Patience is how long the store may stay unreachable before Wait gives up; 0: for ever.
 	Patience time.Duration
@@ -37,7 +37,7 @@ type WaitOptions struct {
 //
 // An error that wraps ErrRefused means that waiting longer can't help. One that wraps kv.ErrUnavailable means that the
 // store was unreachable for longer than opt.Patience. If ctx ends, the error says what was still missing, and wraps
-// ctx.Err().
+// ctx.Err(). It is an error, too, if Commit is no hash, or if Git, at Commit, has no such unit.
 func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
 	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push,
 		sinceBeforeOrder: map[waitKey]time.Time{}}
@@ -131,7 +131,7 @@ func (o *outage) end() {
 	}
 }
 
-// CheckCommit returns an error unless a text can be a commit's hash, or the beginning of one.
+// CheckCommit returns an error unless a text can be a commit's hash, or the first seven or more digits of one.
 func CheckCommit(commit string) error {
 	if len(commit) < 7 || strings.Trim(strings.ToLower(commit), "0123456789abcdef") != "" {
 		return fmt.Errorf("commit %q: want its hash, at least seven digits of it: in a clone, $(git rev-parse %s)",
@@ -162,7 +162,6 @@ type waiter struct {
 	sinceBeforeOrder map[waitKey]time.Time
 }
 
-// waitKey identifies a unit on a node.
 type waitKey struct {
 	unit deployments.UnitID
 	node string
@@ -171,8 +170,9 @@ type waitKey struct {
 // retryInterval is the time between two tries of a read that failed.
 const retryInterval = 500 * time.Millisecond
 
-// confirm reads the fleet anew, and returns the result of check. It repeats a read that failed after retryInterval, as
-// perhaps no change of the store will cause another check. If ctx ends, missing is the last read's error.
+// confirm reads the fleet anew, and returns the result of check or, in missing, why a part can't be read. It repeats a
+// failed read after retryInterval, as perhaps no change of the store causes another check. If ctx ends, missing is the
+// last read's error.
 func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
 	for {
 		f, err := Read(ctx, store, filter)
@@ -333,9 +333,9 @@ func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
-// checkHopeless returns an ErrRefused if a node has refused what u should run, or if the rollout was rolled back.
-// Waiting longer doesn't help then. While u has a pending order, it notes the nodes' states in w.before instead, and
-// returns nil.
+// checkHopeless returns an ErrRefused if a node has refused what u should run, or if the rollout was rolled back and no
+// pin is pending. Waiting longer doesn't help then. While u has a pending order, checkHopeless fills sinceBeforeOrder
+// instead, and returns nil.
 func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
@@ -366,8 +366,8 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	return nil
 }
 
-// rollout returns the rollout of u that Wait waits for; nil: none. It is nil for an orphaned unit, whose rollout is
-// stopped for good, and while a pin is in force that nodes follow by themselves.
+// rollout returns the rollout of u that Wait waits for; nil: none. It is nil for an orphaned unit, whose rollout waits
+// for its file, and while nodes follow a pin by themselves.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
 	if u.Record == nil || u.Pinned(now) && !policy.Paced(*u.Record, *u.Pin) || u.orphaned() {
 		return nil

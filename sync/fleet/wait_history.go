@@ -11,10 +11,10 @@ import (
 	"kedge/kv"
 )
 
-// wasTaken reports in taken whether an entry of the history names w.commit; entries of removed units count, too. read
-// is false if ctx ended before that was known. The history of a large fleet is more than is read at once. It is then
-// read by role, and by unit if a role has too much, for those units that have records. wasTaken retries until all was
-// read, and calls unread with the error of a read that brings too much.
+// wasTaken reports in taken whether an entry of the history names w.commit. read is false if ctx ended before that was
+// known. The history of a large fleet is more than is read at once. It is then read by role, and by unit if a role has
+// too much, for units that have records. Otherwise removed units count, too. wasTaken retries until all was read, and
+// calls unread with the error of a read of records, or of one unit, that brings too much.
 func (w *waiter) wasTaken(ctx context.Context, store kv.Store, unread func(error)) (taken, read bool) {
 	names := func(past []kv.Entry) bool {
 		return slices.ContainsFunc(past, func(e kv.Entry) bool {
@@ -66,9 +66,9 @@ func unitsByRole(entries []kv.Entry) map[deployments.RoleID][]deployments.UnitID
 // tooLargeInterval is the time between two tries of a read that failed with kv.ErrTooLarge, as each try transfers much.
 const tooLargeInterval = 10 * time.Second
 
-// list returns the entries below prefix, none if nobody has written there. It retries until the store answers; if ctx
-// ends, it returns ctx.Err(). If more is stored than is read, it calls unread with the error and tries again. With
-// unread nil it returns that error, a kv.ErrTooLarge.
+// list returns the entries below prefix, none if nobody has written there or the token may not read them. It retries
+// until the store answers; if ctx ends, it returns ctx.Err(). If more is stored than is read, it calls unread with the
+// error and tries again. With unread nil it returns that error, a kv.ErrTooLarge.
 func (w *waiter) list(
 	ctx context.Context, store kv.Store, prefix string, unread func(error),
 ) ([]kv.Entry, error) {

@@ -224,7 +224,7 @@ func pinStory(f deployments.Facts) string {
 	return story
 }
 
-// origin returns who wrote a record, in words.
+// origin returns where a record comes from, in words: a Git commit, or somebody's hand.
 func origin(f deployments.Facts) string {
 	if f["commit"] == "" {
 		return "a record written by hand"

@@ -141,8 +141,8 @@ func minute(fact string) string {
 	return t.UTC().Format("2006-01-02 15:04Z")
 }
 
-// rolloutText returns the words for reasons of rollouts and orders that depend on a fact's value; empty: it is
-// another reason.
+// rolloutText returns the words for those reasons of rollouts and orders that texts lacks; empty: another reason. Most
+// of these words depend on a fact's value.
 func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 	switch reason {
 	case deployments.ReasonCanary:
@@ -207,7 +207,6 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 	return ""
 }
 
-// failure returns why a node failed, in words.
 func failure(f deployments.Facts) string {
 	switch cause, text := deployments.Reason(f["cause"]), f["error"]; {
 	case cause == deployments.ReasonGone:
@@ -233,7 +232,8 @@ func OneLine(s string) string {
 	return strings.Join(strings.Fields(Clean(s)), " ")
 }
 
-// Clean replaces by a blank each character that would move a terminal's cursor, change its colours or reorder a line.
+// Clean replaces by a blank each character that would move a terminal's cursor, change its colours or reorder a line,
+// and by ? what isn't UTF-8.
 func Clean(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {

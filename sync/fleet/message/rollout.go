@@ -59,8 +59,8 @@ func Progress(p *deployments.Progress) string {
 	return strings.TrimSuffix(phase+": "+text, ": ")
 }
 
-// RolloutHint returns what an operator can do about a unit's rollout, with the command to type; empty: it goes on
-// by itself, or there is none.
+// RolloutHint returns what an operator can do about a rollout or an orphaned unit, with the command to type. It is
+// empty if the rollout goes on by itself, or if there is none.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {
