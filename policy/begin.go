@@ -89,8 +89,8 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	return next, true
 }
 
-// begin returns the state in which the rollout of Git's new target begins or, if there is nothing to roll out, has
-// ended. If successor has no room for another target, begin returns its state, which waits or rolls back.
+// begin returns the state in which the rollout of Git's new target begins or has ended, as launch decides. If successor
+// has no room for another target, begin returns successor's state, which waits or rolls back.
 func begin(in *inputs, st state, target deployments.Pointer) state {
 	next, ok := successor(in, st, target)
 	if !ok {
@@ -155,7 +155,7 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 	return st.end().because(deployments.ReasonFirstRelease, nil), true
 }
 
-// stableBefore reports whether a target may pass the gates because it was stable in one of the last generations, and
+// stableBefore reports whether a target may skip the gates because it was stable in one of the last generations, and
 // the unit's fast_back allows that.
 func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)

@@ -66,7 +66,7 @@ func tooManyFailed(v summary, limit int) cause {
 	return cause{deployments.ReasonTooManyFailed, facts}
 }
 
-// mustWait reports whether the rollout has to wait now, and sets the reason.
+// mustWait reports whether the rollout has to wait now, for a freeze or for live nodes, and sets the reason.
 func mustWait(in *inputs, st state, v summary) (state, bool) {
 	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
 	if !frozen && st.p.HeldUp() {

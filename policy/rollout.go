@@ -29,7 +29,7 @@ type Transition struct {
 //
 // A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it goes to as many nodes
 // at a time as max_unavailable leaves room for. A unit pin, and with fast_back a target that was stable before, skip
-// the gates and keep the budget. A pin with at_once goes to all nodes.
+// the gates and keep the budget. A pin with at_once goes to all nodes. While a pin is invalid, the record stays.
 //
 // Three kinds of nodes are in flight, each node until its deadline. Live nodes that were admitted, are changing, or are
 // out of service by the target count until they converge. Nodes that may still act on an earlier record count until

@@ -16,7 +16,7 @@ type NodeStatus struct {
 	Agent   string    `json:"agent"`
 	Started time.Time `json:"started"`
 	Ready   bool      `json:"ready"`
-	// Messages say what keeps the node from being ready, by ROLE/UNIT or ROLE.
+	// Messages say what keeps the node from being ready, by ROLE/UNIT, ROLE or, while it starts, the word agent.
 	Messages map[string]string             `json:"messages,omitempty"`
 	Sources  []SourceStatus                `json:"sources"`
 	Roles    map[string]deployments.Report `json:"roles"`

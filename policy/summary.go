@@ -17,8 +17,8 @@ type summary struct {
 	// away are gone nodes that had not converged on the target when they left. missing are gone canaries: they were
 	// admitted, had converged on the target, and have been gone for less than a deadline.
 	away, missing int
-	// awayUntil is when the last of the away nodes has been gone for a deadline: a dead node delays a rollout no longer
-	// than that. It is zero if no node is away.
+	// awayUntil is when the last of the away nodes has been gone for a deadline; zero: no node is away. A dead node delays
+	// a rollout no longer than that, unless most are away (maxAway).
 	awayUntil time.Time
 	// nodes are the live nodes that take part, by rank.
 	nodes []place

@@ -278,8 +278,8 @@ func (a *assembly) mirror(e kv.Entry) {
 	a.fleet.Mirror = &s
 }
 
-// assign sets Fleet.Agents, the number of live nodes by their agent's version, and Fleet.Unassigned, the live nodes
-// whose role has no unit.
+// assign sets Fleet.Agents, the number of live nodes by the version that their agent reports, and Fleet.Unassigned, the
+// live nodes whose role has no unit.
 func (a *assembly) assign() {
 	used := map[deployments.RoleID]bool{}
 	for id, u := range a.units {

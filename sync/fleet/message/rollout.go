@@ -6,7 +6,7 @@ import (
 	"kedge/deployments"
 )
 
-// Transition returns why a rollout went on, or stays in its phase, in words.
+// Transition returns why a rollout went on, or stays in its phase, in words; empty: there is no reason.
 func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	switch reason { // these also name a node's state, with other words
 	case "":
