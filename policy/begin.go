@@ -215,8 +215,8 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// endPin goes back to the release that Git names. If the pin's rollout had ended on that release, only the pin's mark
-// goes. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
+// endPin goes back to the release that Git names. If the pin's rollout had ended on that release, it only clears
+// Pinned. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
 // back isn't rolled out again: its rollback goes on. If successor has no room, the result is as in begin.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)

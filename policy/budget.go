@@ -191,7 +191,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		}
 		list = append(list, o)
 	}
-	// Without a stable release nodes keep what they run, named or not. So a list that is too long drops these targets.
+	// Without a stable release nodes keep what they run, named or not: a long list can do without what none may begin.
 	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
 		if !slices.Contains(acted, list[i].Digest) {
 			list = slices.Delete(list, i, i+1)

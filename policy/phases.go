@@ -35,7 +35,7 @@ func awaitedBegan(st state, v summary) bool {
 	})
 }
 
-// limit returns how many failed nodes the rollout tolerates.
+// limit returns how many failed nodes the rollout tolerates: max_failures, and those that resume has accepted.
 func limit(in *inputs, st state, v summary) int {
 	limit := st.p.Tolerated
 	if u := in.Unit.Rollout; u != nil {
@@ -156,7 +156,7 @@ func stepFrozen(in *inputs, st state) (state, bool) {
 	return start(in, st), true
 }
 
-// canaries admits the first nodes, and lets them bake.
+// canaries admits the first nodes, lets them bake, and then asks for approval or goes on to the others.
 func canaries(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
@@ -206,7 +206,8 @@ func pendingApproval(in *inputs, st state) (state, bool) {
 }
 
 // rolling admits the remaining nodes, as many at a time as the budget allows. It ends when every known node has
-// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing for shortList.
+// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing for shortList. If most
+// are away or missing, maxAway counts instead.
 func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false

@@ -123,7 +123,7 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 }
 
 // applies reports whether a record applies to a node. It does if the node had joined when the record was written, or is
-// idle: nothing serves there that a release would replace. If either has no Joined, it does, too.
+// idle: nothing serves there that a release would replace. It does, too, if the record or the node has no Joined.
 func applies(r *deployments.Record, joined uint64, idle bool) bool {
 	return r.Joined == 0 || joined <= r.Joined || idle
 }
@@ -315,7 +315,7 @@ func (v *summary) countInFlight(in *inputs, st state, n *Node, due time.Time, pe
 	return overdue
 }
 
-// countFailed counts a node on which the target failed, and keeps the cause of the first one.
+// countFailed counts a failed node, and keeps the cause of the first one.
 func (v *summary) countFailed(n *Node, cause deployments.Reason, text string) {
 	if v.failed++; v.failed == 1 {
 		v.failure = deployments.Facts{"node": n.Name, "cause": string(cause), "error": clipped(text)}
@@ -398,8 +398,8 @@ func actsOnOlder(r *deployments.Record, u *deployments.UnitReport, i int, ranks 
 	return false
 }
 
-// runsUnnamed reports whether a node runs something that the record doesn't name, so that it will go to stable by
-// itself.
+// runsUnnamed reports whether a node will go to stable by itself, as it runs or serves something that the record
+// doesn't name. It won't if stable failed there, or if there is none.
 func runsUnnamed(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
 	return !servesNothing(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
@@ -422,7 +422,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	return nodes
 }
 
-// wakeLate schedules the next call for when the next deadline of a node in flight passes.
+// wakeLate schedules the next call for the next deadline of a node in flight, or for the end of unlisted nodes' count.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
 	st = st.wake(v.unlistedUntil)
 	if moved { // their deadlines all count from now

@@ -315,7 +315,7 @@ func (a *assembly) assign() {
 }
 
 // hide removes from each role the nodes that would make its units list more than maxListed nodes together, and counts
-// the live ones. It keeps nodes that report on units rather than others and, among either, live rather than dead ones.
+// the live ones removed. It keeps nodes with reports on units rather than others and, of either, live rather than dead.
 func (a *assembly) hide(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {

@@ -185,7 +185,7 @@ func gitStep(f *Fleet) Step {
 }
 
 // turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted by rank, and go
-// back in reverse order. It is empty if the node has no place: it is gone, pinned, or was sent back, as all may be.
+// back in reverse order. It is empty if the node has no place: it is gone, pinned, or told to go back, as all may be.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {

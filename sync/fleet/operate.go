@@ -245,8 +245,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
-	// Only older releases count, so that repeated rollbacks go further back. A newer release that was told before, too,
-	// is no older one.
+	// Only older releases count, so that repeated rollbacks go further back: none that nodes were told again after from.
 	i := max(0, slices.Index(told, from))
 	seen := map[deployments.Pointer]bool{{}: true, from: true}
 	for _, p := range told[:i] {

@@ -108,8 +108,8 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	return says
 }
 
-// RunsAlreadyNote says that every live node of a unit that is listed runs a release already; empty: not every node
-// does, or that is unknown.
+// RunsAlreadyNote says that every listed live node of a unit runs a release already; empty: not every one does, or that
+// is unknown.
 func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
@@ -130,7 +130,7 @@ func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID,
 }
 
 // rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
-// was. It may have been rolled back before the pin that is in force now.
+// was. If a pin was rolled out since, this was before the pin.
 func rolledBackFrom(r *deployments.Record) (failed, stable deployments.Pointer) {
 	switch {
 	case r == nil:

@@ -69,7 +69,8 @@ const orderPoll = 50 * time.Millisecond
 
 // AwaitOutcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
 // SendOrder. The error wraps ErrNotTaken if that takes longer than within, even because the store can't be read, or if
-// ctx ends first. It is an error, too, if another order took its place, or if the record is still that from before.
+// ctx ends first. It is an error, too, if another order took its place, or if the record hasn't changed or can't be
+// read.
 func AwaitOutcome(
 	ctx context.Context,
 	store kv.Store,
