@@ -101,7 +101,7 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 }
 
 // retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target failed are admitted once
-// more, in their turn. If no rollout is under way, one begins only if there are unconverged nodes; others try at once.
+// more, in their turn. If no rollout is under way, one begins if any node is unconverged; otherwise nodes try at once.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

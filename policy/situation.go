@@ -25,8 +25,8 @@ type Situation struct {
 	// Seen is the time since which the mirror has read Nodes without a gap; zero: always. While the store is away, no node
 	// can report. The mirror derives Seen from elapsed time, so that setting the clock doesn't change it.
 	Seen time.Time
-	// Left has, for each node that is no longer in Nodes, when this mirror saw it go. Such a node may still be alive, and
-	// act on the record.
+	// Left has, for each node that left Nodes lately, when this mirror saw it go. Such a node may still be alive, and act
+	// on the record.
 	Left []time.Time
 	// Listed is the time since which this mirror has watched Nodes; zero: always.
 	Listed time.Time

@@ -394,7 +394,7 @@ func (a *assembly) nodes(u *Unit) {
 // may also be waiting. It returns false if d is invalid, or if the node doesn't follow the current record.
 func converged(d policy.Decision, r deployments.UnitReport) bool {
 	switch {
-	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration: // it doesn't follow the current record
+	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration:
 		return false
 	case d.Action == policy.ActHold:
 		return r.State == deployments.StateHeld

@@ -309,7 +309,7 @@ func (w *waiter) older(f *Fleet, u Unit) bool {
 	}
 	for _, name := range append([]string{f.Mirror.Head}, strings.Fields(f.Mirror.Past)...) {
 		if name != "" && strings.HasPrefix(u.Record.Commit, name) {
-			return false // this may be the reason
+			return false // w.commit, or a later one
 		}
 		if strings.HasPrefix(name, w.commit) || name != "" && strings.HasPrefix(w.commit, name) {
 			return true
@@ -352,7 +352,7 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 		case n.Gone || n.Converged || n.Want.IsZero() || r.Want != n.Want:
 			continue
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
-			continue // from before the retry
+			continue // the report is about another record, as from before a retry
 		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
 			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want),
 				message.OneLine(r.Error))
