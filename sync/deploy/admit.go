@@ -21,16 +21,16 @@ import (
 )
 
 var (
-	// ErrRefused means that this node may not use the release, because of its bounds, the release's age, or
-	// another unit's dest. Trying again doesn't help.
+	// ErrRefused means that this node may not use the release, because of its bounds or secrets, the release's age, or
+	// another unit's dest. Trying again helps only once one of these has changed.
 	ErrRefused = errors.New("refused by this node")
 	// ErrQuarantined means that the release failed on this node before, and wasn't tried again.
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
 )
 
-// admit fetches p's manifest, and returns its release if the digest, the signature and this node's bounds allow
-// it. Source and signature are checked on the manifest's raw bytes, before variables of the environment are put
-// into it.
+// admit reads p's manifest, and returns its release if digest, signature, age, bounds, secrets and dest allow it here.
+// The source is checked before the manifest is read. The signature is checked on the raw bytes, before variables of the
+// environment are put into them.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, u.manifestWithin, errManifestLate)
 	defer cancel()
@@ -51,7 +51,7 @@ const manifestWithin = time.Minute
 var errManifestLate = fmt.Errorf("its manifest and signature were not read within %v: %w", manifestWithin,
 	object.ErrUnavailable)
 
-// admitBytes is admit for a manifest that was already read.
+// admitBytes is admit for a manifest that was already read, whose source and digest the caller has checked.
 func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {
 	if err := u.trust(ctx, p, raw); err != nil {
 		return nil, err
@@ -71,7 +71,8 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return u.within(r)
 }
 
-// trust returns an error unless a manifest's bytes are signed as Trust demands. Only then may they be parsed.
+// trust returns an error unless a manifest's bytes are signed as Trust demands, or Trust is nil. It comes before
+// parsing.
 func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
 	if u.c.Trust == nil {
 		return nil
@@ -82,8 +83,8 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 	return nil
 }
 
-// within returns an error if this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid
-// it.
+// within returns an error if this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid it.
+// Otherwise Config.Claim has reserved its dest.
 func (u *Unit) within(r *artifact.Release) error {
 	if err := u.order(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrRefused, err)
@@ -102,7 +103,8 @@ func (u *Unit) within(r *artifact.Release) error {
 	return nil
 }
 
-// read returns the bytes of p's manifest, from the unit's own copy if there is one.
+// read returns the bytes of p's manifest, from the unit's own copy if there is an intact one. The bounds have to allow
+// the manifest's URL even then.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
@@ -113,7 +115,7 @@ func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) 
 	return artifact.ReadManifest(ctx, u.c.Objects, p)
 }
 
-// parse parses a manifest's bytes, with this node's variables.
+// parse parses a manifest's bytes, with this node's variables, whose values are masked from then on.
 func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, error) {
 	m, err := deployments.ParseManifest(raw, p.URL, command.LookupEnv)
 	if err != nil {
@@ -123,7 +125,8 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
-// bounded returns an error for the first thing of r that the bounds forbid.
+// bounded returns an error for the first thing of r that the bounds forbid. No bounds allow a dest that isn't a clean
+// absolute path below /, or an exclude_from outside the archive.
 func bounded(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
@@ -140,7 +143,8 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	})
 }
 
-// groupNames returns a group's name and number on this node, and the names of those users that are in the group.
+// groupNames returns a group's name and number on this node (an unknown group's name for both), and the names of those
+// users that are in the group.
 func groupNames(name string, users []string) []string {
 	g, err := user.LookupGroup(name)
 	if err != nil {
@@ -168,7 +172,7 @@ func groupsOf(name string) []string {
 	if err != nil {
 		return []string{name}
 	}
-	groups, _ := u.GroupIds() // on an error only its own group is left
+	groups, _ := u.GroupIds() // after an error, the primary group alone counts
 	return append(groups, u.Gid)
 }
 
@@ -202,8 +206,8 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 }
 
-// userNames returns a user's name and number on this node, and the name in the manifest. "" is the agent's own
-// user.
+// userNames returns the name in the manifest and, if the user database has it, the user's name and number on this node.
+// "" is the agent's own user.
 func userNames(name string) []string {
 	var u *user.User
 	var err error

@@ -13,22 +13,22 @@ import (
 const (
 	// maxCutOff is how many times a step may be cut off: at the last of them the deployment fails. In the step success,
 	// and on the way back, the step's commands are left out instead. A step is cut off if the agent or the machine ends
-	// during it.
+	// during it. Steps without an owner aren't counted.
 	maxCutOff = 3
 	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32
 )
 
-// attempt records that a step of a release was cut off.
+// attempt is what the journal keeps of a step of a release that was cut off, or that began a command with once.
 type attempt struct {
 	Digest deployments.Digest `json:"digest"`
 	Step   step               `json:"step"`
-	CutOff int                `json:"cut_off,omitempty"` // how often
+	CutOff int                `json:"cut_off,omitempty"` // how many times; 0: it only began commands with once
 	// Begun are the indexes of commands in the step's list that must not be run again.
 	Begun []int `json:"begun,omitempty"`
 }
 
-// attempt returns the journal's entry for a step of a release.
+// attempt returns the journal's entry for a step of a release; a new one if there is none.
 func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	for _, a := range j.Attempts {
 		if a.Digest == digest && a.Step == s {
@@ -38,7 +38,7 @@ func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	return attempt{Digest: digest, Step: s}
 }
 
-// setAttempt replaces the journal's entry for a step.
+// setAttempt makes a the journal's newest entry, in place of an earlier one for its step.
 func (j *journal) setAttempt(a attempt) {
 	same := func(b attempt) bool { return a.Digest == b.Digest && a.Step == b.Step }
 	j.Attempts = append(slices.DeleteFunc(j.Attempts, same), a)
@@ -52,7 +52,8 @@ func (j *journal) forgetAttempts(digest deployments.Digest) {
 	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
 }
 
-// owner returns the release whose commands or checks the current step runs; zero: the step runs neither.
+// owner returns the release that a cut-off of the current step counts against: whose commands or checks it runs, or
+// that it switches to. Zero: the step isn't counted.
 func (d *deployment) owner() deployments.Digest {
 	switch d.Step {
 	case stepPre, stepSwitch, stepPost, stepHealth, stepSuccess, stepFailure:
@@ -63,9 +64,9 @@ func (d *deployment) owner() deployments.Digest {
 	return deployments.Digest{}
 }
 
-// resume prepares an interrupted deployment to continue; it runs once after Open. It ends processes that the
-// deployment's command left running, and counts the attempt. It fails the deployment if the release ended the
-// agent or the machine too often. It goes back to the post commands if a reboot ended what they had started.
+// resume prepares a deployment that Open found to continue, once. It ends processes that the deployment's command left
+// running, and counts the step as cut off. It fails the deployment if that has happened too often. It goes back from
+// the health checks to the post commands after a reboot, which ended what they had started.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -107,8 +108,8 @@ func (u *Unit) resume(ctx context.Context) error {
 	return err
 }
 
-// mayRun reports whether to run the command at a place in the step's list. If the command must not run twice, mayRun
-// journals it first.
+// mayRun reports whether to run the command at a place in the step's list: unless the step was cut off too often, or
+// the command has once and was begun before. It journals a command with once before that runs.
 func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {
@@ -128,8 +129,8 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 }
 
 // StageFailed runs the failure commands of a release that could not be staged because of cause. It does so once per
-// request, though staging is tried again and again. It returns cause. It runs nothing if the manifest wasn't admitted,
-// or if ctx has ended.
+// request, though staging is tried again and again. It returns cause, joined with an error of the journal. It runs
+// nothing if the manifest wasn't admitted, or if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {

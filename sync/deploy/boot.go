@@ -31,7 +31,7 @@ func BootID() string {
 // before it ends the agent. A command or check that fails meanwhile is no fault of the release.
 func shuttingDown() bool {
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		return false // it exits non-zero unless all is well
+		return false // systemd doesn't run this machine
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -41,7 +41,8 @@ func shuttingDown() bool {
 }
 
 // Prove waits until the checks of the running release pass, if they haven't passed in this boot. Then it marks the
-// release as proven, and as healthy. It does nothing if no confirmed release runs, or if a deployment is under way.
+// release as proven, and as healthy. It returns an error if they don't pass in health.timeout. It does nothing if no
+// confirmed release runs, or if a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {

@@ -29,7 +29,7 @@ func newProbe(c deployments.Check, env command.Env) probe {
 		return func(ctx context.Context) (string, error) { return "", checkTCP(ctx, c.TCP) }
 	case c.Exec != "":
 		return func(ctx context.Context) (string, error) {
-			// Its output is not logged, as a check is tried every second. The error contains the last line.
+			// The command's output is not logged, as a check is tried again and again. The error contains its last line.
 			return "", command.Check(ctx, deployments.Command{Run: c.Exec, User: c.User, Timeout: c.Timeout}, env)
 		}
 	case c.Systemd != "":
@@ -39,8 +39,8 @@ func newProbe(c deployments.Check, env command.Env) probe {
 	}
 }
 
-// checkHTTP makes one request on a new connection, without a proxy. It doesn't follow a redirect, which may lead
-// to another service: the redirect itself is the answer.
+// checkHTTP passes if the answer to one request, on a new connection and without a proxy, is as c demands. It doesn't
+// follow a redirect, which may lead to another service: the redirect itself is the answer.
 func checkHTTP(ctx context.Context, c *deployments.HTTPCheck) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
 	if err != nil {
@@ -115,9 +115,9 @@ func systemdState(out string) (invocation string, _ error) {
 	return p["InvocationID"], nil
 }
 
-// checkConsul asks the local agent, by Consul's environment variables, for the service's checks. The client is new
-// for each try, so that a token file is read again. Maintenance mode, which the drain may have turned on, is
-// ignored.
+// checkConsul passes if the local agent has the service, and all its checks pass. Consul's environment variables say
+// where the agent is. The client is new for each try, so that a token file is read again. Maintenance mode, which the
+// drain may have turned on, is ignored.
 func checkConsul(ctx context.Context, service string) error {
 	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 // maxCompared bounds the paths that a comparison lists.
 const maxCompared = 5
 
-// Observe unpacks the release of p in the unit's own directory, and compares it with the tree at its dest, whoever
-// put that there. It changes nothing else. limit bounds the bytes read in a second (0: unbounded).
+// Observe unpacks the release of p in the unit's own directory, and compares it with the tree at its dest, whoever put
+// that there. It changes nothing else. limit bounds the bytes read in a second (0, or strategy rsync: unbounded).
 func (u *Unit) Observe(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -46,8 +46,8 @@ func (u *Unit) Observe(
 	return u.compare(ctx, aside, limit)
 }
 
-// DestOccupied reports whether something lies at the dest of p while none of the unit's releases runs. It changes
-// nothing.
+// DestOccupied reports whether a file, or a directory that isn't empty, lies at the dest of p. It changes nothing, and
+// returns false for a release without a tree. Call it while none of the unit's releases runs.
 func (u *Unit) DestOccupied(ctx context.Context, p deployments.Pointer) (occupied bool, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
@@ -76,7 +76,8 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 }
 
 // adoptable compares a staged release with the tree at dest, if none of the unit's releases runs. The result says in
-// Adopted whether both are equal. It is nil if nothing was compared, or if comparing failed.
+// Adopted whether they are equal. It is nil if nothing was compared, or if comparing failed. It returns an error only
+// if ctx ends.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil
@@ -98,7 +99,7 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	return found, nil
 }
 
-// keptDigests returns the releases of which this node keeps files.
+// keptDigests returns the releases whose trees Observe leaves alone: running, good, staged, or being deployed.
 func (u *Unit) keptDigests() []deployments.Digest {
 	keep := []deployments.Digest{u.j.Running.Digest, u.j.LastGood.Digest, u.j.Staged.Digest}
 	if d := u.j.Deployment; d != nil {

@@ -2,61 +2,61 @@
 //
 // # Steps
 //
-// A deployment goes through these steps. The journal says which one is being done before it is begun, and is
-// replaced in one rename, so that after a kill it is known which step may be half done; each step may be done
-// again.
+// A deployment goes through these steps. From drain on, the journal names each before it is begun. It is replaced in
+// one rename, so that after a kill it is known which step may be half done. Each step may be done again.
 //
 //	stage      the release lies complete and verified on disk; nothing that runs is touched
-//	drain      /ready turns 503, Consul's maintenance mode goes on; then the manifest's drain time
+//	drain      /ready turns 503, Consul's maintenance mode goes on; then the drain time, unless nothing ran
 //	pre        commands
-//	switch     dest holds the release: the point from which a deployment is finished, not undone
+//	switch     dest holds the release: the point from which a cut-off deployment is finished, not undone
 //	post       commands
 //	health     the checks; passing them confirms the release
 //	undrain    back in service
 //	success    commands, with the deployment's log on stdin
 //	tidy       old releases go
 //
-// If a command or check fails, the deployment goes back, whatever it had reached. The digest is quarantined, dest is
+// If a pre or post command, the switch or a check fails, the deployment goes back. The digest is quarantined, dest is
 // switched to the last good release, and that release's post commands run so that it serves again. Once its health
 // checks pass, the node is back in service, and the failed release's failure commands run. While the good release's own
 // commands or checks fail, the unit stays out of service, and Recover tries them again. If a first release fails and
 // something else was at dest, that is put back. The failure commands then run before it is in service, because no
-// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, the
-// failed release stays at dest, out of service. Failures of storage, network or disk are no fault of the release: what
-// was begun is undone, and nothing is quarantined.
+// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, dest
+// stays as it is, and the unit out of service. A stage or switch that fails by storage, network or disk is undone,
+// without a quarantine. A secret that can't be read is no fault either: after the switch, the deployment waits for it.
 //
 // # Cut off
 //
 // Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off later, by the same
-// code. If the end of a command isn't journalled, its list is run again from the first command: commands must allow for
-// that. Processes that the cut-off command left running are ended first (command.EndLeftovers). Post commands are also
-// run again if the machine was restarted before the health checks had passed, because services that they had started
-// are gone. If the agent or the machine ended three times during a release's steps, the release counts as failed: it
-// may be the cause. A command with once is not run again after it was cut off.
+// code. If a step's end isn't journalled, its commands are run again from the first: they must allow for that.
+// Processes that the cut-off command left running are ended first (command.EndLeftovers). Post commands are also run
+// again if the machine was restarted before the health checks had passed, because services that they had started are
+// gone. If the agent or the machine ended three times in one step, its release counts as failed: it may be the cause
+// (see maxCutOff). A command with once is not run again after it was begun.
 //
-// While systemd shuts the machine down, no failure is a release's: the deployment is left to the next start.
+// While systemd shuts the machine down, no failure is a release's: the deployment is undone, or left to the next start.
 //
-// When Deploy's context ends before the switch, the deployment is undone at once, within 30 s. After the switch it is
-// left to Recover, or to the next Deploy, which supersedes it if that is for another release.
+// When Deploy's context ends before the switch, the deployment is undone at once (by Recover, if that takes over 30 s).
+// Later it is left to Recover, or to the next Deploy, which supersedes it if that is for another release.
 //
-// Only Retry ends a quarantine: the success of another release, such as a pin's, says nothing of the one that failed.
+// Only Retry ends a quarantine (or 16 newer failures do): another release's success says nothing of the one that
+// failed.
 //
 // # On disk
 //
 // The agent alone writes a unit's directory, STATE/units/STAGE/ROLE/UNIT (0700):
 //
 //	journal.json               what runs, what is good, what is quarantined, and the deployment under way
-//	journal.json.bad           a journal that didn't parse; for people
+//	journal.json.bad           a journal that could not be used; for people
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
-//	trees/DIGEST/              unpacked trees of the rsync and mv strategies
-//	before/                    what was at dest before the first release, while its rollout may go back there
+//	trees/DIGEST/              unpacked trees of the rsync and mv strategies, and those that Observe compares
+//	before/                    under rsync and mv, to put back what was at dest before the first release
 //	made/DIGEST.made           what the commands of a release made of its tree, under strategy rsync
 //
 // What a release's pre and post commands made, changed or removed in its tree is recorded after post, and is the
 // release's from then on: Verify doesn't name it, and Heal brings it back. A part that only the commands could make
 // again, as the content of a directory that is gone, is named and stays away until the release is deployed again.
 //
-// The node's version floors are kept once for all units: see Floors.
+// The node's version floors are kept in one file for all units: see Floors.
 //
 // Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release
 // keeps the rest in DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's
@@ -110,16 +110,16 @@ type Config struct {
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
-	// Drain is called with true before a switch (at once, or a drain time before it), and with false when the unit is
-	// healthy again. It switches /ready and Consul's maintenance mode. After a crash it may be called again with the same
-	// value. May be nil.
+	// Drain is called with true before a switch (at once, or a drain time before), and with false to end that, back in
+	// service. It switches /ready and Consul's maintenance mode. It may be called again with the same value. May be nil.
 	Drain func(ctx context.Context, on bool) error
 	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
 	// Nil: every dest is allowed.
 	Claim func(dest string) error
-	// Progress is called when a deployment's state or progress changes; may be nil.
+	// Progress is called with StateFetching while a release is fetched, in a deployment or not. It is called with
+	// StateSwitching when the steps after that begin. May be nil.
 	Progress func(deployments.State, meter.Progress)
-	// Stepped is called after each step of a deployment, with the step's error; may be nil.
+	// Stepped is called after each step of a deployment from drain on, with the step's error; may be nil.
 	Stepped func(step string, began time.Time, err error)
 	// RsyncVerbose are rsync's options for its output; nil: -v.
 	RsyncVerbose []string
@@ -132,12 +132,12 @@ type Unit struct {
 	c    Config
 	log  *slog.Logger // Config.Log, also writing to text, with secrets masked
 	text *deploymentLog
-	// secrets are values that errors of the exported methods must not show.
+	// secrets are values that the unit's log, journal and errors must not show.
 	secrets *secrets
 
 	// lock is held while this unit writes to a dest; else nil.
 	lock *destLock
-	// cutOff is set by Open if commands of the unfinished deployment may still run.
+	// cutOff is set by Open if the unfinished deployment's commands may still run, until resume has ended them.
 	cutOff bool
 	// at is called at every point where a test may kill the process.
 	at func(point string)
@@ -154,9 +154,10 @@ type Unit struct {
 
 // State is the unit's state on disk, from the journal.
 type State struct {
-	Running deployments.Pointer // what dest leads to or, without a release directory, what was deployed last
-	Version string
-	// LastGood is the newest release that passed its health checks. A deployment that fails goes back to it.
+	Running deployments.Pointer // the release that was switched to last; zero: none, or it is unknown
+	Version string              // Running's, from its manifest
+	// LastGood is the release that passed its health checks last or, after a damaged journal, the one that dest leads to.
+	// Another release that fails goes back to it.
 	LastGood deployments.Pointer
 	Staged   deployments.Pointer
 	// Confirmed is set if Running passed its health checks.
@@ -166,20 +167,19 @@ type State struct {
 	Quarantined []deployments.Digest
 	// Failures say why, and under which key, each of Quarantined failed.
 	Failures []Failure
-	// Drained is set from Drain(true) to Drain(false).
+	// Drained is set from just before Drain(true) until Drain(false) has succeeded.
 	Drained bool
-	// Unfinished is set while a journalled deployment waits for Recover to finish it.
+	// Unfinished is set while a deployment is under way, or waits for Recover or the next Deploy to finish it.
 	Unfinished bool
-	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
+	// RollingBack is set while a deployment that failed goes back, or what an undone one went back to isn't healthy.
 	RollingBack bool
-	// FailedAt is when the deployment that goes back failed; zero: none goes back, or an earlier version wrote the
-	// journal.
+	// FailedAt is when the deployment that goes back failed; zero: none did, or an earlier version wrote the journal.
 	FailedAt time.Time
-	// While a deployment is under way, Health is that of the release that it went back to; Recover tries an unhealthy one
-	// again. Otherwise Health is what KeepHealth last stored of the running release.
+	// Health, while a deployment is under way, is that of the release that it went back to; Recover tries an unhealthy
+	// one again. Otherwise it is what KeepHealth last stored of the running release. The zero Health is healthy.
 	Health Health
-	// Leavable is set if Leave can put back what was at dest before the first release, and Leaving while it does
-	// so. Restored is the release that was left or failed, while dest holds again what was there before it.
+	// Leavable is set if a release runs, and what was at dest before the first one is kept for Leave. Leaving is set while
+	// Leave puts it back. Restored is the release that was left or failed, while dest holds that again.
 	Leavable, Leaving bool
 	Restored          deployments.Digest
 	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison. It is nil without
@@ -190,13 +190,13 @@ type State struct {
 	RecoversTo deployments.Pointer
 }
 
-// Empty reports whether the unit has nothing on this node: no running and no last good release, no unfinished
-// deployment, and no failed release. It must not be drained, either.
+// Empty reports whether the unit has no running and no last good release, no unfinished deployment, no failed release,
+// and no drain on this node. It may have a staged release.
 func (s State) Empty() bool {
 	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
 }
 
-// Open opens a unit's state. It runs nothing; call Recover next.
+// Open opens a unit's state. It runs no command and changes no dest; call Recover next.
 func Open(c Config) (*Unit, error) {
 	if c.Log == nil {
 		c.Log = quiet()
@@ -260,13 +260,14 @@ func (u *Unit) State() State {
 	return s
 }
 
-// Recover finishes or undoes the deployment that a kill or power cut interrupted, by the same code as Deploy. *Failed
-// means that the deployment failed and went back. After any other error it is still unfinished: call Recover again.
+// Recover goes on with an unfinished deployment, by the same code as Deploy: it undoes one whose switch had not begun,
+// and finishes any other. A drained unit is first drained again. *Failed means that the deployment failed and went
+// back. After any other error it may still be unfinished: call Recover again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
-		// A process that drained before has ended.
+		// The process that drained the unit may have ended.
 		if err := u.drain(ctx, true); err != nil {
 			u.log.Warn("could not take the node out of service again after a restart", "error", err)
 		}
@@ -277,7 +278,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	u.text.reset()
 	u.log.Warn("going on with an unfinished deployment", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
-		// It comes before the step changes, as it finds the step's commands by their mark.
+		// resume comes before the step changes, as it finds the step's commands by their mark.
 		if err := u.resume(ctx); err != nil {
 			return err
 		}
@@ -290,7 +291,8 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	return u.runSteps(ctx)
 }
 
-// Stage puts the release of p on disk, ready to switch to, without touching what runs.
+// Stage puts the release of p on disk, ready to switch to, without touching what runs. If the disk is full, it removes
+// the unit's old releases and tries once more.
 func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
@@ -345,20 +347,20 @@ type Request struct {
 	// Key identifies the request: a generation of a record, or a pin. It is journalled with a failure, so that the
 	// caller can tell whether the same request failed before.
 	Key string
-	// Adopt lets the unit take over the tree at dest before the first release, if that equals the release byte for byte.
-	// Its health is then checked, and no commands run except failure commands.
+	// Adopt lets the unit take over the tree at dest before the first release, if artifact.Switcher.Compare finds no
+	// difference. Its health is then checked, and no commands run except failure commands.
 	Adopt bool
-	// MayLeave keeps a copy of what was at dest before the unit's first release, so that Leave can put it back. A
-	// deployment that succeeds keeps the copy, too; ForgetBefore removes it.
+	// MayLeave keeps what was at dest before the unit's first release, so that Leave can put it back. ForgetBefore
+	// discards it, and so does the switch to a release with another dest or strategy.
 	MayLeave bool
 }
 
-// Deploy converges to asked.Release, here p, by the steps stage, drain, pre, switch, post, health and success, each
-// journalled first. It does nothing if p runs already and is confirmed. *Failed means that it went back and p is
-// quarantined. ErrRefused, ErrQuarantined, deployments.ErrDigest and Trust's errors stay until p, or this node's
-// configuration, changes. Any other error is transient (network, storage, disk): nothing was changed, try again. A
-// cancelled ctx stops Deploy as soon as that is safe. Before the switch, everything is left as it was. After it, the
-// next Recover or Deploy finishes the deployment.
+// Deploy converges to asked.Release, here p, by the package's steps. It first finishes an unfinished deployment of p,
+// or rollback to p, and does nothing more if p is then live and confirmed. *Failed means that its Release went back
+// and is quarantined: p, or what a rollback to p leaves. ErrQuarantined stays until Retry. ErrRefused,
+// deployments.ErrDigest and the error of a bad signature stay until p, or something on this node, changes. Any other
+// error is transient (network, storage, disk): try again. A cancelled ctx stops Deploy as soon as that is safe. Before
+// the switch, everything is left as it was. After it, the next Recover or Deploy finishes the deployment.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
@@ -457,7 +459,7 @@ func (u *Unit) liveRelease() (*artifact.Release, error) {
 	return u.remembered(u.j.Running)
 }
 
-// name returns the unit's name for people.
+// name returns the unit's name for people: that of a unit without an ID is kedge run.
 func (u *Unit) name() string {
 	if u.c.ID == (deployments.UnitID{}) {
 		return "kedge run"

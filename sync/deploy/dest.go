@@ -39,16 +39,16 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 
 // Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
-	Dest string // empty: nothing runs, or the release has no tree
-	// LeadsTo is the directory that dest should lead to: the release's own or, if the strategy has none, where dest
-	// led when the mark was taken. Empty: it may lead anywhere, as a deployment is half done.
+	Dest string // empty: nothing runs, or the release has no tree or isn't known
+	// LeadsTo is the directory that dest should lead to: the release's own or, if the strategy has none, where dest led
+	// when the mark was taken. Empty: it may lead anywhere, as a deployment is half done or nothing was there.
 	LeadsTo string
-	// inode is LeadsTo's inode if the strategy writes into it; 0: it isn't compared.
+	// inode is LeadsTo's inode under the strategies rsync and mv; 0: it isn't compared.
 	inode   uint64
 	running deployments.Digest
 }
 
-// Mark returns the mark of the running release.
+// Mark returns the mark of the running release; the zero Mark: there is no tree to watch.
 func (u *Unit) Mark() Mark {
 	r, err := u.remembered(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {
@@ -70,8 +70,8 @@ func (u *Unit) Mark() Mark {
 	return m
 }
 
-// Changed reports whether dest is no longer as the deployment left it. found describes what something else
-// deployed there; empty: nothing is there, or that is unknown.
+// Changed reports whether dest is no longer as the deployment left it; false if LeadsTo is empty. found describes what
+// something else deployed there; empty: nothing is there, or that is unknown.
 func (m Mark) Changed() (found string, changed bool) {
 	if m.LeadsTo == "" {
 		return "", false

@@ -18,12 +18,13 @@ import (
 	"kedge/deployments/durable"
 )
 
-// createdTolerance is how far ahead of the node's clock a signed release's Created may be.
+// createdTolerance is how far ahead of the node's clock a signed release's Created is still believed.
 const createdTolerance = time.Hour
 
-// Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is the time at which the
-// newest release that has rolled out was made: the node refuses releases that were made before. Floors survive when a
-// unit is renamed, removed or loses its journal. Only the agent writes their file. A nil *Floors stores none.
+// Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is when the newest
+// release that has rolled out was made: see floorAt. With Config.Trust, the node refuses releases that were made
+// before, unless Config.Older allows them. Floors survive when a unit is renamed, removed or loses its journal. Only
+// the agent writes their file. A nil *Floors stores none.
 type Floors struct {
 	path string
 
@@ -37,8 +38,8 @@ type floorsFile struct {
 	Made   map[string]time.Time `json:"made"`   // by key, as "name app" or "dest /srv/app"
 }
 
-// OpenFloors reads the floors stored at path. A damaged file is set aside: the units' journals have their floors,
-// too.
+// OpenFloors reads the floors stored at path, if that exists. A damaged file is set aside: the units' journals have
+// their floors, too.
 func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	f := &Floors{path: path, file: floorsFile{Format: 1, Made: map[string]time.Time{}}}
 	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"*"))
@@ -62,7 +63,7 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	return f, nil
 }
 
-// floorKeys returns the keys under which a release's floors are stored.
+// floorKeys returns the keys of a release's floors, the unit's first. m may be nil: then only the unit's.
 func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	keys := []string{"unit " + id.String()}
 	if m != nil && m.Name != "" {
@@ -153,9 +154,9 @@ func floorAt(created, now time.Time) time.Time {
 	return created
 }
 
-// order returns an error if a release was made before the version floor. An old signature stays valid. Without this
-// check, whoever writes the store could bring back a release that was replaced because of a vulnerability, under any
-// name.
+// order returns an error if a release was made before the version floor, Trust is set and Older doesn't allow it. An
+// old signature stays valid. Without this check, whoever writes the store could bring back a release that was replaced
+// because of a vulnerability, under any name.
 func (u *Unit) order(r *artifact.Release) error {
 	if u.c.Trust == nil {
 		return nil
@@ -173,9 +174,9 @@ func (u *Unit) order(r *artifact.Release) error {
 }
 
 // RaiseFloor raises the version floor to when the running release was made, if Trust is set and the release has passed
-// its health checks. From then on no older release is admitted, even after a restart. Call it only once the release's
-// rollout can no longer turn back. A *FutureError means that the floor was raised, but to the node's time, not to the
-// release's.
+// its health checks. From then on only Config.Older lets an older release be admitted, even after a restart. Call it
+// once the release's rollout can no longer turn back. A *FutureError means that the floor was raised, but to the node's
+// time, not to the release's.
 func (u *Unit) RaiseFloor() error {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
@@ -218,8 +219,9 @@ type aheadOfClock struct {
 // newestFile is where earlier versions stored Newest beside the journal.
 const newestFile = "newest"
 
-// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version. It adds it
-// also for the running release's name and dest, if that release is known. A time ahead of the clock is not believed.
+// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version if that is
+// newer. It adds it also for the running release's name and dest, if that release is known. A time ahead of the clock
+// counts as now, in the journal, too.
 func (u *Unit) keepFloor() error {
 	newest := u.j.Newest
 	file := filepath.Join(u.c.Dir, newestFile)

@@ -7,8 +7,8 @@ import (
 	"kedge/artifact"
 )
 
-// Verify compares the live tree with its release. limit bounds the bytes read in a second (0: unbounded). It does
-// nothing if nothing runs, or a deployment is under way.
+// Verify compares the live tree with its release. limit bounds the bytes read in a second (0, or strategy rsync:
+// unbounded). It finds nothing if nothing runs, under strategy mv, or while a deployment is under way.
 func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.liveRelease()
@@ -22,9 +22,9 @@ func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Differ
 	return ds, nil
 }
 
-// Heal makes the live tree equal to its release, without running commands. left are the remaining differences:
-// those that only the release's commands can make again. It does nothing if nothing runs, or a deployment is under
-// way.
+// Heal makes the live tree equal to its release, without running commands. left are the remaining differences: those
+// that only the release's commands can make again. Under strategy mv it only puts back a tree that is gone. It does
+// nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.liveRelease()
@@ -44,7 +44,7 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 }
 
 // recordBefore records how a release's tree differs before its commands run, and recordAfter what the commands changed.
-// Their errors fail no deployment: what isn't recorded is reported as drift.
+// They only log errors, unless ctx has ended: what isn't recorded is reported as drift.
 func (u *Unit) recordBefore(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil

@@ -24,7 +24,9 @@ const (
 // not change while a release is watched. It is empty if the check has none.
 type probe func(ctx context.Context) (identity string, err error)
 
-// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time.
+// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time. It returns
+// an error if they don't by the timeout, or if a secret of an exec check can't be read. other, which may be nil, is
+// KEDGE_PREVIOUS.
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
@@ -63,8 +65,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// probeInterval returns the time between two tries of a check: its interval, shortened so that there are tries within
-// stable_for.
+// probeInterval returns the time between two tries of a check: its interval, or stable_for (at least a second) if that
+// is shorter.
 func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
@@ -79,8 +81,8 @@ type watch struct {
 	try               probe
 }
 
-// observe tries all checks in parallel, each at its own interval. It returns nil once the release is healthy, and an
-// error once it has failed or ctx ends: see healthGate.
+// observe tries all checks in parallel, each at its own interval. It returns nil once the release is healthy (at once
+// without checks), and an error once it has failed or ctx ends: see healthGate.
 func observe(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
 	if len(watched) == 0 {
 		return ctx.Err()
@@ -127,9 +129,9 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 }
 
 // healthGate decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
-// then go on passing for stable, and each of them once more after that. Before the timeout, a check that fails again
-// only restarts the wait; after the timeout it is a failure. healthGate has no clock of its own. Its times are
-// monotonic, so that a jump of the wall clock changes nothing.
+// then go on passing for stable, and each of them once more after that. A check that fails again, or passes with
+// another identity, only restarts the wait before the timeout; after it, it is a failure. healthGate has no clock of
+// its own. Its times are monotonic, so that a jump of the wall clock changes nothing.
 type healthGate struct {
 	begin   time.Time
 	timeout time.Duration
@@ -189,7 +191,7 @@ func (v *healthGate) wasStable() bool {
 	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c checkState) bool { return c.at.Sub(v.since) < v.stable })
 }
 
-// failing returns the errors of the checks that don't pass; nil if all do.
+// failing returns the errors of the checks that don't pass or weren't tried yet; nil: all pass.
 func (v *healthGate) failing() error {
 	var errs []error
 	for _, c := range v.checks {
