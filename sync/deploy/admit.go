@@ -29,8 +29,7 @@ var (
 )
 
 // admit reads p's manifest, and returns its release if digest, signature, age, bounds, secrets and dest allow it here.
-// The source is checked before the manifest is read. The signature is checked on the raw bytes, before variables of the
-// environment are put into them.
+// Source and signature are checked before variables of the environment are put into the manifest.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, u.manifestWithin, errManifestLate)
 	defer cancel()
@@ -71,8 +70,7 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return u.within(r)
 }
 
-// trust returns an error unless a manifest's bytes are signed as Trust demands, or Trust is nil. It comes before
-// parsing.
+// trust returns an error if Trust, if set, finds a manifest's bytes not signed as it demands. It comes before parsing.
 func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
 	if u.c.Trust == nil {
 		return nil
@@ -103,8 +101,7 @@ func (u *Unit) within(r *artifact.Release) error {
 	return nil
 }
 
-// read returns the bytes of p's manifest, from the unit's own copy if there is an intact one. The bounds have to allow
-// the manifest's URL even then.
+// read returns the bytes of p's manifest, by the unit's own intact copy or from storage, if bounds allow its source.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
@@ -143,8 +140,8 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	})
 }
 
-// groupNames returns a group's name and number on this node (an unknown group's name for both), and the names of those
-// users that are in the group.
+// groupNames returns a group's name and number on this node, and the names of those users that are in the group. An
+// unknown group has its name for both.
 func groupNames(name string, users []string) []string {
 	g, err := user.LookupGroup(name)
 	if err != nil {
@@ -162,8 +159,7 @@ func groupNames(name string, users []string) []string {
 	return names
 }
 
-// groupsOf returns the numbers of a user's groups. A user without an entry in the user database has the group of
-// the same number.
+// groupsOf returns the numbers of a user's groups. A user whom the database lacks has the group of the same number.
 func groupsOf(name string) []string {
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -206,8 +202,8 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 }
 
-// userNames returns the name in the manifest and, if the user database has it, the user's name and number on this node.
-// "" is the agent's own user.
+// userNames returns the name in the manifest and, if the user is known, its name and number here. "" is the agent's
+// own.
 func userNames(name string) []string {
 	var u *user.User
 	var err error

@@ -11,9 +11,9 @@ import (
 )
 
 const (
-	// maxCutOff is how many times a step may be cut off: at the last of them the deployment fails. In the step success,
-	// and on the way back, the step's commands are left out instead. A step is cut off if the agent or the machine ends
-	// during it. Steps without an owner aren't counted.
+	// maxCutOff is how many times a step with an owner may be cut off: at the last of them the deployment fails. In the
+	// step success, and on the way back, the step's commands are left out instead. A step is cut off if the agent or the
+	// machine ends during it, or before it is tried again.
 	maxCutOff = 3
 	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32
@@ -108,8 +108,8 @@ func (u *Unit) resume(ctx context.Context) error {
 	return err
 }
 
-// mayRun reports whether to run the command at a place in the step's list: unless the step was cut off too often, or
-// the command has once and was begun before. It journals a command with once before that runs.
+// mayRun reports whether to run the command at a place in the step's list. It doesn't if the step was cut off too
+// often, or if the command has once and was begun before. A command with once is journalled first.
 func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {

@@ -40,9 +40,8 @@ func shuttingDown() bool {
 	return strings.TrimSpace(string(state)) == "stopping"
 }
 
-// Prove waits until the checks of the running release pass, if they haven't passed in this boot. Then it marks the
-// release as proven, and as healthy. It returns an error if they don't pass in health.timeout. It does nothing if no
-// confirmed release runs, or if a deployment is under way.
+// Prove waits for the checks of the running release, if they haven't passed in this boot. Once they pass, it marks the
+// release as proven, and as healthy. It does nothing if no confirmed release runs, or if a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {

@@ -76,8 +76,7 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 }
 
 // adoptable compares a staged release with the tree at dest, if none of the unit's releases runs. The result says in
-// Adopted whether they are equal. It is nil if nothing was compared, or if comparing failed. It returns an error only
-// if ctx ends.
+// Adopted whether they are equal; nil: nothing was compared, or comparing failed. The only error is the end of ctx.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil

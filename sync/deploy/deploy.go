@@ -27,19 +27,18 @@
 // # Cut off
 //
 // Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off later, by the same
-// code. If a step's end isn't journalled, its commands are run again from the first: they must allow for that.
-// Processes that the cut-off command left running are ended first (command.EndLeftovers). Post commands are also run
-// again if the machine was restarted before the health checks had passed, because services that they had started are
-// gone. If the agent or the machine ended three times in one step, its release counts as failed: it may be the cause
-// (see maxCutOff). A command with once is not run again after it was begun.
+// code. If a step's end isn't journalled, its commands are run again from the first: they must allow for that. One with
+// once that was begun is left out. Processes that the cut-off command left running are ended first
+// (command.EndLeftovers). Post commands are also run again if the machine was restarted before the health checks had
+// passed, because services that they had started are gone. If the agent or the machine ended three times in one step,
+// its release counts as failed: it may be the cause (see maxCutOff).
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is undone, or left to the next start.
 //
 // When Deploy's context ends before the switch, the deployment is undone at once (by Recover, if that takes over 30 s).
 // Later it is left to Recover, or to the next Deploy, which supersedes it if that is for another release.
 //
-// Only Retry ends a quarantine (or 16 newer failures do): another release's success says nothing of the one that
-// failed.
+// Retry or 16 newer failures end a quarantine: the success of another release says nothing of the one that failed.
 //
 // # On disk
 //

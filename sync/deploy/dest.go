@@ -40,8 +40,8 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 // Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
 	Dest string // empty: nothing runs, or the release has no tree or isn't known
-	// LeadsTo is the directory that dest should lead to: the release's own or, if the strategy has none, where dest led
-	// when the mark was taken. Empty: it may lead anywhere, as a deployment is half done or nothing was there.
+	// LeadsTo is the directory that dest should lead to: the release's own or, if it has none, where dest led when the
+	// mark was taken. Empty: it may lead anywhere, as a deployment is half done or nothing was there.
 	LeadsTo string
 	// inode is LeadsTo's inode under the strategies rsync and mv; 0: it isn't compared.
 	inode   uint64

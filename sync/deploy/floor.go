@@ -22,9 +22,9 @@ import (
 const createdTolerance = time.Hour
 
 // Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is when the newest
-// release that has rolled out was made: see floorAt. With Config.Trust, the node refuses releases that were made
-// before, unless Config.Older allows them. Floors survive when a unit is renamed, removed or loses its journal. Only
-// the agent writes their file. A nil *Floors stores none.
+// release that has rolled out was made (see floorAt): a node with Trust refuses releases that were made before. Floors
+// survive when a unit is renamed, removed or loses its journal. Only the agent writes their file. A nil *Floors stores
+// none.
 type Floors struct {
 	path string
 
@@ -145,8 +145,7 @@ func (e *FutureError) Error() string {
 }
 
 // floorAt returns the version floor for a release made at created. That is created or, if created is more than
-// createdTolerance after now, now in whole seconds. A floor far ahead would refuse everything that is published until
-// then.
+// createdTolerance after now, now in whole seconds. A floor far ahead would refuse all that is published until then.
 func floorAt(created, now time.Time) time.Time {
 	if created.After(now.Add(createdTolerance)) {
 		return now.UTC().Truncate(time.Second)
@@ -154,8 +153,8 @@ func floorAt(created, now time.Time) time.Time {
 	return created
 }
 
-// order returns an error if a release was made before the version floor, Trust is set and Older doesn't allow it. An
-// old signature stays valid. Without this check, whoever writes the store could bring back a release that was replaced
+// order returns an error if a release was made before the version floor, unless Trust is nil or Older allows it. An old
+// signature stays valid. Without this check, whoever writes the store could bring back a release that was replaced
 // because of a vulnerability, under any name.
 func (u *Unit) order(r *artifact.Release) error {
 	if u.c.Trust == nil {
@@ -174,9 +173,9 @@ func (u *Unit) order(r *artifact.Release) error {
 }
 
 // RaiseFloor raises the version floor to when the running release was made, if Trust is set and the release has passed
-// its health checks. From then on only Config.Older lets an older release be admitted, even after a restart. Call it
-// once the release's rollout can no longer turn back. A *FutureError means that the floor was raised, but to the node's
-// time, not to the release's.
+// its health checks. From then on no older release is admitted but by Config.Older, even after a restart. Call it once
+// the release's rollout can no longer turn back. A *FutureError means that the floor was raised, but only to the node's
+// time.
 func (u *Unit) RaiseFloor() error {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
@@ -220,8 +219,8 @@ type aheadOfClock struct {
 const newestFile = "newest"
 
 // keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version if that is
-// newer. It adds it also for the running release's name and dest, if that release is known. A time ahead of the clock
-// counts as now, in the journal, too.
+// newer. It adds it also for the running release's name and dest, if that is known. A time too far ahead of the clock
+// is lowered.
 func (u *Unit) keepFloor() error {
 	newest := u.j.Newest
 	file := filepath.Join(u.c.Dir, newestFile)

@@ -24,9 +24,8 @@ const (
 // not change while a release is watched. It is empty if the check has none.
 type probe func(ctx context.Context) (identity string, err error)
 
-// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time. It returns
-// an error if they don't by the timeout, or if a secret of an exec check can't be read. other, which may be nil, is
-// KEDGE_PREVIOUS.
+// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time. If they
+// don't in time, it returns an error. other is KEDGE_PREVIOUS; nil: there is none.
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
@@ -65,8 +64,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// probeInterval returns the time between two tries of a check: its interval, or stable_for (at least a second) if that
-// is shorter.
+// probeInterval returns the time between two tries of a check: the shorter of interval and stable. stable counts as a
+// second at least; 0: it doesn't count.
 func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
@@ -129,9 +128,9 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 }
 
 // healthGate decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
-// then go on passing for stable, and each of them once more after that. A check that fails again, or passes with
-// another identity, only restarts the wait before the timeout; after it, it is a failure. healthGate has no clock of
-// its own. Its times are monotonic, so that a jump of the wall clock changes nothing.
+// then go on passing for stable, and each of them once more after that. If a check fails again, or passes with another
+// identity, the wait restarts; after the timeout that is a failure. healthGate has no clock of its own. Its times are
+// monotonic, so that a jump of the wall clock changes nothing.
 type healthGate struct {
 	begin   time.Time
 	timeout time.Duration

@@ -36,14 +36,14 @@ type journal struct {
 	Running   deployments.Pointer `json:"running,omitzero"`
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
-	// Proven is the ID of the boot in which Running passed its health checks last.
+	// Proven is the ID of the boot in which a release passed its health checks last: Running, if Confirmed is set.
 	Proven string `json:"proven,omitempty"`
 	// HealthFailure is set as long as the checks of Running fail in normal operation.
 	HealthFailure *healthFailure      `json:"unhealthy,omitempty"`
 	LastGood      deployments.Pointer `json:"last_good,omitzero"`
 	Staged        deployments.Pointer `json:"staged,omitzero"`
-	// Newest is this unit's version floor, the newest Created of the signed releases that have rolled out here: see
-	// Unit.RaiseFloor. Floors has it as well.
+	// Newest is this unit's version floor: when the newest signed release that has rolled out here was made. See floorAt
+	// and Unit.RaiseFloor. Floors has it as well.
 	Newest time.Time     `json:"newest,omitzero"`
 	Ahead  *aheadOfClock `json:"ahead,omitempty"`
 
@@ -51,23 +51,24 @@ type journal struct {
 	Drained     bool      `json:"drained,omitempty"`
 	// Deployment is the deployment under way; nil: none.
 	Deployment *deployment `json:"deployment,omitempty"`
-	// Compared belongs to the deployment under way, or to the running release.
+	// Compared is what Adopt's comparison for the newest deployment found; nil: there was none.
 	Compared *deployments.Compared `json:"compared,omitempty"`
-	// Attempts are the steps that were cut off; kept until their release is confirmed or in quarantine.
+	// Attempts are the steps that were cut off or began commands with once. A release's are dropped at the end of its
+	// deployment, unless that was undone.
 	Attempts []attempt `json:"attempts,omitempty"`
-	// Before is what was at dest before the first release; nil: nothing was, or it is no longer kept. Restored is
-	// the release that was left or failed, while dest holds again what was there before it.
+	// Before is what was at dest before the first release; nil: nothing was, or it isn't kept for Leave. Restored is the
+	// release that was left or failed, while dest holds again what was there before it.
 	Before   *before            `json:"before,omitempty"`
 	Restored deployments.Digest `json:"restored,omitzero"`
-	// Told names the release and key whose failure commands ran because it could not be staged.
+	// Told names the last release and key whose failure commands ran because the release could not be staged.
 	Told string `json:"told,omitempty"`
 }
 
-// deployment is a deployment under way.
+// deployment is a deployment, or a Leave, that is under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From is the release that ran when the deployment began: a deployment that is undone before its switch ends there.
-	// Back is the last good release: a deployment that fails goes back to it. Zero: there is none.
+	// From is the release that ran when the deployment began, or Back if that release had failed: an undone deployment
+	// ends there. Back is the last good release, to which one that fails goes back. Zero: there is none but Release.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`
@@ -78,9 +79,9 @@ type deployment struct {
 	Run string `json:"run"`
 	// Boot is the ID of the boot in which Step began.
 	Boot string `json:"boot,omitempty"`
-	// Touched is set as soon as dest may have changed.
+	// Touched is set as soon as a switch, of this deployment or one that it superseded, may have changed dest.
 	Touched bool `json:"touched,omitempty"`
-	// Adopted is set if the tree at dest equalled the release, so that no commands run.
+	// Adopted is set if the tree at dest equalled the release, so that only failure commands may run.
 	Adopted bool `json:"adopted,omitempty"`
 	// Over is set if another deployment, which this one superseded, may have changed dest.
 	Over bool `json:"over,omitempty"`
@@ -91,7 +92,7 @@ type deployment struct {
 	// Leaves is set if the deployment goes from the running release to what was at dest before the first one: see
 	// Leave. Earlier versions take it for a deployment that was stopped, and stay on the release.
 	Leaves bool `json:"leaves,omitempty"`
-	// BackFailure is set as long as the release that it goes back to isn't healthy.
+	// BackFailure is set as long as the release that the deployment went back to, or that Leave leaves, isn't healthy.
 	BackFailure *healthFailure `json:"unserved,omitempty"`
 }
 
@@ -159,9 +160,9 @@ func (u *Unit) load() error {
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// runningFromDest finds the running release without a journal: where the dest of the newest manifest leads. A later
-// deployment can go back to it. It counts as unconfirmed, so that deploying it again checks it. If dest is no link of
-// kedge's, the running release is unknown.
+// runningFromDest finds the running release without a journal: where the dest of the newest manifest of strategy
+// release leads. A later deployment can go back to it. It counts as unconfirmed, so that deploying it again checks it.
+// If no dest is a link of kedge's, the running release is unknown: zero.
 func (u *Unit) runningFromDest() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {
@@ -202,7 +203,7 @@ func (u *Unit) remember(r *artifact.Release) error {
 	return nil
 }
 
-// remembered returns a release that was remembered; nil for the zero pointer.
+// remembered returns a release that was remembered, or an error if it wasn't; nil for the zero pointer.
 func (u *Unit) remembered(p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// before is what was at dest before the unit's first release. It is kept until ForgetBefore is called, even when other
-// releases replace the first one meanwhile: the rollout may still go back to it.
+// before is what was at dest before the unit's first release, for Leave. It is kept when other releases replace the
+// first one, but not beyond ForgetBefore, or a release with another dest or strategy.
 type before struct {
 	// First is the first release. Its manifest says how to put back what was there.
 	First    deployments.Pointer  `json:"first"`
@@ -24,8 +24,8 @@ func (b *before) restorableUnder(r *artifact.Release) bool {
 }
 
 // keepBefore keeps what is at dest before the first release, for restore and, if mayLeave is set, for Leave. It returns
-// what the journal's Before is to be; nil: Leave has nothing to put back. If the unit has had a release, or a
-// superseded deployment has begun to change dest, it leaves Before as it is.
+// the journal's next Before; nil: Leave has nothing to put back. If the unit has a release, or a superseded deployment
+// is past drain, it leaves Before as it is.
 func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave bool) (*before, error) {
 	d := u.j.Deployment
 	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
@@ -42,9 +42,10 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 
 // Leave puts back what was at dest before the unit's first release, after the release's rollout has stopped on another
 // node. Its steps are drain, the switch, the failure commands of the release that is left, and undrain. No other
-// commands and no checks run, because what was there has no manifest. If that can't be put back any more, the unit
-// keeps what it runs, and State says so. Before the switch a cancelled ctx stops Leave. After the switch Recover
-// finishes it, as after a kill.
+// commands and no checks run, because what was there has no manifest. If that is gone, or wasn't kept, the unit keeps
+// what it runs, and State says so. A deployment that hasn't switched is only undone, and one with another dest or
+// strategy only finished. So is one that goes back, unless to an unhealthy release. Before the switch a cancelled ctx
+// stops Leave. After it Recover finishes Leave, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -97,7 +98,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 }
 
 // leave does the step of Leave that puts back what was at dest before the first release. It returns the change of the
-// journal.
+// journal, which keeps the unit on what it runs if that is gone.
 func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 	if b := u.j.Before; b != nil {
 		first, err := u.need(ctx, b.First)
@@ -113,7 +114,7 @@ func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 		j.Before = nil
 		switch d := j.Deployment; {
 		case j.Confirmed:
-		case d.BackFailure != nil: // it is tried again
+		case d.BackFailure != nil: // the release gone back to is tried again
 			d.Leaves = false
 		default: // a deployment that was turned back: it continues from its switch
 			d.Leaves, d.Step = false, stepPre
@@ -134,7 +135,7 @@ func (u *Unit) ForgetBefore() error {
 	return u.removeOriginal()
 }
 
-// removeOriginal removes the copy of what was at dest before the first release, unless Leave may need it.
+// removeOriginal removes what a treeSwitcher kept from before the first release, unless Leave may need it.
 func (u *Unit) removeOriginal() error {
 	if u.j.Before != nil {
 		return nil
@@ -145,15 +146,16 @@ func (u *Unit) removeOriginal() error {
 // errLeft is the error that the failure commands of a release see when Leave left it.
 var errLeft = errors.New("the rollout of the release has stopped: dest has again what was there before kedge")
 
-// restore puts back what was at dest before the first release, which has failed or was stopped.
+// restore puts back what was at dest before the first release, which has failed or was stopped. It returns the change
+// of the journal; nil: there is none.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// This strategy switches by one rename: a deployment that was stopped before it has changed nothing.
+	// Strategy release switches by one rename: a deployment that was stopped has changed nothing at dest.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease
 	if d.Fault == nil && atomic {
 		return nil, nil
 	}
 	back := !d.Touched && exists(r.Manifest.Dest)
-	if d.Touched || !back && !atomic { // a pre command has moved it away
+	if d.Touched || !back && !atomic { // a pre command may have moved it away
 		var err error
 		if back, err = u.switcher(r).Restore(ctx, r); err != nil {
 			return nil, err

@@ -26,10 +26,10 @@ import (
 // first line is the digest of the release deployed there last; an optional second line is agentLine's.
 type destLock struct {
 	dest  string
-	place *safefs.Place // nil, like file: nothing can be written beside dest, so nothing needs the lock
+	place *safefs.Place // nil, or file is: nothing can be written beside dest, and there is no lock
 	file  *os.File
 	// waited is set if another process held the lock at first. last is the digest of the release that was deployed to dest
-	// last; empty: none was, or that deployment didn't finish.
+	// last; empty: none was, or the newest deployment didn't succeed.
 	waited bool
 	last   string
 	// agent is the agentLine of the agent that deployed there last; empty: none did.
@@ -72,11 +72,11 @@ func (l *destLock) livingAgent(ctx context.Context) (unit string, lives bool) {
 	return unit, true
 }
 
-// LockFile returns the path of dest's lock file: see lastDeployed.
+// LockFile returns the path of dest's lock file, which each deployment to dest writes.
 func LockFile(dest string) string { return filepath.Join(filepath.Dir(dest), lockName(dest)) }
 
-// lastDeployed returns the release that any kedge process deployed to dest last; zero: a deployment is under way,
-// or it is unknown.
+// lastDeployed returns the release that any kedge process deployed to dest last; zero: a deployment is under way or
+// didn't succeed, or it is unknown.
 func lastDeployed(dest string) deployments.Digest {
 	f, err := os.OpenFile(LockFile(dest), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -124,8 +124,8 @@ func (l *destLock) close() {
 	}
 }
 
-// hold takes the lock of r's dest until unlock is called. It does nothing if the release has no tree, or if this unit
-// holds the lock already. If nothing can be written beside dest, it goes on without the lock file.
+// hold takes the lock of r's dest until unlock is called, and waits for it. It does nothing if the release has no tree,
+// or if this unit holds a lock already. If nothing can be written beside dest, it goes on without the lock file.
 func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {
@@ -166,8 +166,7 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), er
 	}, nil
 }
 
-// await takes the lock, and waits while another process holds it. It then reads the lock file. It returns an error if
-// ctx ends first.
+// await takes the lock, and waits while another process holds it, until ctx ends. It then reads the lock file.
 func (u *Unit) await(ctx context.Context, l *destLock) error {
 	retry := wait.NewBackoff(20*time.Millisecond, time.Second)
 	for {

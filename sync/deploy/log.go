@@ -51,7 +51,7 @@ func (l *deploymentLog) write(line []byte) {
 	}
 }
 
-// tee is a slog.Handler that also writes records from level info on to a deploymentLog, whatever next's level.
+// tee is a slog.Handler that writes records of level info and above to a deploymentLog, too, whatever next's level.
 type tee struct {
 	next  slog.Handler
 	text  *deploymentLog

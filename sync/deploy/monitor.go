@@ -18,11 +18,11 @@ const (
 	defaultFailures = 3
 )
 
-// Health is the result of the live release's checks. The zero Health is healthy.
+// Health is the result of a release's checks. The zero Health is healthy.
 type Health struct {
 	Unhealthy bool
 	Reason    deployments.Reason // ReasonUnhealthy while Unhealthy
-	Facts     deployments.Facts  // check, error
+	Facts     deployments.Facts  // check, error; from the journal, step, too, and check only if one failed
 	Since     time.Time          // when Unhealthy changed last
 
 	failed int       // failed rounds in a row
@@ -107,7 +107,7 @@ func (u *Unit) Monitor() (*Monitor, error) {
 }
 
 // KeepHealth stores in the journal whether the running release is healthy, as a Monitor found, so that State has it
-// after a restart, too. It does nothing if the journal has it already, or if a deployment is under way.
+// after a restart, too. It does nothing if the journal has it already, or if no confirmed release runs.
 func (u *Unit) KeepHealth(h Health) error {
 	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.HealthFailure != nil) {
 		return nil
@@ -120,8 +120,8 @@ func (u *Unit) KeepHealth(h Health) error {
 }
 
 // Run tries all checks in parallel, a round every health.every, until ctx ends. It calls changed when the release
-// becomes unhealthy, when another check fails than before, and when it is healthy again. h is the health with
-// which an earlier Run ended. The first round is at a random time, so that a fleet's checks are spread.
+// becomes unhealthy, when another check fails than before, and when it is healthy again. h is an earlier Run's health,
+// or State's. The first round is at a random time within health.every, so that a fleet's checks are spread.
 func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	if wait.For(ctx, rand.N(m.every)) != nil {
 		return

@@ -46,13 +46,13 @@ type FetchLimits struct {
 	RetryWait time.Duration // before each of them
 }
 
-// Once converges this machine once on a manifest, whatever was deployed before: it is what kedge run does. It
-// leaves no state except what the release strategy keeps beside dest. nil means that the release is live and
+// Once converges this machine once on a manifest, whatever was deployed before: it is what kedge run does. It leaves no
+// state except the lock file and what the release strategy keeps beside dest. nil means that the release is live and
 // healthy and its success commands ran; failures of these are only logged.
 //
-// As with stretcher, the failure commands run when anything fails after the manifest was read, including the
-// network. A failed release goes back only if the release strategy has another one to go back to. Once waits for
-// another process that deploys to the same dest, and does nothing if that has made the same release live.
+// As with stretcher, the failure commands run when staging or the deployment fails, even by the network. A failed
+// release goes back only if the release strategy has another one to go back to. Once waits for another process that
+// deploys to the same dest. If that has made the same release live, Once does nothing more, and returns nil.
 func Once(ctx context.Context, o OneShot) (err error) {
 	dir, err := os.MkdirTemp("", "kedge-run-")
 	if err != nil {
@@ -113,7 +113,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	return err
 }
 
-// stageWithin stages r, trying as often and as long as limits allow. It stops at an error that another try can't cure.
+// stageWithin stages r, trying as often and as long as limits allow, but not again after deployments.ErrDigest.
 func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits FetchLimits) error {
 	if limits.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -137,7 +137,7 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 	}
 }
 
-// admitAt admits the manifest at a URL or pointer.
+// admitAt admits the manifest at a URL or pointer. A bare URL's digest is that of what was read.
 func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, error) {
 	p, err := deployments.ParsePointer(text)
 	switch {
@@ -160,7 +160,8 @@ func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, err
 	return u.admitBytes(ctx, deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, raw)
 }
 
-// adopt records the release that r's dest leads to, if it is one of kedge's, as the running one.
+// adopt records the release that r's dest leads to as running and good, if it is one that strategy release left, and
+// not r.
 func (u *Unit) adopt(r *artifact.Release) error {
 	if r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 		return nil
@@ -181,9 +182,9 @@ func (u *Unit) adopt(r *artifact.Release) error {
 const maxInput = 4 << 20
 
 // ParseInput finds the manifest's URL in what kedge run reads on stdin. If CONSUL_INDEX is set or the input begins with
-// [, the input is Consul's JSON list of events. The URL is then the last event's payload. Otherwise the URL is the
-// first line. ParseInput reads no more than it needs, because the writer may leave the pipe open. Without any event it
-// returns "", nil: there is nothing to do.
+// [, the input is Consul's JSON list of events. The URL is then the last event's payload. Otherwise it is the first
+// line. An empty URL is an error, but without any event ParseInput returns "", nil: there is nothing to do. It doesn't
+// wait for the input's end, because the writer may leave the pipe open.
 func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
 	limited := &io.LimitedReader{R: in, N: maxInput + 1}
 	r := bufio.NewReader(limited)

@@ -10,13 +10,13 @@ import (
 )
 
 // Failure is a release that failed on this node. Its quarantine begins with the failure (see fail), lasts through
-// restarts, and ends only with Retry.
+// restarts, and ends with Retry (or maxQuarantined newer failures).
 type Failure struct {
 	Digest deployments.Digest `json:"digest"`
 	// Key identifies the request that failed: see Request. Empty: an earlier version wrote the journal.
 	Key  string              `json:"key,omitempty"`
 	Step string              `json:"step"`
-	Back deployments.Pointer `json:"back,omitzero"` // what the unit went back to
+	Back deployments.Pointer `json:"back,omitzero"` // what the unit goes back to; zero: no release
 	// Reason is the error's text.
 	Reason string    `json:"reason"`
 	At     time.Time `json:"at"` // the node's clock; for people
@@ -31,12 +31,13 @@ func (f Failure) Err(p deployments.Pointer) *Failed {
 	}
 }
 
-// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the health
-// checks. The unit went back to Back (zero: there was nothing to go back to), and Release is quarantined.
+// Failed is the error of a deployment that failed after its release was staged: by a command, the switch, a check, or
+// too many cut-offs. The unit went back to Back (zero: to what was there before, or nowhere), and Release is
+// quarantined.
 type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
-	Step    string // "pre", "switch", "post", "health", …
+	Step    string // "pre", "switch", "post" or "health"
 	// Reason is ReasonUnhealthy if a check failed, with the fact check, else ReasonQuarantined. Facts: step,
 	// error.
 	Reason deployments.Reason

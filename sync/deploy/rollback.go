@@ -11,7 +11,7 @@ import (
 	"kedge/deployments"
 )
 
-// fault says why a deployment goes back.
+// fault says why a deployment failed.
 type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
@@ -42,7 +42,7 @@ func (d *deployment) failed() *Failed {
 	return f
 }
 
-// reverse makes d undo itself before its switch. If no pre commands were begun, only the drain has to be undone.
+// reverse makes d undo itself without a failure. If no pre commands were begun, only the drain has to be undone.
 func (d *deployment) reverse() {
 	if d.Step == stepDrain {
 		d.enter(stepBackUndrain)
@@ -123,10 +123,9 @@ func (b *healthFailure) health() Health {
 	return Health{Unhealthy: true, Reason: deployments.ReasonUnhealthy, Facts: facts, Since: b.Since}
 }
 
-// stayOutOfService handles a rollback that can't be completed, because the release that the unit went back to is
-// unhealthy for the given cause. The unit stays out of service; the release's post commands and checks are tried again
-// until they pass. The first time, stayOutOfService also runs the failure commands of the release that failed, so that
-// people learn of it.
+// stayOutOfService handles an error of the post commands or checks of the release that the unit went back to, and
+// returns an error. The unit stays out of service; Recover tries the commands and checks again until they pass. The
+// first time, stayOutOfService also runs the failure commands of a release that failed, so that people learn of it.
 func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that the unit went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)
@@ -174,7 +173,8 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 		d.target().Short(), u.name(), cause)
 }
 
-// failureCommands runs, once, the failure commands of a deployment that failed, or of a release that is left.
+// failureCommands runs, once, the failure commands of a deployment that failed, or of a release that is left, and then
+// removes old releases. After any other deployment it does nothing.
 func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
 	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.Told {
 		return nil

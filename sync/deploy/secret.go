@@ -61,7 +61,7 @@ func (u *Unit) readSecrets(ctx context.Context, r *artifact.Release, maxAge time
 	return values, nil
 }
 
-// withSecrets returns env with r's secrets among its variables.
+// withSecrets returns env with r's secrets among its variables, whose own values win. With an error it returns env.
 func (u *Unit) withSecrets(
 	ctx context.Context, env command.Env, r *artifact.Release, maxAge time.Duration,
 ) (command.Env, error) {

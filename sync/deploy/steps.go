@@ -43,7 +43,7 @@ var (
 	backSteps    = []step{stepBack, stepBackPost, stepBackHealth, stepBackUndrain, stepFailure}
 )
 
-// undoWithin bounds the work of undoing a deployment after its context has ended.
+// undoWithin bounds the time for undoing a deployment at once. Recover continues after that.
 const undoWithin = 30 * time.Second
 
 func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
@@ -61,8 +61,8 @@ func (s step) next() step {
 }
 
 // next returns the step after d's; "" after the last. What was at dest before the first release has no manifest with
-// commands and checks. If the deployment puts that back, the failure commands of the release that is left start it,
-// before the unit is in service.
+// commands and checks. If the deployment puts that back, the failure commands of its release start it, before the unit
+// is in service.
 func (d *deployment) next() step {
 	switch {
 	case d.Step == stepBack && d.Restored:
@@ -79,8 +79,8 @@ func (d *deployment) next() step {
 	return d.Step.next()
 }
 
-// target returns the release that the deployment ends on: what ran before, if it is undone before its switch; after a
-// failure, the good one. Zero: no release.
+// target returns the release that the deployment ends on: its own; once it is undone, what ran before; after a failure,
+// the good one. Zero: no release.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
@@ -95,7 +95,7 @@ func (d *deployment) target() deployments.Pointer {
 }
 
 // pass moves the deployment under way on to its next step. After the last step, no deployment is under way any more,
-// and pass drops the attempts that were kept for it.
+// and pass drops the attempts that were kept for it, unless it was undone.
 func (j *journal) pass() {
 	d := j.Deployment
 	if next := d.next(); next != "" {
@@ -107,13 +107,13 @@ func (j *journal) pass() {
 		j.forgetAttempts(d.Release.Digest)
 	}
 	if j.Running.IsZero() {
-		j.Before = nil // it is at dest again
+		j.Before = nil // nothing is left to put back
 	}
 	j.forgetAttempts(d.target().Digest)
 }
 
 // runSteps runs the steps of the deployment under way until its end. Nothing else runs steps, of new deployments or of
-// interrupted ones.
+// interrupted ones. It returns nil after a success, or once Recover has undone it, and *Failed if it has gone back.
 func (u *Unit) runSteps(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
@@ -278,8 +278,8 @@ func exists(path string) bool {
 
 func undrained(j *journal) { j.Drained = false }
 
-// note logs an error that doesn't stop a deployment. It returns only the error of an ended context, or of a
-// machine that shuts down.
+// note logs an error that doesn't stop a deployment, and returns nil. If ctx has ended, or the machine shuts down, it
+// returns the error instead.
 func (u *Unit) note(ctx context.Context, what string, err error) error {
 	if err == nil || ctx.Err() != nil || u.ending() {
 		return err
@@ -288,8 +288,7 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 	return nil
 }
 
-// need returns a release's manifest from this node or, after a damaged journal, from storage; nil for the zero
-// pointer.
+// need returns a release by its manifest on this node or, if that is lost, in storage; nil for the zero pointer.
 func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil
@@ -304,8 +303,8 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs one list of r's commands; the first that fails ends it. other is the release before or, if the
-// deployment goes back, the failed one.
+// commands runs one list of r's commands; the first that fails ends it. other is KEDGE_PREVIOUS, or nil: the release
+// before or, if r is gone back to, the failed one. Failure commands run even if their secrets can't be read.
 func (u *Unit) commands(
 	ctx context.Context,
 	d *deployment,
@@ -362,8 +361,8 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	return env
 }
 
-// tidy removes files that are no longer needed, after a success and after a failure. The release that failed last
-// stays for inspection until another one succeeds.
+// tidy removes files that are no longer needed, after a success and after a failure. The release that failed last stays
+// for inspection at least until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
 	if err := u.removeOriginal(); err != nil {
@@ -381,7 +380,7 @@ func (u *Unit) tidy(r *artifact.Release) error {
 	return u.prune(r, r.Manifest.Keep, failed, d.Release.Digest, d.From.Digest)
 }
 
-// makeRoom removes everything that isn't needed from a full disk, so that r can be staged.
+// makeRoom removes all files of the unit that aren't needed from a full disk, so that r can be staged.
 func (u *Unit) makeRoom(r *artifact.Release) error {
 	keep := []deployments.Digest{r.Pointer.Digest}
 	if d := u.j.Deployment; d != nil {
@@ -390,8 +389,8 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes the releases in drop. Of the others it keeps those in keep, the running, good and staged ones, and
-// besides these as many of the newest as others says.
+// prune removes the unit's releases but those in keep, the running, good and staged ones, and the first while Before is
+// kept. Under strategy release, as many of the newest others stay as others says; those in drop don't.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)
@@ -424,5 +423,5 @@ func transient(err error) bool {
 	return errors.As(err, &exit) && slices.Contains([]int{10, 11, 12, 14, 20, 22, 30, 35}, exit.ExitCode())
 }
 
-// short returns an error's text, shortened for the journal and for KEDGE_ERROR.
+// short returns an error's text, of at most 2000 bytes, for the journal and for KEDGE_ERROR.
 func short(err error) string { return safetext.Cut(err.Error(), 2000) }
