@@ -1,28 +1,28 @@
 // Package agent makes one node converge: it watches what the node's stage and roles should run, decides what that
 // means for this node (package policy), deploys it (package deploy), and reports.
 //
-// One loop decides for all units at once, from what is known at that moment. It has no queue of events, so a
-// wake-up that is missed, repeated or late does no harm. Each unit has a worker, which does one job at a time and
-// then chooses the next. A job is cancelled when the loop's decision changes, as soon as package deploy says that
-// this is safe.
+// One loop decides for all units at once, from what is known at that moment. It has no queue of events, so a wake-up
+// that is missed, repeated or late does no harm. Each unit has a worker, which does one job at a time and then chooses
+// the next. A job that conflicts with a new decision is cancelled, as soon as package deploy says that this is safe.
 //
-// The loop decides by the first of these sources that has an answer: the store, once a view of it is synced; the
-// last known state on this node's disk; a snapshot. The units of a role stay as they are until both the records and
-// the pins of the role are known from one of them. A unit also stays as it is if its key goes missing later. An
-// error of the store removes nothing from what is known.
+// The loop decides by the first of these sources that has an answer: the store, once a view of it is synced; the last
+// known state on this node's disk; a snapshot. Newer records of a view that isn't synced count, too. The units of a
+// role stay as they are until both the records and the pins of the role are known. A unit also stays as it is if its
+// key goes missing later. An error of the store removes nothing from what is known.
 //
 // # Ready
 //
-// /ready answers 200 as soon as every unit has converged, is held, or failed and went back to a release that
-// serves. After a reboot, the checks of what runs must also have passed in this boot: that it was healthy before
-// says little of services that are only starting. Convergence doesn't wait for that, as it is what starts them.
-// From then on /ready is 503 only while a unit is unhealthy or drained. A unit is drained from before its switch
-// until it is healthy, or after a failure without a good release to go back to. Neither a fetch, nor an outage, nor
-// a typo in a pin changes /ready: a load balancer must not lose a node that serves as well as before.
+// /ready answers 200 as soon as every unit serves a release, and has converged or can't go on by itself: it is held,
+// invalid or refused, or failed and went back. After a reboot, the checks of what runs must also have passed in this
+// boot: that it was healthy before says little of services that are only starting. Convergence doesn't wait for that,
+// as it is what starts them. From then on /ready is 503 only while a unit is unhealthy or drained. A unit is drained
+// from before its switch until it is healthy, or after a failure without a good release to go back to. Neither a fetch,
+// nor an outage, nor a typo in a pin changes /ready: a load balancer must not lose a node that serves as well as
+// before.
 //
-// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went
-// back serves, but hasn't converged. A node without any unit is neither ready nor converged, unless
-// Config.AllowEmpty is set.
+// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went back
+// serves, but hasn't converged. A node without any unit is neither ready nor converged, unless Config.AllowEmpty is
+// set. Nor is a node that only observes a unit of which it runs nothing.
 //
 // # On disk
 //
@@ -32,6 +32,7 @@
 //	last-known.json           what the store last held for this node
 //	floors.json               which releases are too old for this node: see deploy.Floors
 //	node.json                 what the store's agent called this node last
+//	starting.json             since when it has been starting, until it has converged
 //	agent.sock                /status, /ready and POST /retry for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
 //
@@ -98,14 +99,13 @@ type Config struct {
 	// it succeeds, but a switch waits for it at most 5 s. An outage of the store must not stop a boot. nil: the node has
 	// no maintenance mode.
 	Maintenance func(ctx context.Context, on bool, reason string) error
-	// Snapshot returns the mirror's last snapshot of desired/. It is called only once the store couldn't be read, and only
-	// if nothing is known of a role from an earlier run. The role's pins are then unknown, and count as absent. nil: no
-	// snapshot is used.
+	// Snapshot returns the mirror's last snapshot of desired/. It is called after an error of the store, if nothing is
+	// known of a role's records or pins, until it succeeds. Unknown pins then count as absent. nil: there is none.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. By default that counts as a mistake.
 	AllowEmpty bool
-	// Observe names units that the agent only observes. It fetches and verifies what they should run, compares it with
-	// what is at dest, and reports the result. It changes nothing.
+	// Observe names units, as patterns STAGE/ROLE/UNIT, that the agent only observes. It fetches and verifies what they
+	// should run, compares it with what is at dest, and reports the result. It changes no dest and runs no commands.
 	Observe []string
 	// Adopt lets every unit take over the tree that is at dest before its first release, like Record.Adopt.
 	Adopt bool
@@ -119,7 +119,7 @@ type Config struct {
 	// StartDelay is the upper limit of a random delay before each fetch, which spreads a large fleet's load.
 	// Default 0.
 	StartDelay time.Duration
-	// VerifyEvery is how often live trees are checked against their indexes in the background; 0: never.
+	// VerifyEvery is how often, on average, live trees are checked against their indexes in the background; 0: never.
 	VerifyEvery time.Duration
 	// HashAlways makes the agent hash files of the running release before it shares them with the next, even if
 	// they look untouched.
@@ -175,8 +175,8 @@ type Agent struct {
 	workers sync.WaitGroup
 }
 
-// New checks c and locks the state directory; it returns statedir.ErrLocked if another agent holds it. Run must be
-// called on the Agent.
+// New checks c, locks the state directory and listens; it returns statedir.ErrLocked if another agent holds the
+// directory. Run must be called on the Agent.
 func New(c Config) (_ *Agent, err error) {
 	if c.Store == nil || c.Objects == nil {
 		return nil, errors.New("an agent needs a store and a client for objects")
@@ -294,7 +294,8 @@ func (a *Agent) findUnitsOnDisk() {
 	}
 }
 
-// kept reports whether this node's disk has files of a unit. a.mu is held.
+// kept reports whether this node has files of a unit; once the unit has a worker, a state that isn't empty. a.mu is
+// held.
 func (a *Agent) kept(id deployments.UnitID) bool {
 	if u := a.units[id]; u != nil {
 		return !u.state().Empty()
@@ -314,8 +315,8 @@ func (a *Agent) Addr() string {
 // kedge agent then tells systemd that it is ready.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
-// Converged returns a channel that is closed the first time that every unit runs what it should. An EC2 instance then
-// completes its lifecycle hook.
+// Converged returns a channel that is closed the first time that every unit runs what it should. kedge agent then
+// completes the EC2 instance's lifecycle hook, if it has one.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Node returns this node's name. It may change once if Config gave none.

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/deploy"
 )
 
-// reported is the unit's last state, and since when it has been in that state.
+// reported is the state that stamp saw last, and since when the unit has been in it.
 type reported struct {
 	state deployments.State
 	since time.Time
@@ -88,7 +88,7 @@ func reasonOf(err error) deployments.Reason {
 	return ""
 }
 
-// condition returns the unit's condition.
+// condition returns the unit's condition: the first case that holds decides.
 func (u *unit) condition() condition {
 	s := u.state()
 	target := u.decision.Target
@@ -150,12 +150,12 @@ func (u *unit) condition() condition {
 	}
 }
 
-// convergedCondition returns the condition of a unit that runs what it should.
+// convergedCondition returns the condition of a unit that runs what it should: converged, or unhealthy.
 func (u *unit) convergedCondition() condition {
 	switch {
 	case u.unhealthy():
 		return condition{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError(), u.health.Since}
-	case u.lastErr != nil: // an error with what is fetched ahead
+	case u.lastErr != nil: // of a later job, such as a fetch in advance
 		return conditionOf(deployments.StateConverged, u.lastErr)
 	case u.foreign != "":
 		return conditionOf(deployments.StateConverged, &foreignError{u.dest, u.foreign})

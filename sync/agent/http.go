@@ -181,7 +181,7 @@ func (a *Agent) serveStatus(ctx context.Context) error {
 	return serveOn(ctx, a.statusListener, a.handler(true))
 }
 
-// serveOn serves l until ctx ends.
+// serveOn serves l until ctx ends. Requests then get one more second.
 func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
 	limit := &conns.Limit{Max: maxConns}
 	s := &http.Server{

@@ -14,8 +14,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// fetch puts release p on disk before it is deployed. If p has to be fetched from storage, it first waits for a random
-// time below Config.StartDelay, and then for a place in turn.
+// fetch puts release p on disk, if it neither runs nor is staged. If p has to be fetched from storage, it first waits
+// for a random time below Config.StartDelay, and then for a place in turn.
 func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
@@ -69,9 +69,9 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	}
 }
 
-// announce waits until the store holds a report that the unit is about to switch to release, if a rollout's budget
-// counts the unit. Without that report, the mirror would not notice if the node died in its first steps, and would
-// admit another node in its place. While the store is away, the switch doesn't begin, and the unit stays in service.
+// announce waits until the store holds a report that the unit is about to switch to release (zero: to leave). It does
+// so if the unit serves and a rollout's budget counts it. Without that report, the mirror would not notice if the node
+// died in its first steps, and would admit another in its place. While the store is away, the unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.inspected.found == policy.FoundOther
@@ -109,12 +109,12 @@ func (a *Agent) forget(u *unit, j job) error {
 }
 
 const (
-	// verifyRate bounds how fast a check reads a live tree, in bytes a second.
+	// verifyRate bounds how fast a check reads a live tree, in bytes a second; strategy rsync ignores it.
 	verifyRate = 16 << 20
-	maxDrift   = 5
+	maxDrift   = 5 // paths in a report
 )
 
-// watchDest records where dest should lead after a job, and watches it.
+// watchDest records where dest should lead after a job, and watches it in place of the dest before.
 func (a *Agent) watchDest(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()
@@ -129,7 +129,7 @@ func (a *Agent) watchDest(u *unit) {
 	}
 }
 
-// checkLink checks that dest is still as the last deployment left it.
+// checkLink records drift if dest is no longer as the last deployment left it, unless the unit itself is changing it.
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -142,7 +142,7 @@ func (a *Agent) checkLink(u *unit) {
 }
 
 // destChanged reports whether dest is no longer as the last deployment left it, and records what another tool deployed
-// there.
+// there, if anything.
 func (u *unit) destChanged() bool {
 	found, changed := u.mark.Changed()
 	switch {
@@ -156,7 +156,7 @@ func (u *unit) destChanged() bool {
 	return changed
 }
 
-// verify compares dest and the live tree with the release.
+// verify compares dest and the live tree with the release, and records the drift. It returns no error.
 func (a *Agent) verify(ctx context.Context, u *unit) error {
 	ds, err := u.deploy.Verify(ctx, verifyRate)
 	if err != nil {
@@ -233,7 +233,7 @@ func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	return job{kind: jobObserve, release: p}, time.Time{}
 }
 
-// compare runs a jobObserve: it compares the tree at dest with a release, and changes nothing.
+// compare runs a jobObserve: it compares the tree at dest with a release, and sets when to do so again.
 func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) error {
 	select {
 	case a.fetchSlot <- struct{}{}:
@@ -295,8 +295,8 @@ type healthWatch struct {
 	done chan struct{}
 }
 
-// start begins the checks of the running release, unless they run already. A release that has just been deployed
-// begins as healthy.
+// start begins the checks of the running release, unless they run already. It does nothing while the release isn't
+// proven or a deployment is unfinished. A release begins with the journal's health: one just deployed, as healthy.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
@@ -346,7 +346,7 @@ func (w *healthWatch) keep() {
 	}
 }
 
-// stop ends the checks, before a deployment changes the running release.
+// stop ends the checks, if they run, and waits for that: before a deployment changes the running release.
 func (w *healthWatch) stop() {
 	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may end what was written
 	if w.end != nil {

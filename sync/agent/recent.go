@@ -41,7 +41,7 @@ func (r *recentErrors) newest() []deployments.LoggedError {
 	return r.lines
 }
 
-// remembering is a slog.Handler that adds error lines to recent, and passes all lines on to Handler.
+// remembering is a slog.Handler that adds error lines to recent, and passes on to Handler all lines that it takes.
 type remembering struct {
 	slog.Handler
 	recent *recentErrors

@@ -17,8 +17,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It stops in order: commands
-// under way end first. Errors of the store, storage or a release don't end it.
+// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It stops in order: commands under
+// way are ended first. Only an error of an address that it serves ends it before.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.dir.Close()
 	g, ctx := errgroup.WithContext(ctx)
@@ -65,7 +65,7 @@ func (a *Agent) loop(ctx context.Context) {
 		next := a.reconcile(time.Now())
 		var timer <-chan time.Time
 		if !next.IsZero() {
-			// The wall clock may jump, and timers stop while the machine sleeps: so decide at least once a minute.
+			// The wall clock may jump, and timers stop while the machine sleeps: so wait for at most a minute.
 			timer = time.After(min(max(time.Until(next), 10*time.Millisecond), time.Minute))
 		}
 		for again := false; !again; {
@@ -109,7 +109,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	}
 	for _, u := range a.units {
 		if u.atRest() {
-			u.claimed = "" // dest says where the tree is
+			u.claimed = "" // u.dest says where the tree is
 		}
 	}
 	for _, u := range a.units {
@@ -124,7 +124,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	return next
 }
 
-// decide sets the decision of each unit of a role. It does nothing until the role's records and pins are known.
+// decide sets the decision of each unit of a role, and adds units that have a record. It does nothing until r is known.
 func (a *Agent) decide(r *cache.Role, now time.Time) {
 	if !r.Known() {
 		return
@@ -161,7 +161,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 }
 
 // failureKey returns the key that identifies the request for a release. A release that failed here isn't retried while
-// its key stays the same.
+// its key is that of the same request: see policy.SameRequest.
 func failureKey(
 	r *cache.Role,
 	id deployments.UnitID,
@@ -181,7 +181,7 @@ func failureKey(
 	return "pin " + deployments.Trim(r.Pins.Value(key))
 }
 
-// setGoals sets the goals of a role's workers.
+// setGoals sets the goals of a role's workers, by their units' decisions.
 func (a *Agent) setGoals(r *cache.Role) {
 	after := map[string][]string{}
 	for id, u := range a.units {
@@ -228,7 +228,7 @@ func (a *Agent) setGoals(r *cache.Role) {
 	}
 }
 
-// setGoal sets the worker's goal, and cancels a job that conflicts with it.
+// setGoal sets the worker's goal, and cancels a job that conflicts with it. What is newly wanted is tried at once.
 func (u *unit) setGoal(g goal) {
 	if g.raiseFloor && !g.run.IsZero() &&
 		(u.floorRelease == u.nextFloor || u.deploy != nil && u.state().Running != u.nextFloor) {
@@ -279,8 +279,8 @@ func (u *unit) conflicts() bool {
 
 var errSuperseded = errors.New("superseded by another goal")
 
-// retire ends the workers of units that have no record and no release, drain or failure on this node. Agent.leave then
-// removes their directories. a.mu is held.
+// retire ends the workers of units that have no record and, by deploy.State.Empty, nothing on this node. Agent.leave
+// then removes their directories. a.mu is held.
 func (a *Agent) retire() {
 	for _, u := range a.units {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
@@ -297,7 +297,7 @@ func (a *Agent) noteConvergence() {
 	for _, u := range a.units {
 		if u.gone() {
 			if !u.state().Unfinished {
-				a.drained.End(u.id) // nobody asks for the unit, and it has nothing to serve
+				a.drained.End(u.id) // it has nothing to serve, or another unit has its dest
 			}
 			continue
 		}
@@ -326,8 +326,8 @@ func (a *Agent) noteConvergence() {
 	}
 }
 
-// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node. Such a pattern may be mistyped, and
-// the unit that it was meant for is deployed.
+// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node, but for */*/*. Such a pattern may
+// be mistyped, and the unit that it was meant for is deployed.
 func (a *Agent) warnOfUnobserved() {
 	for _, p := range a.c.Observe {
 		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {

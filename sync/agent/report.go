@@ -47,7 +47,7 @@ const (
 	// reportsPerSecond and reportBurst bound all reports but those that a switch waits for.
 	reportsPerSecond = 4
 	reportBurst      = 16
-	leaveWithin      = 5 * time.Second
+	leaveWithin      = 5 * time.Second // for removing the reports at the end
 )
 
 // report writes the reports to the store whenever they change, until ctx ends. Then it removes them, as a node that
@@ -151,9 +151,9 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// join writes the first report of a role, and records the number that the store gives it. When the presence is lost, a
-// goroutine of joined resets that number. A record admits the nodes up to a number that the mirror knows. A node with
-// an older number than its report might be admitted in addition to another one, without being counted.
+// join writes a role's first report of a presence, and records the number that the store gives it. When the presence is
+// lost, a goroutine of joined resets that number. A record admits the nodes up to a number that the mirror knows. A
+// node with an older number than its report might be admitted in addition to another one, without being counted.
 func (a *Agent) join(
 	ctx context.Context,
 	joined *sync.WaitGroup,
@@ -206,13 +206,13 @@ func (a *Agent) rolesInMidSwitch() []string {
 type writtenReport struct {
 	data   []byte
 	news   string // a report is written if this changed
-	coarse string // a report is written at once if this changed
+	coarse string // a report doesn't wait for progressEvery if this changed
 	units  map[string]deployments.UnitReport
 	at     time.Time
 }
 
-// encode encodes a role's report. A report isn't written only because the node knows a new generation of a converged
-// unit's record, or has staged its next release. Both go into the next report.
+// encode encodes a role's report. New error lines alone are no reason to write it. For a converged unit, neither is a
+// new generation of its record, nor a staged release, unless the mirror waits for them. All go into the next report.
 func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
 	for name, u := range r.Units {
@@ -252,9 +252,9 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report may be delayed if it only says that units begin to fetch a release. Most units
-// begin to switch soon after, and one report can say both. It returns 0 if the report says anything else, or nothing
-// new.
+// startsWithin returns how long a report may be delayed if units begin to fetch a release. Most units begin to switch
+// soon after, and one report can say both. It returns 0 if none begins, once that time is over, or if another unit
+// came, went, or changed its state, release or error.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0

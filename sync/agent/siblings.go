@@ -27,7 +27,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		return dependency{name, "waits for " + name + ", which may take over the dest of this unit, whose file is no " +
 			"longer in Git", false}
 	}
-	// A release that already runs elsewhere, or ran before, needs nothing that is yet to come.
+	// Only the record's new target needs the new releases of others. For any other release, they only have to serve.
 	r := u.record.Value
 	proven := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
 	for _, name := range r.After {
@@ -110,7 +110,7 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 	return nil
 }
 
-// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around that dest. Otherwise it
+// claim reserves a dest for a unit's tree, if no other unit has or has reserved one at, in or around it. Otherwise it
 // returns a *destInUseError. A unit that moves to another dest holds both until it has moved. Another unit that yields
 // its dest to this one doesn't count, unless it is changing. So a unit that was renamed in Git keeps its tree.
 func (a *Agent) claim(u *unit, dest string) error {
@@ -142,7 +142,8 @@ func (a *Agent) checkDest(u *unit, dest string) error {
 	return nil
 }
 
-// replaced reports whether the unit yields its dest to another unit, which has it or waits for it.
+// replaced reports whether u yields its dest to another unit, which has it already; not while u is changing. If nothing
+// of u runs, it reports whether u is orphaned and refused because another unit has the dest. a.mu is held.
 func (a *Agent) replaced(u *unit) bool {
 	if u.changing() {
 		return false
@@ -175,7 +176,7 @@ func (a *Agent) contends(u *unit) bool {
 	return false
 }
 
-// contested reports whether a unit that Git names is about to take the dest of u. a.mu is held.
+// contested reports whether another unit, to which u yields, has reserved the dest of u. a.mu is held.
 func (a *Agent) contested(u *unit) bool {
 	for _, other := range a.units {
 		if other != u && other.claimed != "" && other.claimed == u.dest && u.yields(other) {
@@ -185,7 +186,7 @@ func (a *Agent) contested(u *unit) bool {
 	return false
 }
 
-// displace records that what other units deployed to the dest of u is gone.
+// displace records, after a deployment of u, that what other units deployed to its dest is gone. a.mu is held.
 func (a *Agent) displace(u *unit) {
 	for _, other := range a.units {
 		if other != u && u.dest != "" && other.dest == u.dest {
@@ -220,7 +221,7 @@ func (a *Agent) endRefusals(u *unit) {
 	}
 }
 
-// within reports whether a clean path is dir, or is below dir or the directory of its releases.
+// within reports whether a clean path is dir or the directory of its releases, or is below one of them.
 func within(path, dir string) bool {
 	return path == dir || strings.HasPrefix(path, dir+"/") || path == dir+".releases" ||
 		strings.HasPrefix(path, dir+".releases/")

@@ -48,7 +48,7 @@ func (a *Agent) Status() policy.NodeStatus {
 	return s
 }
 
-// Report returns the agent's present reports, by role.
+// Report returns the agent's present reports, by role, within their limits: see fitReport.
 func (a *Agent) Report() map[string]deployments.Report {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -205,7 +205,7 @@ func (a *Agent) knowsRole(role string) bool {
 	return true
 }
 
-// unready returns why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
+// unready returns why /ready is 503, by unit or role, or of the agent; empty: it is 200. a.mu is held.
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
 	for id, u := range a.units {

@@ -68,15 +68,15 @@ type observed struct {
 	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
 	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
 	ran          []deployments.Digest            // releases it converged to in this process, newest last: see dependencyOf
-	recover      bool                            // a deployment has to be recovered first
+	recover      bool                            // an earlier run's deployment or drain has to be recovered first
 	forget       bool                            // all releases that failed may be retried
-	lastErr      error                           // why the last job failed; nil if it succeeded
+	lastErr      error                           // why the last job, or opening, failed and is tried again; else nil
 	refused      map[deployments.Pointer]refusal // releases that can't succeed on this node
 	retry        *wait.Backoff
 	retryAt      time.Time   // no job begins before that time
 	verifyAt     time.Time   // zero: never
 	dest         string      // dest of the running release
-	claimed      string      // dest that was claimed last
+	claimed      string      // dest that was claimed last; empty once the unit is at rest
 	mark         deploy.Mark // what the last deployment left at dest
 	foreign      string      // what another tool deployed to dest; empty: nothing
 	drift        []string
@@ -89,11 +89,11 @@ type observed struct {
 	watched    deployments.Pointer // the release whose health was watched last
 }
 
-// goal is what a unit's worker should reach. With the zero goal it only finishes what was begun.
+// goal is what a unit's worker should reach. With the zero goal it finishes what was begun, and watches what runs.
 type goal struct {
 	run    deployments.Pointer // the release to deploy; zero: whatever runs stays
 	stage  deployments.Pointer // the release to have ready on disk as well
-	commit string              // the commit that asked for run
+	commit string              // the commit that asked for run; empty: run isn't the record's target
 	key    string              // the failure key of run
 	heal   bool                // repair drift
 	adopt  bool                // take over the tree at dest if it equals the first release
@@ -112,7 +112,7 @@ type job struct {
 	commit  string
 	key     string
 	adopt   bool
-	leaves  bool // it may give way to goal.leave
+	leaves  bool // what was at dest is kept, as goal.leave may follow
 	cancel  context.CancelCauseFunc
 	span    trace.Context // zero: not traced
 	root    trace.SpanID  // the root span of span's trace
@@ -120,7 +120,7 @@ type job struct {
 
 type jobKind string
 
-// switches reports whether the job takes the unit out of service.
+// switches reports whether the job may take the unit out of service.
 func (j job) switches() bool {
 	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
 }
@@ -179,7 +179,7 @@ type refusal struct {
 	dest string // the dest that another unit has; empty: there is another cause
 }
 
-// destInUseError means that another unit has the dest.
+// destInUseError means that another unit has the dest, or one in or around it.
 type destInUseError struct {
 	dest string
 	why  string
@@ -202,8 +202,8 @@ func (u *unit) state() deploy.State {
 	return u.deploy.State()
 }
 
-// mustInspectDest reports whether the unit first has to look at what is at dest. If another tool's release serves
-// there, it must not be replaced on all nodes at once.
+// mustInspectDest reports whether the unit has to look at what is at dest before it stages its first release. If
+// another tool's release serves there, it must not be replaced on all nodes at once.
 func (u *unit) mustInspectDest() bool {
 	p := u.goal.stage
 	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil
@@ -282,9 +282,9 @@ func (u *unit) healthError() error {
 	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
-// final reports whether the unit stays as it is until a person acts. A deployment that an earlier run left unfinished
-// or drained has to be recovered first. Otherwise a node without anything good to run would count as in service between
-// the agent's start and its drain.
+// final reports whether the unit stays on what it runs until somebody acts. A deployment that an earlier run left
+// unfinished or drained has to be recovered first. Otherwise a node without anything good to run would count as in
+// service between the agent's start and its drain.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {
 		return false

@@ -27,7 +27,8 @@ func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// takeView updates the cache from a view of the store, and starts makeFolder if a folder key is missing.
+// takeView updates the cache from a view of the store. After ErrDenied it starts makeFolder, at the first error
+// useSnapshot.
 func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	a.cache.See(s, v, time.Now())
@@ -51,8 +52,8 @@ func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 }
 
 // makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. The mirror
-// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until the
-// prefix can be read: the token may be new, or the store away.
+// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until it succeeds,
+// or reading the prefix isn't denied any more: the token may be new, or the store away.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {
@@ -71,7 +72,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// lacksFolder records and reports whether a prefix can't be read because its folder key is missing.
+// lacksFolder records and reports whether reading a prefix is denied, as it is without its folder key.
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

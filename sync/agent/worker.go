@@ -44,7 +44,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	})
 }
 
-// leave removes the files of a retired unit, after its worker has ended.
+// leave removes a retired unit and its files, after its worker has ended.
 func (a *Agent) leave(u *unit) {
 	a.mu.Lock()
 	retired := u.retired
@@ -70,7 +70,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		return
 	}
 	watch := &healthWatch{a: a, u: u}
-	defer watch.keep() // of what was found last, after
+	defer watch.keep() // what the checks found last, after stop
 	defer watch.stop()
 	for ctx.Err() == nil {
 		watch.start(ctx)
@@ -260,7 +260,7 @@ func (a *Agent) freeMemory() {
 	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
-// mayBeOlder reports whether p may be older than the version floor: a pin names p, and Config.AllowOlderPins is set.
+// mayBeOlder reports whether p may be older than the version floor: a pin chose p, and Config.AllowOlderPins is set.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -384,8 +384,8 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	return j, ctx, time.Time{}
 }
 
-// opening reports whether some unit's state has yet to be opened. Until then it isn't known where the unit's tree
-// is, and another unit could take its dest. a.mu is held.
+// opening reports whether some unit's state has yet to be opened. Until then it isn't known where the unit's tree is,
+// and another unit could take its dest. A unit whose opening failed holds up no other. a.mu is held.
 func (a *Agent) opening() bool {
 	for _, u := range a.units {
 		if u.deploy == nil && u.lastErr == nil {

@@ -115,8 +115,8 @@ type Config struct {
 	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
 	// Nil: every dest is allowed.
 	Claim func(dest string) error
-	// Progress is called with StateFetching while a release is fetched, in a deployment or not. It is called with
-	// StateSwitching when the steps after that begin. May be nil.
+	// Progress is called with StateFetching while a release is fetched, in a deployment or not, and with StateSwitching
+	// when steps begin, or go on, from drain on. May be nil.
 	Progress func(deployments.State, meter.Progress)
 	// Stepped is called after each step of a deployment from drain on, with the step's error; may be nil.
 	Stepped func(step string, began time.Time, err error)

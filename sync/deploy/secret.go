@@ -75,9 +75,9 @@ func (u *Unit) withSecrets(
 	return env, nil
 }
 
-// exec returns the probe of a live release's exec check, which runs with current secrets. If a secret can't be read and
-// has no value from an earlier read, the probe skips the check and passes. So an outage of the secrets' source makes no
-// node unhealthy.
+// exec returns the probe of a live release's exec check. The check runs with secrets at most duringChecks old, or older
+// ones while they can't be read. Without any value, the probe skips the check and passes. So an outage of the secrets'
+// source makes no node unhealthy.
 func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) probe {
 	return func(ctx context.Context) (string, error) {
 		with, err := u.withSecrets(ctx, env, r, duringChecks)
