@@ -158,8 +158,8 @@ type Agent struct {
 	changed   wait.Signal   // wakes the loop
 	reportDue wait.Signal   // wakes report
 	pulse     chan struct{} // answers Alive
-	idle      chan struct{} // closed once
-	converged chan struct{} // closed once
+	idle      chan struct{} // closed once: see Idle
+	converged chan struct{} // closed once: see Converged
 
 	snapshot sync.Once // starts useSnapshot
 
@@ -380,7 +380,7 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 	}
 }
 
-// retryable reports whether the same call may succeed later: a new token is denied until all of Consul knows it.
+// retryable reports whether a later call may succeed: once the store is back, or all of Consul knows a new token.
 func retryable(err error) bool {
 	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }

@@ -198,7 +198,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// driftPaths returns the paths of differences for a report.
+// driftPaths returns the paths of the first maxDrift differences, for a report.
 func driftPaths(ds []artifact.Difference) []string {
 	var paths []string
 	for _, d := range ds[:min(len(ds), maxDrift)] {
@@ -221,7 +221,7 @@ const (
 	maxObserveAgain = 5 * time.Minute
 )
 
-// observeOnly chooses the next job of a unit that is only observed.
+// observeOnly is choose for a unit that is only observed.
 func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	p := u.goal.observe
 	switch {

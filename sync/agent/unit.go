@@ -59,7 +59,7 @@ type desired struct {
 // observed is the worker's present job, and what its jobs found.
 type observed struct {
 	busy         job
-	phase        deployments.State // StateFetching or StateSwitching during a deployment
+	phase        deployments.State // StateFetching or StateSwitching during a deployment; else empty
 	announce     *announcement     // of the deployment under way; nil: none was made
 	progress     meter.Progress
 	done         deployments.Pointer             // the release that the unit converged to in this process
@@ -127,7 +127,7 @@ func (j job) switches() bool {
 
 const (
 	jobNone         jobKind = ""
-	jobRecover      jobKind = "recover" // finish what a crash interrupted
+	jobRecover      jobKind = "recover" // finish or undo an unfinished deployment
 	jobForget       jobKind = "forget"  // end quarantine
 	jobDeploy       jobKind = "deploy"
 	jobStage        jobKind = "stage"

@@ -52,8 +52,8 @@ func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 }
 
 // makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. The mirror
-// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until it succeeds,
-// or reading the prefix isn't denied any more: the token may be new, or the store away.
+// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until it can, or
+// the prefix isn't denied any more: the token may be new, or the store away.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {

@@ -19,7 +19,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// addUnit starts a unit's worker if there is none. a.mu is held.
+// addUnit starts a unit's worker if there is none, and while Run runs. a.mu is held.
 func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
@@ -268,7 +268,7 @@ func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	return a.c.AllowOlderPins && (from == policy.FromNodePin || from == policy.FromUnitPin) && u.decision.Target == p
 }
 
-// progress records a deployment's progress, which package deploy reports.
+// progress records what package deploy reports: the bytes fetched and, for a job that switches, its phase.
 func (a *Agent) progress(u *unit, s deployments.State, p meter.Progress) {
 	u.fetched.Store(p.Done)
 	a.mu.Lock()

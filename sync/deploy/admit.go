@@ -62,7 +62,7 @@ func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte
 	return r, u.within(r)
 }
 
-// allow returns an error if r may not be used here.
+// allow returns an error if r, which was admitted before, may no longer be used here.
 func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	if err := u.trust(ctx, r.Pointer, r.Raw); err != nil {
 		return err

@@ -38,7 +38,7 @@ func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	return attempt{Digest: digest, Step: s}
 }
 
-// setAttempt makes a the journal's newest entry, in place of an earlier one for its step.
+// setAttempt puts a, as the newest, in place of the journal's entry for its step.
 func (j *journal) setAttempt(a attempt) {
 	same := func(b attempt) bool { return a.Digest == b.Digest && a.Step == b.Step }
 	j.Attempts = append(slices.DeleteFunc(j.Attempts, same), a)
@@ -65,8 +65,8 @@ func (d *deployment) owner() deployments.Digest {
 }
 
 // resume prepares a deployment that Open found to continue, once. It ends processes that the deployment's command left
-// running, and counts the step as cut off. It fails the deployment if that has happened too often. It goes back from
-// the health checks to the post commands after a reboot, which ended what they had started.
+// running, and counts the step as cut off: see maxCutOff. It goes back from the health checks to the post commands
+// after a reboot, which ended what they had started.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -128,9 +128,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
 }
 
-// StageFailed runs the failure commands of a release that could not be staged because of cause. While the request stays
-// the same, it does so once, though staging is tried again and again. It returns cause, joined with an error of the
-// journal. It runs nothing if the manifest wasn't admitted, or if ctx has ended.
+// StageFailed runs the failure commands of a release that could not be staged because of cause, once while the request
+// stays the same, though staging is tried again and again. It returns cause, joined with an error of the journal. It
+// runs nothing if the manifest wasn't admitted, or if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {

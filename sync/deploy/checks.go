@@ -115,9 +115,9 @@ func systemdState(out string) (invocation string, _ error) {
 	return p["InvocationID"], nil
 }
 
-// checkConsul passes if the local agent has the service, and all its checks pass. Consul's environment variables say
-// where the agent is. The client is new for each try, so that a token file is read again. Maintenance mode, which the
-// drain may have turned on, is ignored.
+// checkConsul passes if the local agent has the service, and all checks of the service pass. Consul's environment
+// variables say where the agent is. The client is new for each try, so that a token file is read again. Maintenance
+// mode, which the drain may have turned on, is ignored.
 func checkConsul(ctx context.Context, service string) error {
 	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {

@@ -173,8 +173,8 @@ func (u *Unit) order(r *artifact.Release) error {
 }
 
 // RaiseFloor raises the version floor to when the running release was made, if Trust is set and the release has passed
-// its health checks. From then on no older release is admitted but by Config.Older, even after a restart. Call it once
-// the release's rollout can no longer turn back. A *FutureError means that the floor was raised, but only to the node's
+// its health checks. From then on only Config.Older admits older releases, even after a restart. Call it once the
+// release's rollout can no longer turn back. A *FutureError means that the floor was raised, but only to the node's
 // time.
 func (u *Unit) RaiseFloor() error {
 	r, err := u.liveRelease()

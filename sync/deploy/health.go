@@ -64,8 +64,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// probeInterval returns the time between two tries of a check: the shorter of interval and stable. stable counts as a
-// second at least; 0: it doesn't count.
+// probeInterval returns the time between two tries of a check: interval or, if not 0 but shorter, stable (1 s at
+// least).
 func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval

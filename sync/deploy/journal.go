@@ -129,7 +129,7 @@ func (d *deployment) enter(s step) {
 	d.Touched = d.Touched || s == stepSwitch
 }
 
-// load reads the journal. If it doesn't parse, it is set aside, and the running release is derived from dest.
+// load reads the journal, if there is one. A damaged one is set aside, and the running release is derived from dest.
 func (u *Unit) load() error {
 	path := filepath.Join(u.c.Dir, journalFile)
 	// Temporary files of a write that was killed.

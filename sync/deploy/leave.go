@@ -18,7 +18,7 @@ type before struct {
 }
 
 // restorableUnder reports whether what was at dest before the first release can be put back while r is deployed. It can
-// if r has the same dest and strategy.
+// if r has a tree, with the same dest and strategy.
 func (b *before) restorableUnder(r *artifact.Release) bool {
 	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
 }
@@ -75,7 +75,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	case d != nil && (d.Step.goesBack() || !u.j.Before.restorableUnder(r)):
 		return u.runSteps(ctx)
 	}
-	if u.j.Deployment != nil { // even after a restart
+	if u.j.Deployment != nil { // a restart may have ended the drain
 		if err := u.drain(ctx, true); err != nil {
 			return err
 		}
@@ -146,8 +146,8 @@ func (u *Unit) removeOriginal() error {
 // errLeft is the error that the failure commands of a release see when Leave left it.
 var errLeft = errors.New("the rollout of the release has stopped: dest has again what was there before kedge")
 
-// restore puts back what was at dest before the first release, which has failed or was stopped. It returns the change
-// of the journal; nil: there is none.
+// restore puts back what was at dest before a first release that has failed or was stopped, and returns the journal's
+// change.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
 	// Strategy release switches by one rename: a deployment that was stopped has changed nothing at dest.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease

@@ -160,8 +160,8 @@ func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, err
 	return u.admitBytes(ctx, deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, raw)
 }
 
-// adopt records the release that r's dest leads to as running and good, if it is one that strategy release left, and
-// not r.
+// adopt records the release of kedge's that r's dest leads to, unless it is r, as running and good (strategy release
+// only).
 func (u *Unit) adopt(r *artifact.Release) error {
 	if r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 		return nil

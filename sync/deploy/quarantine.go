@@ -17,7 +17,7 @@ type Failure struct {
 	Key  string              `json:"key,omitempty"`
 	Step string              `json:"step"`
 	Back deployments.Pointer `json:"back,omitzero"` // what the unit goes back to; zero: no release
-	// Reason is the error's text.
+	// Reason is the error's text, of at most 2000 bytes.
 	Reason string    `json:"reason"`
 	At     time.Time `json:"at"` // the node's clock; for people
 }
@@ -32,8 +32,8 @@ func (f Failure) Err(p deployments.Pointer) *Failed {
 }
 
 // Failed is the error of a deployment that failed after its release was staged: by a command, the switch, a check, or
-// too many cut-offs. The unit went back to Back (zero: to what was there before, or nowhere), and Release is
-// quarantined.
+// too many cut-offs. Release is quarantined, and the unit went back to Back (zero: to what was there before, or
+// nowhere).
 type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
@@ -43,7 +43,7 @@ type Failed struct {
 	Reason deployments.Reason
 	Facts  deployments.Facts
 	Err    error
-	// Unfinished is set while the node still goes back.
+	// Unfinished is set, in what the agent reports, while the node still goes back.
 	Unfinished bool
 }
 

@@ -26,8 +26,8 @@ type SecretReader interface {
 var ErrSecretUnavailable = errors.New("a secret can't be read")
 
 const (
-	// duringDeployment is the maximum age of values in a deployment. It is longer than deployments take, so that all steps
-	// use the values that were read at the beginning.
+	// duringDeployment is the maximum age of values in a deployment. It is longer than deployments take: all steps use the
+	// values that were read at the beginning, unless the agent restarts.
 	duringDeployment = 24 * time.Hour
 	// duringChecks is the maximal age of values for the checks of a live release.
 	duringChecks = 5 * time.Minute
