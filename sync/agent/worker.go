@@ -260,7 +260,7 @@ func (a *Agent) freeMemory() {
 	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
-// mayBeOlder reports whether p may be older than the version floor: a pin chose p, and Config.AllowOlderPins is set.
+// mayBeOlder reports whether p may be older than the floor: by AllowOlderPins, if a pin, not the record, decides for p.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

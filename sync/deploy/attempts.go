@@ -128,9 +128,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
 }
 
-// StageFailed runs the failure commands of a release that could not be staged because of cause, once while the request
-// stays the same, though staging is tried again and again. It returns cause, joined with an error of the journal. It
-// runs nothing if the manifest wasn't admitted, or if ctx has ended.
+// StageFailed runs the failure commands of a release that could not be staged because of cause. It does so once while
+// the request stays the same, though staging is tried again and again. It returns cause, joined with an error of the
+// journal. It runs nothing if the manifest wasn't admitted, or if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {

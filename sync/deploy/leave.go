@@ -149,7 +149,7 @@ var errLeft = errors.New("the rollout of the release has stopped: dest has again
 // restore puts back what was at dest before a first release that has failed or was stopped, and returns the journal's
 // change.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// Strategy release switches by one rename: a deployment that was stopped has changed nothing at dest.
+	// Strategy release switches by one rename: a deployment that was stopped before it has changed nothing at dest.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease
 	if d.Fault == nil && atomic {
 		return nil, nil
