@@ -120,7 +120,7 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 // ErrNoRecord. A quarantined digest may be the Target, and the Trace says so: the agent doesn't run it, and reports
 // that.
 func Resolve(f ResolveInputs) Decision {
-	d := Decision{Action: ActKeep, Source: FromNothing}
+	d := Decision{Action: ActKeep, Source: FromNothing, Trace: make([]deployments.Step, 0, 6)}
 	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
 	if d.pin(f, FromUnitPin, f.UnitPin, f.Unit.String()) {
 		decided = true

@@ -93,9 +93,9 @@ func stableIn(history []deployments.History) (stable []deployments.Digest) {
 func (w *world) look() {
 	before := w.seenBy
 	w.looked = w.now
-	w.seenBy, w.live = w.seenBy[:0:0], make([]bool, w.names+1)
+	w.seenBy, w.live = make([]Node, 0, len(w.nodes)), make([]bool, w.names+1)
 	defer func() {
-		now := map[string]bool{}
+		now := make(map[string]bool, len(w.seenBy))
 		for _, n := range w.seenBy {
 			now[n.Name] = true
 		}
