@@ -529,6 +529,17 @@ func (m *fleetMeter) live(p deployments.Pointer) {
 	})
 }
 
+// asShipped gives Consul the timing of its defaults again, which kvtest shortens so that deaths are noticed soon. A
+// fleet that boots on one machine stalls servers for longer than that, and they would lose their leader.
+const asShipped = `
+performance { raft_multiplier = 5 }
+gossip_lan {
+	gossip_interval = "200ms"
+	probe_interval  = "1s"
+	probe_timeout   = "500ms"
+	suspicion_mult  = 4
+}`
+
 // A fleet of real agents on three servers that deny by default, at the size that -nodes says: boots, follows pins
 // that don't wait for the budget, goes through a rollout by 5 %, and then does nothing. It prints what each takes.
 func TestFleetAtSize(t *testing.T) {
@@ -539,7 +550,7 @@ func TestFleetAtSize(t *testing.T) {
 	for n := len(clients); n*2000 < size; n = len(clients) {
 		clients = append(clients, fmt.Sprintf("c%d", n+1))
 	}
-	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: clients, ACL: true})
+	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: clients, ACL: true, Config: asShipped})
 	f := &fleet{t: t, id: id, dir: t.TempDir()}
 	one, two, three := f.release("1"), f.release("2"), f.release("3")
 	file := func(p deployments.Pointer) map[string]string {
