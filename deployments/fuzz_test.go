@@ -274,6 +274,7 @@ func FuzzTemplate(f *testing.F) {
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(stretchers))
 	f.Add([]byte("{{ env \"A\" }}: [{[{"))
+	f.Add([]byte(secretAliases))
 	f.Add(
 		[]byte(
 			"x-a: &a {pre: [id]}\ncommands: {<<: *a, post: [*a], timeout: 1h}\n" +

@@ -370,8 +370,10 @@ func (r *manifestReader) secrets(n ast.Node) {
 	refs := map[string]SecretRef{}
 	r.variables(n, "secrets", "DB_URL: ssm:/prod/db", maxSecrets, func(name string, given ast.Node) {
 		var ref SecretRef
-		if into(&r.reader, &ref, ParseSecretRef)(given); ref == "" && empty(given) {
+		if empty(given) {
 			r.at(n, "secret %q has no reference, as in ssm:/prod/db", name)
+		} else {
+			into(&r.reader, &ref, ParseSecretRef)(given)
 		}
 		refs[name] = ref
 	})

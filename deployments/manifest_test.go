@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -55,6 +56,16 @@ func TestStretchersManifest(t *testing.T) {
 	}
 }
 
+// secretAliases has one more alias for secrets than resolve follows.
+var secretAliases = func() string {
+	var b strings.Builder
+	b.WriteString("x-a: &a ssm:/x\nsecrets:\n")
+	for i := range maxAliases + 1 {
+		fmt.Fprintf(&b, "  A%d: *a\n", i)
+	}
+	return b.String()
+}()
+
 func TestManifestMistakes(t *testing.T) {
 	t.Parallel()
 	base := "src: app.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\n"
@@ -93,6 +104,8 @@ func TestManifestMistakes(t *testing.T) {
 		{"merged from text", base + "commands: {<<: text}\n", "want an alias"},
 		{"aliases of aliases", base + "x-a: &a {x-1: 1}\n" +
 			"commands: {<<: [" + strings.Repeat("*a,", 201) + "]}\n", "more than 200 times"},
+		{"more aliases of secrets than are followed", base + secretAliases, "more than 200 times"},
+		{"a secret without a reference", base + "secrets: {DB_URL: }\n", `manifest:4:10: secret "DB_URL" has no reference`},
 		{"a tag", base + "owner: !!str root\n", "tags"},
 		{"a check of two kinds", base + "health:\n  checks:\n  - tcp: localhost:80\n    exec: true\n", "manifest:6:5: a check is exactly one of"},
 		{"a user of what runs nothing", base + "health:\n  checks:\n  - tcp: localhost:80\n    user: app\n",

@@ -183,8 +183,11 @@ func (r *reader) at(n ast.Node, format string, args ...any) {
 	r.note(line, column, format, args...)
 }
 
-// position returns the line and column at which a node begins, or 0, 0 if unknown.
+// position returns the line and column at which a node begins, or 0, 0 if unknown or if n is nil.
 func position(n ast.Node) (line, column int) {
+	if n == nil {
+		return 0, 0
+	}
 	if m, ok := n.(*ast.MappingNode); ok && len(m.Values) > 0 && !m.IsFlowStyle {
 		// A block mapping's own token is its first colon.
 		if t := m.Values[0].Key.GetToken(); t != nil {
