@@ -24,8 +24,12 @@ const maxOpenLevels = 64
 // link, and never crosses a mount point, including bind mounts of the same file system. Mount points and the
 // directories above them stay; the error names the first of these mount points. A missing tree is no error.
 func RemoveTree(path string) error {
-	if !Exists(path) {
-		return nil // this avoids an error on a read-only file system
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil // removing it would be an error on a read-only file system
+	}
+	if err != nil {
+		return err
 	}
 	parent, err := OpenDir(filepath.Dir(path))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -61,10 +65,13 @@ func EmptyDir(dir string) error {
 type remover struct {
 	top   int // descriptor of the tree's top; -1: not open yet
 	moved int
-	errs  []error // the first few
+	// failed counts the failures, of which errs has the first few. A directory in which it rose is not empty.
+	failed int
+	errs   []error
 }
 
 func (r *remover) addError(path string, err error) {
+	r.failed++
 	if len(r.errs) < 3 {
 		r.errs = append(r.errs, PathError("remove", path, err))
 	}
@@ -105,9 +112,9 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	if r.top < 0 {
 		r.top = fd
 	}
-	before := len(r.errs)
+	before := r.failed
 	r.empty(d, path, level)
-	if len(r.errs) > before {
+	if r.failed > before {
 		return // it isn't empty
 	}
 	if err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -129,11 +136,11 @@ func (r *remover) empty(d *os.File, path string, level int) {
 		if err != nil && !errors.Is(err, io.EOF) {
 			r.addError(path, err)
 		}
-		before := len(r.errs)
+		before := r.failed
 		for _, name := range names {
 			r.remove(int(d.Fd()), name, filepath.Join(path, name), level+1)
 		}
-		if len(names) == 0 || len(r.errs) > before {
+		if len(names) == 0 || r.failed > before {
 			return
 		}
 	}

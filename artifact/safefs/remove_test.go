@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,6 +42,39 @@ func TestRemovingNeverCrossesAMount(t *testing.T) {
 		}
 		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
 			t.Errorf("%s: %v stays", name, entries)
+		}
+	}
+}
+
+// More failures than the error tells of must not keep a directory from being given up.
+func TestRemovingEndsAfterManyFailures(t *testing.T) {
+	for name, remove := range map[string]func(dir string) error{"removeTree": RemoveTree, "emptyDir": EmptyDir} {
+		dir := t.TempDir()
+		for _, at := range []string{"a", "b", "c", "d", "e"} {
+			treetest.BindMount(t, filepath.Join(dir, at, "log"))
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- remove(dir) }()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, ErrMounted) {
+				t.Errorf("%s: got %v", name, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%s does not end", name)
+		}
+	}
+}
+
+// Only what is missing counts as removed: any other reason why it can't be seen is an error.
+func TestWhatCanNotBeSeenIsNotRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	treetest.Relink(t, filepath.Join(dir, "loop"), "loop")
+	treetest.WriteFile(t, filepath.Join(dir, "file"), "")
+	for path, want := range map[string]error{"loop/tree": unix.ELOOP, "missing/tree": nil, "file/tree": nil} {
+		if err := RemoveTree(filepath.Join(dir, path)); !errors.Is(err, want) {
+			t.Errorf("%s: got %v, want %v", path, err, want)
 		}
 	}
 }
