@@ -179,12 +179,13 @@ func (t trust) has(uid uint32) bool {
 	return uid == 0 || int(uid) == t.self || int(uid) == t.top
 }
 
-// replaceable reports whether untrusted users can replace what others own in a directory; plantable, whether they can
-// add something new there.
-func (t trust) replaceable(st *unix.Stat_t) bool {
-	return t.plantable(st) && (st.Mode&unix.S_ISVTX == 0 || !t.has(st.Uid))
+// replaceable reports whether untrusted users can replace an entry of the directory dir. In a sticky one only the
+// entry's owner and the directory's can.
+func (t trust) replaceable(dir, entry *unix.Stat_t) bool {
+	return t.plantable(dir) && (dir.Mode&unix.S_ISVTX == 0 || !t.has(dir.Uid) || !t.has(entry.Uid))
 }
 
+// plantable reports whether untrusted users can add an entry to a directory.
 func (t trust) plantable(st *unix.Stat_t) bool {
 	group := st.Mode&0o020 != 0 && st.Gid != 0 && int(st.Gid) != os.Getegid()
 	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
@@ -316,7 +317,7 @@ func (w *walk) step(name string) error {
 		}
 		return w.follow(name, path)
 	}
-	w.fixed = w.fixed && !w.trust.replaceable(&here)
+	w.fixed = w.fixed && !w.trust.replaceable(&here, &st)
 	return w.enter(name, path)
 }
 

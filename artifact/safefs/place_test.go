@@ -22,7 +22,12 @@ func TestPlaces(t *testing.T) {
 	treetest.Mkdir(t, home+"/apps/theirs/sub", stranger)
 	treetest.Mkdir(t, home+"/apps/theirs", stranger)
 	treetest.Mkdir(t, home+"/open", 0)
-	if err := os.Chmod(home+"/open", 0o1777); err != nil {
+	treetest.Mkdir(t, home+"/open/ours", 0)
+	treetest.Mkdir(t, home+"/open/theirs", stranger)
+	treetest.Mkdir(t, home+"/group/ours", 0)
+	treetest.Mkdir(t, home+"/group/theirs", stranger)
+	if err := errors.Join(os.Chmod(home+"/open", os.ModeSticky|0o777), os.Chown(home+"/group", 0, stranger),
+		os.Chmod(home+"/group", os.ModeSticky|0o775)); err != nil {
 		t.Fatal(err)
 	}
 	treetest.Relink(t, home+"/srv", "data")
@@ -54,6 +59,10 @@ func TestPlaces(t *testing.T) {
 		{dest: "/apps/theirs/rootlink/app"},
 		{dest: "/theirlink/app"},
 		{dest: "/open/link/app"},
+		{dest: "/open/ours/app", real: "/open/ours", fixed: true},
+		{dest: "/open/theirs/app", real: "/open/theirs"}, // its owner can put a link in its place
+		{dest: "/group/ours/app", real: "/group/ours", fixed: true},
+		{dest: "/group/theirs/app", real: "/group/theirs"},
 		{dest: "/loop/app"},
 		{dest: "/data/app", within: []string{"/srv"}, real: "/data", fixed: true},
 		{dest: "/srv/app", within: []string{"/srv"}, real: "/data", fixed: true},
