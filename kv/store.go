@@ -82,8 +82,9 @@ type View struct {
 	Folders []string
 	// Synced is set once the prefix was read with certainty. Before that, a missing key does not mean absence.
 	Synced bool
-	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. An ErrUnavailable that
-	// is ErrTooLarge, too, means that there is more below the prefix than MostListed.
+	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. An ErrDenied that is
+	// ErrNoFolder, too, means that the answer lacks the folder key. An ErrUnavailable that is ErrTooLarge, too, means
+	// that there is more below the prefix than MostListed.
 	Err error
 	// Since is when Err last became nil or not nil.
 	Since time.Time

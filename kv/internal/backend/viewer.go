@@ -93,10 +93,10 @@ func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameKind reports whether two errors are of one kind: nil, kv.ErrDenied, kv.ErrUnavailable, or another. Their texts
-// may differ with every attempt.
+// sameKind reports whether two errors are of one kind: nil, one of the kv errors that a watch's callers branch on, or
+// another. Their texts may differ with every attempt.
 func sameKind(a, b error) bool {
-	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
+	for _, kind := range []error{kv.ErrDenied, kv.ErrNoFolder, kv.ErrUnavailable, kv.ErrTooLarge} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
 			return false
 		}
