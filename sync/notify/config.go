@@ -20,7 +20,7 @@ type Config struct {
 	Receivers []Receiver `yaml:"receivers"`
 	Statuses  []Statuses `yaml:"statuses"`
 	// Link is a template for the URL of a unit's page, with {unit} in it, as in
-	// https://kedge.acme.example/unit/{unit}.
+	// https://kedge.acme.example/unit/{unit}; empty: notifications have no link.
 	Link string `yaml:"link"`
 }
 
@@ -31,8 +31,8 @@ type Receiver struct {
 	// URL is the endpoint. URLFile is a file with the URL, if that is a secret. One of them is set.
 	URL     string `yaml:"url"`
 	URLFile string `yaml:"url_file"`
-	// SecretFile is a file with the secret, whsec_… or plain, that signs messages according to Standard
-	// Webhooks. Empty: unsigned.
+	// SecretFile is a file with the secret that signs messages according to Standard Webhooks; empty: they are unsigned.
+	// The secret is in base64, with or without whsec_ before it; text that isn't base64 is the secret itself.
 	SecretFile string `yaml:"secret_file"`
 	// Format is cloudevents (default), slack or teams.
 	Format Format `yaml:"format"`
@@ -64,7 +64,7 @@ type Statuses struct {
 	API string `yaml:"api"`
 	// Project is the deployments repo as OWNER/NAME.
 	Project string `yaml:"project"`
-	// TokenFile is a file with a token that may write commit statuses.
+	// TokenFile is a file with a token that may write commit statuses. Units are patterns, as in Receiver.
 	TokenFile string   `yaml:"token_file"`
 	Units     []string `yaml:"units"`
 }
@@ -83,7 +83,7 @@ const maxReceivers = 20
 
 var receiverName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 
-// ReadConfig parses a configuration file strictly.
+// ReadConfig reads and checks a configuration file, and sets defaults. An unknown field is an error.
 func ReadConfig(file string) (Config, error) {
 	var c Config
 	data, err := inputfile.Read("--notify", file)
@@ -177,8 +177,8 @@ func kindList() string {
 	return strings.Join(names, ", ")
 }
 
-// checkURL returns an error unless a URL is https, or http on this machine. The error doesn't contain the URL,
-// which may be a secret.
+// checkURL returns an error unless a URL is https, or http to localhost, 127.0.0.1 or ::1. The error doesn't contain
+// the URL, which may be a secret.
 func checkURL(s string) error {
 	u, err := url.Parse(s)
 	switch {
@@ -192,7 +192,7 @@ func checkURL(s string) error {
 	return errors.New("want https://; http:// is for this machine alone")
 }
 
-// matches reports whether one of the patterns matches a unit. No patterns match every unit.
+// matches reports whether one of the patterns matches a unit. It is true if there are no patterns.
 func matches(patterns []string, id deployments.UnitID) bool {
 	for _, p := range patterns {
 		if ok, err := path.Match(p, id.String()); ok && err == nil {

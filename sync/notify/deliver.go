@@ -19,12 +19,12 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// errRefused is wrapped by errors that a second try won't change.
+// errRefused is wrapped by the error of an answer that a second try hardly changes, such as 404 or a redirect.
 var errRefused = errors.New("refused")
 
-// retryAfterError means that the receiver asked to wait before the next try.
+// retryAfterError means that the server is busy or failed, so that a later try may succeed.
 type retryAfterError struct {
-	after time.Duration
+	after time.Duration // the seconds in Retry-After, at most maxPause; 0: none
 	err   error
 }
 
@@ -57,7 +57,7 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 // sign adds the headers of Standard Webhooks.
 func sign(header http.Header, secret, id string, at time.Time, body []byte) error {
 	signer, err := webhooks.NewWebhook(secret)
-	if err != nil { // it isn't base64: the text itself is the secret
+	if err != nil { // the text isn't base64, with or without whsec_ before it: it is the secret itself
 		if signer, err = webhooks.NewWebhookRaw([]byte(secret)); err != nil {
 			return errors.New("the secret of the receiver is empty")
 		}
@@ -143,7 +143,8 @@ func escapeSlack(s string) string {
 // escapeTeams breaks up Markdown links, whose text can hide where they lead.
 func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
-// send makes one request. It follows no redirect, as the request may contain a secret for this server alone.
+// send makes one request. Its errors don't contain the URL: an answer 408, 429 or 5xx is a *retryAfterError, any other
+// but 2xx wraps errRefused. client must follow no redirect, as the request may contain a secret for this server alone.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
@@ -182,7 +183,8 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 // sendTimeout bounds one request.
 const sendTimeout = 10 * time.Second
 
-// secretOr returns a value, or the content of the file that a field names.
+// secretOr returns the content of file, without white space around it, or value if file is empty. An empty content is
+// an error. field is the setting that names the file.
 func secretOr(field, value, file string) (string, error) {
 	if file == "" {
 		return value, nil

@@ -15,15 +15,15 @@ type Kind string
 
 const (
 	KindStarted         Kind = "started"          // a unit has a new target
-	KindCompleted       Kind = "completed"        // its rollout ended: every node runs the target
-	KindPendingApproval Kind = "pending-approval" // it waits for kedge promote
-	KindFrozen          Kind = "frozen"           // it waits for a freeze window to end
-	KindPaused          Kind = "paused"           // it stopped: too many nodes failed, or by an operator's order
-	KindRollingBack     Kind = "rolling-back"     // it goes back to the stable release
-	KindRolledBack      Kind = "rolled-back"      // it has gone back
+	KindCompleted       Kind = "completed"        // a rollout ended with its target, or an orphaned unit is back in Git
+	KindPendingApproval Kind = "pending-approval" // a rollout waits for kedge promote
+	KindFrozen          Kind = "frozen"           // a rollout waits for a freeze window to end
+	KindPaused          Kind = "paused"           // a rollout stopped, and waits for an operator
+	KindRollingBack     Kind = "rolling-back"     // a rollout turned back, to what served before
+	KindRolledBack      Kind = "rolled-back"      // a rollback ended
 	KindOrphaned        Kind = "orphaned"         // Git no longer names the unit, and its record stays
-	KindUnhealthy       Kind = "unhealthy"        // a node's live release fails its health checks
-	KindRecovered       Kind = "recovered"        // no node's live release fails its checks any more
+	KindUnhealthy       Kind = "unhealthy"        // a unit's health checks fail on a live node, after they failed on none
+	KindRecovered       Kind = "recovered"        // a unit's health checks fail on no live node any more
 	KindRefused         Kind = "refused"          // the mirror doesn't take a commit
 )
 
@@ -37,7 +37,7 @@ func Kinds() []Kind {
 type Event struct {
 	ID   string
 	Kind Kind
-	At   time.Time
+	At   time.Time // zero: not known
 	Data Data
 }
 
@@ -54,16 +54,16 @@ type Data struct {
 	Author     string              `json:"author,omitempty"`
 	Subject    string              `json:"subject,omitempty"`
 	Nodes      []string            `json:"nodes,omitempty"`
-	// Message is the event in one line, for people. Link leads to the unit's page.
+	// Message is the event in one line, for people. Link leads to the unit's page, if Config.Link is set.
 	Message string `json:"message"`
 	Link    string `json:"link,omitempty"`
 }
 
-// maxShown bounds each text of an event, in bytes.
+// maxShown is the length in bytes at which sanitize cuts a text.
 const maxShown = 4 << 10
 
-// sanitize cleans texts by commits, operators and nodes: it removes control characters, and what may be secret in
-// URLs, such as a signature.
+// sanitize cleans texts by commits, operators and nodes: it removes control characters, hides what may be secret in
+// URLs, such as a signature, and cuts long texts.
 func (d *Data) sanitize() {
 	shown := func(s string) string { return safetext.Clip(message.OneLine(safetext.URLs(s)), maxShown) }
 	d.Message, d.Author, d.Subject = shown(d.Message), shown(d.Author), shown(d.Subject)
@@ -75,15 +75,14 @@ func (d *Data) sanitize() {
 	d.Facts = facts
 }
 
-// notified is the last state of a unit that a receiver was notified of: the generation, and the rollout's state and
-// its time.
+// notified is the last state of a unit that a receiver was notified of. Standing is what rolloutState returned.
 type notified struct {
 	Generation int64  `json:"generation"`
 	Standing   string `json:"standing,omitempty"`
 	Unhealthy  bool   `json:"unhealthy,omitempty"`
 	// HealthChanges counts the notifications about the nodes' health, so that each has an ID of its own.
 	HealthChanges int64 `json:"health_changes,omitempty"`
-	// Status identifies the commit status that was last written.
+	// Status is the hash of the commit status that was last written; see hashOf.
 	Status string `json:"status,omitempty"`
 }
 
@@ -91,15 +90,15 @@ type notified struct {
 type unitNow struct {
 	id     deployments.UnitID
 	record deployments.Record
-	// history has the entries of the last generations, oldest first.
+	// history has the entries of the last generations, oldest first; nil until sendNew reads them.
 	history []deployments.History
-	// unhealthy are the live nodes whose release fails its checks, sorted; known is false while that is unknown.
+	// unhealthy are the live nodes on which the unit fails its checks, sorted. If known is false, they don't count.
 	unhealthy []string
 	known     bool
 }
 
-// rolloutState returns a text that identifies a rollout's state and the time of its last change; empty: the rollout
-// goes on. If the text differs from before, there may be something to notify of.
+// rolloutState returns "orphaned", "completed" if the record has no rollout, or else the rollout's phase and its time;
+// empty: the rollout goes on. If the text differs from before, there may be something to notify of.
 func rolloutState(r deployments.Record) string {
 	switch p := r.Rollout; {
 	case r.Orphaned:
@@ -114,7 +113,7 @@ func rolloutState(r deployments.Record) string {
 }
 
 // eventsSince returns the events that lead a receiver from the state was to u, in order, and the state that it then
-// knows.
+// knows. Only generations in u.history have an event "started". Status is left for the caller to set.
 func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
 	now = notified{Generation: r.Generation, Standing: rolloutState(r), Unhealthy: was.Unhealthy,
@@ -186,7 +185,7 @@ func entryOf(history []deployments.History, generation int64) *deployments.Histo
 	return nil
 }
 
-// suffix returns who asked for a generation, and what else led to it.
+// suffix returns the commit's author and subject, and what else led to a generation, as far as known.
 func suffix(h deployments.History) string {
 	s := ""
 	if h.Author != "" {
@@ -201,7 +200,7 @@ func suffix(h deployments.History) string {
 	return s
 }
 
-// nameOf returns a release's name for people: the version in its URL, and the beginning of its digest.
+// nameOf returns a release's name for people, as Pointer.Short does.
 func nameOf(p deployments.Pointer) string { return p.Short() }
 
 func few(names []string) string {

@@ -1,8 +1,8 @@
 // Package notify sends notifications about rollouts: events over HTTP, and commit statuses at the Git server. The
 // mirror that holds the lease runs it, and it follows the store's state. For each receiver it stores, at
-// mirror/notified/NAME, the last state that the receiver was notified of. What a receiver didn't take is sent
-// again, even by the next mirror, so that each event arrives at least once, always with the same ID. A slow or
-// dead receiver delays no other; when it is back it gets the latest state of each unit, not each step on the way.
+// mirror/notified/NAME, the last state that the receiver was notified of. An event that a receiver didn't take is sent
+// again with the same ID, even by the next mirror. It is dropped once it was refused three times, or tried for a day.
+// A slow or dead receiver delays no other. When it is back, it gets each unit's latest state, not each step on the way.
 package notify
 
 import (
@@ -36,16 +36,15 @@ type Notifier struct {
 	client *http.Client
 	source string
 	sent   *prometheus.CounterVec
-	// giveUp is how long an event is tried. statusPause is the least time between two writes of a pending status, and
-	// healthPause between two reads of the nodes' reports. healthHold is the least time between two events about a unit's
-	// health. So a node whose health keeps changing doesn't send events all day.
+	// giveUp is how long an event or a status is tried. statusPause is the least time between a unit's status and its next
+	// pending one, healthPause that between two reads of the nodes' reports. healthHold is as the constant healthHold.
 	giveUp, statusPause, healthPause, healthHold time.Duration
 
 	mu      sync.Mutex
 	units   map[deployments.UnitID]unitNow
 	synced  bool // desired/ has been read with certainty
 	refused deployments.MirrorState
-	changed chan struct{} // closed, and made anew, when any of these change
+	changed chan struct{} // closed and replaced whenever units, synced or refused may have changed
 }
 
 // New returns a notifier. metrics may be nil.
@@ -112,7 +111,7 @@ func (n *Notifier) seeRecords(v kv.View) {
 				continue
 			}
 			id := key.UnitID()
-			u := was[id] // a record that doesn't parse is put back by the mirror
+			u := was[id] // keeps the health, and the last record if the present one doesn't parse
 			u.id = id
 			if r, err := deployments.ParseRecord(e.Value); err == nil {
 				u.record = r
@@ -127,18 +126,19 @@ func (n *Notifier) seeMirror(v kv.View) {
 		if e.Key != kv.MirrorKey {
 			continue
 		}
-		if s, err := deployments.ParseMirrorState(e.Value); err == nil {
+		if s, err := deployments.ParseMirrorState(e.Value); err == nil { // the mirror replaces one that doesn't parse
 			n.mu.Lock()
 			same := s.Refused == n.refused.Refused && s.Error == n.refused.Error
 			n.mu.Unlock()
-			if !same { // the mirror replaces a record that doesn't parse
+			if !same {
 				n.change(func() { n.refused = s })
 			}
 		}
 	}
 }
 
-// followHealth watches which nodes are unhealthy, at a pace that costs at most a fiftieth of a core.
+// followHealth polls which nodes are unhealthy until ctx ends, at a pace that costs at most a fiftieth of a core.
+// While the reports can't be read, the units keep the health last seen.
 func (n *Notifier) followHealth(ctx context.Context) error {
 	for {
 		began := time.Now()
@@ -192,10 +192,10 @@ func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
 	return sick
 }
 
-// cursor is the state that one receiver was notified of.
+// cursor is the state that one receiver, or one Statuses, was notified of. What was dropped counts as notified.
 type cursor struct {
 	Units map[string]notified `json:"units"`
-	// Refused is the last refused commit that it was notified of.
+	// Refused is the commit that was refused when the receiver was last up to date; empty: none was.
 	Refused string `json:"refused,omitempty"`
 
 	key    string
@@ -278,7 +278,8 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. If that fails, the next mirror sends its events again.
+// save writes a cursor if it changed. If that fails, it logs the error, and the next call tries again. Another mirror
+// that takes over before sends the events again.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	value, err := json.Marshal(c)
 	if err != nil {
@@ -297,7 +298,8 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	c.stored = value
 }
 
-// startAtPresent begins a cursor at the current state: a new receiver isn't notified of the past.
+// startAtPresent begins a cursor at the state known now, so that a new receiver isn't notified of the past. State that
+// is read only later, such as the nodes' health, is news to it.
 func (n *Notifier) startAtPresent(c *cursor) {
 	units, refused := n.current()
 	c.Units, c.Refused = map[string]notified{}, refused.Refused
@@ -373,8 +375,8 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 // maxPast bounds the generations of one unit that a receiver is notified of after it was away.
 const maxPast = 5
 
-// historyOf returns the newest entries of a unit's history, at most maxPast, oldest first. If the history can't be
-// read, it logs that and returns none.
+// historyOf returns the newest entries of a unit's history that parse, at most maxPast, oldest first. If the history
+// can't be read, it logs that and returns none.
 func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
 	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
 	if err != nil {
@@ -391,15 +393,16 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 }
 
 const (
-	// healthHold is the least time between two events about a unit's health.
+	// healthHold is the least time between two events about one unit's health to one receiver: health may flap.
 	healthHold = 5 * time.Minute
-	// maxPause is the longest pause between two tries.
+	// maxPause bounds the average pause between two tries, of which one may last twice as long, and each Retry-After.
 	maxPause = 5 * time.Minute
-	// maxRefusals is how often a server may refuse an event before it is dropped.
+	// maxRefusals is the number of refusals after which an event or a status is dropped.
 	maxRefusals = 3
 )
 
-// send delivers an event, with as many tries as needed. An event that is refused, or too old, is dropped.
+// send delivers an event, unless the receiver doesn't want its kind. It returns nil also if try gave the event up, and
+// an error only when ctx has ended.
 func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	if len(r.Events) > 0 && !slices.Contains(r.Events, e.Kind) {
 		return nil
@@ -411,8 +414,8 @@ func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
 }
 
-// try calls f until it succeeds, is refused permanently, or giveUp has passed. It returns an error only when ctx
-// has ended.
+// try calls f until it succeeds, was refused maxRefusals times, or giveUp has passed. It logs when it gives up, and
+// returns an error only when ctx has ended.
 func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() error) error {
 	retry, began, refusals := wait.NewBackoff(time.Second, maxPause), time.Now(), 0
 	for {
@@ -446,7 +449,8 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 	}
 }
 
-// writeStatuses writes the commit statuses that have changed. It returns an error only when ctx has ended.
+// writeStatuses writes the commit statuses that have changed, and that of a commit that is refused. A pending status
+// waits for statusPause. It returns an error only when ctx has ended.
 func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
 	units, state := n.current()
 	for _, u := range units {
@@ -483,7 +487,7 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 	return nil
 }
 
-// hashOf identifies a status.
+// hashOf returns a text that identifies a status, apart from its link.
 func hashOf(s commitStatus) string {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%s\n%s\n%s\n%s", s.commit, s.name, s.state, s.description)

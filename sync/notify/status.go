@@ -12,7 +12,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// commitStatus is the status that a commit of the deployments repo shows for one unit.
+// commitStatus is a status that a commit of the deployments repo shows, for one unit or for the whole commit.
 type commitStatus struct {
 	commit      string
 	name        string // "kedge/prod/web/app", or "kedge" for the whole commit
@@ -32,7 +32,8 @@ const (
 // maxDescription is the longest description that GitHub takes, in characters; others take more.
 const maxDescription = 140
 
-// statusOf returns the status of the commit of a unit's record; ok is false if no commit asked for it.
+// statusOf returns the status of the commit that set a unit's target. ok is false if the record names no commit, is
+// orphaned, or has its target from a pin.
 func statusOf(u unitNow) (s commitStatus, ok bool) {
 	r := u.record
 	s = commitStatus{commit: r.Commit, name: "kedge/" + u.id.String()}
@@ -55,7 +56,7 @@ func statusOf(u unitNow) (s commitStatus, ok bool) {
 	return s, true
 }
 
-// clipped shortens a description so that every server takes it.
+// clipped returns a description on one line, without secrets in URLs, and short enough for every server.
 func clipped(text string) string {
 	runes := []rune(message.OneLine(safetext.URLs(text)))
 	if len(runes) > maxDescription {
