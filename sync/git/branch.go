@@ -38,10 +38,10 @@ import (
 // Branch is a source of commits: a branch of a Git directory on this machine, read in place, or of a remote
 // repository, read through a cache.
 type Branch interface {
-	// Head makes the branch's newest commit available to Objects, and returns its hash. A *BadCommit means that the
-	// commit can never be fetched.
+	// Head makes the branch's newest commit available to Objects, and returns its hash. The error wraps ErrNoBranch if
+	// the branch doesn't exist, and a *BadCommit if the commit, or its history, is too large to be fetched.
 	Head(ctx context.Context) (string, error)
-	// Objects opens the repository for one reading.
+	// Objects opens the repository for one reading. The caller closes it.
 	Objects() (*Objects, error)
 	// Distrust reports that what Objects returned could not be read. The next Head rebuilds the cache of a remote
 	// repository; a local one has none.
@@ -63,7 +63,7 @@ type Config struct {
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: the root.
 	Path string
-	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
+	// Every is the time between polls; default 15 s, or 60 s for a local repo (at most 1 s while it can't be watched).
 	Every time.Duration
 	// SSHKey is the file of a private key; default: the SSH agent. KnownHosts is a known_hosts file; default:
 	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist.

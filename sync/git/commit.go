@@ -19,16 +19,17 @@ import (
 
 // Commit is the part of a Git commit that the history and people see.
 type Commit struct {
-	Hash    string // the full hash
-	Author  string
+	Hash    string    // the full hash
+	Author  string    // NAME <EMAIL>
 	When    time.Time // when it was committed, by the committer's clock
 	Subject string
 	Tree    *deployments.Tree
-	// Past has the abbreviated hashes of the newest ancestors, separated by spaces, as far as they can be read.
+	// Past lists the newest ancestors by 12 digits, separated by spaces: at most maxPast, fewer if the history has a gap.
 	Past string
 }
 
-// BadCommit means that a commit's content is wrong, so that a retry doesn't help.
+// BadCommit means that a commit's content or signature is invalid, that the files of signers can't be read, or that the
+// commit is too large to be fetched. A retry helps only after those files have changed.
 type BadCommit struct {
 	Hash string
 	Err  error
@@ -38,7 +39,7 @@ func (e *BadCommit) Error() string { return e.Err.Error() }
 func (e *BadCommit) Unwrap() error { return e.Err }
 
 // Load reads a commit by its full hash, and checks it as a whole. Its tree must be valid and, if signers is not nil,
-// its signature must be valid now. A *BadCommit is the commit's own fault; after any other error a retry may help.
+// its signature must be valid now; otherwise the error is a *BadCommit. After any other error a retry may help.
 func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -140,8 +141,8 @@ func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err e
 	return payload, signature, nil
 }
 
-// splitSignature returns a commit's bytes without the gpgsig header, and that header's value with its continuation
-// lines. signature is nil if there is no such header.
+// splitSignature returns a commit's bytes without the first gpgsig header, and that header's value with its
+// continuation lines. signature is nil if there is no such header.
 func splitSignature(raw []byte) (payload, signature []byte) {
 	inside := false
 	for len(raw) > 0 {
@@ -164,11 +165,11 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 	return payload, signature
 }
 
-// maxPast bounds the hashes in Commit.Past. It exceeds the number of commits that are pushed while somebody waits for
-// one to be mirrored.
+// maxPast bounds the hashes in Commit.Past. Hardly ever are more commits pushed while somebody waits for one to be
+// mirrored.
 const maxPast = 30
 
-// past returns the abbreviated hashes of hash's newest ancestors, as far as they can be read.
+// past returns the text of Commit.Past for the commit hash; see ancestors for what it may lack.
 func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	var names []string
 	for _, h := range ancestors(in, hash, maxPast+1) {
@@ -179,7 +180,7 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	return strings.Join(names, " ")
 }
 
-// ancestors returns a commit and its newest ancestors, at most n in all, as far as they can be read.
+// ancestors returns a commit and its newest ancestors, at most n in all. It stops before a commit that lacks a parent.
 func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {
@@ -200,7 +201,8 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 // Descends reports whether the commits from and to are the same, or from is an ancestor of to. It visits the newest
 // commits first, so that the usual answer needs few reads, however long the history is. Commits that differ only in
 // their signatures count as one: whoever may push can change a signature's text. Such a change must not make the
-// signer's own commit look like another history. If commits are missing, the error is ErrGap.
+// signer's own commit look like another history. The error wraps ErrGap if the walk meets a missing commit before it
+// has read from and from's parents. A missing from is no error.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
@@ -239,8 +241,8 @@ type signedContent struct {
 	payload []byte // nil: only hash is known, as the commit is missing, malformed or too large
 }
 
-// readSignedContent reads the signed content of the commit with the hash name. A missing, malformed or too large commit
-// is no error.
+// readSignedContent reads the signed content of the commit with the hash name. For a missing, malformed or too large
+// commit it returns only the hash, and no error.
 func (o *Objects) readSignedContent(name string) (signedContent, error) {
 	s := signedContent{hash: plumbing.NewHash(name)}
 	raw, err := o.EncodedObject(plumbing.CommitObject, s.hash)
@@ -264,7 +266,7 @@ func (o *Objects) readSignedContent(name string) (signedContent, error) {
 	return s, nil
 }
 
-// is reports whether c, a commit of o, is the same commit, apart from the signature.
+// is reports whether c, a commit of o, is the commit of s, apart from the signature.
 func (s signedContent) is(o *Objects, c *object.Commit) bool {
 	if c.Hash == s.hash || s.payload == nil || c.TreeHash != s.tree {
 		return c.Hash == s.hash

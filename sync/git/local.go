@@ -16,14 +16,14 @@ import (
 	"kedge/deployments/wait"
 )
 
-// localRepo is a Git directory on this machine.
+// localRepo is a branch of a repository on this machine, which is read in place.
 type localRepo struct {
 	path, branch string
 	subdir       string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
-	// blind is set while the directory can't be watched: the system has no inotify watch left, or the directory doesn't
-	// exist yet. On a network file system a watch begins, but sees no changes of other machines.
+	// blind is set while the directory can't be watched, as when the system has no inotify watch left, or the directory
+	// doesn't exist. On a network file system a watch begins, but sees no changes of other machines.
 	blind atomic.Bool
 }
 
@@ -58,7 +58,7 @@ func (r *localRepo) Objects() (*Objects, error) {
 
 func (r *localRepo) Interval() time.Duration {
 	if r.blind.Load() {
-		return min(r.every, time.Second) // cheap: it reads one small file
+		return min(r.every, time.Second) // cheap: Head reads the config and the branch's reference
 	}
 	return r.every
 }
@@ -83,10 +83,10 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchUntilError calls changed after each change in the directories in which Git renames a new ref into place. These
-// are the branch's directory, its parents, and the Git directory itself, for packed-refs. Git removes and makes
-// directories of branches like a/b as needed, so watchUntilError adds watches after each change. It returns an error
-// when the watch fails or ctx ends.
+// watchUntilError calls changed once, and after each change in the directories in which Git renames a new ref into
+// place. These are the branch's directory, its parents, and the Git directory itself, for packed-refs. Git removes and
+// makes directories of branches like a/b as needed, so watchUntilError adds watches after each change. It returns an
+// error when the watch fails, the Git directory is moved or removed, or ctx ends.
 func (r *localRepo) watchUntilError(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {

@@ -16,8 +16,8 @@ import (
 )
 
 // LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev is a
-// hash, a branch, a tag, or any other commit-ish of gitrevisions(7); below is as Config.Path. The error of an invalid
-// tree wraps a deployments.Problems.
+// hash, a branch, a tag, or another commit-ish that go-git resolves; below is as Config.Path. The error of an invalid
+// tree wraps a deployments.Problems. No signature is checked.
 func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file
@@ -62,8 +62,8 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 }
 
 // OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine that holds the pushed
-// objects. It also returns the branches that a mirror is likely to follow: main, and the one that HEAD names. below
-// is as Config.Path.
+// objects. It also returns the branches that a mirror is likely to follow: main, and the one that HEAD names, if HEAD
+// can be read. below is as Config.Path, and env returns the hook's environment variables.
 func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects, branches []string, err error) {
 	if dir := env("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
@@ -95,7 +95,7 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 	return in, branches, nil
 }
 
-// Update is a branch's update in a push. Old and New are hashes; empty: the branch doesn't exist.
+// Update is a branch's update in a push. Old and New are its hashes before and after; empty: it doesn't exist then.
 type Update struct{ Branch, Old, New string }
 
 // ReadUpdates reads "OLD NEW REF" lines, as githooks(5) describes for pre-receive and post-receive. It ignores
@@ -126,7 +126,7 @@ func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	return commit, err
 }
 
-// IsHash reports whether a text is a commit's full hash.
+// IsHash reports whether a text has the form of a full hash: 40 hexadecimal digits.
 func IsHash(text string) bool { return plumbing.IsHash(text) }
 
 // unlessZero returns a hash, or "" for Git's zero hash.

@@ -38,7 +38,7 @@ const (
 	maxPacks = 50
 	// maxObject bounds each object that a fetch keeps, in bytes. No larger object is ever read from a commit.
 	maxObject = maxTree
-	// maxCache bounds the packs of a remote repository on disk, in bytes.
+	// maxCache bounds the packs of a cache on disk, in bytes. While a cache is rebuilt, both the old and the new exist.
 	maxCache = 4 << 30
 )
 
@@ -52,8 +52,8 @@ type remoteRepo struct {
 	log     *slog.Logger
 	stall   time.Duration // as stallTimeout
 	room    int64         // as maxCache
-	refused *BadCommit    // the branch's head, if it can never be fetched; only Head uses it
-	putOff  time.Time     // until then Head returns busy, as the server asked for a pause; only Head uses it
+	refused *BadCommit    // the last head that was too large to be fetched; only Head uses it
+	putOff  time.Time     // until then Head returns busyErr, as the server asked for a pause; only Head uses it
 	busyErr error
 
 	mu        sync.Mutex
@@ -94,8 +94,8 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	return r, nil
 }
 
-// kept returns the path of the cache that an earlier mirror of the same repository left; empty: there is none that can
-// be opened.
+// kept returns the path of the cache that an earlier mirror of the same repository left; empty: there is no such cache
+// that can be opened.
 func (r *remoteRepo) kept() string {
 	name := filepath.Join(r.dir, cacheName)
 	kept, err := gogit.PlainOpen(name)
@@ -114,7 +114,7 @@ func (r *remoteRepo) kept() string {
 const (
 	cacheName       = "repo.git"
 	fetchPrefix     = "fetch-"
-	unfinishedPacks = "objects/pack/tmp_*" // go-git's unfinished files, below a repository
+	unfinishedPacks = "objects/pack/tmp_*" // the unfinished files of pack.Store, below a repository
 
 	// A temporary directory is made by each mirror that has no CacheDir, and contains a lock.
 	temporaryPrefix = "kedge-mirror-"
@@ -164,7 +164,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow returns the hash of the branch's newest commit, which it fetches unless the cache has it.
+// follow returns the hash of the branch's newest commit, which it fetches unless it is the cache's head or in refused.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
@@ -198,7 +198,7 @@ func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string
 	return r.server.Heads(ctx, prefix)
 }
 
-// noBranch returns an ErrNoBranch that names the branches that exist.
+// noBranch returns an ErrNoBranch that names some of the branches that exist, or the error of listing them.
 func (r *remoteRepo) noBranch(ctx context.Context) error {
 	heads, err := r.list(ctx, "refs/heads/")
 	if err != nil {
@@ -207,7 +207,7 @@ func (r *remoteRepo) noBranch(ctx context.Context) error {
 	return missing(r.branch, r.server.Address(), slices.Collect(maps.Keys(heads)))
 }
 
-// cached returns the branch's head in the cache.
+// cached returns the branch's head in the cache; ErrNoBranch if there is no cache, or it lacks the branch.
 func (r *remoteRepo) cached() (string, error) {
 	r.mu.Lock()
 	cache := r.cache
@@ -218,7 +218,7 @@ func (r *remoteRepo) cached() (string, error) {
 	return branchHead(cache, r.branch)
 }
 
-// fetch updates the cache, or rebuilds it if it is missing, broken or has too many packs.
+// fetch updates the cache, or rebuilds it if it is missing, broken or full, or has too many packs.
 func (r *remoteRepo) fetch(ctx context.Context, want plumbing.Hash) error {
 	r.mu.Lock()
 	cache := r.cache
@@ -268,11 +268,11 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, want plumbing.Ha
 	return err
 }
 
-// errCache means that a fetch failed because of the cache, not because of the server.
+// errCache means that a fetch failed in a way that a new cache may cure.
 var errCache = errors.New("the cache can't be used")
 
-// fetchOnce fetches the commit want into the bare repository at dir, and sets the branch there to the fetched commit.
-// If the branch has moved, that may be another one than want. A repository that doesn't exist yet is made.
+// fetchOnce fetches the commit want into the bare repository at dir, unless it is there, and sets the branch to it. If
+// the branch has moved, that may be another commit than want. A repository that doesn't exist yet is made.
 func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
 	store, err := openCache(dir, r.server.Address())
 	if err != nil {
@@ -320,8 +320,8 @@ func openCache(dir, address string) (*filesystem.Storage, error) {
 	return bare.Storer.(*filesystem.Storage), os.MkdirAll(filepath.Join(dir, "objects", "pack"), 0o755)
 }
 
-// maxHaves bounds the commits that a fetch tells the server it has. They are ancestors of the cached head, so that
-// after a force push the server finds a common one among them.
+// maxHaves bounds the commits that a fetch tells the server it has. They are the cached head and its newest ancestors,
+// so that the server finds a common one after most force pushes, too.
 const maxHaves = 64
 
 // counter counts the bytes that are written to it.
@@ -359,7 +359,7 @@ func sizeOf(dir string) (sum int64) {
 var errStalled = errors.New("the server sends nothing")
 
 // temporaryDir makes a directory in parent, which other mirrors leave alone until held is closed. It also removes the
-// temporary directories that killed mirrors left in parent.
+// temporary directories that killed mirrors left in parent, but for those that removeAbandoned keeps.
 func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
 	for _, name := range left {
@@ -375,8 +375,8 @@ func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	return dir, f, err
 }
 
-// removeAbandoned removes a temporary directory that nobody holds. It keeps one that can't be read, such as another
-// user's, and a young one, whose mirror may be about to lock it.
+// removeAbandoned removes a temporary directory that nobody holds. It keeps one whose lock can't be opened, such as
+// another user's, and one that changed within the last minute, whose mirror may be about to lock it.
 func removeAbandoned(dir string) {
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || time.Since(info.ModTime()) < time.Minute {
 		return

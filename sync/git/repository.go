@@ -35,13 +35,13 @@ var ErrNoBranch = transport.ErrNoBranch
 // ErrGap means that commits are missing between a branch's head and the beginning of its history.
 var ErrGap = errors.New("the history has a gap")
 
-// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push
+// maxFile bounds a file, and a commit without its files, in bytes: unit files have a few hundred, and whoever may push
 // must not be able to exhaust the mirror's memory.
 const maxFile = 1 << 20
 
 var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
 
-// objectCache bounds the objects that are cached while a commit is read.
+// objectCache bounds the objects that one Objects caches, in bytes.
 const objectCache = 8 * cache.MiByte
 
 // Objects reads a repository's objects in place, from several object directories: the repository's own, those that
@@ -56,6 +56,7 @@ type Objects struct {
 	filtered bool   // the repository may lack files larger than maxFile
 }
 
+// OpenObjects opens object directories, at least one, and the alternates that they name.
 func OpenObjects(dirs ...string) (*Objects, error) {
 	o := &Objects{subdir: "."}
 	shared := cache.NewObjectLRU(objectCache)
@@ -131,7 +132,7 @@ func gitDirAround(dir string) billy.Filesystem {
 	return chroot.New(mount.New(memfs.New(), "objects", osfs.New(dir)), "")
 }
 
-// alternates reads DIR/info/alternates; see gitrepository-layout(5).
+// alternates returns the object directories that dir/info/alternates names, if it exists; see gitrepository-layout(5).
 func alternates(dir string) ([]string, error) {
 	text, err := inputfile.Read("alternates of an object directory", filepath.Join(dir, "info", "alternates"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -174,8 +175,8 @@ func (o *Objects) HasEncodedObject(h plumbing.Hash) error {
 	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
 }
 
-// first calls ask with one directory after another. It returns the first result that isn't plumbing.ErrObjectNotFound;
-// nil means that the object was found.
+// first calls ask with one directory after another, and returns the first result that isn't plumbing.ErrObjectNotFound:
+// nil, if a directory has the object. If none has, first returns that error.
 func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	for _, dir := range o.dirs {
 		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
@@ -185,8 +186,8 @@ func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	return plumbing.ErrObjectNotFound
 }
 
-// gitDir returns the Git directory at or in path: of a bare repository, a clone, or a linked work tree. common is the
-// Git directory that has the objects and branches; it differs from dir only for a linked work tree.
+// gitDir returns the Git directory of the bare repository, clone or linked work tree at path: path, path/.git, or what
+// the file path/.git names. common has the objects and branches; it differs from dir only for a linked work tree.
 func gitDir(path string) (dir, common string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", "", err
@@ -255,8 +256,8 @@ func checkFormat(gitDir string) error {
 	return nil
 }
 
-// branchHead returns the hash of a branch's newest commit in the Git directory dir; ErrNoBranch if there is no such
-// branch.
+// branchHead returns the hash of a branch's newest commit in the Git directory dir. The error wraps ErrNoBranch if
+// there is no such branch.
 func branchHead(dir, branch string) (string, error) {
 	refs := dotgit.New(osfs.New(dir))
 	name := plumbing.NewBranchReferenceName(branch)
@@ -275,7 +276,7 @@ func branchHead(dir, branch string) (string, error) {
 	return "", fmt.Errorf("branch %s of %s: too many symbolic refs", branch, dir)
 }
 
-// branches lists the branches of the Git directory dir, as far as they can be read.
+// branches returns the full names of the branches of the Git directory dir; none if its references can't be read.
 func branches(dir string) (names []string) {
 	refs, _ := dotgit.New(osfs.New(dir)).Refs()
 	for _, ref := range refs {
@@ -292,8 +293,8 @@ const (
 	maxNames    = 300 // in bytes
 )
 
-// missing returns an ErrNoBranch for a branch that the repository at address doesn't have. The error lists some of the
-// branches that exist. existing has the full names of all, and is changed.
+// missing returns an ErrNoBranch for a branch that the repository at address doesn't have. The error lists up to
+// maxBranches of the branches that exist. existing has the full names of all, and is changed.
 func missing(branch, address string, existing []string) error {
 	if len(existing) == 0 {
 		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, address)

@@ -36,7 +36,7 @@ var (
 )
 
 // tree is a directory of a commit for deployments.Load. Each object is read when it is needed. Symbolic links are
-// followed within the commit. A submodule is a directory that contains only .git, as in a clone.
+// followed within the commit. A submodule is a directory with only .git in it, by which Load knows it.
 type tree struct {
 	objects *Objects
 	top     plumbing.Hash // the commit's tree
@@ -240,8 +240,8 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	return data, nil
 }
 
-// object returns an object that must be of a kind. An object that is missing is the repository's fault (see failed),
-// one of another kind the commit's. If the server left a file out of a fetch, the error is errTooLarge.
+// object returns an object that must be of a kind. One that can't be read is the repository's fault: see failed. One of
+// another kind, or a zero hash, is the commit's. A blob that a filtered repository lacks gives errTooLarge.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)
@@ -268,7 +268,7 @@ func (t *tree) entry(name string, e object.TreeEntry) *entry {
 	return &entry{tree: t, name: name, hash: e.Hash, git: e.Mode}
 }
 
-// entry is a file or directory of a tree.
+// entry is a file, directory, symbolic link or submodule of a tree.
 type entry struct {
 	tree *tree
 	name string
@@ -301,9 +301,9 @@ func (e *entry) Size() int64 {
 	return size
 }
 
-// LoadDir reads a work tree as it is, committed or not; below is as Config.Path. As in a commit, symbolic links are
-// followed only within the repository. Only regular files are read, as the tree may be a stranger's, with links to
-// devices.
+// LoadDir reads a work tree, or a directory in it, as it is, committed or not; below is as Config.Path. Symbolic links
+// are followed only within the repository. Only regular files are read, as the tree may be a stranger's, with links to
+// devices. The error of an invalid tree wraps a deployments.Problems.
 func LoadDir(dir, below string) (*deployments.Tree, error) {
 	below, err := cleanPath(below)
 	if err != nil {
@@ -384,7 +384,7 @@ func (t *workTree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// read reads a regular file: opening a pipe would wait for its writer, and a device may never end.
+// read reads a regular file of up to maxFile: opening a pipe would wait for its writer, and a device may never end.
 func (t *workTree) read(name string) ([]byte, error) {
 	f, err := t.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

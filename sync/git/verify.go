@@ -16,11 +16,11 @@ import (
 	"kedge/policy"
 )
 
-// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP keys. It reads
+// Signers checks the signatures of commits against an allowed_signers file, a file of OpenPGP keys, or both. It reads
 // them again for each commit, so that a signer can be added or removed while the mirror runs.
 type Signers struct {
-	signersFile, keyringFile string
-	memory                   string // the file of the commits whose signatures once counted; empty: none
+	signersFile, keyringFile string // empty: not given
+	memory                   string // the file of the commits whose signatures were valid; empty: there is none
 
 	mu sync.Mutex // guards the file memory
 }
@@ -32,9 +32,9 @@ const (
 	maxRemembered = 100
 )
 
-// OpenSigners returns Signers for these files; nil if neither is named: then signatures are not required. It reads both
-// files once, to report early if one is wrong. The hashes of commits with valid signatures are remembered in dir;
-// empty: nowhere.
+// OpenSigners returns Signers for these files; nil if neither is named: then signatures are not required. It reads the
+// files once, to report early if one is wrong. The hashes of the last maxRemembered commits with valid signatures are
+// remembered in dir; empty: nowhere.
 func OpenSigners(signersFile, keyringFile, dir string) (*Signers, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
@@ -57,7 +57,7 @@ func (s *Signers) read() (signers policy.Signers, keys policy.Keyring, err error
 	return signers, keys, err
 }
 
-// verify returns an error unless the signature is valid now; otherwise it remembers the commit.
+// verify returns an error unless the signature is valid now, and remembers the commit if it is.
 func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) error {
 	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err

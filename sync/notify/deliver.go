@@ -183,8 +183,7 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 // sendTimeout bounds one request.
 const sendTimeout = 10 * time.Second
 
-// secretOr returns the content of file, without white space around it, or value if file is empty. An empty content is
-// an error. field is the setting that names the file.
+// secretOr returns value or, if file is set, its trimmed content, which must not be empty. field is file's setting.
 func secretOr(field, value, file string) (string, error) {
 	if file == "" {
 		return value, nil

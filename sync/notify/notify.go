@@ -138,7 +138,6 @@ func (n *Notifier) seeMirror(v kv.View) {
 }
 
 // followHealth polls which nodes are unhealthy until ctx ends, at a pace that costs at most a fiftieth of a core.
-// While the reports can't be read, the units keep the health last seen.
 func (n *Notifier) followHealth(ctx context.Context) error {
 	for {
 		began := time.Now()
@@ -278,8 +277,7 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. If that fails, it logs the error, and the next call tries again. Another mirror
-// that takes over before sends the events again.
+// save writes a cursor if it changed. If that fails, the next call tries again; a mirror that takes over before resends.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	value, err := json.Marshal(c)
 	if err != nil {
@@ -395,14 +393,13 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 const (
 	// healthHold is the least time between two events about one unit's health to one receiver: health may flap.
 	healthHold = 5 * time.Minute
-	// maxPause bounds the average pause between two tries, of which one may last twice as long, and each Retry-After.
+	// maxPause bounds the average pause between two tries (one may last twice as long), and each Retry-After.
 	maxPause = 5 * time.Minute
 	// maxRefusals is the number of refusals after which an event or a status is dropped.
 	maxRefusals = 3
 )
 
-// send delivers an event, unless the receiver doesn't want its kind. It returns nil also if try gave the event up, and
-// an error only when ctx has ended.
+// send delivers an event, unless the receiver doesn't want its kind. It returns the error of try.
 func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	if len(r.Events) > 0 && !slices.Contains(r.Events, e.Kind) {
 		return nil
@@ -449,8 +446,7 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 	}
 }
 
-// writeStatuses writes the commit statuses that have changed, and that of a commit that is refused. A pending status
-// waits for statusPause. It returns an error only when ctx has ended.
+// writeStatuses writes the commit statuses that changed, and a refused commit's. It fails only when ctx has ended.
 func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
 	units, state := n.current()
 	for _, u := range units {

@@ -32,8 +32,7 @@ const (
 // maxDescription is the longest description that GitHub takes, in characters; others take more.
 const maxDescription = 140
 
-// statusOf returns the status of the commit that set a unit's target. ok is false if the record names no commit, is
-// orphaned, or has its target from a pin.
+// statusOf returns the status of a record's commit. ok is false if that is empty, or the record is pinned or orphaned.
 func statusOf(u unitNow) (s commitStatus, ok bool) {
 	r := u.record
 	s = commitStatus{commit: r.Commit, name: "kedge/" + u.id.String()}

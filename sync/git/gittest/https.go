@@ -21,12 +21,12 @@ type HTTPSOrigin struct {
 	*Origin
 	URL, CAFile string
 	Lists       atomic.Int64 // answers to ls-refs
-	Fetches     atomic.Int64
-	Away        atomic.Bool
+	Fetches     atomic.Int64 // requests for a pack
+	Away        atomic.Bool  // every request is answered with 502
 	// Half makes the server send the first 50,000 bytes of a pack, and then close the connection or, with Hang, send
 	// nothing more.
 	Half, Hang atomic.Bool
-	// Front, if set, is called first, with the request's body, and reports whether it has answered.
+	// Front, if set, is called first unless Away, with the request's body, and reports whether it has answered.
 	Front atomic.Pointer[func(w http.ResponseWriter, r *http.Request, asked []byte) bool]
 	Conns atomic.Int64 // connections that were opened
 }

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// Env returns variables that keep the user's own configuration out of the tests' commits.
+// Env returns variables for git(1) that set the commits' author, and keep out the user's own configuration.
 func Env() []string {
 	return []string{
 		"GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
@@ -37,7 +37,7 @@ func New(tb testing.TB) *Origin {
 	return o
 }
 
-// Git runs git(1), and ends the test if it fails.
+// Git runs git(1) in dir; empty: here. It returns the output, trimmed, and ends the test if git fails.
 func (o *Origin) Git(dir string, args ...string) string {
 	o.TB.Helper()
 	out, err := o.Try(dir, args...)
@@ -47,7 +47,7 @@ func (o *Origin) Git(dir string, args ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// Try runs git(1), and returns its output.
+// Try runs git(1) in dir, and returns its output and errors, also if it fails.
 func (o *Origin) Try(dir string, args ...string) (string, error) {
 	cmd := exec.Command("git", append([]string{"-c", "gc.auto=0", "-c", "core.fsync=none"}, args...)...)
 	cmd.Dir = dir
@@ -56,7 +56,7 @@ func (o *Origin) Try(dir string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// Commit writes files, by name, and commits them all; an empty text removes the file. It returns the commit's hash.
+// Commit writes files, by name, and commits all changes in Work; an empty text removes the file. It returns the hash.
 func (o *Origin) Commit(files map[string]string) string {
 	o.TB.Helper()
 	for name, text := range files {
@@ -79,7 +79,7 @@ func (o *Origin) Commit(files map[string]string) string {
 	return o.Git(o.Work, "rev-parse", "HEAD")
 }
 
-// Push commits files and pushes them to main.
+// Push commits files as Commit does, and pushes the head to main.
 func (o *Origin) Push(files map[string]string) string {
 	o.TB.Helper()
 	hash := o.Commit(files)
@@ -87,7 +87,7 @@ func (o *Origin) Push(files map[string]string) string {
 	return hash
 }
 
-// ForcePush commits files and pushes them to main by force.
+// ForcePush commits files as Commit does, and pushes the head to main by force.
 func (o *Origin) ForcePush(files map[string]string) string {
 	o.TB.Helper()
 	hash := o.Commit(files)
@@ -95,7 +95,7 @@ func (o *Origin) ForcePush(files map[string]string) string {
 	return hash
 }
 
-// Refer makes n further references to a commit, besides the branches, as code review hosts do.
+// Refer makes n further references to a commit, as code review hosts do. It replaces all packed references.
 func (o *Origin) Refer(n int, hash string) {
 	o.TB.Helper()
 	var refs strings.Builder
@@ -106,7 +106,7 @@ func (o *Origin) Refer(n int, hash string) {
 	WriteFile(o.TB, filepath.Join(o.Bare, "packed-refs"), refs.String())
 }
 
-// Write runs git(1) with in as its standard input, and returns its output: the hash of a new object.
+// Write runs git(1) in Work with in as its standard input, and returns its output: the hash of a new object.
 func (o *Origin) Write(in string, args ...string) string {
 	o.TB.Helper()
 	cmd := exec.Command("git", args...)

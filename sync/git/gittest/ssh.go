@@ -44,7 +44,7 @@ func (s *SSHOrigin) Cut() {
 	s.cut = make(chan struct{})
 }
 
-// front passes connections on to sshd, and counts them and the bytes sent.
+// front passes connections on to sshd, and counts them and the bytes that sshd sends.
 func (s *SSHOrigin) front(l net.Listener, sshd string) {
 	for {
 		c, err := l.Accept()
@@ -85,8 +85,8 @@ func (c *counted) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// ServeSSH serves o by sshd until the test ends. more are further lines of sshd's configuration. By default sshd
-// only speaks protocol v0; Git hosts set AcceptEnv GIT_PROTOCOL.
+// ServeSSH serves o by sshd until the test ends. more are further lines of sshd's configuration. By default sshd only
+// speaks protocol v0; Git hosts set AcceptEnv GIT_PROTOCOL. Without sshd a short test is skipped, any other fails.
 func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 	t.Helper()
 	path, err := exec.LookPath("sshd")
@@ -175,7 +175,7 @@ func (s *SSHOrigin) Know(t testing.TB, key ssh.PublicKey) {
 	WriteFile(t, s.Known, knownhosts.Line([]string{knownhosts.Normalize(s.Host)}, key)+"\n")
 }
 
-// NewKey writes a private key to file, and returns the public key.
+// NewKey writes a private key to file, encrypted unless passphrase is empty, and returns the public key.
 func NewKey(t testing.TB, file, passphrase string) ssh.PublicKey {
 	t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)

@@ -43,10 +43,10 @@ func (e *TooLarge) Error() string {
 		"machine, which is read in place", e.most)
 }
 
-// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory: an
-// object beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
+// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory: a file
+// beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
 type indexer struct {
-	memory   int       // bounds the base objects held in memory, in bytes
+	memory   int       // the bytes of base objects held in memory; the one in use is held even beyond them
 	most     int64     // as Limits.Object
 	progress io.Writer // written to at each slow step
 	file     *os.File
@@ -70,12 +70,12 @@ type indexed struct {
 
 // Limits bounds a pack.
 type Limits struct {
-	Object int64 // bytes of an object; a larger file is left out, anything else is an ObjectTooLarge
-	Pack   int64 // bytes of the pack; a larger pack is a TooLarge
+	Object int64 // bytes; a larger file, or delta of unknown kind, is left out, another object is an ObjectTooLarge
+	Pack   int64 // bytes; a pack of as many or more is a TooLarge
 }
 
-// Store reads a pack from r, and puts it with its index into dir, a repository's directory of packs; if it fails,
-// dir stays unchanged. It writes to progress at each slow step.
+// Store reads a pack from r, and puts it with its index into dir, a repository's directory of packs. A pack without
+// objects is not stored. If Store fails, dir has no pack more. Store writes to progress at each slow step.
 func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress io.Writer) error {
 	file, err := os.CreateTemp(dir, "tmp_pack_")
 	if err != nil {
@@ -103,7 +103,7 @@ func (x *indexer) read(ctx context.Context, r io.Reader) error {
 	return x.resolve(ctx)
 }
 
-// scan reads the pack to its end, stores it, and adds its objects.
+// scan reads the pack to its end, and adds its objects to x.objects.
 func (x *indexer) scan(r io.Reader) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()
@@ -196,7 +196,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	return nil
 }
 
-// resolve computes the hashes of all deltas.
+// resolve computes the hashes of the deltas not left out. A missing base is an error, unless it may be one left out.
 func (x *indexer) resolve(ctx context.Context) error {
 	x.scanner = packfile.NewScanner(x.file)
 	for i := 1; i < len(x.objects); i++ {
@@ -223,13 +223,13 @@ func (x *indexer) link(i int32) {
 	delete(x.refs, o.hash)
 }
 
-// held is an object on the path to a delta, with its content; nil: the content was dropped and is computed again.
+// held is an object on the path to a delta, with its content; nil: the content is computed when it is needed.
 type held struct {
 	object  int32
 	content []byte
 }
 
-// resolveFrom computes the hashes of all objects that are stored as direct or indirect deltas to object root.
+// resolveFrom computes the hashes of all direct and indirect deltas to object root that are not left out.
 func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 	kind := x.objects[root].kind
 	path := []held{{object: root}}

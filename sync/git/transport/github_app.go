@@ -24,7 +24,7 @@ import (
 // renewBefore is how long before its expiry an installation token is replaced. GitHub's expire after an hour.
 const renewBefore = 5 * time.Minute
 
-// githubApp is the configuration of a GitHub App: its private key creates tokens that read one installation's
+// githubApp is the configuration of a GitHub App. With its private key it obtains tokens that read one installation's
 // repositories.
 type githubApp struct{ id, installation, keyFile, api string }
 

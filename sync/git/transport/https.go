@@ -31,7 +31,7 @@ const (
 	maxRetryAfter = 15 * time.Minute
 )
 
-// httpServer is a Git host behind https. Its connections stay open between polls.
+// httpServer is a Git host behind https, or http on this machine. Its connections stay open between polls.
 type httpServer struct {
 	endpoint transport.Endpoint
 	access   Access
@@ -40,7 +40,7 @@ type httpServer struct {
 	client *http.Client
 	tls    tlsFiles          // the files that client was made with
 	token  installationToken // the token of a GitHub App
-	direct string            // the URL that answers protocol v2, after redirects; empty: unknown
+	direct string            // the URL that answers protocol v2, after redirects; empty: unknown, or the server speaks v0
 	hello  greeting          // of the server at direct
 }
 
@@ -247,7 +247,7 @@ func (s *httpServer) httpClient() (*http.Client, error) {
 	base := http.DefaultTransport.(*http.Transport).Clone()
 	base.TLSClientConfig = config
 	base.MaxIdleConnsPerHost = 1
-	base.IdleConnTimeout = 5 * time.Minute // longer than between two polls
+	base.IdleConnTimeout = 5 * time.Minute // longer than between two polls, by default
 	s.client = &http.Client{Transport: answers{base}, CheckRedirect: s.redirect}
 	s.tls = files
 	return s.client, nil
@@ -266,7 +266,7 @@ func (s *httpServer) closeIdle() {
 	}
 }
 
-// redirect follows redirects to other hosts without credentials, and never from https to http.
+// redirect follows up to nine redirects: to other hosts without credentials, and never from https to http.
 func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	from := via[0].URL
 	if from.Scheme == "https" && to.URL.Scheme != "https" {
@@ -281,7 +281,7 @@ func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// answers passes on a Git server's answers, and turns anything else into a Refusal.
+// answers passes on a server's answers, but turns an HTTP error and a page for people into a Refusal.
 type answers struct{ base *http.Transport }
 
 func (a answers) CloseIdleConnections() { a.base.CloseIdleConnections() }
@@ -309,8 +309,8 @@ func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var pageTitle = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title>`)
 
-// words returns the text of an answer to req, on one line; of an HTML page only the title. The password or token of the
-// request is replaced by "...".
+// words returns the text of an answer to req, on one line, cut to maxWords bytes; of an HTML page only the title. The
+// password or token of the request is replaced by "...".
 func words(req *http.Request, kind, text string) string {
 	if strings.Contains(kind, "html") {
 		title := pageTitle.FindStringSubmatch(text)

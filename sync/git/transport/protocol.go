@@ -66,7 +66,7 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
 
 // advertisedRefs reads the list of all references, with which a server of protocol v0 begins. start is a peek at the
-// beginning of r, which has the first reference and, after it, the server's capabilities.
+// beginning of r, which has the first reference and, after it, the server's capabilities. An empty list is no error.
 func advertisedRefs(start []byte, r io.Reader) (*packp.AdvRefs, error) {
 	_, offered, _ := bytes.Cut(start, []byte("\x00")) // after the first reference
 	if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
@@ -90,7 +90,7 @@ func lsRefs(prefix string) string {
 	return ask.String()
 }
 
-// readRefs reads the answer to lsRefs.
+// readRefs reads the answer to lsRefs, and returns the hashes of the references that begin with prefix, by full name.
 func readRefs(r io.Reader, prefix string) (map[string]string, error) {
 	refs := map[string]string{}
 	err := readLines(r, func(line string) error {
@@ -106,8 +106,8 @@ func readRefs(r io.Reader, prefix string) (map[string]string, error) {
 	return refs, nil
 }
 
-// fetch returns protocol v2's request for q's pack, in one round. The server leaves files larger
-// than q.MaxFile out of the pack, if it can.
+// fetch returns protocol v2's request for q's pack, in one round. The server leaves files larger than q.MaxFile out of
+// the pack, if it can.
 func (g greeting) fetch(q Query) string {
 	var ask pkts
 	ask.line("command=fetch")
@@ -140,9 +140,9 @@ func packSection(r io.Reader) (io.Reader, error) {
 	}
 }
 
-// requestV0 returns protocol v0's request for the pack of the branch's present head. It always asks for multi_ack,
-// though go-git hides that capability of a server: every server knows it, and Azure DevOps and AWS CodeCommit require
-// it.
+// requestV0 returns protocol v0's request for the pack of the branch's present head; ErrNoBranch if refs lack the
+// branch. It always asks for multi_ack, though go-git hides that capability of a server: every server knows it, and
+// Azure DevOps and AWS CodeCommit require it.
 func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	want, found := refs.References[q.Branch]
 	if !found {
@@ -192,7 +192,7 @@ const (
 // maxPkt bounds a packet, including its length.
 const maxPkt = 65520
 
-// readPkt reads exactly one packet. It removes a line's end, and returns the text of an ERR line as an error.
+// readPkt reads exactly one packet; io.EOF: there is none. It removes a line's end, and returns an ERR line as an error.
 func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	var length [4]byte
 	if _, err := io.ReadFull(r, length[:]); err != nil {

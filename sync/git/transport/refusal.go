@@ -19,7 +19,7 @@ type Refusal struct {
 	Status int           // of HTTP; 0: ssh
 	Words  string        // the server's text, on one line
 	Host   string        // the host that answered: after a redirect another one
-	After  time.Duration // how long to wait, as the server asked; 0: it didn't
+	After  time.Duration // how long to wait, as the server asked, at most maxRetryAfter; 0: it didn't ask
 }
 
 func (e *Refusal) Error() string {
@@ -36,7 +36,7 @@ func (e *Refusal) Error() string {
 	return text
 }
 
-// hint returns what to do about a refusal.
+// hint returns what to do about a refusal of the repository at address, in parentheses; empty: unknown.
 func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
 		return fmt.Sprintf(" (%s redirects to %s, and credentials aren't sent there: give the repository's address on "+

@@ -45,7 +45,7 @@ type sshSession struct {
 	in     io.WriteCloser
 	out    *bufio.Reader
 	errors boundedBuffer
-	// unwatch ends the watch of the context at whose end the connection is closed.
+	// unwatch keeps the end of the session's context from closing the connection.
 	unwatch func() bool
 	hello   *greeting // nil: the server speaks protocol v0
 }
@@ -151,8 +151,8 @@ func (p *sshPack) Close() error {
 	return nil
 }
 
-// begin starts git-upload-pack, and reads the server's greeting. If that fails on a connection that was kept open,
-// begin retries once on a new one.
+// begin starts git-upload-pack, and reads the server's greeting. If that fails on a connection that was kept open, but
+// not by a Refusal, begin retries once on a new one. If a key or known_hosts file changed, it opens a new one at once.
 func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	config, keyData, err := s.config()
 	if err != nil {
@@ -273,8 +273,8 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	return config, held.String(), err
 }
 
-// dial opens the connection, through the proxy in ALL_PROXY if there is one. ~/.ssh/config may name another host and
-// port.
+// dial opens the connection, through the proxy in ALL_PROXY if there is one. If ~/.ssh/config, or the system's, has a
+// Hostname for the host, dial takes that, and the Port there or 22.
 func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	host, port := s.endpoint.Host, s.endpoint.Port
 	if name := gitssh.DefaultSSHConfig.Get(host, "Hostname"); name != "" {
@@ -319,7 +319,7 @@ func (s *sshServer) Close() {
 	s.drop()
 }
 
-// explain returns the server's own words as a Refusal if the server ended instead of answering, and otherwise err.
+// explain returns a Refusal with the server's own words if it ended with some instead of answering, and otherwise err.
 func (s *sshServer) explain(session *sshSession, err error) error {
 	if err == nil || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) &&
 		!errors.Is(err, packp.ErrEmptyInput) || session.Session == nil {
@@ -332,7 +332,7 @@ func (s *sshServer) explain(session *sshSession, err error) error {
 	return err
 }
 
-// boundedBuffer keeps the first bytes that are written to it.
+// boundedBuffer keeps the first maxAnswer bytes that are written to it.
 type boundedBuffer struct {
 	mu   sync.Mutex
 	data bytes.Buffer
@@ -345,7 +345,7 @@ func (b *boundedBuffer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String returns the buffer's text on one line.
+// String returns the buffer's text on one line, cut to maxWords bytes.
 func (b *boundedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()

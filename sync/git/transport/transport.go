@@ -30,11 +30,11 @@ type Repository struct {
 	server
 	endpoint transport.Endpoint
 	address  string
-	app      bool // requests are authenticated as a GitHub App
+	app      bool // requests by https are authenticated as a GitHub App
 }
 
-// Open returns the repository at an address: https://…, ssh://… or git@HOST:PATH. It checks the address, but does not
-// wait for the server.
+// Open returns the repository at an address: https://…, ssh://… or git@HOST:PATH, or http://… on this machine. It
+// checks the address, but does not wait for the server.
 func Open(address string, a Access) (*Repository, error) {
 	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
 		address = trimmed // with a slash go-git would request PATH//info/refs
@@ -74,7 +74,7 @@ func Open(address string, a Access) (*Repository, error) {
 	return r, nil
 }
 
-// Address returns the repository's address, without a slash at its end.
+// Address returns the repository's address; a URL has no slash at its end.
 func (r *Repository) Address() string { return r.address }
 
 // Explain returns err with what was being done (doing), the repository's address and, if known, what to do about it.
@@ -101,7 +101,7 @@ func (r *Repository) Explain(doing string, err error) error {
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
 
-// Redact replaces the user name and password in a URL by "...". Any other address is returned as it is.
+// Redact replaces the user name and password in a URL that parses by "...". Any other address is returned as it is.
 func Redact(address string) string {
 	if u, err := url.Parse(address); err == nil && u.User != nil {
 		u.User = url.User("...")
