@@ -35,8 +35,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 )
 
-// Branch is a source of commits: a branch of a Git directory on this machine, read in place, or of a remote
-// repository, read through a cache.
+// Branch is a branch in Git, as a source of commits. A local repository is read in place, a remote one through a cache.
 type Branch interface {
 	// Head makes the branch's newest commit available to Objects, and returns its hash. The error wraps ErrNoBranch if
 	// the branch doesn't exist, and a *BadCommit if the commit, or its history, is too large to be fetched.

@@ -28,8 +28,8 @@ type Commit struct {
 	Past string
 }
 
-// BadCommit means that a commit's content or signature is invalid, that the files of signers can't be read, or that the
-// commit is too large to be fetched. A retry helps only after those files have changed.
+// BadCommit means that a commit's content or signature is invalid, or that it is too large to be fetched. A retry helps
+// only once the signers' files have changed: BadCommit is the error, too, if these can't be read.
 type BadCommit struct {
 	Hash string
 	Err  error

@@ -114,8 +114,8 @@ func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	return all, lines.Err()
 }
 
-// Pushed reads a post-receive hook's lines and returns the commit that the push made the branch's head; empty: the
-// push only moved other references, or removed the branch.
+// Pushed reads a post-receive hook's lines, and returns the commit that the push made the branch's head. It is empty if
+// the push only moved other references, or removed the branch.
 func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	updates, err := ReadUpdates(stdin)
 	for _, u := range updates {

@@ -42,7 +42,7 @@ const (
 	maxCache = 4 << 30
 )
 
-// remoteRepo is a repository behind https or ssh. Listing its branches is cheap; objects are fetched when the
+// remoteRepo is a branch of a repository behind https or ssh. Listing branches is cheap. Objects are fetched when the
 // branch has moved, into a bare cache on disk that can be removed at any time.
 type remoteRepo struct {
 	server  *transport.Repository
@@ -94,8 +94,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	return r, nil
 }
 
-// kept returns the path of the cache that an earlier mirror of the same repository left; empty: there is no such cache
-// that can be opened.
+// kept returns the path of the cache that an earlier mirror of the same repository left; empty: none can be opened.
 func (r *remoteRepo) kept() string {
 	name := filepath.Join(r.dir, cacheName)
 	kept, err := gogit.PlainOpen(name)
@@ -376,7 +375,7 @@ func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 }
 
 // removeAbandoned removes a temporary directory that nobody holds. It keeps one whose lock can't be opened, such as
-// another user's, and one that changed within the last minute, whose mirror may be about to lock it.
+// another user's. It also keeps one that changed within the last minute: its mirror may be about to lock it.
 func removeAbandoned(dir string) {
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || time.Since(info.ModTime()) < time.Minute {
 		return

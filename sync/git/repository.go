@@ -35,7 +35,7 @@ var ErrNoBranch = transport.ErrNoBranch
 // ErrGap means that commits are missing between a branch's head and the beginning of its history.
 var ErrGap = errors.New("the history has a gap")
 
-// maxFile bounds a file, and a commit without its files, in bytes: unit files have a few hundred, and whoever may push
+// maxFile bounds a file, and a commit without its files, in bytes. Unit files have a few hundred, and whoever may push
 // must not be able to exhaust the mirror's memory.
 const maxFile = 1 << 20
 

@@ -404,8 +404,8 @@ func (t *workTree) read(name string) ([]byte, error) {
 	return data, err
 }
 
-// prefix puts the directory below in front of the file names in tree, and in err if that wraps a deployments.Problems,
-// so that they are paths from the repository's root.
+// prefix puts the directory below in front of the file names in tree, so that they are paths in the whole repository.
+// It does the same in err if that wraps a deployments.Problems.
 func prefix(below string, tree *deployments.Tree, err error) {
 	if below == "." {
 		return

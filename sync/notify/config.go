@@ -37,7 +37,7 @@ type Receiver struct {
 	// Format is cloudevents (default), slack or teams.
 	Format Format `yaml:"format"`
 	// Text is the template of the text for slack and teams. {message}, {kind}, {unit}, {link}, {release}, {commit},
-	// {author} and {subject} are replaced. Default: {message} {link}.
+	// {author} and {subject} are replaced, and Slack's markup is escaped. Default: {message} {link}.
 	Text string `yaml:"text"`
 	// Events are the kinds of events that the receiver gets; empty: all. Units are patterns STAGE/ROLE/UNIT;
 	// empty: all.

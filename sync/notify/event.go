@@ -62,7 +62,7 @@ type Data struct {
 // maxShown is the length in bytes at which sanitize cuts a text.
 const maxShown = 4 << 10
 
-// sanitize cleans texts by commits, operators and nodes: it removes control characters, hides what may be secret in
+// sanitize cleans texts by commits, operators and nodes. It removes control characters, hides what may be secret in
 // URLs, such as a signature, and cuts long texts.
 func (d *Data) sanitize() {
 	shown := func(s string) string { return safetext.Clip(message.OneLine(safetext.URLs(s)), maxShown) }

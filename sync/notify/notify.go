@@ -28,7 +28,7 @@ import (
 	"kedge/kv"
 )
 
-// Notifier notifies the receivers of a Config. Make it with New, then Run it while this process holds the lease.
+// Notifier carries out a Config. Make it with New, then Run it while this process holds the lease.
 type Notifier struct {
 	c      Config
 	store  kv.Store
@@ -66,7 +66,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 	return n
 }
 
-// Run sends notifications until ctx ends, and returns its cause.
+// Run sends events and writes statuses until ctx ends, or the store can't be watched, and returns why it ended.
 func (n *Notifier) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.store.Watch(ctx, kv.DesiredPrefix, n.seeRecords) })
@@ -277,7 +277,7 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. If that fails, the next call tries again; a mirror that takes over before resends.
+// save writes a cursor if it changed. If that fails, the next call tries again, unless another mirror takes over.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	value, err := json.Marshal(c)
 	if err != nil {

@@ -43,7 +43,7 @@ func (e *TooLarge) Error() string {
 		"machine, which is read in place", e.most)
 }
 
-// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory: a file
+// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory. A file
 // beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
 type indexer struct {
 	memory   int       // the bytes of base objects held in memory; the one in use is held even beyond them

@@ -64,8 +64,8 @@ func (a Access) readTLS() (files tlsFiles, err error) {
 	return files, nil
 }
 
-// Secret returns the value of the variable name, or else the content of the file that NAME_FILE names, without white
-// space around it; empty: neither is set. An empty file is an error: it is rather half written than meant to be empty.
+// Secret returns the value of the variable name, or else the trimmed content of the file that NAME_FILE names; empty:
+// neither is set. An empty file is an error: it is more likely to be half written than to mean that there is no secret.
 func Secret(env func(string) string, name string) (string, error) {
 	if value := env(name); value != "" {
 		return value, nil

@@ -192,7 +192,7 @@ const (
 // maxPkt bounds a packet, including its length.
 const maxPkt = 65520
 
-// readPkt reads exactly one packet; io.EOF: there is none. It removes a line's end, and returns an ERR line as an error.
+// readPkt reads exactly one packet, or returns io.EOF. It removes a line's end, and returns an ERR line as an error.
 func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	var length [4]byte
 	if _, err := io.ReadFull(r, length[:]); err != nil {
