@@ -38,7 +38,7 @@ import (
 // Branch is a branch in Git, as a source of commits. A local repository is read in place, a remote one through a cache.
 type Branch interface {
 	// Head makes the branch's newest commit available to Objects, and returns its hash. The error wraps ErrNoBranch if
-	// the branch doesn't exist, and a *BadCommit if the commit, or its history, is too large to be fetched.
+	// the branch doesn't exist, or a *BadCommit if the commit, or its history, is too large to be fetched.
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading. The caller closes it.
 	Objects() (*Objects, error)
@@ -71,8 +71,9 @@ type Config struct {
 	CacheDir string
 	// Env returns the value of an environment variable. KEDGE_GIT_USER, KEDGE_GIT_TOKEN and KEDGE_GIT_TOKEN_FILE have the
 	// credentials for https. GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name files, as in git(1). KEDGE_GITHUB_APP_ID,
-	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE configure a GitHub App. KEDGE_GITHUB_API is the address
-	// of GitHub's API; default: https://api.github.com, or for other hosts https://HOST/api/v3.
+	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE configure a GitHub App, whose tokens are used instead.
+	// KEDGE_GITHUB_API is the address of GitHub's API; default: https://api.github.com, or for other hosts
+	// https://HOST/api/v3.
 	Env func(string) string
 	Log *slog.Logger
 }

@@ -24,12 +24,12 @@ type Commit struct {
 	When    time.Time // when it was committed, by the committer's clock
 	Subject string
 	Tree    *deployments.Tree
-	// Past lists the newest ancestors by 12 digits, separated by spaces: at most maxPast, fewer if the history has a gap.
+	// Past has the newest ancestors' hashes, 12 digits each, separated by spaces: at most maxPast, fewer before a gap.
 	Past string
 }
 
-// BadCommit means that a commit's content or signature is invalid, or that it is too large to be fetched. A retry helps
-// only once the signers' files have changed: BadCommit is the error, too, if these can't be read.
+// BadCommit means that a commit's content or signature is invalid, or that it is too large to be fetched. It is also
+// the error if the signers' files can't be read. A retry helps only once these files have changed.
 type BadCommit struct {
 	Hash string
 	Err  error
@@ -165,8 +165,7 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 	return payload, signature
 }
 
-// maxPast bounds the hashes in Commit.Past. Hardly ever are more commits pushed while somebody waits for one to be
-// mirrored.
+// maxPast bounds the hashes in Commit.Past. More commits are hardly ever pushed while somebody waits for one of them.
 const maxPast = 30
 
 // past returns the text of Commit.Past for the commit hash; see ancestors for what it may lack.

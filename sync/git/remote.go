@@ -163,7 +163,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow returns the hash of the branch's newest commit, which it fetches unless it is the cache's head or in refused.
+// follow returns the hash of the branch's newest commit, and fetches it if it is new. A refused one isn't fetched twice.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)

@@ -143,7 +143,7 @@ func escapeSlack(s string) string {
 // escapeTeams breaks up Markdown links, whose text can hide where they lead.
 func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
-// send makes one request. Its errors don't contain the URL: an answer 408, 429 or 5xx is a *retryAfterError, any other
+// send makes one request. Its errors don't contain the URL. A status 408, 429 or 5xx is a *retryAfterError; any other
 // but 2xx wraps errRefused. client must follow no redirect, as the request may contain a secret for this server alone.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)

@@ -277,7 +277,7 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. If that fails, the next call tries again, unless another mirror takes over.
+// save writes a cursor if it changed. After a failure the next call tries again; until then a new mirror would resend.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	value, err := json.Marshal(c)
 	if err != nil {

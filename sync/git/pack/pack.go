@@ -46,7 +46,7 @@ func (e *TooLarge) Error() string {
 // indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory. A file
 // beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
 type indexer struct {
-	memory   int       // the bytes of base objects held in memory; the one in use is held even beyond them
+	memory   int       // bounds the base objects held in memory, in bytes; the one in use is held in any case
 	most     int64     // as Limits.Object
 	progress io.Writer // written to at each slow step
 	file     *os.File
@@ -70,12 +70,12 @@ type indexed struct {
 
 // Limits bounds a pack.
 type Limits struct {
-	Object int64 // bytes; a larger file, or delta of unknown kind, is left out, another object is an ObjectTooLarge
+	Object int64 // bytes; a larger file, or delta of unknown kind, is left out; any other is an ObjectTooLarge
 	Pack   int64 // bytes; a pack of as many or more is a TooLarge
 }
 
 // Store reads a pack from r, and puts it with its index into dir, a repository's directory of packs. A pack without
-// objects is not stored. If Store fails, dir has no pack more. Store writes to progress at each slow step.
+// objects is not stored. If Store fails, it adds no pack. It writes to progress at each slow step.
 func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress io.Writer) error {
 	file, err := os.CreateTemp(dir, "tmp_pack_")
 	if err != nil {

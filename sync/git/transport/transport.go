@@ -101,7 +101,7 @@ func (r *Repository) Explain(doing string, err error) error {
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
 
-// Redact replaces the user name and password in a URL that parses by "...". Any other address is returned as it is.
+// Redact replaces the user name and password by "..." in a URL that can be parsed. Other addresses stay as they are.
 func Redact(address string) string {
 	if u, err := url.Parse(address); err == nil && u.User != nil {
 		u.User = url.User("...")
