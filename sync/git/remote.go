@@ -163,7 +163,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow returns the hash of the branch's newest commit, and fetches it if it is new. A refused one isn't fetched twice.
+// follow returns the hash of the branch's newest commit, and fetches it if new. If refused has it, that is the error.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
