@@ -28,8 +28,8 @@ var connectionHeaders = []string{
 }
 
 // requestHeaders returns the headers that identify this node to a URL's server; nil: none. They are those of
-// headersVariable's file, and netrc's password unless that file has Authorization. A redirect to another host lacks
-// them.
+// headersVariable's file, and netrc's password unless that file has Authorization. There are none for plain http to
+// another machine. A redirect to another host lacks them.
 func requestHeaders(u *url.URL) (http.Header, error) {
 	h, err := netrcHeader(u)
 	if err != nil {
@@ -46,11 +46,15 @@ func requestHeaders(u *url.URL) (http.Header, error) {
 	return h, nil
 }
 
-// fileHeaders returns the headers that headersVariable's file has for a URL's server. There are none for plain http to
-// another machine, which would send them over the network in the clear.
+// isConfidential reports whether a secret may be sent to a URL: plain http to another machine would send it over the
+// network in the clear.
+func isConfidential(u *url.URL) bool { return u.Scheme == "https" || thisMachine(u) }
+
+// fileHeaders returns the headers that headersVariable's file has for a URL's server; nil for plain http to another
+// machine.
 func fileHeaders(u *url.URL) (http.Header, error) {
 	file := os.Getenv(headersVariable)
-	if file == "" || u.Scheme != "https" && !thisMachine(u) {
+	if file == "" || !isConfidential(u) {
 		return nil, nil
 	}
 	data, err := inputfile.ReadPrivate(headersVariable, file)

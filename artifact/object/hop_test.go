@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -214,5 +216,33 @@ func TestRedirectsOfS3(t *testing.T) {
 	}
 	if len(seen) > 0 {
 		t.Errorf("this machine was asked: %q", slices.Compact(seen))
+	}
+}
+
+// Neither netrc's password nor a file's header goes over the network in the clear.
+func TestSecretsOnlyByHTTPS(t *testing.T) {
+	dir := t.TempDir()
+	netrc, headers := filepath.Join(dir, "netrc"), filepath.Join(dir, "headers")
+	lines := ""
+	for _, host := range []string{"example.com:80", "example.com", "localhost:80"} {
+		lines += host + " X-Api-Key: key\n"
+	}
+	if err := errors.Join(os.WriteFile(netrc, []byte("default login deploy password secret\n"), 0o600),
+		os.WriteFile(headers, []byte(lines), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NETRC", netrc)
+	t.Setenv(headersVariable, headers)
+	for address, want := range map[string]bool{
+		"https://example.com/x": true, "http://localhost/x": true, "http://example.com/x": false,
+	} {
+		u, err := url.Parse(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := requestHeaders(u)
+		if err != nil || (h.Get("Authorization") != "") != want || (h.Get("X-Api-Key") != "") != want {
+			t.Errorf("%s: got %v, %v", address, h, err)
+		}
 	}
 }

@@ -16,6 +16,9 @@ import (
 // netrcHeader returns the Authorization header for a URL's host, as curl --netrc sends it; nil: there is none. The user
 // and password are NETRC's, or those of ~/.netrc. A redirect to another host doesn't carry the header.
 func netrcHeader(u *url.URL) (http.Header, error) {
+	if !isConfidential(u) {
+		return nil, nil
+	}
 	file := os.Getenv("NETRC")
 	if file == "" {
 		home, err := os.UserHomeDir()
