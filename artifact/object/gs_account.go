@@ -82,15 +82,17 @@ func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	token, err := c.TokenSource(ctx).Token()
 	var refused *oauth2.RetrieveError
 	switch {
-	case errors.As(err, &refused) && refused.Response.StatusCode < 500:
+	case errors.As(err, &refused):
+		r := refused.Response
+		var transient *transientError
+		if errors.As(statusError(r.StatusCode, r.Status, retryAfter(r.Header)), &transient) {
+			return nil, &transientError{err: fmt.Errorf("%s gives no token: %s", key.URI, r.Status), after: transient.after}
+		}
 		var why struct {
 			Text string `json:"error_description"`
 		}
 		_ = json.Unmarshal(refused.Body, &why)
-		return nil, fmt.Errorf("%w: %s gives %s no token: %s %q", ErrDenied, key.URI, key.Email, refused.Response.Status,
-			why.Text)
-	case errors.As(err, &refused):
-		return nil, &transientError{err: fmt.Errorf("%s gives no token: %s", key.URI, refused.Response.Status)}
+		return nil, fmt.Errorf("%w: %s gives %s no token: %s %q", ErrDenied, key.URI, key.Email, r.Status, why.Text)
 	case err != nil:
 		return nil, &transientError{err: fmt.Errorf("asking %s for a token: %w", key.URI, err)}
 	}

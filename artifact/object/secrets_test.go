@@ -90,7 +90,7 @@ func TestServiceAccount(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	exchanges := 0
+	exchanges, busy := 0, 0
 	var server *httptest.Server
 	server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/token" {
@@ -100,6 +100,11 @@ func TestServiceAccount(t *testing.T) {
 			}
 			w.Header().Set("ETag", `"1"`)
 			http.ServeContent(w, r, "x", time.Time{}, strings.NewReader("content"))
+			return
+		}
+		if busy != 0 {
+			w.WriteHeader(busy)
+			busy = 0
 			return
 		}
 		exchanges++
@@ -152,6 +157,13 @@ func TestServiceAccount(t *testing.T) {
 	}
 	if exchanges != 1 {
 		t.Errorf("%d tokens were asked for, want one", exchanges)
+	}
+
+	for _, busy = range []int{http.StatusTooManyRequests, http.StatusRequestTimeout, http.StatusServiceUnavailable} {
+		exchanges = 0
+		if got, err := read(object.New(object.Config{GSEndpoint: server.URL})); err != nil || got != "content" || busy != 0 {
+			t.Errorf("the token's server is busy: got %q, %v", got, err)
+		}
 	}
 
 	another, err := rsa.GenerateKey(rand.Reader, 2048)
