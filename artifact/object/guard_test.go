@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -100,6 +101,45 @@ func TestAWeakETagIsNone(t *testing.T) {
 	}
 	r, err := c.Read(t.Context(), o, 0)
 	check(t, r, err, content(1000))
+}
+
+// Without a conditional put, what can't be seen could be there, and would be overwritten.
+func TestAnUnconditionalPutMustSee(t *testing.T) {
+	t.Parallel()
+	for _, unconditional := range []bool{false, true} {
+		var puts atomic.Int32
+		serve := func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			if r.Method == http.MethodPut {
+				puts.Add(1)
+				return
+			}
+			s3Fault(w, http.StatusForbidden, "AccessDenied")
+		}
+		c := s3Stub(t, serve, func(c *object.Config) { c.UnconditionalPut = unconditional })
+		err := c.Put(t.Context(), "s3://bucket/x", strings.NewReader("one"), 3, object.PutOptions{})
+		if unconditional != errors.Is(err, object.ErrDenied) || unconditional != (puts.Load() == 0) {
+			t.Errorf("unconditional %v: %d puts, %v", unconditional, puts.Load(), err)
+		}
+	}
+}
+
+// An object's version is never written, neither in one piece nor in parts.
+func TestAVersionIsNotWritten(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int64{3, 16<<20 + 1} {
+		c := s3Stub(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet {
+				t.Errorf("%d bytes: got %s %s", size, r.Method, r.URL)
+			}
+			s3Fault(w, http.StatusNotFound, "NoSuchVersion")
+		})
+		data := bytes.NewReader(make([]byte, size))
+		err := c.Put(t.Context(), "s3://bucket/x?versionId=1", data, size, object.PutOptions{})
+		if err == nil || !strings.Contains(err.Error(), "leave ?versionId out") {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
 }
 
 // Two may publish the same version at once, and each have found nothing there: only the server can see to it that

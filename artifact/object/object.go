@@ -46,8 +46,8 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides AWS's own configuration from the environment; nil: nothing is overridden.
 	S3 *S3Config
-	// UnconditionalPut is set for an S3 without conditional PUT. An object may then be overwritten that another process
-	// writes at the same time, or that this one may not read.
+	// UnconditionalPut is set for an S3 without conditional PUT. Put may then overwrite an object that another process
+	// writes at the same time. It needs the rights to read the object and, if that is missing, to list the bucket.
 	UnconditionalPut bool
 	// GSEndpoint is the endpoint of gs://; empty: Google's own.
 	GSEndpoint string
@@ -302,10 +302,13 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		b.progress = func(int64) {}
 	}
 	err = c.retry(ctx, "put "+deployments.ShownURL(url), func() error {
-		// That spares sending what is there. S3 says ErrDenied of a missing object to who may not list the bucket.
+		// That spares sending what is there. S3 says ErrDenied of a missing object to who may not list the bucket. Then
+		// only a conditional put keeps an object that may be there.
 		switch _, err := s.stat(ctx, u); {
 		case err == nil:
 			return errOccupied
+		case errors.Is(err, ErrDenied) && u.Scheme == "s3" && c.s3.unconditional:
+			return fmt.Errorf("an unconditional put must first see whether the object is there: %w", err)
 		case !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrDenied):
 			return err
 		}

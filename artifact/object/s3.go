@@ -237,13 +237,13 @@ const (
 )
 
 func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType string) error {
+	if u.RawQuery != "" {
+		return errVersion
+	}
 	if b.size > partSize {
 		return s.putParts(ctx, u, b, contentType)
 	}
 	in := &s3.PutObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Body: b.reader(), ContentLength: &b.size}
-	if u.RawQuery != "" {
-		return errVersion
-	}
 	if !b.replace {
 		in.IfNoneMatch = s.ifNone()
 	}

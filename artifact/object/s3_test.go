@@ -14,10 +14,16 @@ import (
 )
 
 // s3Stub answers as S3 does, where no server at hand does.
-func s3Stub(t *testing.T, serve http.HandlerFunc) *object.Client {
+func s3Stub(t *testing.T, serve http.HandlerFunc, change ...func(*object.Config)) *object.Client {
 	server := httptest.NewServer(serve)
 	t.Cleanup(server.Close)
-	return object.New(object.Config{S3: &object.S3Config{Endpoint: server.URL, Region: "us-east-1", AccessKey: "kedge-test", SecretKey: "x"}})
+	c := object.Config{
+		S3: &object.S3Config{Endpoint: server.URL, Region: "us-east-1", AccessKey: "kedge-test", SecretKey: "x"},
+	}
+	for _, change := range change {
+		change(&c)
+	}
+	return object.New(c)
 }
 
 func s3Fault(w http.ResponseWriter, status int, code string) {

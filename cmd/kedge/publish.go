@@ -161,7 +161,8 @@ as it is: another level takes another version.`,
 		&unconditional,
 		"unconditional-put",
 		false,
-		"for an S3 without If-None-Match: look whether an object is there, then write it; only one may publish at a time",
+		"for an S3 without If-None-Match: look whether an object is there, which takes the rights to read and "+
+			"list, then write it; only one may publish at a time",
 	)
 	a.jsonFlag(c, "what was made")
 	return c
