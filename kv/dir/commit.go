@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"kedge/deployments/durable"
 	"kedge/kv"
@@ -105,8 +106,12 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 }
 
 // commit makes all of the changes or none. The caller holds the lock. Several changes count as made once the journal is
-// in place: the next process that takes the lock finishes them, even after an error. A single change needs none.
+// in place: the next process that takes the lock finishes them, even after an error, which is then ErrUnavailable. A
+// single change needs none.
 func (d *Store) commit(changes []change) error {
+	if err := d.prepare(changes); err != nil {
+		return err
+	}
 	if len(changes) > 1 {
 		data, err := json.Marshal(changes)
 		if err != nil {
@@ -117,9 +122,46 @@ func (d *Store) commit(changes []change) error {
 			return err
 		}
 		d.step("journalled")
-		return d.finish()
+		if err := d.finish(); err != nil {
+			return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
+		}
+		return nil
 	}
 	return d.apply(changes)
+}
+
+// prepare returns an error if this process may not write the directories that apply would change. A journalled commit
+// that nobody but root can finish would stop every other process. prepare creates missing directories and moves others
+// aside, which changes no key.
+func (d *Store) prepare(changes []change) error {
+	checked := map[string]bool{}
+	for _, c := range changes {
+		var paths []string
+		if held := d.path(heldDir + "/" + heldName(c.Key)); c.Hold != "" || isFile(held) {
+			paths = append(paths, held)
+		}
+		switch {
+		case c.Delete:
+			paths = append(paths, d.files(c.Key)...)
+		case !c.Keep:
+			path, err := d.preparePath(c.Key)
+			if err != nil {
+				return err
+			}
+			paths = append(paths, path)
+		}
+		for _, path := range paths {
+			dir := filepath.Dir(path)
+			if checked[dir] {
+				continue
+			}
+			checked[dir] = true
+			if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+				return fmt.Errorf("write in %s: %w", dir, err)
+			}
+		}
+	}
+	return nil
 }
 
 // finish completes the journalled commit, if there is one: the caller's, or that of a process that failed or was killed
@@ -173,7 +215,7 @@ func (d *Store) apply(changes []change) error {
 		}
 		switch {
 		case c.Delete:
-			for path, ok := d.find(c.Key); ok; path, ok = d.find(c.Key) {
+			for _, path := range d.files(c.Key) {
 				if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}

@@ -37,6 +37,10 @@ func contents(t *testing.T, s kv.Store) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return shown(entries)
+}
+
+func shown(entries []kv.Entry) string {
 	var all []string
 	for _, e := range entries {
 		all = append(all, e.Key+"="+string(e.Value))

@@ -96,8 +96,9 @@ func (d *Store) Get(ctx context.Context, key string) (kv.Entry, error) {
 		if err != nil {
 			return err
 		}
-		entry = kv.Entry{Key: key, Value: f.value, Version: f.version, Session: d.holder(key)}
-		return nil
+		entry = kv.Entry{Key: key, Value: f.value, Version: f.version}
+		entry.Session, err = d.holder(key)
+		return err
 	})
 	if err != nil {
 		return kv.Entry{}, fmt.Errorf("get %s: %w", key, err)
@@ -217,7 +218,9 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 		}
 		for i, e := range s.entries {
 			if holders[heldName(e.Key)] {
-				s.entries[i].Session = d.holder(e.Key)
+				if s.entries[i].Session, err = d.holder(e.Key); err != nil {
+					return err
+				}
 			}
 		}
 		backend.SortEntries(s.entries)

@@ -1,6 +1,7 @@
 package dir_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -207,6 +208,59 @@ func TestPresenceComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	views.Await(t, "its leave", kvtest.Healthy(""))
+}
+
+// A commit that is refused for one of its keys changes nothing and stops nobody. Not even a privileged process makes it
+// true later.
+func TestDeniedCommitLeavesNothing(t *testing.T) {
+	t.Parallel()
+	path := storePath(t)
+	if err := os.Mkdir(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// The child may be another user, from whom the test's own directory is closed.
+	if err := os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	child := kvtest.StartChild(t, "denied", path)
+	child.Expect(t, "done")
+	if err := child.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(t, open(t, path)); got != "own/a=new own/b=new theirs/a=old" {
+		t.Errorf("the store holds %s", got)
+	}
+}
+
+// Whether a holder lives may be unknown, as when too many files are open. Then nobody may take its entry.
+func TestUnknownHolderKeepsItsEntry(t *testing.T) {
+	t.Parallel()
+	dir := storePath(t)
+	s := open(t, dir)
+	// This session's file exists, and can't be opened.
+	sh(t, dir, `ln -s LOOP .kedge/sessions/LOOP; printf LOOP > .kedge/held/mirror@lease`)
+	sh(t, dir, `mkdir mirror; echo x > mirror/lease`)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := s.Lease(ctx, "mirror/lease", "second", 10*time.Second); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the lease of a holder that may live: %v", err)
+	}
+	if e, err := s.Get(t.Context(), "mirror/lease"); !errors.Is(err, kv.ErrUnavailable) {
+		t.Errorf("get: %+v, %v", e, err)
+	}
+	kvtest.Present(t, s, "web-1") // another session's begin doesn't remove it
+	if _, err := os.Lstat(filepath.Join(dir, ".kedge/sessions/LOOP")); err != nil {
+		t.Error(err)
+	}
+	// What a power cut may leave of the record names no session.
+	sh(t, dir, `printf '\0\0\0' > .kedge/held/mirror@lease`)
+	l, err := s.Lease(t.Context(), "mirror/lease", "third", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // A process that is stopped in the middle of a commit keeps the lock. That is trouble to be told of, not to wait in

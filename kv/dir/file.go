@@ -22,8 +22,10 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, but at most one byte more than Consul accepts for a value. The version is computed from the
-// content and the file's metadata, because people who edit the file don't count versions.
+// readValue reads a file, but at most one byte more than Consul accepts for a value. A file that is longer yields that
+// beginning and no error: an error would hide all keys beside it, and keep a commit from replacing it. Package
+// deployments refuses such records, pins, orders and reports by their size. The version is computed from what was read
+// and from the file's metadata, because people who edit the file don't count versions.
 func readValue(path string) (fileValue, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -49,25 +51,34 @@ func readValue(path string) (fileValue, error) {
 	return fileValue{value: value, version: max(h.Sum64(), 1), modTime: info.ModTime()}, nil
 }
 
-// find returns the path of a key's file, and whether the key has one.
+// find returns the path of the file that holds a key's value, and whether the key has one.
 func (d *Store) find(key string) (string, bool) {
-	var in func(dir string, parts []string) (string, bool)
-	in = func(dir string, parts []string) (string, bool) {
+	if all := d.files(key); len(all) > 0 {
+		return all[0], true
+	}
+	return "", false
+}
+
+// files returns the paths of a key's files. The first holds the value. There are more if a person made a directory
+// twice, with and without the @.
+func (d *Store) files(key string) (all []string) {
+	var in func(dir string, parts []string)
+	in = func(dir string, parts []string) {
 		path := filepath.Join(dir, parts[0])
 		if len(parts) == 1 {
-			info, err := os.Lstat(path)
-			return path, err == nil && info.Mode().IsRegular()
+			if isFile(path) {
+				all = append(all, path)
+			}
+			return
 		}
 		for _, folder := range []string{path, path + "@"} {
 			if isDir(folder) {
-				if found, ok := in(folder, parts[1:]); ok {
-					return found, true
-				}
+				in(folder, parts[1:])
 			}
 		}
-		return "", false
 	}
-	return in(d.dir, strings.Split(key, "/"))
+	in(d.dir, strings.Split(key, "/"))
+	return all
 }
 
 // preparePath returns the file to write a key to, creates its directories, and moves a directory of its name aside.
@@ -147,6 +158,11 @@ func ignoredFile(name string) bool { return deployments.CheckSegment("file", nam
 func (d *Store) exists() bool {
 	info, err := os.Stat(d.dir)
 	return err == nil && info.IsDir()
+}
+
+func isFile(path string) bool {
+	info, err := os.Lstat(path)
+	return err == nil && info.Mode().IsRegular()
 }
 
 func isDir(path string) bool {

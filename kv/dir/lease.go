@@ -33,8 +33,8 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	for {
 		var session *session
 		err := d.writing(ctx, func() error {
-			if d.holder(key) != "" {
-				return nil
+			if holder, err := d.holder(key); err != nil || holder != "" {
+				return err
 			}
 			s, err := d.openSession("lease of " + holder)
 			if err != nil {
@@ -117,8 +117,8 @@ func (l *lease) Release(ctx context.Context) error {
 	}
 	defer l.session.close()
 	err := l.store.writing(ctx, func() error {
-		if l.store.holder(l.key) != l.session.id {
-			return nil
+		if holder, err := l.store.holder(l.key); err != nil || holder != l.session.id {
+			return err
 		}
 		return l.store.commit([]change{{Key: l.key, Keep: true, Unhold: true}})
 	})

@@ -2,6 +2,7 @@ package dir_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ func TestMain(m *testing.M) {
 		"presence": kvtest.PresenceJob(at),
 		"commits":  commitForEver,
 		"crash":    crash,
+		"denied":   denied,
 	})
 }
 
@@ -39,6 +41,52 @@ func commitForEver(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+}
+
+// denied commits as a user who may write in only one of two directories.
+func denied(ctx context.Context, args []string) error {
+	if os.Geteuid() == 0 {
+		const nobody = 65534
+		if err := os.Chown(args[0], nobody, nobody); err != nil {
+			return err
+		}
+		if err := syscall.Setuid(nobody); err != nil {
+			return err
+		}
+	}
+	s, err := dir.Open(args[0], nil)
+	if err != nil {
+		return err
+	}
+	const before = "own/a=old theirs/a=old"
+	if err := s.Commit(ctx, nil, kv.Put("own/a", []byte("old")), kv.Put("theirs/a", []byte("old"))); err != nil {
+		return err
+	}
+	if err := os.Chmod(filepath.Join(args[0], "theirs"), 0o555); err != nil {
+		return err
+	}
+	for _, ops := range [][]kv.Op{
+		{kv.Put("own/a", []byte("new")), kv.Put("theirs/a", []byte("new"))},
+		{kv.Put("own/a", []byte("new")), kv.Create("theirs/below/b", []byte("new"))},
+		{kv.Delete("own/a"), kv.Delete("theirs/a")},
+		{kv.Delete("theirs/a")},
+	} {
+		if err := s.Commit(ctx, nil, ops...); !errors.Is(err, kv.ErrDenied) {
+			return fmt.Errorf("%v: %v", ops, err)
+		}
+		entries, err := s.List(ctx, "")
+		if err != nil {
+			return fmt.Errorf("list after %v: %w", ops, err)
+		}
+		if got := shown(entries); got != before {
+			return fmt.Errorf("%v left %s", ops, got)
+		}
+	}
+	err = s.Commit(ctx, nil, kv.Put("own/a", []byte("new")), kv.Put("own/b", []byte("new")))
+	if err == nil {
+		fmt.Println("done")
+	}
+	return err
 }
 
 // crash makes one commit, of as many of crashOps as the third argument says, and kills itself at the step of the

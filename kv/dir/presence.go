@@ -70,7 +70,10 @@ func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	}
 	err = p.store.writing(ctx, func() error {
 		since = uint64(time.Now().UnixNano())
-		lost := p.lost()
+		lost, err := p.dropTakenAndListLost()
+		if err != nil {
+			return err
+		}
 		lost[key] = value
 		return p.put(lost)
 	})
@@ -118,11 +121,14 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// lost returns the entries whose stored value or holder changed since Put, and forgets those that others have taken.
-func (p *presence) lost() map[string][]byte {
+// dropTakenAndListLost returns the entries whose stored value or holder changed since Put, and forgets those that
+// others have taken.
+func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 	lost := map[string][]byte{}
 	for key, value := range p.held {
-		switch holder := p.store.holder(key); {
+		switch holder, err := p.store.holder(key); {
+		case err != nil:
+			return nil, err
 		case holder == "":
 			lost[key] = value
 		case p.session == nil || holder != p.session.id:
@@ -135,7 +141,7 @@ func (p *presence) lost() map[string][]byte {
 			}
 		}
 	}
-	return lost
+	return lost, nil
 }
 
 // keep puts lost entries again until Close, as after a file or the whole directory was removed by hand or replaced by
@@ -157,17 +163,19 @@ func (p *presence) repair() error {
 	}
 	whole := false
 	err := p.store.reading(p.ctx, func() error {
-		whole = len(p.lost()) == 0
-		return nil
+		lost, err := p.dropTakenAndListLost()
+		whole = len(lost) == 0
+		return err
 	})
 	if err != nil || whole {
 		return err
 	}
 	return p.store.writing(p.ctx, func() error {
-		if lost := p.lost(); len(lost) > 0 {
-			return p.put(lost)
+		lost, err := p.dropTakenAndListLost()
+		if err != nil || len(lost) == 0 {
+			return err
 		}
-		return nil
+		return p.put(lost)
 	})
 }
 
@@ -187,7 +195,11 @@ func (p *presence) Close(ctx context.Context) error {
 	err := p.store.writing(ctx, func() error {
 		var changes []change
 		for _, key := range slices.Sorted(maps.Keys(p.held)) {
-			if p.store.holder(key) == p.session.id {
+			holder, err := p.store.holder(key)
+			if err != nil {
+				return err
+			}
+			if holder == p.session.id {
 				changes = append(changes, change{Key: key, Delete: true})
 			}
 		}

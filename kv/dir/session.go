@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 
@@ -25,7 +26,7 @@ func (d *Store) openSession(name string) (*session, error) {
 		return nil, err
 	}
 	for _, f := range old {
-		if !d.alive(f.Name()) {
+		if alive, err := d.alive(f.Name()); err == nil && !alive {
 			_ = os.Remove(d.path(sessionsDir + "/" + f.Name()))
 		}
 	}
@@ -57,23 +58,41 @@ func (s *session) close() {
 	s.file.Close()
 }
 
-// alive reports whether the process that made the session lives, and has not closed the session.
-func (d *Store) alive(id string) bool {
+// alive reports whether the process that made the session lives, and has not closed the session. An error, such as too
+// many open files, means that this isn't known.
+func (d *Store) alive(id string) (bool, error) {
+	if ignoredFile(id) {
+		return false, nil // no session has such an ID: a power cut may have damaged the record of a holder
+	}
 	f, err := os.Open(d.path(sessionsDir + "/" + id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
 	if err != nil {
-		return false
+		return false, err
 	}
 	defer f.Close()
-	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
 }
 
-// holder returns the live session that holds a key, or "".
-func (d *Store) holder(key string) string {
+// holder returns the live session that holds a key, or "". After an error it isn't known who holds the key.
+func (d *Store) holder(key string) (string, error) {
 	id, err := os.ReadFile(d.path(heldDir + "/" + heldName(key)))
-	if err != nil || !d.alive(string(id)) {
-		return ""
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
 	}
-	return string(id)
+	if err != nil {
+		return "", err
+	}
+	alive, err := d.alive(string(id))
+	if err != nil || !alive {
+		return "", err
+	}
+	return string(id), nil
 }
 
 func heldName(key string) string { return strings.ReplaceAll(key, "/", "@") }
