@@ -29,3 +29,27 @@ func TestLeaseCountsByBothClocks(t *testing.T) {
 		t.Error("a fresh lease is over")
 	}
 }
+
+// Heartbeats that stray now and then, as after a suspension, don't make one Consul agent several.
+func TestRareStraysAreOneAgent(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		ago  []time.Duration
+		want bool
+	}{
+		"none":             {nil, false},
+		"one":              {[]time.Duration{0}, false},
+		"two in a minute":  {[]time.Duration{time.Minute, 0}, true},
+		"two in a day":     {[]time.Duration{24 * time.Hour, 0}, false},
+		"two, a day ago":   {[]time.Duration{25 * time.Hour, 24 * time.Hour}, false},
+		"the last of many": {[]time.Duration{time.Hour, 40 * time.Minute, time.Minute}, false},
+	} {
+		var s strays
+		for _, ago := range c.ago {
+			s.add(time.Now().Add(-ago))
+		}
+		if got := s.several(); got != c.want {
+			t.Errorf("%s: several agents: %v, want %v", name, got, c.want)
+		}
+	}
+}

@@ -16,7 +16,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -34,8 +33,8 @@ type Store struct {
 	local  bool   // addr is a loopback address or a Unix socket
 	// endEarlierAfter and presencePoll are the constants of these names, which tests shorten.
 	endEarlierAfter, presencePoll time.Duration
-	// strayed counts heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
-	strayed atomic.Int32
+	// strayed are heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
+	strayed strays
 	prefix  string // ends in "/"
 	log     *slog.Logger
 	http    *http.Client

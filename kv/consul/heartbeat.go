@@ -87,9 +87,34 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is how many heartbeats must reach an agent that doesn't know the service before the address counts as one
-// of several agents. A single such heartbeat means an agent that restarted without its data.
-const maxStrayed = 2
+const (
+	// maxStrayed is how many heartbeats must reach an agent that doesn't know the service before the address counts as
+	// one of several agents. A single such heartbeat means an agent that restarted without its data, or a process that
+	// was suspended for so long that the agent removed the service.
+	maxStrayed = 2
+	// strayWindow is within which time that must happen. Behind a balancer it takes a minute or so.
+	strayWindow = 10 * time.Minute
+)
+
+// strays are the times of the last maxStrayed heartbeats that reached an agent which didn't know the service.
+type strays struct {
+	mu    sync.Mutex
+	times [maxStrayed]time.Time // oldest first
+}
+
+func (s *strays) add(at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	copy(s.times[:], s.times[1:])
+	s.times[maxStrayed-1] = at
+}
+
+// several reports whether all of the times are within the last strayWindow.
+func (s *strays) several() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return elapsed(s.times[0]) < strayWindow
+}
 
 // errStrayed means that no session can depend on the check, as heartbeats don't reach it.
 var errStrayed = errors.New(
@@ -111,7 +136,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
-			h.store.strayed.Add(1)
+			h.store.strayed.add(asked)
 			if err := h.register(ctx); err != nil {
 				h.store.log.Warn("could not register the service again, which the Consul agent did not know: trying again",
 					"service", h.id, "error", err)
@@ -146,7 +171,7 @@ func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while ti
 			id, _, err = h.store.client.Session().Create(&e, writeOptions(q))
 			return err
 		})
-		if err == nil || !strings.Contains(err.Error(), "heck") || time.Since(began) > while {
+		if err == nil || !missesCheck(err) || time.Since(began) > while {
 			return id, err
 		}
 		if err := wait.For(ctx, 20*time.Millisecond); err != nil {
@@ -154,3 +179,7 @@ func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while ti
 		}
 	}
 }
+
+// missesCheck reports whether newSession failed as the servers don't know the check. Consul's error for that has the
+// status of a failure of its own.
+func missesCheck(err error) bool { return strings.Contains(err.Error(), "heck") }

@@ -20,6 +20,9 @@ const (
 	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: practically not at all. Consul's
 	// default of 15 s protects writes that aren't fenced; kedge's are.
 	leaseLockDelay = time.Millisecond
+	// maxUnbeaten is how often Lease tries again to start the heartbeat of an agent that is unavailable, within some 10 s.
+	// After that it does without, as an agent with a full disk, say, takes no service but answers otherwise.
+	maxUnbeaten = 8
 )
 
 func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
@@ -35,8 +38,9 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 	pause := wait.NewBackoff(50*time.Millisecond, 5*time.Second)
 	var causes backend.Causes
+	unbeaten := 0
 	for {
-		lease, err := s.tryLease(ctx, key, holder, value, ttl)
+		lease, err := s.tryLease(ctx, key, holder, value, ttl, unbeaten >= maxUnbeaten)
 		switch {
 		case err == nil && lease != nil:
 			return lease, nil
@@ -48,6 +52,9 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, kv.ErrUnavailable):
+			if errors.Is(err, errNoHeartbeat) {
+				unbeaten++
+			}
 			if causes.FirstOfKind(err) {
 				s.log.Warn("could not ask for the lease: trying again", "key", key, "error", err)
 			}
@@ -60,14 +67,21 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 }
 
 // tryLease waits until nobody holds the lease, and tries once to take it. Nil without an error: Consul didn't grant it.
-func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*lease, error) {
+// unbeaten is as leaseSession says.
+func (s *Store) tryLease(
+	ctx context.Context,
+	key, holder string,
+	value []byte,
+	ttl time.Duration,
+	unbeaten bool,
+) (*lease, error) {
 	if err := s.awaitFree(ctx, key); err != nil {
 		return nil, err
 	}
 	asked := time.Now()
 	heart, session, err := s.leaseSession(ctx, api.SessionEntry{
 		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
-	})
+	}, unbeaten)
 	if err != nil {
 		return nil, err
 	}
@@ -99,10 +113,18 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 	return l, nil
 }
 
+// errNoHeartbeat means that the Consul agent was unavailable when the heartbeat was to start.
+var errNoHeartbeat = errors.New("start the lease's heartbeat")
+
 // leaseSession creates a session that ends soon after its holder's last heartbeat. If there can't be a heartbeat, as
-// when the token may not register its service, heart is nil, and the session ends by its TTL.
-func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
-	if err = errStrayed; s.strayed.Load() < maxStrayed {
+// when the token may not register its service, heart is nil, and the session ends by its TTL. If the Consul agent is
+// unavailable, the error is errNoHeartbeat and ErrUnavailable, unless unbeaten allows a session without a heartbeat.
+func (s *Store) leaseSession(
+	ctx context.Context,
+	e api.SessionEntry,
+	unbeaten bool,
+) (heart *heartbeat, session string, err error) {
+	if err = errStrayed; !s.strayed.several() {
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
 	}
 	if err == nil {
@@ -110,6 +132,9 @@ func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *he
 			return heart, session, nil
 		}
 		heart.stop()
+	}
+	if !unbeaten && errors.Is(err, kv.ErrUnavailable) && !missesCheck(err) {
+		return nil, "", fmt.Errorf("%w: %w", errNoHeartbeat, err)
 	}
 	s.log.Warn("no heartbeat for the lease: if this process dies, another takes over after up to twice the ttl",
 		"ttl", e.TTL, "error", err)

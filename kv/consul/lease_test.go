@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -86,6 +87,41 @@ func TestLeaseIsAService(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A Consul agent that is away for a moment doesn't cost a lease its heartbeat for its whole term. An agent that never
+// takes the service, as with a full disk, doesn't cost the lease.
+func TestLeaseAsksAgainForHeartbeat(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/")
+	for name, failing := range map[string]int64{"a moment": 2, "for ever": math.MaxInt64} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFront(t, c)
+			var refused atomic.Int64
+			f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+				return strings.HasSuffix(r.URL.Path, "/agent/service/register") && refused.Add(1) <= failing && status(500)(w, r)
+			})
+			s := open(t, consul.Config{Client: f.config("")})
+			key := "mirror/lease-" + strings.ReplaceAll(name, " ", "-")
+			lease, err := s.Lease(t.Context(), key, "mirror-1", 15*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := s.Get(t.Context(), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			info, _, err := c.Client().Session().Info(e.Session, nil)
+			if err != nil || info == nil || (len(info.ServiceChecks) == 1) != (failing == 2) {
+				t.Errorf("after %d refusals the session is %+v, %v", refused.Load(), info, err)
+			}
+			if err := lease.Release(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // A holder that can't renew stops by its clock, before Consul could give the lease to another.
