@@ -30,9 +30,10 @@ type Store struct {
 	config api.Config // the client's configuration, with its HTTP client
 	tokens *tokenSource
 	addr   string // the address, for people
-	local  bool   // addr is a loopback address or a Unix socket
-	// endEarlierAfter and presencePoll are the constants of these names, which tests shorten.
-	endEarlierAfter, presencePoll time.Duration
+	// loopback is set if addr is a loopback address or a Unix socket.
+	loopback bool
+	// endOthersAfter and presenceCheckAfter are the constants of these names, which tests shorten.
+	endOthersAfter, presenceCheckAfter time.Duration
 	// strayed are heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
 	strayed strays
 	prefix  string // ends in "/"
@@ -78,7 +79,7 @@ func Open(c Config) (*Store, error) {
 	if err := checkFiles(config.TLSConfig); err != nil {
 		return nil, fmt.Errorf("open consul: %w", err)
 	}
-	local := isLocal(cmp.Or(config.Address, api.DefaultConfig().Address))
+	address := cmp.Or(config.Address, api.DefaultConfig().Address) // NewClient takes it apart
 	var transport *http.Transport
 	if config.HttpClient == nil {
 		transport = newTransport()
@@ -112,16 +113,16 @@ func Open(c Config) (*Store, error) {
 		addr = config.Scheme + "://" + addr
 	}
 	return &Store{
-		client:          client,
-		config:          *config,
-		tokens:          tokens,
-		addr:            addr,
-		local:           local,
-		endEarlierAfter: endEarlierAfter,
-		presencePoll:    presencePoll,
-		prefix:          prefix,
-		log:             c.Log,
-		http:            config.HttpClient,
+		client:             client,
+		config:             *config,
+		tokens:             tokens,
+		addr:               addr,
+		loopback:           isLoopback(address),
+		endOthersAfter:     endOthersAfter,
+		presenceCheckAfter: presenceCheckAfter,
+		prefix:             prefix,
+		log:                c.Log,
+		http:               config.HttpClient,
 	}, nil
 }
 

@@ -8,11 +8,11 @@ import (
 	"kedge/kv"
 )
 
-// SetEarlierAfter says when a presence ends what earlier processes of its name left.
-func SetEarlierAfter(s kv.Store, d time.Duration) { s.(*Store).endEarlierAfter = d }
+// SetEndOthersAfter says when a presence ends what earlier processes of its name left.
+func SetEndOthersAfter(s kv.Store, d time.Duration) { s.(*Store).endOthersAfter = d }
 
-// SetPresencePoll says how often a presence looks after its entries.
-func SetPresencePoll(s kv.Store, d time.Duration) { s.(*Store).presencePoll = d }
+// SetPresenceCheckAfter says how often a presence looks after its entries.
+func SetPresenceCheckAfter(s kv.Store, d time.Duration) { s.(*Store).presenceCheckAfter = d }
 
 // Dial opens a connection as a store's requests do.
 func Dial(ctx context.Context, address string) (net.Conn, error) {

@@ -14,7 +14,7 @@ import (
 )
 
 func (s *Store) NodeName(ctx context.Context) (string, error) {
-	if !s.local {
+	if !s.loopback {
 		return "", nil
 	}
 	var self struct{ Config struct{ NodeName string } }
@@ -28,9 +28,9 @@ func (s *Store) NodeName(ctx context.Context) (string, error) {
 	return self.Config.NodeName, err
 }
 
-// isLocal reports whether an address, as Consul's client takes it, is a Unix socket's or a loopback address. This
+// isLoopback reports whether an address, as Consul's client takes it, is a Unix socket's or a loopback address. This
 // machine's other addresses count as another's.
-func isLocal(address string) bool {
+func isLoopback(address string) bool {
 	if strings.HasPrefix(address, "unix://") {
 		return true
 	}

@@ -25,13 +25,13 @@ const (
 	presenceTTL = 30 * time.Second
 	// presenceLockDelay is practically none: the next holder of an entry is its own writer.
 	presenceLockDelay = time.Millisecond
-	// presencePoll is how long a presence watches one entry before it checks all; a read that blocks may prolong that.
-	presencePoll = 60 * time.Second
+	// presenceCheckAfter is how long a presence watches one entry before it checks all. A read that blocks may double it.
+	presenceCheckAfter = 60 * time.Second
 	// takenPoll is how often a presence checks whether another process that took all its entries still holds one.
 	takenPoll = 5 * time.Second
-	// endEarlierAfter is how long a killed process's last session is left alone once the node has a new one. By then the
+	// endOthersAfter is how long a killed process's last session is left alone once the node has a new one. By then the
 	// new process has written all its entries. An entry without a holder would make the node look gone.
-	endEarlierAfter = 30 * time.Second
+	endOthersAfter = 30 * time.Second
 )
 
 // presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is tied
@@ -133,13 +133,13 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	p.held[key] = bytes.Clone(value)
 	delete(p.taken, key)
 	if first {
-		p.signalChange()
+		p.wakeKeep()
 	}
 	return nil
 }
 
-// signalChange wakes keep, which waits as long as no entry is held.
-func (p *presence) signalChange() {
+// wakeKeep wakes keep, which waits as long as no entry is held.
+func (p *presence) wakeKeep() {
 	p.wake.Set()
 }
 
@@ -234,18 +234,18 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 }
 
 // open creates the session, tied to this node if possible, or else with a TTL. With the first one that is tied to this
-// node it ends the sessions of earlier processes, the newest of them only after endEarlierAfter.
+// node it ends the sessions of earlier processes, the newest of them only after endOthersAfter.
 func (p *presence) open(ctx context.Context) error {
 	id, err := p.openNodeSession(ctx)
 	if err == nil {
 		p.opened(id, false, false)
 		if p.sweep == nil {
-			p.endEarlier(ctx, p.node, p.mine, 1)
-			p.sweep = time.AfterFunc(p.store.endEarlierAfter, func() {
+			p.endOtherSessions(ctx, p.node, p.mine, 1)
+			p.sweep = time.AfterFunc(p.store.endOthersAfter, func() {
 				p.putting.Lock()
 				node, mine := p.node, maps.Clone(p.mine)
 				p.putting.Unlock()
-				p.endEarlier(p.ctx, node, mine, 0)
+				p.endOtherSessions(p.ctx, node, mine, 0)
 			})
 		}
 		return nil
@@ -263,11 +263,11 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions of this name that aren't in mine, mostly of killed processes, but keeps the newest
-// ones, as many as keep says. Such a session may live as long as the node. So may its entries that this process doesn't
-// write, such as those of a role that the node had before. A process of this name that is still alive opens a new
-// session.
-func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
+// endOtherSessions destroys the sessions of this name that aren't in mine, mostly of killed processes, but keeps the
+// newest ones, as many as keep says. Such a session may live as long as the node. So may its entries that this process
+// doesn't write, such as those of a role that the node had before. A process of this name that is still alive opens a
+// new session.
+func (p *presence) endOtherSessions(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
 		all, _, err = p.store.client.Session().Node(node, consistent(q))
@@ -361,7 +361,7 @@ func (p *presence) stopHeart() {
 func (p *presence) opened(id string, renew, early bool) {
 	p.session, p.renew, p.early = id, renew, early
 	p.mine[id] = true
-	p.signalChange()
+	p.wakeKeep()
 }
 
 // lose forgets the session, as its entries lost their holder or the values that were put, and closes gone.
@@ -382,7 +382,7 @@ func (p *presence) Close(ctx context.Context) error {
 	p.closed = true
 	defer p.stopHeart()
 	if p.sweep != nil && p.sweep.Stop() {
-		p.endEarlier(ctx, p.node, p.mine, 0)
+		p.endOtherSessions(ctx, p.node, p.mine, 0)
 	}
 	if p.session == "" {
 		return nil

@@ -65,17 +65,18 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry waits until the value or the holder of an entry differs from what was put, or for about presencePoll.
-// holds reports whether both are surely as they were put. The reads are stale ones, which repair confirms.
+// watchEntry waits until the value or the holder of an entry differs from what was put, or for presenceCheckAfter or
+// somewhat longer. holds reports whether both are surely as they were put. The reads are stale ones, which repair
+// confirms.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s := p.store
-	most := min(watchWait, s.presencePoll)
+	most := min(watchWait, s.presenceCheckAfter)
 	if renew {
 		most = min(most, presenceTTL/3)
 	}
 	var index uint64
 	idle := wait.NewBackoff(5*time.Millisecond, time.Second)
-	for end := time.Now().Add(s.presencePoll); time.Now().Before(end); {
+	for end := time.Now().Add(s.presenceCheckAfter); time.Now().Before(end); {
 		if renew {
 			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, kv.ErrNotFound) {
 				return false, nil

@@ -286,7 +286,7 @@ func TestPresenceEndsWhatEarlierOnesLeft(t *testing.T) {
 	newer = left("status/prod/web/server-1", "status/prod/db/server-1")
 	db.Await(t, "what was left once more", kvtest.Held("server-1=left"))
 	s := c.Open("")
-	consul.SetEarlierAfter(s, time.Millisecond)
+	consul.SetEndOthersAfter(s, time.Millisecond)
 	kvtest.Present(t, s, "server-1")
 	db.Await(t, "its end", released)
 	if there(newer) || !there(other) {
@@ -356,7 +356,7 @@ func TestPresenceAsksTheLeaderInDoubt(t *testing.T) {
 	folders(t, c, "status/prod/web/", "status/prod/db/")
 	f := newFront(t, c)
 	s := open(t, consul.Config{Client: f.config(c.RootToken)})
-	consul.SetPresencePoll(s, 200*time.Millisecond)
+	consul.SetPresenceCheckAfter(s, 200*time.Millisecond)
 	p := kvtest.Present(t, s, "web-1")
 	keys := []string{"status/prod/db/web-1", "status/prod/web/web-1"}
 	for _, key := range keys {

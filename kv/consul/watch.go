@@ -167,8 +167,8 @@ func (l listing) size() (sum int) {
 
 // nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. After
 // the restore of a snapshot the index goes back, or stays the same although the wait had not ended.
-func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
-	if sent > 0 && (got < sent || got == sent && took < asked) {
+func nextIndex(sent, got uint64, took, maxWait time.Duration) uint64 {
+	if sent > 0 && (got < sent || got == sent && took < maxWait) {
 		return 0
 	}
 	return max(got, 1) // 0 wouldn't wait
