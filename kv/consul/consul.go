@@ -106,11 +106,11 @@ func Open(c Config) (*Store, error) {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return nil, kv.ConfigError{Err: fmt.Errorf("open consul: the prefix %q: %w", prefix, err)}
 	}
-	// NewClient has filled in the address, the scheme and the HTTP client, which is the one that it uses.
+	// NewClient has filled in the scheme, the path prefix and the HTTP client, which is the one that it uses.
 	config.HttpClient.Transport = answers{cmp.Or(config.HttpClient.Transport, http.DefaultTransport)}
-	addr := config.Address
-	if !strings.Contains(addr, "://") {
-		addr = config.Scheme + "://" + addr
+	addr := config.Scheme + "://" + config.Address + strings.TrimSuffix(config.PathPrefix, "/")
+	if strings.HasPrefix(address, "unix://") {
+		addr = address
 	}
 	return &Store{
 		client:             client,

@@ -548,9 +548,16 @@ func TestFailingQueries(t *testing.T) {
 
 func TestNames(t *testing.T) {
 	t.Parallel()
-	s := open(t, consul.Config{Client: &api.Config{Address: "127.0.0.1:1"}, Prefix: "team/kedge"})
-	if got := s.String(); got != "consul at http://127.0.0.1:1, prefix team/kedge/" {
-		t.Errorf("the store calls itself %q", got)
+	for address, want := range map[string]string{
+		"127.0.0.1:1":                  "http://127.0.0.1:1",
+		"http://127.0.0.1:1/":          "http://127.0.0.1:1",
+		"https://consul.example.com/a": "https://consul.example.com/a",
+		"unix:///run/x.sock":           "unix:///run/x.sock",
+	} {
+		s := open(t, consul.Config{Client: &api.Config{Address: address}, Prefix: "team/kedge"})
+		if got := s.String(); got != "consul at "+want+", prefix team/kedge/" {
+			t.Errorf("the store at %s calls itself %q", address, got)
+		}
 	}
 	for _, bad := range []consul.Config{
 		{Prefix: "/kedge/"}, {Prefix: "a/../b"}, {Client: &api.Config{Address: "gopher://127.0.0.1"}},
