@@ -47,7 +47,7 @@ func (p *presence) keep() {
 				trouble.Reset()
 				continue
 			}
-		} else if taken != "" { // another process has taken all entries, or one while there is no session
+		} else if watched == "" && taken != "" { // another process has taken all entries
 			err = p.watchTaken(taken)
 		}
 		if err == nil {

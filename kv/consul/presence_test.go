@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -324,6 +325,57 @@ func TestPresenceComesBackAfterAnother(t *testing.T) {
 	began := time.Now()
 	views.Await(t, "the first again", kvtest.Held("server-1=first"))
 	t.Logf("the first is back %v after the second ended", time.Since(began).Round(time.Millisecond))
+}
+
+// An entry that another process has taken doesn't delay the return of the others.
+func TestPresenceRepairsBesideTaken(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/db/", "status/prod/web/")
+	f := newFront(t, c)
+	s := open(t, consul.Config{Client: f.config("")})
+	consul.SetPresenceCheckAfter(s, 200*time.Millisecond)
+	const kept, taken = "status/prod/db/server-1", "status/prod/web/server-1"
+	p := kvtest.Present(t, s, "server-1")
+	if err := p.Put(t.Context(), kept, []byte("ready")); err != nil {
+		t.Fatal(err)
+	}
+	kvtest.Present(t, c.Open(""), "server-1") // takes one of the two
+	takenAwaited := func(r *http.Request) bool {
+		return strings.HasSuffix(r.URL.Path, taken) && r.URL.Query().Get("wait") == "5000ms"
+	}
+	kvtest.Await(t, "the first to see that", func() error {
+		for _, r := range f.requests() {
+			if strings.HasSuffix(r.URL.Path, taken) && r.URL.Query().Has("consistent") {
+				return nil
+			}
+		}
+		return errors.New("not yet")
+	})
+	// Its session goes, and Consul makes no other at once.
+	var refused atomic.Bool
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		return strings.HasSuffix(r.URL.Path, "/session/create") && !refused.Swap(true) && status(500)(w, r)
+	})
+	e, err := s.Get(t.Context(), kept)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Client().Session().Destroy(e.Session, nil); err != nil {
+		t.Fatal(err)
+	}
+	kvtest.Await(t, "the other entry", func() error {
+		for _, r := range f.requests() {
+			if refused.Load() && takenAwaited(r) {
+				t.Fatal("it waited for the taken entry before it put the other one again")
+			}
+		}
+		now, err := s.Get(t.Context(), kept)
+		if err == nil && (now.Session == "" || now.Session == e.Session) {
+			err = errors.New("nobody holds it")
+		}
+		return err
+	})
 }
 
 // Whoever else holds the entry loses it, but not the session, which may hold more.
