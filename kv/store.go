@@ -84,7 +84,7 @@ type View struct {
 	Synced bool
 	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. An ErrDenied that is
 	// ErrNoFolder, too, means that the answer lacks the folder key. An ErrUnavailable that is ErrTooLarge, too, means
-	// that there is more below the prefix than MostListed.
+	// that there is more below the prefix than MaxListBytes.
 	Err error
 	// Since is when Err last became nil or not nil.
 	Since time.Time
@@ -127,7 +127,7 @@ type Store interface {
 	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/" or
 	// is empty. With Consul, a list that lacks keys which the token may not read, or that has no key at all, is ErrDenied.
 	// If it lacks prefix's folder key, that is ErrNoFolder, too. It is also ErrEmpty if nothing was left out, and the
-	// token may read the folder key. More than MostListed is ErrUnavailable and ErrTooLarge.
+	// token may read the folder key. More than MaxListBytes is ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
 	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of entries,
@@ -173,9 +173,9 @@ const (
 	MaxRoleList = 32 << 20
 )
 
-// MostListed returns the bound of the entries below a prefix, as the sum of their Size, in bytes. It is MaxRoleList for
-// a part of the records or pins, otherwise MaxList.
-func MostListed(prefix string) int {
+// MaxListBytes returns the bound of the entries below a prefix, as the sum of their Size, in bytes. It is MaxRoleList
+// for a part of the records or pins, otherwise MaxList.
+func MaxListBytes(prefix string) int {
 	for _, kind := range []string{DesiredPrefix, PinsPrefix} {
 		if strings.HasPrefix(prefix, kind) && prefix != kind {
 			return MaxRoleList

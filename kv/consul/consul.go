@@ -237,19 +237,21 @@ func (s *Store) read(
 
 // absenceError returns the error of an answer by which a key that it lacks may exist all the same.
 func (s *Store) absenceError(prefix string, l listing) *absentError {
-	return &absentError{prefix: prefix, folder: s.prefix + prefix, filtered: l.folder && l.filtered}
+	return &absentError{prefix: prefix, folder: s.prefix + prefix, keysLeftOut: l.folder && l.filtered}
 }
 
 // absentError is an ErrDenied. It is ErrNoFolder as well if the answer lacks the folder key. If the token may read that
 // key, which then doesn't exist, it is ErrEmpty, too.
 type absentError struct {
-	prefix, folder  string
-	empty, filtered bool
+	prefix, folder string
+	empty          bool
+	// keysLeftOut is set if the answer has the folder key, but Consul left out others that the token may not read.
+	keysLeftOut bool
 }
 
 func (e *absentError) Error() string {
 	switch {
-	case e.filtered:
+	case e.keysLeftOut:
 		return fmt.Sprintf("list %s: Consul left out keys below %s that the token may not read: %v", e.prefix, e.folder,
 			kv.ErrDenied)
 	case e.empty:
@@ -269,7 +271,7 @@ func (e *absentError) Is(target error) bool {
 	case kv.ErrDenied:
 		return true
 	case kv.ErrNoFolder:
-		return !e.filtered
+		return !e.keysLeftOut
 	case kv.ErrEmpty:
 		return e.empty
 	}

@@ -32,7 +32,7 @@ const (
 	// most twice that: with dialTimeout, a watch is back at most 11 s after its store.
 	unavailableLimit = 3 * time.Second
 	// tooMuchLimit is the longest average pause between tries to read a prefix that has too much below it: each try
-	// reads up to kv.MostListed.
+	// reads up to kv.MaxListBytes.
 	tooMuchLimit = 15 * time.Second
 )
 

@@ -19,8 +19,8 @@ type Viewer struct {
 	view   kv.View
 	shown  bool
 	causes Causes
-	// refolded is set if the folders changed since the view was last shown.
-	refolded bool
+	// foldersChanged is set if the folders changed since the view was last shown.
+	foldersChanged bool
 }
 
 // NewViewer returns a viewer with an empty view. The prefix is for its log.
@@ -55,7 +55,7 @@ func (v *Viewer) Merge(entries []kv.Entry, err error) {
 
 // SetFolders sets the folder keys. The next Set, Merge or Fail shows them.
 func (v *Viewer) SetFolders(folders []string) {
-	v.refolded = v.refolded || !slices.Equal(v.view.Folders, folders)
+	v.foldersChanged = v.foldersChanged || !slices.Equal(v.view.Folders, folders)
 	v.view.Folders = folders
 }
 
@@ -70,7 +70,7 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	}
 	v.view.Err = err
 	news := v.causes.FirstOfKind(err)
-	if v.shown && !changed && !news && !v.refolded && sameKind(old, err) {
+	if v.shown && !changed && !news && !v.foldersChanged && sameKind(old, err) {
 		return
 	}
 	switch {
@@ -79,7 +79,7 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	case err == nil && old != nil:
 		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)
 	}
-	v.shown, v.refolded = true, false
+	v.shown, v.foldersChanged = true, false
 	shown := v.view
 	shown.Entries = slices.Clone(entries)
 	for i := range shown.Entries {
