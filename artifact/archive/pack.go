@@ -108,7 +108,7 @@ type part struct {
 }
 
 // sections yields the sections in the order of the archive. Their borders depend on the entries alone: on their paths,
-// their sizes, and the lengths of their targets.
+// their sizes, and the targets of their links.
 func (x *Index) sections(yield func(section) bool) {
 	var group section
 	var size int64
@@ -119,11 +119,7 @@ func (x *Index) sections(yield func(section) bool) {
 	}
 	for i := range x.Entries {
 		e := &x.Entries[i]
-		header := int64(512)
-		if len(e.Path) > 100 || len(e.Target) > 100 { // PAX: an estimate that is never too low
-			header += 2048 + 2*int64(len(e.Path)+len(e.Target))
-		}
-		content := header
+		content := x.headerSize(e)
 		if e.Size < LargeFile {
 			content += e.Size
 		}
@@ -153,6 +149,28 @@ func (x *Index) sections(yield func(section) bool) {
 	}
 	group.parts = append(group.parts, part{end: true})
 	flush()
+}
+
+// headerSize estimates how many bytes an entry's header takes in the tar stream. The estimate is never too low.
+func (x *Index) headerSize(e *Entry) int64 {
+	link := e.Target
+	if e.Kind == Hardlink {
+		link = x.Entries[e.Original].Path
+	}
+	size := int64(512)
+	if len(e.Path) >= 100 || len(link) > 100 || !isASCII(e.Path) || !isASCII(link) { // PAX
+		size += 2048 + 2*int64(len(e.Path)+len(link))
+	}
+	return size
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
+	}
+	return true
 }
 
 func borders(path string) bool {

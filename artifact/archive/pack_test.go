@@ -3,9 +3,12 @@ package archive
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"kedge/artifact/safefs"
@@ -30,6 +33,45 @@ func TestPackIsDeterministic(t *testing.T) {
 			} else if !bytes.Equal(first[c], out.Bytes()) {
 				t.Errorf("with %d cores the archive (%s) has other bytes than with one", cores, Compression(c))
 			}
+		}
+	}
+}
+
+// Headers alone can fill a frame: each hard link's holds the whole path of its file.
+func TestPackBoundsFramesOfHeaders(t *testing.T) {
+	t.Parallel()
+	top := t.TempDir()
+	long := filepath.Join(top, strings.Repeat(strings.Repeat("a", 250)+"/", 12), "file")
+	if err := os.MkdirAll(filepath.Dir(long), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	treetest.WriteFile(t, long, "data")
+	for i := range 2000 {
+		if err := os.Link(long, filepath.Join(top, fmt.Sprintf("b%04d", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Pack(t.Context(), top, deployments.SymlinksInside, CompressionDefault, io.Discard, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestHeaderSizeIsNeverTooLow(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", 100)
+	x := &Index{Entries: []Entry{{Path: strings.Repeat(long+"/", 30) + "file"}}}
+	for _, name := range []string{"short", "gr\u00fc\u00df", long, long + "/" + long} {
+		x.Entries = append(x.Entries, Entry{Path: name}, Entry{Path: name, Kind: Dir},
+			Entry{Path: name, Kind: Hardlink}, Entry{Path: name, Kind: Hardlink, Original: 1},
+			Entry{Path: name, Kind: Symlink, Target: "gr\u00fcn"}, Entry{Path: name, Kind: Symlink, Target: long + long})
+	}
+	for i := range x.Entries {
+		w := packWorker{packer: &packer{index: x}}
+		if err := w.header(i); err != nil {
+			t.Fatal(err)
+		}
+		if e := &x.Entries[i]; x.headerSize(e) < int64(w.raw.Len()) {
+			t.Errorf("%+v: estimated %d bytes, has %d", e, x.headerSize(e), w.raw.Len())
 		}
 	}
 }
