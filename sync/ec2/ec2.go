@@ -173,7 +173,8 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 // without an error, if AutoScaling knows no action for longer than actionWait.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
-	for began, tries := time.Now(), 0; ; tries++ {
+	began, logged := time.Now(), false
+	for {
 		result := "ABANDON"
 		select {
 		case <-converged:
@@ -203,7 +204,8 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 					"group", h.Group, "instance", h.Instance.ID)
 				return nil
 			}
-		case tries == 0:
+		case !logged:
+			logged = true
 			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group,
 				"result", result, "error", err)
 		}

@@ -344,12 +344,19 @@ func TestHookWithoutAction(t *testing.T) {
 	if n := a.seen("CompleteLifecycleAction"); n != 4 {
 		t.Errorf("it asked %d times", n)
 	}
-	// Any other refusal is one to try again: the hook or the group may only be misspelt.
-	a.refuse = []string{"ValidationError No such group", "ResourceContention No active Lifecycle Action"}
+	// Any other refusal is one to try again: the hook or the group may only be misspelt. It is logged once, also if the
+	// action isn't known at first.
+	var logged strings.Builder
+	h.Log, h.actionWait = slog.New(slog.NewTextHandler(&logged, nil)), time.Hour
+	a.refuse = []string{"ValidationError No active Lifecycle Action found", "ValidationError No such group",
+		"ResourceContention No active Lifecycle Action"}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)
 	}
-	if n := a.seen("CompleteLifecycleAction"); n < 7 {
+	if n := a.seen("CompleteLifecycleAction"); n < 8 {
 		t.Errorf("it asked %d times", n)
+	}
+	if n := strings.Count(logged.String(), "can't be completed"); n != 1 {
+		t.Errorf("failures were logged %d times: %s", n, logged.String())
 	}
 }
