@@ -145,7 +145,8 @@ func (c *Cache) Save(now time.Time) (retry time.Time) {
 	return time.Time{}
 }
 
-// Rename changes the node's name. Pins from the last known state are forgotten, as they were chosen by the old name.
+// Rename changes the node's name. Pins from the last known state are forgotten, on disk too once Save is called, as
+// they were chosen by the old name.
 func (c *Cache) Rename(node string) {
 	if node == c.c.Node {
 		return
@@ -155,6 +156,12 @@ func (c *Cache) Rename(node string) {
 		if r.Pins.from == fromLastKnown {
 			r.Pins.set(nil, time.Time{})
 			r.Pins.from = fromNowhere
+		}
+	}
+	for prefix := range c.lastKnown.Prefixes {
+		if strings.HasPrefix(prefix, kv.PinsPrefix) {
+			delete(c.lastKnown.Prefixes, prefix)
+			c.unsaved = true
 		}
 	}
 }

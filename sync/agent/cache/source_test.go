@@ -284,6 +284,40 @@ func TestLastKnownIsTriedAgain(t *testing.T) {
 	}
 }
 
+// The last known pins were chosen by the node's name: after another name is known, a restart must not take them for all
+// that there are.
+func TestRenamingForgetsPinsOnDisk(t *testing.T) {
+	t.Parallel()
+	config := Config{
+		Node: "old", Stage: "prod", Roles: []string{"web"}, File: filepath.Join(t.TempDir(), "last-known.json"),
+		Log: quiet(), Kept: func(deployments.UnitID) bool { return false },
+	}
+	open := func() *Cache {
+		c, err := Open(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	now := time.Now()
+	c := open()
+	for _, s := range c.Role("web").Sources() {
+		c.See(s, kv.View{Synced: true}, now)
+	}
+	c.Save(now)
+	if c = open(); !c.Role("web").Known() {
+		t.Error("after a restart, the last known state doesn't count")
+	}
+	c.Rename("new")
+	if next := c.Save(now); !next.IsZero() {
+		t.Errorf("the next try to save is at %v", next)
+	}
+	config.Node = "new"
+	if c = open(); c.Role("web").Known() || c.Role("web").Records.from != fromLastKnown {
+		t.Errorf("records from %v, pins from %v", c.Role("web").Records.from, c.Role("web").Pins.from)
+	}
+}
+
 func TestDamagedFilesArePutAside(t *testing.T) {
 	t.Parallel()
 	for _, data := range []string{"", "{", "\x00\x00\x00", `{"format":2}`, `{"format":2,"prefixes":{},"units":{}}`, "null"} {
