@@ -248,7 +248,7 @@ func (x *extractor) localName(name string) (string, error) {
 		return "", nil
 	}
 	if strings.Count(clean, "/") >= archive.MaxLevels {
-		return "", fmt.Errorf("it lies more than %d directories deep", archive.MaxLevels)
+		return "", fmt.Errorf("it lies more than %d directories deep", archive.MaxLevels-1)
 	}
 	for dir := path.Dir(clean); dir != "."; dir = path.Dir(dir) {
 		if x.links[dir] {

@@ -13,7 +13,7 @@ func CheckPath(p string) error {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
 	}
 	if strings.Count(p, "/") >= MaxLevels {
-		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), MaxLevels)
+		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), MaxLevels-1)
 	}
 	for part := range strings.SplitSeq(p, "/") {
 		if !isName(part) {
