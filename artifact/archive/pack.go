@@ -25,7 +25,7 @@ import (
 const (
 	LargeFile  = 1 << 20   // files from this size on have frames of their own
 	LargeFrame = 2 << 20   // bytes of content in a large file's frame
-	minGroup   = 768 << 10 // bytes from which on a frame of small files may end: see borders
+	minGroup   = 768 << 10 // bytes from which on a frame of small files may end: see mayBeginFrame
 	maxGroup   = 2 << 20   // most bytes in a frame of small files, without padding
 	packWindow = 2 << 20   // the encoder's window: about the largest frame
 )
@@ -123,7 +123,7 @@ func (x *Index) sections(yield func(section) bool) {
 		if e.Size < LargeFile {
 			content += e.Size
 		}
-		if (size >= minGroup && borders(e.Path) || size+content > maxGroup) && !flush() {
+		if (size >= minGroup && mayBeginFrame(e.Path) || size+content > maxGroup) && !flush() {
 			return
 		}
 		group.parts = append(group.parts, part{entry: i, header: true})
@@ -173,7 +173,8 @@ func isASCII(s string) bool {
 	return true
 }
 
-func borders(path string) bool {
+// mayBeginFrame reports whether an entry's path lets it begin a frame before the frame is full: one in four does.
+func mayBeginFrame(path string) bool {
 	h := fnv.New32a()
 	io.WriteString(h, path)
 	return h.Sum32()%4 == 0

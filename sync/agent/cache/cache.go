@@ -81,7 +81,7 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	counts := c.keyFilter(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
 		s.lastView = v.Entries
-		c.notePassedOver(s.role, counts)
+		c.setPassedOver(s.role, counts)
 	}
 	if s.accept(v, counts, now, c.c.Log) {
 		c.changed(s, now)

@@ -43,7 +43,7 @@ func (s *Source) unitOf(key string) string {
 // that keys it lacks are gone.
 func (c *Cache) keyFilter(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	if s.desired {
-		return c.countRecords(s, view, all)
+		return c.recordFilter(s, view, all)
 	}
 	own := mine(s.Prefix, c.c.Node)
 	return func(key string) bool {
@@ -56,9 +56,9 @@ func (c *Cache) keyFilter(s *Source, view []kv.Entry, all bool) func(key string)
 	}
 }
 
-// countRecords returns a function that reports whether the node takes a record, and sets the role's LeftOut to the
+// recordFilter returns a function that reports whether the node takes a record, and sets the role's LeftOut to the
 // number of units left out.
-func (c *Cache) countRecords(s *Source, view []kv.Entry, all bool) func(key string) bool {
+func (c *Cache) recordFilter(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	r := s.role
 	var names []string
 	for _, e := range view {
@@ -112,8 +112,8 @@ func (c *Cache) trimFloors(s *Source) {
 	}
 }
 
-// notePassedOver sets the role's PassedOver, and logs when that becomes more than zero.
-func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
+// setPassedOver sets the role's PassedOver, and logs when that becomes more than zero.
+func (c *Cache) setPassedOver(r *Role, counts func(key string) bool) {
 	was, first := r.PassedOver, ""
 	r.PassedOver = 0
 	own := mine(r.Pins.Prefix, c.c.Node)

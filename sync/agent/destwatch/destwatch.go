@@ -14,9 +14,9 @@ import (
 	"kedge/sync/deploy"
 )
 
-// linkDelay is the pause between an event and the call for it, so that a rename that replaces dest isn't seen half
+// eventDelay is the pause between an event and the call for it, so that a rename that replaces dest isn't seen half
 // done.
-const linkDelay = 50 * time.Millisecond
+const eventDelay = 50 * time.Millisecond
 
 // Watcher watches the directories of the units' dests, and calls a function when a dest may have changed: see Watch.
 type Watcher struct {
@@ -65,7 +65,7 @@ func (w *Watcher) Watch(dest string, changed func()) {
 	}
 }
 
-// Forget ends the watch of a dest. A call that is due after linkDelay is still made.
+// Forget ends the watch of a dest. A call that is due after eventDelay is still made.
 func (w *Watcher) Forget(dest string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -114,13 +114,13 @@ func (w *Watcher) Run(ctx context.Context) {
 			changed := w.changed[e.Name]
 			w.mu.Unlock()
 			if changed != nil {
-				time.AfterFunc(linkDelay, changed)
+				time.AfterFunc(eventDelay, changed)
 			}
 		case err := <-w.watcher.Errors:
 			w.log.Warn("events about dests may have been lost: looking at every dest now", "error", err)
 			w.mu.Lock()
 			for _, changed := range w.changed { // events may have been missed
-				time.AfterFunc(linkDelay, changed)
+				time.AfterFunc(eventDelay, changed)
 			}
 			w.mu.Unlock()
 		}

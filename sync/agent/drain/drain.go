@@ -23,28 +23,28 @@ const (
 // Tracker knows which units are drained. Create it with New.
 type Tracker struct {
 	maintenance func(ctx context.Context, on bool, reason string) error
-	converged   <-chan struct{} // once closed, a node that isn't drained is in service
+	idle        <-chan struct{} // once closed, a node that isn't drained is in service
 	log         *slog.Logger
 	changed     wait.Signal
 
-	mu    sync.Mutex
-	units []deployments.UnitID
-	on    bool          // maintenance mode as it was last set
-	known bool          // whether on was set in this run; an earlier run may have left the mode on
-	lost  bool          // on may be wrong: the mode is being set, or setting it failed, perhaps after it took effect
-	done  chan struct{} // closed and replaced when the mode was set
+	mu        sync.Mutex
+	units     []deployments.UnitID
+	on        bool          // maintenance mode as it was last set
+	known     bool          // whether on was set in this run; an earlier run may have left the mode on
+	uncertain bool          // on may be wrong: the mode is being set, or setting it failed, perhaps after it took effect
+	done      chan struct{} // closed and replaced when the mode was set
 }
 
 // New returns a Tracker of a node without drained units. maintenance sets the node's maintenance mode; nil: the node
-// has none. converged is closed once the node may leave a maintenance mode that an earlier run left on.
+// has none. idle is closed once the node may leave a maintenance mode that an earlier run left on.
 func New(
 	maintenance func(ctx context.Context, on bool, reason string) error,
-	converged <-chan struct{},
+	idle <-chan struct{},
 	log *slog.Logger,
 ) *Tracker {
 	return &Tracker{
 		maintenance: maintenance,
-		converged:   converged,
+		idle:        idle,
 		log:         log,
 		changed:     wait.NewSignal(),
 		done:        make(chan struct{}),
@@ -71,7 +71,7 @@ func (d *Tracker) Set(ctx context.Context, id deployments.UnitID, on bool) error
 	defer timeout.Stop()
 	for {
 		d.mu.Lock()
-		applied, done := d.on && !d.lost, d.done
+		applied, done := d.on && !d.uncertain, d.done
 		d.mu.Unlock()
 		if applied {
 			return nil
@@ -101,7 +101,7 @@ func (d *Tracker) Units() []deployments.UnitID {
 }
 
 // Run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance
-// mode, as it has not become healthy. The next run ends that once converged is closed.
+// mode, as it has not become healthy. The next run ends that once idle is closed.
 func (d *Tracker) Run(ctx context.Context) {
 	if d.maintenance == nil {
 		return
@@ -109,31 +109,31 @@ func (d *Tracker) Run(ctx context.Context) {
 	retry := wait.NewBackoff(250*time.Millisecond, maxRetry/2)
 	for {
 		d.mu.Lock()
-		want, on, known, lost := len(d.units) > 0, d.on, d.known, d.lost
+		want, on, known, uncertain := len(d.units) > 0, d.on, d.known, d.uncertain
 		var names []string
 		for _, u := range d.units {
 			names = append(names, u.String())
 		}
 		d.mu.Unlock()
 		var again <-chan time.Time
-		var converged <-chan struct{}
-		if !known && !lost && !want { // if an earlier run left it on, it stays on until the node is healthy
+		var idle <-chan struct{}
+		if !known && !uncertain && !want { // if an earlier run left it on, it stays on until the node is healthy
 			select {
-			case <-d.converged:
+			case <-d.idle:
 			default:
-				converged = d.converged
+				idle = d.idle
 			}
 		}
-		if converged == nil && (want != on || !known || lost) {
+		if idle == nil && (want != on || !known || uncertain) {
 			d.mu.Lock()
-			d.lost = true
+			d.uncertain = true
 			d.mu.Unlock()
 			err := d.maintenance(ctx, want, "kedge has drained "+strings.Join(names, ", ")+": see kedge status")
 			switch {
 			case err == nil:
 				retry.Reset()
 				d.mu.Lock()
-				d.on, d.known, d.lost = want, true, false
+				d.on, d.known, d.uncertain = want, true, false
 				close(d.done)
 				d.done = make(chan struct{})
 				d.mu.Unlock()
@@ -150,7 +150,7 @@ func (d *Tracker) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-d.changed.C():
-		case <-converged:
+		case <-idle:
 		case <-again:
 		}
 	}
