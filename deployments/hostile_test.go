@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -20,6 +21,8 @@ func TestHostileManifests(t *testing.T) { // not beside others, whose memory wou
 		"a string in a template":    "{{ printf \"%1000s\" \"" + strings.Repeat("a", MaxManifest-100) + "\" }}",
 		"brackets in one another":   strings.Repeat("[", MaxManifest),
 		"aliases of aliases":        "a: &a [x,x,x,x,x,x,x,x,x]\n" + strings.Repeat("b: &b [*a,*a,*a,*a,*a,*a,*a]\n", 1000),
+		"names of variables":        "{{ env" + numbered(" `n%d`") + " }}",
+		"variables":                 "{{ print" + numbered(" (env `n%d`)") + " }}",
 		"a document of many fields": strings.Repeat("a: 1\n", MaxManifest/5),
 	} {
 		fuzzlimit.Run(t, name, func() {
@@ -42,4 +45,13 @@ func TestHostileManifests(t *testing.T) { // not beside others, whose memory wou
 			}
 		})
 	}
+}
+
+// numbered repeats a format, with a number each time, to almost the size of a manifest.
+func numbered(format string) string {
+	var b strings.Builder
+	for i := 0; b.Len() < MaxManifest-100; i++ {
+		fmt.Fprintf(&b, format, i)
+	}
+	return b.String()
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"text/template/parse"
@@ -24,8 +23,10 @@ type expansion struct {
 	text string
 	// values are the environment variables that were read, with their values.
 	values []variableValue
-	// names are, by line (from 1), the variables that the actions in that line have read.
-	names map[int][]string
+	// names are, by line (from 1), the variables that the actions in that line depend on. written are those of all lines.
+	// Both are unions.
+	names   map[int][]string
+	written []string
 	// open counts the conditions that depend on a variable whose value isn't known here.
 	open int
 }
@@ -55,7 +56,7 @@ func expand(text string, env func(string) (string, bool), choose func(condition 
 	if tree == nil || tree.Root == nil || len(trees) > 1 {
 		return expansion{}, errors.New("templates can't be defined in a manifest")
 	}
-	e := &expander{tree: tree, env: env, choose: choose, line: 1}
+	e := &expander{tree: tree, env: env, choose: choose, line: 1, seen: map[variableValue]bool{}}
 	e.result.names = map[int][]string{}
 	if err := e.list(tree.Root, nil); err != nil {
 		return expansion{}, err
@@ -72,20 +73,54 @@ type expander struct {
 	out    strings.Builder
 	line   int // the line that out ends in
 	vars   []templateVariable
-	used   []string // the variables that the current action has read
+	used   []string // the environment variables that the current evaluation has depended on so far, by union
 	result expansion
+	seen   map[variableValue]bool // the entries of result.values
 }
 
 // variableValue is an environment variable with its value.
 type variableValue struct{ name, value string }
 
-// templateVariable is a variable of the template, such as $name.
+// templateVariable is a variable of the template, such as $name. The dot, and what is piped into a command, are
+// variables without a name.
 type templateVariable struct {
 	name  string
 	value any
+	// from are the environment variables that value depends on, by union.
+	from []string
 }
 
-func (e *expander) list(list *parse.ListNode, dot any) error {
+// maxNames bounds how many names of variables are kept for a value or a line. Messages have no room for more.
+const maxNames = 16
+
+// union returns the names in a and b, each once, and at most maxNames of them. It is empty only if both are.
+func union(a, b []string) []string {
+	all := slices.Clip(a) // so that append copies it, as others may hold it
+	for _, name := range b {
+		if len(all) < maxNames && !slices.Contains(all, name) {
+			all = append(all, name)
+		}
+	}
+	return all
+}
+
+// get returns the value of a template's variable, and records that the current evaluation depends on it.
+func (e *expander) get(v *templateVariable) any {
+	e.used = union(e.used, v.from)
+	return v.value
+}
+
+// evaluate calls f, and returns its value with the environment variables that it depends on.
+func (e *expander) evaluate(f func() (any, error)) (*templateVariable, error) {
+	outer := e.used
+	e.used = nil
+	value, err := f()
+	v := &templateVariable{value: value, from: e.used}
+	e.used = union(outer, v.from)
+	return v, err
+}
+
+func (e *expander) list(list *parse.ListNode, dot *templateVariable) error {
 	if list == nil {
 		return nil
 	}
@@ -102,7 +137,7 @@ func (e *expander) list(list *parse.ListNode, dot any) error {
 	return nil
 }
 
-func (e *expander) node(node parse.Node, dot any) error {
+func (e *expander) node(node parse.Node, dot *templateVariable) error {
 	var err error
 	switch n := node.(type) {
 	case *parse.TextNode:
@@ -136,18 +171,17 @@ func (e *locatedError) Unwrap() error { return e.error }
 // write appends text that depends on the named variables.
 func (e *expander) write(text string, names []string) {
 	e.out.WriteString(text)
+	e.result.written = union(e.result.written, names)
 	for range strings.Count(text, "\n") + 1 {
-		for _, name := range names {
-			if !slices.Contains(e.result.names[e.line], name) {
-				e.result.names[e.line] = append(e.result.names[e.line], name)
-			}
+		if len(names) > 0 {
+			e.result.names[e.line] = union(e.result.names[e.line], names)
 		}
 		e.line++
 	}
 	e.line-- // the last line goes on
 }
 
-func (e *expander) branch(n *parse.BranchNode, dot any, with bool) error {
+func (e *expander) branch(n *parse.BranchNode, dot *templateVariable, with bool) error {
 	scope := len(e.vars)
 	defer func() { e.vars = e.vars[:scope] }()
 	e.used = nil
@@ -164,37 +198,40 @@ func (e *expander) branch(n *parse.BranchNode, dot any, with bool) error {
 		return e.list(n.ElseList, dot)
 	}
 	if with {
-		dot = value
+		dot = &templateVariable{value: value, from: e.used}
 	}
 	return e.list(n.List, dot)
 }
 
-func (e *expander) pipe(p *parse.PipeNode, dot any) (value any, err error) {
-	for i, c := range p.Cmds {
-		if value, err = e.command(c, dot, value, i > 0); err != nil {
+func (e *expander) pipe(p *parse.PipeNode, dot *templateVariable) (any, error) {
+	var last *templateVariable
+	for _, c := range p.Cmds {
+		value, err := e.evaluate(func() (any, error) { return e.command(c, dot, last) })
+		if err != nil {
 			return nil, err
 		}
+		last = value
 	}
 	for _, d := range p.Decl {
 		if !p.IsAssign {
-			e.vars = append(e.vars, templateVariable{d.Ident[0], value})
+			e.vars = append(e.vars, templateVariable{d.Ident[0], last.value, last.from})
 			continue
 		}
 		for i := len(e.vars) - 1; i >= 0; i-- {
 			if e.vars[i].name == d.Ident[0] {
-				e.vars[i].value = value
+				e.vars[i].value, e.vars[i].from = last.value, last.from
 				break
 			}
 		}
 	}
-	return value, nil
+	return last.value, nil
 }
 
-// command evaluates one command of a pipeline. piped is the result of the command before, if hasPiped.
-func (e *expander) command(c *parse.CommandNode, dot, piped any, hasPiped bool) (any, error) {
+// command evaluates one command of a pipeline. piped is the result of the command before; nil: this is the first.
+func (e *expander) command(c *parse.CommandNode, dot, piped *templateVariable) (any, error) {
 	name, ok := c.Args[0].(*parse.IdentifierNode)
 	if !ok {
-		if len(c.Args) > 1 || hasPiped {
+		if len(c.Args) > 1 || piped != nil {
 			return nil, errors.New("only functions take arguments")
 		}
 		return e.arg(c.Args[0], dot)
@@ -203,8 +240,8 @@ func (e *expander) command(c *parse.CommandNode, dot, piped any, hasPiped bool) 
 	for _, a := range c.Args[1:] {
 		args = append(args, func() (any, error) { return e.arg(a, dot) })
 	}
-	if hasPiped {
-		args = append(args, func() (any, error) { return piped, nil })
+	if piped != nil {
+		args = append(args, func() (any, error) { return e.get(piped), nil })
 	}
 	value, err := e.call(name.Ident, args)
 	if err != nil {
@@ -213,7 +250,7 @@ func (e *expander) command(c *parse.CommandNode, dot, piped any, hasPiped bool) 
 	return value, nil
 }
 
-func (e *expander) arg(n parse.Node, dot any) (any, error) {
+func (e *expander) arg(n parse.Node, dot *templateVariable) (any, error) {
 	switch n := n.(type) {
 	case *parse.StringNode:
 		return n.Text, nil
@@ -228,12 +265,12 @@ func (e *expander) arg(n parse.Node, dot any) (any, error) {
 		}
 	case *parse.DotNode:
 		if dot != nil {
-			return dot, nil
+			return e.get(dot), nil
 		}
 	case *parse.VariableNode:
 		for i := len(e.vars) - 1; i >= 0 && len(n.Ident) == 1; i-- {
 			if e.vars[i].name == n.Ident[0] {
-				return e.vars[i].value, nil
+				return e.get(&e.vars[i]), nil
 			}
 		}
 	case *parse.PipeNode:
@@ -277,21 +314,23 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		return value, nil
 	}
 	values := make([]any, len(args))
+	from := make([][]string, len(args))
 	for i, a := range args {
-		var err error
-		if values[i], err = a(); err != nil {
+		v, err := e.evaluate(a)
+		if err != nil {
 			return nil, err
 		}
+		values[i], from[i] = v.value, v.from
 	}
 	switch name {
 	case "env", "must_env", "json_escape":
-		var words []string
-		for _, v := range values {
+		var words []word
+		for i, v := range values {
 			s, ok := v.(string)
 			if !ok {
 				return nil, errors.New("it takes only text")
 			}
-			words = append(words, s)
+			words = append(words, word{s, from[i]})
 		}
 		return e.text(name, words)
 	case "printf":
@@ -312,29 +351,40 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 	}
 }
 
+// word is an argument of env, must_env or json_escape. If it depends on the environment variables from, it may be
+// the value of one of them, and must not be shown.
+type word struct {
+	text string
+	from []string
+}
+
 // text calls one of stretcher's functions. As in stretcher, env returns the value of the first variable of its words
 // that is set and not empty, else the last word itself.
-func (e *expander) text(name string, words []string) (string, error) {
+func (e *expander) text(name string, words []word) (string, error) {
 	switch name {
 	case "env":
 		for _, w := range words {
-			if v, ok := e.env(w); ok && v != "" {
+			if v, ok := e.env(w.text); ok && v != "" {
 				e.read(w, v)
 				return v, nil
 			}
-			e.used = append(e.used, w)
+			e.use(w)
 		}
-		return words[len(words)-1], nil
+		return words[len(words)-1].text, nil
 	case "must_env":
-		v, ok := e.env(words[0])
+		w := words[0]
+		v, ok := e.env(w.text)
 		if !ok {
-			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it",
-				clip(words[0]))
+			shown := clip(w.text)
+			if len(w.from) > 0 {
+				shown = "that the value of " + shownNames(w.from) + " names"
+			}
+			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", shown)
 		}
-		e.read(words[0], v)
+		e.read(w, v)
 		return v, nil
 	default:
-		quoted, err := json.Marshal(words[0])
+		quoted, err := json.Marshal(words[0].text)
 		if err != nil {
 			return "", err
 		}
@@ -342,12 +392,26 @@ func (e *expander) text(name string, words []string) (string, error) {
 	}
 }
 
-// read records that the template has read a variable.
-func (e *expander) read(name, value string) {
-	e.used = append(e.used, name)
-	if v := (variableValue{name, value}); !slices.Contains(e.result.values, v) {
+// read records that the template has read the variable that w names.
+func (e *expander) read(w word, value string) {
+	e.use(w)
+	if v := (variableValue{w.text, value}); !e.seen[v] {
+		e.seen[v] = true
 		e.result.values = append(e.result.values, v)
 	}
+}
+
+// use records that the current action depends on the variable that w names, set or not. A name that is a variable's
+// value itself is left out: the action depends on that variable, too.
+func (e *expander) use(w word) {
+	if len(w.from) == 0 {
+		e.used = union(e.used, []string{w.text})
+	}
+}
+
+// shownNames lists the names of variables for people, cut if they are long.
+func shownNames(names []string) string {
+	return clip(strings.Join(slices.Sorted(slices.Values(names)), ", "))
 }
 
 // truth returns text/template's truth of a value: anything but false, empty text, zero and nil is true.
@@ -459,15 +523,14 @@ func (e expansion) hide(problems Problems) {
 		if len(names) == 0 {
 			for gram := range gramsOf(p.Message) {
 				if grams[gram] {
-					names = slices.Concat(slices.Collect(maps.Values(e.names))...)
+					names = e.written
 					break
 				}
 			}
 		}
 		if len(names) > 0 {
-			slices.Sort(names)
 			p.Message = fmt.Sprintf("this line isn't valid once the value of %s is filled in, which "+
-				"is not shown: see that variable on this node", clip(strings.Join(slices.Compact(names), ", ")))
+				"is not shown: see that variable on this node", shownNames(names))
 		}
 	}
 }

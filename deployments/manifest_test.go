@@ -227,6 +227,19 @@ func TestParseTemplate(t *testing.T) {
 	}
 	_, err = ParseTemplate([]byte(text+"keep: lots\n"), manifestURL)
 	check(t, err, "manifest:8:7:")
+	// One outcome of each condition is valid: it is one that has the field that follows.
+	for _, condition := range []string{
+		"{{ $s := env `S` }}{{ if eq $s `a` }}", "{{ $s := `` }}{{ $s = env `S` }}{{ if eq $s `a` }}",
+		"{{ with env `S` }}{{ if eq . `a` }}{{ end }}{{ if eq . `a` }}", "{{ if env `S` | eq `a` }}",
+	} {
+		text := "src: a.tar\nchecksum: " + hex64 + "\n" + condition + "dest: /srv/app\n{{ end }}"
+		if strings.Contains(condition, "with") {
+			text += "{{ end }}"
+		}
+		if m, err := ParseTemplate([]byte(text), manifestURL); err != nil || m.Dest != "/srv/app" {
+			t.Errorf("%s: %+v, %v", condition, m, err)
+		}
+	}
 }
 
 // A manifest is the same after it was written and read.

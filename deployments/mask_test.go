@@ -26,7 +26,12 @@ func TestErrorsQuoteNoVariable(t *testing.T) {
 		"%s: {%s: %s}", "{%s: [", "keep: 'a\n\n\n  %s'",
 	}
 	for name, value := range values {
-		for _, action := range []string{"{{ must_env `%s` }}", "{{ env `%s` }}", "{{ printf `%%.30s` (env `%s`) }}", "{{ env `%s` | json_escape }}", "{{ printf `%%q` (env `%s`) }}"} {
+		for _, action := range []string{
+			"{{ must_env `%s` }}", "{{ env `%s` }}", "{{ printf `%%.30s` (env `%s`) }}", "{{ env `%s` | json_escape }}",
+			"{{ printf `%%q` (env `%s`) }}", "{{ $x := env `%s` }}{{ $x }}", "{{ $x := `` }}{{ $x = env `%s` }}{{ $x }}",
+			"{{ with env `%s` }}{{ . }}{{ end }}", "{{ with $x := env `%s` }}{{ print . }}{{ end }}",
+			"{{ env `UNSET` (env `%s`) }}", "{{ env `%s` | env }}", "{{ must_env (env `%s`) }}",
+		} {
 			for _, scalar := range scalars {
 				text := base + strings.ReplaceAll(scalar, "%s", fmt.Sprintf(action, name)) + "\nnonsense: 1\n"
 				_, err := ParseManifest([]byte(text), manifestURL, env)
@@ -43,6 +48,10 @@ func TestErrorsQuoteNoVariable(t *testing.T) {
 	}
 	_, err := ParseManifest([]byte(base+"keep: {{ must_env `PLAIN` }}\n"), manifestURL, env)
 	check(t, err, "manifest:4:7: this line isn't valid once the value of PLAIN")
+	_, err = ParseManifest([]byte(base+"{{ $x := env `UNSET` (env `PLAIN`) }}keep: {{ $x }}\n"), manifestURL, env)
+	check(t, err, "manifest:4:7: this line isn't valid once the value of PLAIN, UNSET is filled in")
+	_, err = ParseManifest([]byte(base+"keep: {{ must_env (env `PLAIN`) }}\n"), manifestURL, env)
+	check(t, err, "the environment variable that the value of PLAIN names is not set on this node")
 }
 
 func TestMask(t *testing.T) {
