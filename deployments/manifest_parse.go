@@ -466,10 +466,10 @@ func (r *manifestReader) check(n ast.Node) Check {
 				into(&r.reader, &c.HTTP.URL, asHTTP)(n)
 			}
 		},
-		"tcp":     into(&r.reader, &c.TCP, asText),
-		"exec":    into(&r.reader, &c.Exec, asText),
-		"systemd": into(&r.reader, &c.Systemd, asText),
-		"consul":  into(&r.reader, &c.Consul, asText),
+		"tcp":     into(&r.reader, &c.TCP, asFilled),
+		"exec":    into(&r.reader, &c.Exec, asFilled),
+		"systemd": into(&r.reader, &c.Systemd, asFilled),
+		"consul":  into(&r.reader, &c.Consul, asFilled),
 	}
 	known := map[string]func(ast.Node){
 		"interval": into(&r.reader, &c.Interval, asPositive),

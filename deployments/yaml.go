@@ -386,6 +386,14 @@ func (r *reader) each(n ast.Node, f func(ast.Node)) {
 
 func asText(s string) (string, error) { return s, nil }
 
+// asFilled accepts any text but blanks.
+func asFilled(s string) (string, error) {
+	if strings.TrimSpace(s) == "" {
+		return "", errors.New("the text is empty: fill it in, or remove the line")
+	}
+	return s, nil
+}
+
 func asBool(s string) (bool, error) {
 	switch s {
 	case "true":

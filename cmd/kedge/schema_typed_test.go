@@ -203,7 +203,7 @@ func manifestSchema(t *testing.T) node {
 	check := s.object(5, nil, node{
 		"http": node{"anyOf": []node{http, s.object(5, []string{"url"},
 			node{"url": http, "status": number(100, 599), "contains": text("")})}},
-		"tcp": text(""), "exec": text(""), "user": account, "systemd": text(""), "consul": text(""),
+		"tcp": text(`\S`), "exec": text(`\S`), "user": account, "systemd": text(`\S`), "consul": text(`\S`),
 		"interval": lasting, "timeout": lasting, "during": oneOf("deploy"),
 	}, checkKinds...)
 	var kinds []node
