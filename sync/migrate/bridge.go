@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -26,7 +27,7 @@ type BridgeOptions struct {
 	Naming Naming
 }
 
-// bridgeName is the author of pins that Bridge writes. Bridge replaces no other author's pin.
+// bridgeName is the author of pins that Bridge writes. Bridge replaces another author's pin only after its end.
 const bridgeName = "kedge bridge"
 
 // Bridged is the result of an event.
@@ -42,7 +43,7 @@ type Bridged struct {
 // Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest, which
 // old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a mirror
 // runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins. Under a mirror, a unit
-// without a record, or with somebody else's pin, is an error.
+// without a record, or with somebody else's pin that hasn't expired, is an error.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	if err := o.Naming.check(); err != nil {
@@ -115,6 +116,7 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 	if err == nil {
 		was, err := deployments.ParsePin(e.Value)
 		switch {
+		case err == nil && was.Expired(time.Now()): // no node follows it any more
 		case err == nil && was.Release == pin.Release:
 			return false, nil
 		case err != nil || was.By != pin.By:

@@ -400,6 +400,22 @@ func TestBridge(t *testing.T) {
 	if err != nil || pinned() != four.Pointer {
 		t.Errorf("%+v, %v", four, err)
 	}
+	// A pin that has ended, of whomever and of whatever release, is nobody's.
+	for _, by := range []string{"alice", bridgeName} {
+		ended := fmt.Sprintf("release: %s\nby: %s\nuntil: 2020-01-01T00:00:00Z\n", three.Pointer, by)
+		for _, content := range []string{"three", "four"} {
+			if err := store.Commit(t.Context(), nil, kv.Put(kv.PinKey(app), []byte(ended))); err != nil {
+				t.Fatal(err)
+			}
+			b, err := bridge(content)
+			if err != nil || !b.Changed || pinned() != b.Pointer {
+				t.Errorf("%s, after an expired pin of %s: %+v, %v", content, by, b, err)
+			}
+			if again, err := bridge(content); err != nil || again.Changed {
+				t.Errorf("%s again, after an expired pin of %s: %+v, %v", content, by, again, err)
+			}
+		}
+	}
 	// An operator's pin stands.
 	if err := store.Commit(t.Context(), nil, kv.Put(kv.PinKey(app), []byte("release: hold\nby: alice\n"))); err != nil {
 		t.Fatal(err)
@@ -415,5 +431,26 @@ func TestBridge(t *testing.T) {
 	options.Bounds = policy.Bounds{NoLocal: true, Sources: []string{strings.TrimSuffix(p.url, "/")}}
 	if five, err := bridge("five"); err == nil || !strings.Contains(err.Error(), "somebody has pinned it") {
 		t.Errorf("%+v, %v", five, err)
+	}
+}
+
+// A copy has no neighbours: a manifest whose URLs are relative stays where it is.
+func TestCopyByDigest(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	digest := strings.Repeat("0", 64)
+	for _, c := range []struct{ src, index, delta string }{
+		{"file:///a.tar", "file:///i", "file:///d"}, {"a.tar", "file:///i", "file:///d"},
+		{"file:///a.tar", "i", "file:///d"}, {"file:///a.tar", "file:///i", "../d"},
+	} {
+		text := fmt.Sprintf("src: %s\ndest: /srv/app\nindex: {url: %s, size: 1, sha256: %s}\n"+
+			"deltas: [{from: %[3]s, url: %s, size: 1, sha256: %[3]s}]\n", c.src, c.index, digest, c.delta)
+		whole := c.src != "a.tar" && c.index != "i" && c.delta != "../d"
+		id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
+		to := p.url + "kedge"
+		_, err := CopyByDigest(t.Context(), p.objects, to, id, p.url+"m.yml", []byte(text))
+		if whole != (err == nil) || !whole && !strings.Contains(err.Error(), "m.yml can't be copied") {
+			t.Errorf("%+v: %v", c, err)
+		}
 	}
 }
