@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -134,8 +135,8 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 }
 
 // CopyByDigest copies a manifest's bytes to a key that contains their digest, and so never changes, below a prefix. It
-// returns the copy's pointer. from is where the bytes were found: a manifest with a src relative to it can't be
-// copied.
+// returns the copy's pointer. from is where the bytes were found: a manifest with a src, index or delta relative to it
+// can't be copied.
 func CopyByDigest(
 	ctx context.Context,
 	objects *object.Client,
@@ -150,9 +151,9 @@ func CopyByDigest(
 	if err != nil {
 		return p, err
 	}
-	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || after.Src != before.Src {
-		return p, errors.Join(err, fmt.Errorf("%s can't be copied, as its src is relative to its own place: write src as a "+
-			"whole URL", from))
+	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || !reflect.DeepEqual(after, before) {
+		return p, errors.Join(err, fmt.Errorf("%s can't be copied, as a URL of its src, index or deltas is relative to its "+
+			"own place: write whole URLs", from))
 	}
 	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)),
 		object.PutOptions{ContentType: "application/yaml"})
