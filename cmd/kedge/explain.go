@@ -26,7 +26,7 @@ import (
 func (a *app) explainCommand() *cobra.Command {
 	var stateDir string
 	c := &cobra.Command{
-		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT [NODE] | UNIT",
+		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT [NODE] | [ROLE/]UNIT",
 		Short: "Why a node runs what it runs, and what would change it",
 		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
 an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
@@ -36,6 +36,7 @@ NODE/UNIT, as in web-1/app, will do where only one of the node's units has that 
 isn't as it should be, or the first of all.
 
 UNIT alone asks the agent of this machine, which needs no store: what it goes by, how old that is, and what it makes of it.
+If two of its roles have a unit of that name, ROLE/UNIT does. A role of this machine comes before a node of that name.
 
 With --json a program reads the same: "decides", "blocks" and "hint" of every step in "trace".`,
 		Args: cobra.RangeArgs(1, 2),
@@ -55,14 +56,15 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 			return cmp.Or(fleet.WriteExplain(a.stdout, f, id, node, d, opt), f.CheckComplete())
 		},
 	}
-	c.Flags().
-		StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir), "state `directory` of this machine's agent, for UNIT alone")
+	c.Flags().StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir),
+		"state `directory` of this machine's agent, for [ROLE/]UNIT")
 	a.jsonFlag(c, "the decision")
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
 // explain returns the decision for the command's arguments: about unit id on node, in fleet f. If args have no node, it
-// takes the worst one. For UNIT alone it asks the agent of this machine, whose state directory is stateDir.
+// takes the worst one. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it asks the agent of this
+// machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {
@@ -83,6 +85,12 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		node, unit, _ = strings.Cut(args[0], "/")
 		if err = errors.Join(deployments.CheckSegment("node", node), deployments.CheckSegment("unit", unit)); err != nil {
 			return f, id, node, d, usageError{err}
+		}
+		if status, err := localStatus(ctx, stateDir); err == nil {
+			if _, isRole := status.Roles[node]; isRole {
+				f, id, d, err = fleet.Local(status, args[0], time.Now())
+				return f, id, status.Node, d, err
+			}
 		}
 		if f, err = a.readToExplain(ctx, fleet.Filter{}, unit); err != nil {
 			return f, id, node, d, err

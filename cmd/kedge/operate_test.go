@@ -3,12 +3,19 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"unicode"
+
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/agent/statedir"
 )
 
 // operateStore is a store as a mirror and two nodes leave it: prod/web/app had 1.0.0, and has 1.1.0.
@@ -100,6 +107,42 @@ func TestNodeAndExplainWithoutNode(t *testing.T) {
 	if code != exitDone || !strings.Contains(errs, "one of 2 nodes; another: kedge explain prod/web/app NODE") ||
 		!strings.Contains(out, "web-") {
 		t.Errorf("exit %d: %s%s", code, out, errs)
+	}
+}
+
+// An agent whose roles share a unit's name is asked about one of them as ROLE/UNIT. Any other A/B is NODE/UNIT.
+func TestExplainRole(t *testing.T) {
+	t.Parallel()
+	store, _ := operateStore(t)
+	dir := t.TempDir()
+	app := deployments.Report{Units: map[string]deployments.UnitReport{"app": {}}}
+	l, err := net.Listen("unix", statedir.SocketPath(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		json.NewEncoder(w).Encode(policy.NodeStatus{
+			Node: "here", Stage: "prod", Roles: map[string]deployments.Report{"web": app, "db": app},
+		})
+	}))
+	server.Listener.Close()
+	server.Listener = l
+	server.Start()
+	t.Cleanup(server.Close)
+	for _, c := range []struct {
+		arg, says string
+		code      int
+	}{
+		{"app", "want one of db/app, web/app", exitFailed},
+		{"web/app", "prod/web/app on here", exitDone},
+		{"db/app", "prod/db/app on here", exitDone},
+		{"db/base", "no unit db/base on this node: there are db/app, web/app", exitFailed},
+		{"web-2/app", "prod/web/app on web-2", exitDone},
+	} {
+		out, errs, code := cli(t, "", "explain", c.arg, "--state-dir", dir, store)
+		if code != c.code || !strings.Contains(strings.Join(strings.Fields(out+errs), " "), c.says) {
+			t.Errorf("%s: exit %d, want %d and %q: %s%s", c.arg, code, c.code, c.says, out, errs)
+		}
 	}
 }
 
