@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,7 +21,7 @@ type wanted int
 
 const (
 	wantUnit    wanted = iota
-	wantPart           // a stage, a role or a unit; a stage alone is not completed
+	wantPart           // a stage, a role of one, or a unit
 	wantNode           // a node
 	wantRelease        // a version of the unit that the first argument names, or hold
 )
@@ -91,15 +92,12 @@ func (a *app) completions(ctx context.Context, store kv.Store, want wanted, args
 	case wantNode:
 		return nodes
 	case wantPart:
-		last := ""
 		for _, unit := range units {
-			role := unit[:strings.LastIndex(unit, "/")]
-			if role != last {
-				names, last = append(names, role), role
-			}
-			names = append(names, unit)
+			stage, _, _ := strings.Cut(unit, "/")
+			names = append(names, stage, unit[:strings.LastIndex(unit, "/")], unit)
 		}
-		return names
+		slices.Sort(names)
+		return slices.Compact(names)
 	}
 	return units
 }

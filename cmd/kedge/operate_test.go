@@ -152,7 +152,8 @@ func TestCompletion(t *testing.T) {
 	store, _ := operateStore(t)
 	for line, want := range map[string]string{
 		"promote|":                      "prod/web/app",
-		"status|prod":                   "prod/web prod/web/app",
+		"status|":                       "prod prod/web prod/web/app",
+		"status|prod":                   "prod prod/web prod/web/app",
 		"wait|prod/web/":                "prod/web/app",
 		"node|web-":                     "",
 		"explain|prod/web/app|":         "",
