@@ -139,4 +139,22 @@ func TestWaitJSON(t *testing.T) {
 		}
 		validJSON(t, "wait", out)
 	}
+	hash := strings.Repeat("1", 40)
+	for _, c := range []struct {
+		pushed        string
+		code          int
+		outcome, says string
+	}{
+		{"", exitDone, "nothing-pushed", ""},
+		{hash + " " + hash + " refs/heads/feature\n", exitDone, "nothing-pushed", ""},
+		{"main\n", exitFailed, "failed", "OLD NEW REF"},
+	} {
+		out, errs, code := cli(t, c.pushed, "wait", "--post-receive", "--json", store)
+		var o WaitOutcome
+		if err := json.Unmarshal([]byte(out), &o); err != nil || code != c.code || o.Outcome != c.outcome ||
+			o.Commit != "" || !strings.Contains(o.Message, c.says) {
+			t.Errorf("%q pushed: exit %d, %v: %s%s", c.pushed, code, err, out, errs)
+		}
+		validJSON(t, "wait", out)
+	}
 }

@@ -79,7 +79,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 // OrderOutcome is the result of an order, of a pin or of its end, as JSON.
 type OrderOutcome struct {
 	Unit deployments.UnitID `json:"unit"`
-	// Node is set if a pin of one node was written or removed.
+	// Node is the node that a pin or unpin was for. It is empty if that was for all nodes.
 	Node string `json:"node,omitempty"`
 	// Order is promote, pause, resume, abort, retry, pin, unpin or rollback.
 	Order string `json:"order"`

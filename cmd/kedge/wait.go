@@ -64,8 +64,14 @@ than --patience, 3 when the time is over.`,
 			defer store.Close()
 			var printProgress func(string)
 			if postReceive {
-				if commit, err = git.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main")); err != nil || commit == "" {
-					return err
+				commit, err = git.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main"))
+				switch {
+				case err != nil:
+					return a.printWaitOutcome("", began, err)
+				case commit == "" && a.json:
+					return a.printJSON(WaitOutcome{Outcome: "nothing-pushed"})
+				case commit == "":
+					return nil
 				}
 			}
 			if progress || postReceive {
@@ -124,13 +130,15 @@ func (a *app) waitError(
 
 // WaitOutcome is the JSON of kedge wait.
 type WaitOutcome struct {
-	// Outcome is converged, refused, timeout, unreachable, interrupted or failed.
+	// Outcome is converged, refused, timeout, unreachable, interrupted or failed. With --post-receive it is nothing-pushed
+	// if the push left the branch as it was, or removed it.
 	Outcome string `json:"outcome"`
 	// Commit is the commit that was waited for.
 	Commit string `json:"commit,omitempty"`
 	// Seconds is how long it took.
 	Seconds float64 `json:"seconds"`
-	// Message says in words what was missing, or why waiting longer would not help.
+	// Message says in words why the wait ended: what was missing, why waiting longer would not help, or which error there
+	// was. It is left out if Outcome is converged or nothing-pushed.
 	Message string `json:"message,omitempty"`
 }
 
