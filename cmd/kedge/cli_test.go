@@ -310,6 +310,7 @@ func TestUntil(t *testing.T) {
 		"0d":                             "",
 		"2026-11-24T11:00:00Z":           "",
 		"1.5d":                           "",
+		"213505d":                        "",
 	} {
 		at, err := untilOf(text, now)
 		if got := at.UTC().Format(time.RFC3339); (err == nil) != (want != "") || err == nil && got != want {

@@ -411,7 +411,7 @@ func (m mirrorLists) parse() (object.Mirrors, error) {
 }
 
 // byteRate parses a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000. It returns 0, for no bound,
-// if s is empty or 0.
+// if s is empty or 0. Any other number below 1 or above 1e15 is an error.
 func byteRate(s string) (int64, error) {
 	t := strings.ToLower(strings.ReplaceAll(strings.TrimSuffix(strings.TrimSpace(s), "/s"), ",", ""))
 	if t == "" || t == "0" {
@@ -424,7 +424,7 @@ func byteRate(s string) (int64, error) {
 	}
 	unit, known := units[strings.TrimSpace(t[len(digits):])]
 	n, err := strconv.ParseFloat(digits, 64)
-	if err != nil || !known || n <= 0 || n*unit > 1e15 {
+	if bytes := n * unit; err != nil || !known || !(bytes >= 1 && bytes <= 1e15) { // NaN is neither
 		return 0, fmt.Errorf("bandwidth %q: want bytes a second, as in 20MB/s", s)
 	}
 	return int64(n * unit), nil

@@ -225,8 +225,10 @@ func untilOf(s string, now time.Time) (time.Time, error) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {
 		var n int
-		if n, err = strconv.Atoi(days); err == nil {
-			d = time.Duration(n) * 24 * time.Hour
+		const day = 24 * time.Hour
+		n, err = strconv.Atoi(days)
+		if d = time.Duration(n) * day; d/day != time.Duration(n) {
+			err = strconv.ErrRange
 		}
 	}
 	if err == nil {

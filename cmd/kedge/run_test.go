@@ -298,6 +298,7 @@ func TestByteRate(t *testing.T) {
 	for text, want := range map[string]int64{
 		"": 0, "0": 0, "1000": 1000, "20M": 20e6, "20MB/s": 20e6, "20 MiB": 20 << 20, "1.5mb": 1.5e6, "10ki": 10 << 10, "20,000": 20000, "1GB": 1e9,
 		"x": -1, "-1": -1, "1XB": -1, "MB": -1, "1e30": -1,
+		"1": 1, "0.0005k": -1, "0.5": -1, "0.9kb": 900, "nan": -1, "inf": -1, "NaNMB/s": -1,
 	} {
 		got, err := byteRate(text)
 		if err != nil {
