@@ -24,7 +24,8 @@ type terminalFor struct {
 	text string
 }
 
-func startOnTerminal(t *testing.T, args ...string) *terminalFor {
+// openTerminal opens a terminal of 80x24 characters: what programs have of it, slave, and what its user has, master.
+func openTerminal(t *testing.T) (master, slave *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if err != nil {
@@ -42,10 +43,17 @@ func startOnTerminal(t *testing.T, args ...string) *terminalFor {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { slave.Close() })
+	return master, slave
+}
+
+func startOnTerminal(t *testing.T, args ...string) *terminalFor {
+	t.Helper()
+	master, slave := openTerminal(t)
 	defer slave.Close()
 	s := &terminalFor{master: master, cmd: exec.Command(testedProgram(t), args...)}
 	s.cmd.Env = append(baseEnv(), "TERM=xterm")

@@ -112,7 +112,7 @@ as it is: another level takes another version.`,
 			}
 			start := time.Now()
 			progress := a.progressLine()
-			opt.Progress, opt.Log = progress.show, slog.New(progress.over(log.Handler()))
+			opt.Progress, opt.Log = progress.show, slog.New(progress.clearingHandler(log.Handler()))
 			published, err := artifact.Publish(ctx,
 				object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}), opt)
 			progress.clear()
@@ -246,7 +246,7 @@ func bytesText(n int64) string {
 	return fmt.Sprintf("%d MB", n/1e6)
 }
 
-// progressLine shows progress on one line of stderr if stdout is a terminal, and nothing otherwise.
+// progressLine shows progress on one line of stderr if that is a terminal, and nothing otherwise.
 type progressLine struct {
 	a    *app
 	mu   sync.Mutex
@@ -258,7 +258,7 @@ func (a *app) progressLine() *progressLine { return &progressLine{a: a} }
 func (l *progressLine) show(p meter.Progress) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.a.terminal() == 0 || time.Since(l.last) < 50*time.Millisecond {
+	if terminalWidth(l.a.stderr) == 0 || time.Since(l.last) < 50*time.Millisecond {
 		return
 	}
 	l.last = time.Now()
@@ -278,8 +278,8 @@ func (l *progressLine) clear() {
 	}
 }
 
-// over returns a log handler that clears the progress line before it writes.
-func (l *progressLine) over(log slog.Handler) slog.Handler { return clearing{log, l} }
+// clearingHandler returns a log handler that clears the progress line before it writes.
+func (l *progressLine) clearingHandler(log slog.Handler) slog.Handler { return clearing{log, l} }
 
 type clearing struct {
 	slog.Handler

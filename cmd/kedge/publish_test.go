@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"kedge/artifact"
+	"kedge/artifact/meter"
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -290,6 +292,31 @@ func TestPublishByFlagsAndTemplate(t *testing.T) {
 }
 
 // A password that slipped into a URL is refused without being told.
+// Progress shows where it is written, on standard error: also in P=$(kedge publish …), and not in a file of errors.
+func TestPublishShowsProgressOnATerminal(t *testing.T) {
+	t.Parallel()
+	master, slave := openTerminal(t)
+	var file bytes.Buffer
+	for _, a := range []*app{{stdout: slave, stderr: &file}, {stdout: &file, stderr: slave}} {
+		a.progressLine().show(meter.Progress{Phase: "pack", Done: 1, Total: 4})
+	}
+	if file.Len() > 0 {
+		t.Errorf("a file gets %q", file.String())
+	}
+	fmt.Fprint(slave, "END")
+	var shown []byte
+	for b := make([]byte, 1024); !bytes.Contains(shown, []byte("END")); {
+		n, err := master.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown = append(shown, b[:n]...)
+	}
+	if !bytes.Contains(shown, []byte("pack  25% of 4 B")) {
+		t.Errorf("a terminal shows %q", shown)
+	}
+}
+
 func TestPublishToAURLThatIsNone(t *testing.T) {
 	t.Parallel()
 	for to, says := range map[string]string{
