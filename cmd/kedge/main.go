@@ -312,8 +312,8 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs message when ctx ends, which asks a daemon to finish and stop; not if calledOff was called before.
-func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
+// logStop logs message when ctx ends, which asks a daemon to finish and stop; not if cancel was called before.
+func logStop(ctx context.Context, log *slog.Logger, message string) (cancel func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }
 

@@ -37,13 +37,13 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 		look = nil
 	}
 	notes, refused := []deployments.Problem{}, deployments.Problems{}
-	var only *migrate.Inspection // of the last source; used if there are no others
+	var last *migrate.Inspection // of the last source
 	for _, s := range sources {
 		in, err := migrate.Inspect(ctx, look, s)
 		if err != nil {
 			return err
 		}
-		only = &in
+		last = &in
 		notes, refused = append(notes, in.Notes...), append(refused, in.Refused...)
 		if fix && len(in.Refused) == 0 {
 			if err := a.fixManifest(ctx, objects, in, len(sources) == 1); err != nil {
@@ -66,7 +66,7 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 	case a.json:
 		return a.printJSON(notes)
 	case len(sources) == 1:
-		fmt.Fprintf(a.stderr, "%s: valid, %s%s\n", sources[0].Name, count(len(notes), "trap"), archiveText(only.Archive))
+		fmt.Fprintf(a.stderr, "%s: valid, %s%s\n", sources[0].Name, count(len(notes), "trap"), archiveText(last.Archive))
 	default:
 		fmt.Fprintf(a.stderr, "%s, all valid, %s\n", count(len(sources), "manifest"), count(len(notes), "trap"))
 	}

@@ -37,7 +37,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 	interval := min(cmp.Or(watchdog/3, often), often)
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	converged, late := node.Idle(), time.After(timeout)
+	idle, late := node.Idle(), time.After(timeout)
 	starting := true
 	for {
 		// A stuck loop sends nothing, so that systemd restarts the agent.
@@ -56,11 +56,11 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 			return
 		case <-tick.C:
 			continue
-		case <-converged:
+		case <-idle:
 		case <-late:
 			log.Warn("not converged in time: reporting ready to systemd anyway", "after", timeout)
 		}
-		converged, late, starting = nil, nil, false
+		idle, late, starting = nil, nil, false
 		notifySystemd(log, daemon.SdNotifyReady)
 	}
 }

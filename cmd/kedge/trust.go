@@ -18,11 +18,11 @@ import (
 	"kedge/policy"
 )
 
-// manifestSigner returns sign, which signs as `ssh-keygen -Y sign -n kedge-manifest` does, and signed, which
+// manifestSigner returns sign, which signs as `ssh-keygen -Y sign -n kedge-manifest` does, and verify, which
 // checks that the same key made a signature.
 func manifestSigner(
 	keyFile string,
-) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
+) (sign func(manifest []byte) ([]byte, error), verify func(manifest, signature []byte) error, err error) {
 	key, err := readSigningKey("--sign", keyFile)
 	if err != nil {
 		return nil, nil, err
@@ -38,11 +38,11 @@ func manifestSigner(
 		}
 		return sshsig.Armor(signature), nil
 	}
-	signed = func(manifest, signature []byte) error {
+	verify = func(manifest, signature []byte) error {
 		_, err := ours.VerifyManifest(manifest, signature, time.Now())
 		return err
 	}
-	return sign, signed, nil
+	return sign, verify, nil
 }
 
 // readSigningKey reads an SSH private key from the file that a setting, such as --sign, names. A key with a passphrase
@@ -88,18 +88,18 @@ func trustSigners(
 	}
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
 		var who string
-		var unsigned error // the error of the signature that was read last
+		var rejected error // why the signature that was read last is rejected
 		url := deployments.BesideURL(p.URL, ".sig")
 		_, err := objects.ReadPinned(ctx, url, artifact.MaxSignature, func(signature []byte) error {
-			who, unsigned = signers.VerifyManifest(manifest, signature, time.Now())
-			return unsigned
+			who, rejected = signers.VerifyManifest(manifest, signature, time.Now())
+			return rejected
 		})
 		switch {
 		case err == nil:
 		case errors.Is(err, object.ErrNotFound):
 			return fmt.Errorf("%w: %s has no signature, and signers are configured here: publish it with --sign",
 				policy.ErrUntrusted, p.URL)
-		case unsigned != nil && errors.Is(err, unsigned):
+		case rejected != nil && errors.Is(err, rejected):
 			return fmt.Errorf("the signature of %s: %w", p.URL, err)
 		default:
 			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)

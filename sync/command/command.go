@@ -112,13 +112,14 @@ func Check(ctx context.Context, c deployments.Command, env Env) error {
 	return err
 }
 
+// runAs is Run. If killLeft is set, it then kills what c left running, as Check says.
 func runAs(
 	ctx context.Context,
 	log *slog.Logger,
 	c deployments.Command,
 	env Env,
 	stdin []byte,
-	alone bool,
+	killLeft bool,
 ) (Result, error) {
 	timeout := cmp.Or(c.Timeout, defaultTimeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
@@ -135,7 +136,7 @@ func runAs(
 		cmd.Stdin = bytes.NewReader(stdin)
 	}
 	mark := ""
-	if alone {
+	if killLeft {
 		mark = env.Run
 	}
 	return execute(ctx, log, cmd, what, mark, env.Mask)

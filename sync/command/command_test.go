@@ -421,13 +421,13 @@ func TestEndLeftoversLeavesNone(t *testing.T) {
 	if n, err := EndLeftovers(t.Context(), mark); err != nil || n == 0 {
 		t.Errorf("ended %d, %v", n, err)
 	}
-	if pids, err := markedProcesses(mark, 0); err != nil || len(pids) > 0 {
+	if pids, err := markedProcesses(mark); err != nil || len(pids) > 0 {
 		t.Errorf("left: %d, %v", pids, err)
 		for len(pids) > 0 {
 			for _, pid := range pids {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
-			pids, _ = markedProcesses(mark, 0)
+			pids, _ = markedProcesses(mark)
 		}
 	}
 }

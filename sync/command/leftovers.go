@@ -19,7 +19,7 @@ const runMark = "KEDGE_RUN="
 // its process group and session. EndLeftovers returns how many it found at first. It returns an error if some may still
 // run: ctx ended, /proc can't be read, or they survived SIGKILL for 5 s.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
-	pids, err := markedProcesses(run, 0)
+	pids, err := markedProcesses(run)
 	found := len(pids)
 	if err != nil || found == 0 {
 		return found, err
@@ -30,7 +30,7 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 		unix.Kill(pid, unix.SIGTERM)
 	}
 	for {
-		if pids, err = markedProcesses(run, 0); err != nil || len(pids) == 0 {
+		if pids, err = markedProcesses(run); err != nil || len(pids) == 0 {
 			return found, err
 		}
 		switch waited := time.Since(begin); {
@@ -67,14 +67,14 @@ func killMarked(run string, since uint64, list func() ([]int, error)) {
 
 // markedProcesses returns the processes of this machine that markedAmong finds. If the agent isn't root, those are only
 // processes of its own user, as it couldn't end others either.
-func markedProcesses(run string, since uint64) ([]int, error) {
-	return markedAmong(processes, run, since)
+func markedProcesses(run string) ([]int, error) {
+	return markedAmong(processes, run, 0)
 }
 
 // markedAmong returns those processes of list that have run's mark in their environment, without the agent itself and
 // without those that end meanwhile. It leaves out processes that began before since, a time as beganAt returns it; 0
 // leaves out none. This comes first, because reading the environment of a process that hangs may take long. A process
-// in the middle of execve(2) is read again, for up to execLast.
+// in the middle of execve(2) is read again, for up to execWithin.
 func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -97,7 +97,7 @@ func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, e
 				pids = append(pids, pid)
 			}
 		}
-		if unread = execs; len(unread) == 0 || time.Since(begin) > execLast {
+		if unread = execs; len(unread) == 0 || time.Since(begin) > execWithin {
 			return pids, nil
 		}
 	}
@@ -112,8 +112,8 @@ func environOf(pid int) (env []byte, execing bool) {
 }
 
 const (
-	execPoll = 200 * time.Microsecond
-	execLast = time.Second // for all processes together, as a program may be read from a slow disk
+	execPoll   = 200 * time.Microsecond
+	execWithin = time.Second // for all processes together, as a program may be read from a slow disk
 )
 
 // noEnviron reports whether a process has no environment for good: it was given none, is exiting or gone, or is a
@@ -141,8 +141,8 @@ func processes() ([]int, error) {
 }
 
 const (
-	numbersLast = time.Second // too short for a machine to use all process numbers and begin again
-	numbersMany = 256         // trying more numbers than this takes longer than trying all processes
+	numbersWithin = time.Second // too short for a machine to use all process numbers and begin again
+	numbersMany   = 256         // trying more numbers than this takes longer than trying all processes
 )
 
 // begunSince returns a function that lists the processes that began when first did, at begin, or later. It lists
@@ -152,7 +152,7 @@ const (
 func begunSince(first int, begin time.Time) func() ([]int, error) {
 	return func() ([]int, error) {
 		last, ok := lastNumber()
-		if !ok || last < first || last-first > numbersMany || time.Since(begin) > numbersLast {
+		if !ok || last < first || last-first > numbersMany || time.Since(begin) > numbersWithin {
 			return processes()
 		}
 		pids := make([]int, 0, last-first+1)

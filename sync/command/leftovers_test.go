@@ -48,7 +48,7 @@ func TestBegunSince(t *testing.T) {
 		t.Fatal("the last number isn't known")
 	}
 	for what, pids := range map[string][]int{
-		"a long check":     listed(last, time.Now().Add(-2*numbersLast)),
+		"a long check":     listed(last, time.Now().Add(-2*numbersWithin)),
 		"numbers anew":     listed(last+100_000, time.Now()),
 		"many other":       listed(last-numbersMany-1, time.Now()),
 		"an early process": listed(1, time.Now()),
@@ -88,7 +88,7 @@ func TestNoEnviron(t *testing.T) {
 	defer cmd.Wait()
 	pid := cmd.Process.Pid
 	env, execing := environOf(pid)
-	for begin := time.Now(); execing && time.Since(begin) < execLast; { // Start returns in the middle of execve(2)
+	for begin := time.Now(); execing && time.Since(begin) < execWithin; { // Start returns in the middle of execve(2)
 		env, execing = environOf(pid)
 	}
 	if len(env) != 0 || execing {

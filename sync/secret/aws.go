@@ -14,14 +14,14 @@ import (
 	"github.com/aws/smithy-go/logging"
 )
 
-// awsClients load AWS's configuration at the first secret that needs it, as most nodes need none.
-type awsClients struct {
+// awsConfig loads AWS's configuration at the first secret that needs it, as most nodes need none.
+type awsConfig struct {
 	mu     sync.Mutex
 	config *aws.Config
 }
 
 // configFor returns the configuration for a name, which may be an ARN in another region; an error without any region.
-func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, error) {
+func (c *awsConfig) configFor(ctx context.Context, name string) (aws.Config, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.config == nil {
@@ -43,7 +43,7 @@ func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, er
 }
 
 // parameter reads a parameter of Systems Manager, decrypted.
-func (c *awsClients) parameter(ctx context.Context, name string) (string, error) {
+func (c *awsConfig) parameter(ctx context.Context, name string) (string, error) {
 	conf, err := c.configFor(ctx, name)
 	if err != nil {
 		return "", err
@@ -61,7 +61,7 @@ func (c *awsClients) parameter(ctx context.Context, name string) (string, error)
 }
 
 // secret reads the current version, text or binary, of a secret of Secrets Manager.
-func (c *awsClients) secret(ctx context.Context, name string) (string, error) {
+func (c *awsConfig) secret(ctx context.Context, name string) (string, error) {
 	conf, err := c.configFor(ctx, name)
 	if err != nil {
 		return "", err

@@ -43,7 +43,7 @@ var ErrNotAllowed = errors.New("the node's configuration doesn't allow it")
 type Reader struct {
 	allowed []string
 	log     *slog.Logger
-	aws     awsClients
+	aws     awsConfig
 
 	mu    sync.Mutex // held while reading, so that references with one name share a request
 	known map[string]known

@@ -34,7 +34,7 @@ type Sender struct {
 	c      Config
 	client *http.Client
 	log    *slog.Logger
-	some   wait.Signal
+	queued wait.Signal // set when spans were added
 
 	mu      sync.Mutex
 	waiting []Span
@@ -49,7 +49,7 @@ func New(c Config, log *slog.Logger) *Sender {
 		return nil
 	}
 	return &Sender{
-		c: c, log: log, some: wait.NewSignal(), warnings: rate.Sometimes{First: 1, Interval: 10 * time.Minute},
+		c: c, log: log, queued: wait.NewSignal(), warnings: rate.Sometimes{First: 1, Interval: 10 * time.Minute},
 		// A redirect would send the headers, which may contain a token, elsewhere.
 		client: &http.Client{Timeout: c.Within, CheckRedirect: func(*http.Request, []*http.Request) error {
 			return http.ErrUseLastResponse
@@ -70,7 +70,7 @@ func (s *Sender) Add(spans ...Span) {
 		s.dropped += over
 	}
 	s.mu.Unlock()
-	s.some.Set()
+	s.queued.Set()
 }
 
 // Run sends until ctx ends, and then sends the remaining spans, for at most lastWithin and until the first error.
@@ -87,7 +87,7 @@ func (s *Sender) Run(ctx context.Context) {
 			for s.send(last) == nil && s.left() > 0 {
 			}
 			return
-		case <-s.some.C():
+		case <-s.queued.C():
 		}
 		_ = wait.For(ctx, sendEvery)
 		for ctx.Err() == nil && s.left() > 0 {
