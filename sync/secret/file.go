@@ -49,12 +49,16 @@ func readBelow(dir, name string) (string, error) {
 	case !info.Mode().IsRegular():
 		return "", errors.New("it is not a regular file")
 	}
-	data, err := io.ReadAll(io.LimitReader(f, maxValue+2))
+	data, err := io.ReadAll(io.LimitReader(f, maxValue+int64(len("\r\n"))+1))
 	if err != nil {
 		return "", err
 	}
-	if len(data) > maxValue+1 {
+	text, ended := strings.CutSuffix(string(data), "\r\n")
+	if !ended {
+		text = strings.TrimSuffix(text, "\n")
+	}
+	if len(text) > maxValue {
 		return "", fmt.Errorf("it has more than %d bytes", maxValue)
 	}
-	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
+	return text, nil
 }

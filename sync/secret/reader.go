@@ -1,6 +1,6 @@
 // Package secret reads the values that a manifest names by reference, on the node that runs its commands.
 //
-//	file:/PATH                  the file's content, without a newline at its end
+//	file:/PATH                  the file's content, without a newline (LF or CRLF) at its end
 //	credential:NAME             NAME in $CREDENTIALS_DIRECTORY, where systemd puts LoadCredential= and the like
 //	ssm:NAME                    a parameter of AWS Systems Manager, decrypted
 //	secretsmanager:NAME#FIELD   a secret of AWS Secrets Manager: a field of its JSON, or without #FIELD all of it
@@ -8,8 +8,9 @@
 //	                            one of version 1
 //
 // AWS is reached as the agent reaches S3: environment, profile, instance role, AWS_ENDPOINT_URL_SSM. Vault is reached
-// by its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT and VAULT_TOKEN. Without VAULT_TOKEN, the token is
-// read from the file VAULT_TOKEN_FILE or ~/.vault-token at each request, so that a Vault agent may renew it.
+// by its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT, VAULT_TLS_SERVER_NAME and VAULT_TOKEN. Without
+// VAULT_TOKEN, the token is read from the file VAULT_TOKEN_FILE or ~/.vault-token at each request, so that a Vault
+// agent may renew it.
 //
 // Nothing is read that the node's own configuration doesn't allow. Values are kept in memory alone; errors name the
 // reference and never a value.

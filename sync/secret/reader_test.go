@@ -1,6 +1,7 @@
 package secret
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -60,6 +61,10 @@ func TestFilesAndCredentials(t *testing.T) {
 	write(t, dir+"/credentials/db", secret+"\n")
 	write(t, dir+"/secrets/db", secret+"\r\n")
 	write(t, dir+"/secrets/two", "a\nb\n")
+	write(t, dir+"/secrets/cr", "a\r")
+	longest := strings.Repeat("x", maxValue)
+	write(t, dir+"/secrets/longest", longest+"\r\n")
+	write(t, dir+"/secrets/longer", longest+"y\n")
 	write(t, dir+"/secrets/empty", "\n")
 	write(t, dir+"/secrets/nul", "hunter2\x00")
 	write(t, dir+"/secrets/large", strings.Repeat("hunter2 ", maxValue/8)+"hunter2")
@@ -75,13 +80,14 @@ func TestFilesAndCredentials(t *testing.T) {
 	r := reader(t, "file:"+dir+"/secrets/", "credential:db", "credential:gone")
 	for ref, want := range map[string]string{
 		"file:" + dir + "/secrets/db": secret, "file:" + dir + "/secrets/link": secret, "file:" + dir + "/secrets/two": "a\nb",
+		"file:" + dir + "/secrets/cr": "a\r", "file:" + dir + "/secrets/longest": longest,
 		"credential:db": secret,
 	} {
 		if got, err := one(t, r, ref); got != want || err != nil {
-			t.Errorf("%s: %q, %v", ref, got, err)
+			t.Errorf("%s: %.20q, %v", ref, got, err)
 		}
 	}
-	for _, name := range []string{"empty", "nul", "large", "out", "absolute", "fifo", "gone", "../outside"} {
+	for _, name := range []string{"empty", "nul", "large", "longer", "out", "absolute", "fifo", "gone", "../outside"} {
 		ref := deployments.SecretRef("file:" + dir + "/secrets/" + name)
 		values, err := r.Read(t.Context(), map[string]deployments.SecretRef{"X": ref}, 0)
 		if err == nil || strings.Contains(err.Error(), "hunter2") {
@@ -224,6 +230,9 @@ func vaultServer(t *testing.T, token string) (url string, status *atomic.Int32) 
 			fmt.Fprintf(w, `{"request_id":"1","lease_duration":2764800,"data":{"password":%q,"data":"x"}}`, secret)
 		case "/v1/secret/data/prod/db":
 			fmt.Fprintf(w, `{"data":{"data":{"password":%q},"metadata":{"version":2,"deletion_time":""}}}`, secret)
+		case "/v1/secret/data/prod/deleted":
+			w.WriteHeader(http.StatusNotFound)
+			fmt.Fprint(w, `{"data":{"data":null,"metadata":{"deletion_time":"2026-11-20T09:00:00Z","version":2}}}`)
 		default:
 			http.Error(w, `{"errors":[]}`, http.StatusNotFound)
 		}
@@ -249,7 +258,11 @@ func TestVault(t *testing.T) {
 			t.Errorf("%s: %q, %v", ref, got, err)
 		}
 	}
-	for ref, says := range map[string]string{"vault:kv/prod/db#gone": "no field", "vault:kv/gone#x": "MOUNT/data/NAME"} {
+	for ref, says := range map[string]string{
+		"vault:kv/prod/db#gone": "no field", "vault:kv/gone#x": "MOUNT/data/NAME",
+		"vault:secret/data/prod/gone#x":    "MOUNT/data/NAME",
+		"vault:secret/data/prod/deleted#x": "its newest version was deleted",
+	} {
 		if got, err := one(t, r, ref); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %q, %v; want %q", ref, got, err, says)
 		}
@@ -293,6 +306,29 @@ func TestVault(t *testing.T) {
 		if _, err := one(t, r, "vault:kv/prod/db#password"); err == nil || !strings.Contains(err.Error(), bad[0]) {
 			t.Errorf("%s: %v", bad[0], err)
 		}
+	}
+}
+
+// VAULT_TLS_SERVER_NAME is the name that Vault is asked for, also if the machine's own certificate authorities do.
+func TestVaultTLSServerName(t *testing.T) {
+	var asked atomic.Value
+	server := httptest.NewUnstartedServer(http.NotFoundHandler())
+	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0) // the client doesn't trust it
+	server.TLS = &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		asked.Store(hello.ServerName)
+		return nil, nil
+	}}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	t.Setenv("VAULT_ADDR", server.URL)
+	t.Setenv("VAULT_TOKEN", "s.first")
+	t.Setenv("VAULT_CACERT", "")
+	t.Setenv("VAULT_TLS_SERVER_NAME", "vault.example")
+	if _, err := one(t, reader(t, "vault:kv/"), "vault:kv/prod/db#x"); err == nil {
+		t.Error("a certificate that nobody knows is trusted")
+	}
+	if name := asked.Load(); name != "vault.example" {
+		t.Errorf("the server is asked for %q", name)
 	}
 }
 

@@ -79,6 +79,8 @@ func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer stri
 		return string(body), false, nil
 	case code == http.StatusForbidden:
 		return "", false, errors.New("denied by Vault (403): the token has no policy for this path, or has expired")
+	case code == http.StatusNotFound && isDeleted(body):
+		return "", false, errDeleted
 	case code == http.StatusNotFound:
 		return "", false, errors.New("not found in Vault (404): in a KV mount of version 2 the path is MOUNT/data/NAME")
 	default:
@@ -115,6 +117,7 @@ func vaultToken() (string, error) {
 // https to http, as the token goes with it.
 func vaultClient() (*http.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.TLSClientConfig = &tls.Config{ServerName: os.Getenv("VAULT_TLS_SERVER_NAME")}
 	if file := os.Getenv("VAULT_CACERT"); file != "" {
 		data, err := inputfile.Read("VAULT_CACERT", file)
 		if err != nil {
@@ -124,7 +127,7 @@ func vaultClient() (*http.Client, error) {
 		if !roots.AppendCertsFromPEM(data) {
 			return nil, fmt.Errorf("VAULT_CACERT: %s holds no certificate in PEM", file)
 		}
-		transport.TLSClientConfig = &tls.Config{RootCAs: roots, ServerName: os.Getenv("VAULT_TLS_SERVER_NAME")}
+		transport.TLSClientConfig.RootCAs = roots
 	}
 	return &http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if len(via) > 1 || via[0].URL.Scheme == "https" && req.URL.Scheme != "https" {
@@ -132,6 +135,18 @@ func vaultClient() (*http.Client, error) {
 		}
 		return nil
 	}}, nil
+}
+
+var errDeleted = errors.New("its newest version was deleted")
+
+// isDeleted reports whether the body of a 404 describes an entry whose newest version was deleted or destroyed.
+func isDeleted(body []byte) bool {
+	var answer map[string]json.RawMessage
+	if json.Unmarshal(body, &answer) != nil {
+		return false
+	}
+	_, err := vaultFields(answer)
+	return errors.Is(err, errDeleted)
 }
 
 // vaultFields returns the fields of a KV entry, which version 2 wraps in another object; an error if there are none.
@@ -142,7 +157,7 @@ func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage,
 	}
 	if _, versioned := one["metadata"]; versioned && json.Unmarshal(one["data"], &two) == nil && len(one) == 2 {
 		if two == nil {
-			return nil, errors.New("its newest version was deleted")
+			return nil, errDeleted
 		}
 		return two, nil
 	}
