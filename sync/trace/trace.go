@@ -6,6 +6,7 @@
 package trace
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -83,7 +84,8 @@ type Config struct {
 }
 
 // FromEnvironment reads OpenTelemetry's own variables; an invalid one is an error. If they name no collector or switch
-// tracing off, the Config is zero. service is the program's name unless OTEL_SERVICE_NAME is set.
+// tracing off, the Config is zero. service is the program's name if neither OTEL_SERVICE_NAME nor service.name in
+// OTEL_RESOURCE_ATTRIBUTES is set. Of the two, OTEL_SERVICE_NAME comes first.
 func FromEnvironment(getenv func(string) string, service string) (Config, error) {
 	first := func(names ...string) string {
 		for _, name := range names {
@@ -126,14 +128,18 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 	if err != nil {
 		return c, fmt.Errorf("OTEL_RESOURCE_ATTRIBUTES: %w", err)
 	}
-	if name := first("OTEL_SERVICE_NAME"); name != "" {
-		service = name
+	for _, a := range extra {
+		if a.Key == "service.name" {
+			service = cmp.Or(a.Value, service)
+		} else {
+			c.Resource = append(c.Resource, a)
+		}
 	}
-	c.Resource = append(extra, Attribute{"service.name", service})
+	c.Resource = append(c.Resource, Attribute{"service.name", cmp.Or(first("OTEL_SERVICE_NAME"), service)})
 	return c, nil
 }
 
-// pairs parses NAME=VALUE,NAME=VALUE with percent-encoded values. It leaves out service.name.
+// pairs parses NAME=VALUE,NAME=VALUE with percent-encoded values.
 func pairs(text string) (all []Attribute, err error) {
 	for pair := range strings.SplitSeq(text, ",") {
 		if pair = strings.TrimSpace(pair); pair == "" {
@@ -144,9 +150,7 @@ func pairs(text string) (all []Attribute, err error) {
 		if value, err = url.PathUnescape(strings.TrimSpace(value)); !ok || err != nil || name == "" {
 			return nil, fmt.Errorf("%q: want NAME=VALUE", safetext.Clip(pair, 80))
 		}
-		if name != "service.name" {
-			all = append(all, Attribute{name, value})
-		}
+		all = append(all, Attribute{name, value})
 	}
 	return all, nil
 }

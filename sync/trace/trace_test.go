@@ -60,6 +60,8 @@ func TestFromEnvironment(t *testing.T) {
 		{"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=https://c.example/t; " + endpoint, "https://c.example/t map[] 10s " + agent},
 		{endpoint + "; OTEL_SERVICE_NAME=x; OTEL_RESOURCE_ATTRIBUTES=service.name=y,env=prod",
 			at + "map[] 10s [{env prod} {service.name x}]"},
+		{endpoint + "; OTEL_RESOURCE_ATTRIBUTES=service.name=y,env=prod", at + "map[] 10s [{env prod} {service.name y}]"},
+		{endpoint + "; OTEL_RESOURCE_ATTRIBUTES=service.name=", at + "map[] 10s " + agent},
 		{endpoint + "; OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", at + "map[] 10s " + agent},
 		{endpoint + "; OTEL_SDK_DISABLED=true", ""},
 		{endpoint + "; OTEL_TRACES_EXPORTER=none", ""},
