@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -57,7 +58,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	}
 	for _, m := range mounts {
 		if m != "." {
-			args = append(args, "--exclude", "/"+rsyncLiteral.Replace(m)+"/***")
+			args = append(args, "--exclude", rsyncPattern(m, "/***"))
 		}
 	}
 	part := filepath.Join(s.c.Before, "part")
@@ -81,7 +82,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 
 // checkCopy returns an error if dir's disk has no room for what rsync would copy with args.
 func (s rsyncSwitcher) checkCopy(ctx context.Context, dir string, args []string) error {
-	output, err := s.c.Tool(ctx, true, "rsync", append([]string{"--dry-run", "--stats", "--no-h"}, args...)...)
+	output, err := s.c.Tool(ctx, io.Discard, "rsync", append([]string{"--dry-run", "--stats", "--no-h"}, args...)...)
 	if err != nil {
 		return err
 	}

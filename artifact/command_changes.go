@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -177,7 +178,8 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 }
 
 // describe returns the current state of each path of differences, once for each path. Paths below one that is whole,
-// and paths removed meanwhile, are left out. keep makes it record the new content of small files.
+// paths removed meanwhile, and paths that aren't UTF-8, which JSON can't hold, are left out. keep makes it record the
+// new content of small files.
 func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -193,7 +195,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []commandChang
 				what = w
 			}
 		}
-		if whole.covers(p) {
+		if whole.covers(p) || !utf8.ValidString(p) {
 			continue
 		}
 		m := changeAt(root, p)

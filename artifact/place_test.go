@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,6 +154,17 @@ func ownersOf(t *testing.T, dir string) string {
 	return b.String()
 }
 
+// runTool is SwitcherConfig.Tool.
+func runTool(ctx context.Context, all io.Writer, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.CombinedOutput()
+	if all != nil {
+		all.Write(out)
+	}
+	return out, err
+}
+
 // The strategies that write into dest itself follow no link that its owner put there, and copy into nothing that is
 // theirs.
 func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
@@ -181,9 +193,7 @@ func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 		m.Dest, m.Strategy = theirs+"/app", strategy
 		rel := &Release{Pointer: out.Pointer, Manifest: m, Raw: raw}
 		switcher := NewSwitcher(m, SwitcherConfig{Objects: object.New(object.Config{}), Trees: home + "/trees",
-			Tool: func(ctx context.Context, _ bool, name string, args ...string) ([]byte, error) {
-				return exec.CommandContext(ctx, name, args...).CombinedOutput()
-			}})
+			Tool: runTool})
 		if err := switcher.Stage(t.Context(), rel, StageOptions{}); err != nil {
 			t.Fatal(err)
 		}

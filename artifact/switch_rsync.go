@@ -1,13 +1,16 @@
 package artifact
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -123,15 +126,26 @@ func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	}
 	for _, m := range mounts {
 		if m != "." {
-			args = append(args, "--filter", "P /"+rsyncLiteral.Replace(m)+"/***") // what lies there is not deleted
+			args = append(args, "--filter", "P "+rsyncPattern(m, "/***")) // what lies there is not deleted
 		}
 	}
 	return args, nil
 }
 
-// rsyncLiteral escapes a path to an rsync pattern that matches it alone. A backslash is special only beside a
-// wildcard.
-var rsyncLiteral = strings.NewReplacer("*", "[*]", "?", "[?]", "[", "[[]")
+// rsyncPattern returns an rsync pattern that matches a path of the tree alone, followed by suffix, a pattern. An end of
+// line would end the pattern in a file, so another character in its place matches, too.
+func rsyncPattern(p, suffix string) string {
+	pattern := "/" + rsyncEnds.Replace(p) + suffix
+	if !strings.ContainsAny(pattern, "*?[") {
+		return pattern // rsync takes a backslash literally then
+	}
+	return "/" + rsyncLiteral.Replace(p) + suffix
+}
+
+var (
+	rsyncEnds    = strings.NewReplacer("\n", "?", "\r", "?")
+	rsyncLiteral = strings.NewReplacer("*", `\*`, "?", `\?`, "[", `\[`, `\`, `\\`, "\n", "?", "\r", "?")
+)
 
 func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
 	if safefs.Exists(s.tree(r)) {
@@ -223,12 +237,12 @@ func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *safefs
 	if quick {
 		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
 	}
-	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", dest.PathForTool("")+"/")
-	output, err := s.c.Tool(ctx, true, "rsync", args...)
-	if err != nil {
+	args = append(args, "--dry-run", "--out-format=%i/%n", s.tree(r)+"/", dest.PathForTool("")+"/")
+	var items itemized
+	if _, err := s.c.Tool(ctx, &items, "rsync", args...); err != nil {
 		return nil, err
 	}
-	return itemized(string(output)), nil
+	return items.found, nil
 }
 
 // Heal makes dest equal to r's tree, except what r's commands made, which it restores as far as it can. left are the
@@ -286,32 +300,67 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 		if !m.whole() && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
 			continue // rsync corrects it first
 		}
-		patterns.WriteString("/" + rsyncLiteral.Replace(m.Path) + "\n")
+		patterns.WriteString(rsyncPattern(m.Path, "") + "\n")
 	}
 	file = filepath.Join(s.c.Changes, r.Pointer.Digest.String()+".exclude")
 	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 
-// itemized parses rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH. Other lines are ignored.
-func itemized(out string) []Difference {
-	var ds []Difference
-	for line := range strings.Lines(out) {
-		flags, path, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
-		path = strings.TrimSuffix(strings.TrimLeft(path, " "), "/")
-		switch {
-		case !ok || path == "":
-		case flags == "*deleting":
-			ds = append(ds, Difference{Path: path, What: "extra"})
-		case len(flags) < 8:
-		case strings.Trim(flags[2:], "+") == "":
-			ds = append(ds, Difference{Path: path, What: "missing"})
-		case strings.ContainsAny(flags[2:4], "cs"):
-			ds = append(ds, Difference{Path: path, What: map[bool]string{true: "link", false: "content"}[flags[1] == 'L']})
-		case flags[5] == 'p':
-			ds = append(ds, Difference{Path: path, What: "mode"})
-		case flags[6] == 'o' || flags[7] == 'g':
-			ds = append(ds, Difference{Path: path, What: "owner"})
+// itemized parses what is written to it: rsync's output with --out-format=%i/%n, which has no bound.
+type itemized struct {
+	line  []byte // not ended yet
+	found []Difference
+}
+
+func (i *itemized) Write(p []byte) (int, error) {
+	for rest := p; ; {
+		part, more, ended := bytes.Cut(rest, []byte("\n"))
+		i.line = append(i.line, part...)
+		if !ended {
+			return len(p), nil
 		}
+		if what, path := parseItem(string(i.line)); what != "" {
+			i.found = append(i.found, Difference{path, what})
+		}
+		i.line, rest = i.line[:0], more
 	}
-	return ds
+}
+
+var (
+	// itemLine matches YXcstpoguax/PATH and *deleting/PATH. A directory's PATH ends in a slash.
+	itemLine = regexp.MustCompile(`^(\*deleting|[<>ch.][fdLDS][-.+?a-zA-Z ]{9,}) */(.*?)/?$`)
+	// itemEscape matches what stands for a byte that doesn't print in the C locale.
+	itemEscape = regexp.MustCompile(`\\#[0-7]{3}`)
+)
+
+// parseItem returns what a line of itemized says, in a word of Difference.What, and the path; empty: no difference, or
+// another line.
+func parseItem(line string) (what, path string) {
+	m := itemLine.FindStringSubmatch(line)
+	if m == nil {
+		return "", ""
+	}
+	flags := m[1]
+	path = itemEscape.ReplaceAllStringFunc(m[2], func(s string) string {
+		b, err := strconv.ParseUint(s[2:], 8, 8)
+		if err != nil {
+			return s
+		}
+		return string([]byte{byte(b)})
+	})
+	switch {
+	case flags == "*deleting":
+		return "extra", path
+	case strings.Trim(flags[2:], "+") == "":
+		return "missing", path
+	case flags[1] == 'L' && flags[2] == 'c':
+		return "link", path
+	case flags[0] == '>' || strings.ContainsAny(flags[2:4], "cs"):
+		return "content", path // without --checksum, a file of the same size shows its time alone
+	case flags[5] == 'p':
+		return "mode", path
+	case flags[6] == 'o' || flags[7] == 'g':
+		return "owner", path
+	}
+	return "", path
 }

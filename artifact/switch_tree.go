@@ -109,7 +109,7 @@ func besideName(r *Release) string {
 // tool runs a program that copies files. Its exit status doesn't tell a disk error. If it fails and its output names a
 // full disk or quota, a read-only file system or an I/O error, the error wraps that errno.
 func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
-	output, err := t.c.Tool(ctx, false, name, args...)
+	output, err := t.c.Tool(ctx, nil, name, args...)
 	for _, trouble := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
 		text := trouble.Error() // in the words of the C library, but for the first letter
 		if err != nil && bytes.Contains(output, []byte(text[1:])) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -76,8 +77,9 @@ type SwitcherConfig struct {
 	// HashAlways makes the Switcher hash each file of the old release before using it. Otherwise a file is trusted if its
 	// inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
-	// Tool runs a system program, such as rsync, and returns its output. If quiet is set, its lines aren't logged.
-	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
+	// Tool runs a system program, such as rsync, in the C locale. It returns at least the beginning and the end of its
+	// output. If all is set, it gets all of the output as it comes, whose lines aren't logged then.
+	Tool func(ctx context.Context, all io.Writer, name string, args ...string) (output []byte, err error)
 }
 
 // NewSwitcher returns the Switcher of m's strategy and dest; without src, one that does nothing.

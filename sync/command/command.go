@@ -139,22 +139,23 @@ func runAs(
 	if killLeft {
 		mark = env.Run
 	}
-	return execute(ctx, log, cmd, what, mark, env.Mask)
+	return execute(ctx, log, cmd, what, mark, env.Mask, nil)
 }
 
 // Tool runs a system program, such as rsync, as the agent's user and in English. Its output is bounded as by Run, and
-// it is ended as by Run when ctx ends, but it has no timeout.
-func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
+// it is ended as by Run when ctx ends, but it has no timeout. all, unless nil, gets all of its output as it comes.
+func Tool(ctx context.Context, log *slog.Logger, all io.Writer, name string, args ...string) (Result, error) {
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // callers parse its messages
-	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil)
+	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil, all)
 }
 
 // execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, execute
-// then kills what is left of cmd's group, and processes with the mark in their environment.
+// then kills what is left of cmd's group, and processes with the mark in their environment. all, unless nil, gets all
+// of cmd's output.
 func execute(
-	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask,
+	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask, all io.Writer,
 ) (Result, error) {
 	if ctx.Err() != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
@@ -180,8 +181,11 @@ func execute(
 		began = beganAt(cmd.Process.Pid) // before the process can be reaped
 	}
 	out := &output{log: log, mask: mask}
+	if all == nil {
+		all = io.Discard
+	}
 	read := make(chan error, 1)
-	go func() { _, err := io.Copy(out, pr); read <- err }()
+	go func() { _, err := io.Copy(io.MultiWriter(out, all), pr); read <- err }()
 	exited := make(chan error, 1)
 	go func() { exited <- cmd.Wait() }()
 

@@ -481,12 +481,18 @@ func TestErrorsAreShort(t *testing.T) {
 func TestTool(t *testing.T) {
 	t.Setenv("CONSUL_HTTP_TOKEN", "secret")
 	t.Setenv("LC_ALL", "de_DE.UTF-8")
-	r, err := Tool(t.Context(), slog.New(slog.DiscardHandler), "env")
+	r, err := Tool(t.Context(), slog.New(slog.DiscardHandler), nil, "env")
 	if err != nil || strings.Contains(string(r.Output), "CONSUL_HTTP_TOKEN") || !strings.Contains("\n"+string(r.Output), "\nLC_ALL=C\n") {
 		t.Errorf("got %v\n%s", err, r.Output)
 	}
-	if r, err = Tool(t.Context(), slog.New(slog.DiscardHandler), "ls", "/no such"); err == nil || r.Exit != 2 || !strings.Contains(err.Error(), `command "ls /no such"`) {
+	r, err = Tool(t.Context(), slog.New(slog.DiscardHandler), nil, "ls", "/no such")
+	if err == nil || r.Exit != 2 || !strings.Contains(err.Error(), `command "ls /no such"`) {
 		t.Errorf("got exit %d, %v", r.Exit, err)
+	}
+	var all bytes.Buffer
+	r, err = Tool(t.Context(), slog.New(slog.DiscardHandler), &all, "seq", "20000")
+	if err != nil || strings.Count(all.String(), "\n") != 20_000 || len(r.Output) > MaxOutput {
+		t.Errorf("got %d bytes of all output, and %d bytes kept, %v", all.Len(), len(r.Output), err)
 	}
 }
 

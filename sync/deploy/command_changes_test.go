@@ -167,6 +167,52 @@ func TestMadeByCommands(t *testing.T) {
 	}
 }
 
+// What commands did to paths with names that rsync prints or matches in its own way, to links, to a file without
+// changing its size, and to more paths than fit into a command's kept output, is the release's own, too.
+func TestMadeByCommandsWhateverTheNames(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	src, sum := w.archive("odd.tar",
+		entry{name: "a", data: "1", mode: 0o644}, entry{name: "dir", mode: fs.ModeDir | 0o755},
+		entry{name: "dir/b", data: "1", mode: 0o600}, entry{name: "z", data: "1", mode: 0o755},
+		entry{name: "link", link: "a"}, entry{name: "link-gone", link: "a"})
+	w.deploy(u, w.publish("1", func(m *deployments.Manifest) {
+		m.Src, m.Checksum, m.Strategy = src, sum, deployments.StrategyRsync
+		m.Commands.Post = []deployments.Command{{Run: `set -e; cd "$KEDGE_DEST"
+ln -sfn z link; rm link-gone; echo y > link-made; printf 2 > a
+for name in 'caf\303\251' ' space' 'space ' 'tab\t' 'new\nline' 'a -> b' 'back\\slash' '\\#101' '#'; do
+	printf made > "$(printf "$name")"
+done
+mkdir 'w*[1]?\x'; echo made > 'w*[1]?\x/f'
+seq -f 'a-file-with-a-name-that-is-not-that-short-%g' 2000 | xargs touch`}}
+	}))
+	want := w.made()
+	if !strings.Contains(want, "café") || !strings.Contains(want, `w*[1]?\x/f`) || strings.Count(want, "\n") < 2000 {
+		t.Fatalf("the command made\n%s", want)
+	}
+	if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
+		t.Errorf("drift: %.20v, %v", ds, err)
+	}
+	for _, extra := range []string{"new", "line", "wx[1]yx", "z"} {
+		if err := os.WriteFile(filepath.Join(w.dest(), extra), []byte("2"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ds, err := u.Heal(t.Context()); err != nil || len(ds) > 0 {
+		t.Errorf("healing left %.20v, %v", ds, err)
+	}
+	got := strings.Split(w.made(), "\n")
+	for line := range strings.SplitSeq(want, "\n") {
+		if !slices.Contains(got, line) {
+			t.Errorf("healing undid %s", line)
+		}
+	}
+	if want := strings.Count(want, "\n") + 1; len(got) != want {
+		t.Errorf("healing left %d paths, want %d", len(got), want)
+	}
+}
+
 // A tree that differed before its commands ran is no work of theirs.
 func TestDriftOfBeforeIsNotTheCommands(t *testing.T) {
 	t.Parallel()

@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"context"
+	"io"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -21,12 +22,12 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Changes: u.changesDir(), Before: before,
 		RsyncVerbose: u.c.RsyncVerbose,
 		Within:       u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
-		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
+		Tool: func(ctx context.Context, all io.Writer, name string, args ...string) ([]byte, error) {
 			log := u.log
-			if silent {
+			if all != nil {
 				log = quiet()
 			}
-			result, err := command.Tool(ctx, log, name, args...)
+			result, err := command.Tool(ctx, log, all, name, args...)
 			return result.Output, err
 		},
 	})

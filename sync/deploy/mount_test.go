@@ -48,8 +48,9 @@ func (w *world) unmountAll() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	escapes := strings.NewReplacer(`\040`, " ", `\134`, `\`)
 	for line := range strings.Lines(string(table)) {
-		if at := strings.ReplaceAll(strings.Fields(line)[4], `\040`, " "); strings.HasPrefix(at, w.root+"/") {
+		if at := escapes.Replace(strings.Fields(line)[4]); strings.HasPrefix(at, w.root+"/") {
 			if err := syscall.Unmount(at, syscall.MNT_DETACH); err != nil {
 				w.t.Error(err)
 			}
@@ -80,7 +81,7 @@ func TestFirstReleaseLeavesMountsAlone(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			w.foreign((*world).tree)
-			intact := w.mounted(filepath.Join(w.dest(), "dir", "up loads"))
+			intact := w.mounted(filepath.Join(w.dest(), "dir", `up lo\ads`))
 			bad := w.publish("1", func(m *deployments.Manifest) {
 				m.Strategy = strategy
 				if strategy == deployments.StrategyMv {
@@ -98,7 +99,7 @@ func TestFirstReleaseLeavesMountsAlone(t *testing.T) {
 			w.wantForeign()
 			w.wantRestored(u, bad)
 			intact()
-			if _, err := os.Stat(filepath.Join(w.dest(), "dir", "up loads", "precious")); err != nil {
+			if _, err := os.Stat(filepath.Join(w.dest(), "dir", `up lo\ads`, "precious")); err != nil {
 				t.Errorf("the mount is not at its place: %v", err)
 			}
 		})
