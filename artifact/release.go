@@ -182,8 +182,9 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-" // trees that replace exchanged for others
-	adoptedPrefix = "adopted-"
+	healPrefix    = "heal-"    // trees that replace exchanged for others
+	adoptedPrefix = "adopted-" // followed by a time
+	adoptedTime   = "20060102T150405.000000"
 	// unfinishedPrefix begins names of files that a crash in durable.WriteFile or writeStats leaves; no version begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"

@@ -226,7 +226,7 @@ func (r *Releases) adopt() error {
 	if r.leadsHere(link) {
 		return os.Remove(link)
 	}
-	kept := filepath.Join(r.top(), adoptedPrefix+time.Now().UTC().Format("20060102T150405.000000"))
+	kept := filepath.Join(r.top(), adoptedPrefix+time.Now().UTC().Format(adoptedTime))
 	if err := os.Rename(link, kept); err != nil {
 		return err
 	}
@@ -253,6 +253,11 @@ func (r *Releases) restore() (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	// The prefix may begin a version, too, but the name of its release ends in no time.
+	kept = slices.DeleteFunc(kept, func(k string) bool {
+		_, err := time.Parse(adoptedPrefix+adoptedTime, filepath.Base(k))
+		return err != nil
+	})
 	slices.Sort(kept)
 	if !r.leadsHere(r.link()) {
 		// It was put back already if a kill came before the end.

@@ -23,6 +23,9 @@ import (
 type rsyncSwitcher struct{ treeSwitcher }
 
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
+	if _, err := s.excludeFrom(r); err != nil { // before a missing dest is made, as this error says that dest is untouched
+		return err
+	}
 	parent, err := s.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("dest's parent directory %s does not exist: create it beforehand, or in a pre command",
@@ -110,12 +113,12 @@ func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*saf
 func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	// By content, as archives with normalised times, like kedge publish's, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
-	if from := r.Manifest.ExcludeFrom; from != "" {
-		// rsync's exit status would be that of a failing disk, which is tried again for ever.
-		if !safefs.Exists(filepath.Join(s.tree(r), from)) {
-			return nil, fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
-		}
-		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
+	from, err := s.excludeFrom(r)
+	if err != nil {
+		return nil, err
+	}
+	if from != "" {
+		args = append(args, "--exclude-from", from)
 	}
 	for _, e := range r.Manifest.Excludes {
 		args = append(args, "--exclude", e)
@@ -130,6 +133,21 @@ func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 		}
 	}
 	return args, nil
+}
+
+// excludeFrom returns the path of the manifest's exclude_from in r's tree; empty: it names none. If the file is
+// missing, the error wraps ErrUntouched.
+func (s rsyncSwitcher) excludeFrom(r *Release) (string, error) {
+	from := r.Manifest.ExcludeFrom
+	if from == "" {
+		return "", nil
+	}
+	file := filepath.Join(s.tree(r), from)
+	// rsync's exit status would be that of a failing disk, which is tried again for ever.
+	if !safefs.Exists(file) {
+		return "", fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
+	}
+	return file, nil
 }
 
 // rsyncPattern returns an rsync pattern that matches a path of the tree alone, followed by suffix, a pattern. An end of

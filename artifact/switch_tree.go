@@ -8,6 +8,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"syscall"
 
 	"kedge/artifact/safefs"
@@ -84,7 +87,8 @@ func (t treeSwitcher) clear(parent *safefs.Place, r *Release) error {
 	return os.Remove(parent.Path(filepath.Base(r.Manifest.Dest)))
 }
 
-func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error {
+// Prune removes what interrupted copies left beside dest, but complete ones of r and of the releases in protect.
+func (t treeSwitcher) Prune(r *Release, _ int, protect, _ []deployments.Digest) error {
 	parent, err := t.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -93,7 +97,16 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 		return err
 	}
 	defer parent.Close()
-	return safefs.RemoveTree(parent.Path(besideName(r) + ".part"))
+	entries, err := os.ReadDir(parent.Path(""))
+	for _, e := range entries {
+		short, isCopy := strings.CutPrefix(e.Name(), besidePrefix(r))
+		if !isCopy || !copySuffix.MatchString(short) || short == r.Pointer.Digest.Short() ||
+			slices.ContainsFunc(protect, func(d deployments.Digest) bool { return d.Short() == short }) {
+			continue
+		}
+		err = errors.Join(err, safefs.RemoveTree(parent.Path(e.Name())))
+	}
+	return err
 }
 
 // RecordBefore and RecordAfter do nothing for mv: verify can't compare a tree that was moved. rsyncSwitcher has its own
@@ -102,9 +115,12 @@ func (t treeSwitcher) RecordBefore(context.Context, *Release) error { return nil
 func (t treeSwitcher) RecordAfter(context.Context, *Release) error  { return nil }
 
 // besideName returns the name under which r's tree is copied beside dest, before it gets dest's name.
-func besideName(r *Release) string {
-	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
-}
+func besideName(r *Release) string { return besidePrefix(r) + r.Pointer.Digest.Short() }
+
+func besidePrefix(r *Release) string { return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" }
+
+// copySuffix matches what follows besidePrefix in the name of a copy, whether or not that is complete.
+var copySuffix = regexp.MustCompile(`^[0-9a-f]{12}(` + regexp.QuoteMeta(partSuffix) + `)?$`)
 
 // tool runs a program that copies files. Its exit status doesn't tell a disk error. If it fails and its output names a
 // full disk or quota, a read-only file system or an I/O error, the error wraps that errno.
