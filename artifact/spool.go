@@ -58,7 +58,8 @@ func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 	return s, nil
 }
 
-// spoolName matches the names of spools, and of no other file beside them, whatever a version is called.
+// spoolName matches the names of spools, and of no other regular file beside them, whatever a version is called. The
+// directory of a release that is being removed may have such a name.
 var spoolName = regexp.MustCompile(regexp.QuoteMeta(archiveSuffix) + `[0-9a-f]{12}$`)
 
 // dropSpools removes all spools beside dir except the file keep, including those of releases that were superseded
@@ -67,7 +68,8 @@ func dropSpools(dir, keep string) error {
 	beside := filepath.Dir(dir)
 	entries, err := os.ReadDir(beside)
 	for _, e := range entries {
-		if file := filepath.Join(beside, e.Name()); file != keep && spoolName.MatchString(e.Name()) {
+		file := filepath.Join(beside, e.Name())
+		if file != keep && e.Type().IsRegular() && spoolName.MatchString(e.Name()) {
 			err = errors.Join(err, os.Remove(file))
 		}
 	}

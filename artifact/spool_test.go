@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -240,6 +241,23 @@ func TestASpoolGoes(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A release that is being removed may be called as a spool is.
+func TestOnlyFilesAreSpools(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	trash := trashPrefix + nameOf("1.archive", deployments.DigestOf(nil))
+	if err := os.MkdirAll(filepath.Join(dir, trash, "dir"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	treetest.WriteFile(t, filepath.Join(dir, "old"+archiveSuffix+"0123456789ab"), "part")
+	if err := dropSpools(filepath.Join(dir, "new"), ""); err != nil {
+		t.Error(err)
+	}
+	if left := treetest.List(t, dir); !slices.Equal(left, []string{trash}) {
+		t.Errorf("it leaves %q", left)
 	}
 }
 
