@@ -13,7 +13,8 @@ import (
 )
 
 // eachWrongOwner calls f for each path of root's tree ("." is its top) whose user isn't uid or whose group isn't gid.
-// Negative numbers stand for any. It leaves out paths in skip or below them, and directories deeper than any release's.
+// Negative numbers stand for any. It leaves out paths in skip, but "." itself, or below them, and directories deeper
+// than any release's.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -22,7 +23,7 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if isBelow(p, skip) {
+		if p != "." && isBelow(p, skip) { // the top itself may be a mount
 			if d.IsDir() {
 				return fs.SkipDir
 			}
