@@ -124,7 +124,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 		}
 		opened <- err
 	}()
-	err := f.fetchIndex(ctx, base, dir)
+	err := f.fetchIndex(ctx, base)
 	if oldErr := <-opened; oldErr != nil { // a base that can't be read isn't used
 		f.fallBack("the old release can't be used", "dir", base.dir, "error", oldErr)
 		if f.delta != nil {
@@ -197,7 +197,7 @@ func (f *fetch) makeFiles(ctx context.Context) error {
 
 // fetchIndex sets index and encoded. It takes the index from a small delta against the base, from the base itself if
 // that has the same tree, or from the storage. It also sets delta, or large for a delta of more than deltaInMem bytes.
-func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
+func (f *fetch) fetchIndex(ctx context.Context, base *base) error {
 	m := f.manifest
 	if base != nil {
 		for _, d := range m.Deltas {

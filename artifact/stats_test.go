@@ -147,6 +147,30 @@ func TestKnownFilesStayKnown(t *testing.T) {
 	}
 }
 
+// A file of the archive that a command changed makes no other file unknown.
+func TestFilesStayKnownBesideACommandsChange(t *testing.T) {
+	t.Parallel()
+	w := newStatsWorld(t)
+	if err := w.releases.RecordBefore(t.Context(), w.live); err != nil {
+		t.Fatal(err)
+	}
+	treetest.WriteFile(t, filepath.Join(w.live.Dir, "VERSION"), "a command's")
+	if err := w.releases.RecordAfter(t.Context(), w.live); err != nil {
+		t.Fatal(err)
+	}
+	for begin := time.Now(); ; { // a file that was written just now is hashed, but isn't recorded
+		if found, err := w.releases.Verify(t.Context(), w.live, 0); err != nil || len(found) > 0 {
+			t.Fatalf("%v, %v", found, err)
+		}
+		if known := w.known(t); known[sharedFile] && !known["VERSION"] {
+			return
+		}
+		if time.Since(begin) > 10*time.Second {
+			t.Fatalf("known: %v", w.known(t))
+		}
+	}
+}
+
 // A change of a known file is seen, also if its time was set back, and also if the next thing is that another
 // release goes.
 func TestChangedFilesAreNotKnown(t *testing.T) {

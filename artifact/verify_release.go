@@ -71,9 +71,6 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	if err := v.verify(ctx, dir); err != nil {
 		return nil, err
 	}
-	if !how.quick {
-		r.updateStats(name, rec, v)
-	}
 	found := v.found
 	top, err := os.Lstat(dir)
 	if err != nil {
@@ -87,20 +84,25 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 		return nil, err
 	}
 	found = append(found, owners...)
-	if how.raw {
-		return found, nil
+	if !how.raw {
+		if found, err = r.changeFiles(name).overlaid(dir, found); err != nil {
+			return nil, err
+		}
 	}
-	return r.changeFiles(name).overlaid(dir, found)
+	if !how.quick {
+		r.updateStats(name, rec, v.stats, found)
+	}
+	return found, nil
 }
 
 // updateStats records the stats of the files that were right, unless hashAlways is set. If one file's content was
-// wrong, it drops the stats of all releases of this dest.
-func (r *Releases) updateStats(name string, rec *record, v *verifier) {
+// wrong, and is not as the release's commands left it, it drops the stats of all releases of this dest.
+func (r *Releases) updateStats(name string, rec *record, stats []fileStat, found []Difference) {
 	var err error
-	if slices.ContainsFunc(v.found, func(d Difference) bool { return d.What == "content" }) {
+	if slices.ContainsFunc(found, func(d Difference) bool { return d.What == "content" }) {
 		err = r.forgetStats()
 	} else if !r.hashAlways {
-		err = r.writeStats(name, rec.Index, v.stats)
+		err = r.writeStats(name, rec.Index, stats)
 	}
 	if err != nil {
 		r.log.Warn("could not update what is recorded of a release's files", "dest", r.dest, "release", name, "error", err)
