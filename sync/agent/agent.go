@@ -294,10 +294,10 @@ func (a *Agent) findUnitsOnDisk() {
 	}
 }
 
-// kept reports whether this node has files of a unit; once the unit has a worker, a state that isn't empty. a.mu is
+// kept reports whether this node has files of a unit; once the unit's state was opened, one that isn't empty. a.mu is
 // held.
 func (a *Agent) kept(id deployments.UnitID) bool {
-	if u := a.units[id]; u != nil {
+	if u := a.units[id]; u != nil && u.deploy != nil {
 		return !u.state().Empty()
 	}
 	return a.onDisk[id]

@@ -16,6 +16,16 @@ func made(at time.Time) func(*deployments.Manifest) {
 	return func(m *deployments.Manifest) { m.Created = at.UTC().Truncate(time.Second) }
 }
 
+// awaitFloor waits until a release has raised the version floor.
+func (a *running) awaitFloor(id deployments.UnitID, p deployments.Pointer) {
+	a.t.Helper()
+	await(a.t, "the floor to be raised", func() (bool, string) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.units[id].floorRelease == p, "not yet"
+	})
+}
+
 // If the agent was killed before it raised the version floor, it raises the floor before any other deployment.
 func TestRaisesTheFloorBeforeItGoesOn(t *testing.T) {
 	t.Parallel()
@@ -66,4 +76,28 @@ func TestPinWithoutARecord(t *testing.T) {
 	}
 	w.desire(app, deployments.Record{Target: one, Generation: 2})
 	a.awaitRunning(app, two)
+}
+
+// A unit's files count while its state is being opened: a pin that is seen then isn't one of a unit that nobody knows.
+func TestUnitThatOpensIsKept(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.desire(app, deployments.Record{Target: w.publish("app", "1"), Generation: 1})
+	a := w.start()
+	a.awaitState(app, deployments.StateConverged)
+	a.stop()
+	again, err := New(w.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.dir.Close()
+	again.mu.Lock()
+	defer again.mu.Unlock()
+	unopened, other := &unit{id: app}, app.RoleID().Unit("other")
+	if again.units[app] = unopened; !again.kept(app) {
+		t.Error("while its worker opens it, the unit is not kept")
+	}
+	if again.units[other] = unopened; again.kept(other) {
+		t.Error("a unit without files is kept")
+	}
 }

@@ -24,7 +24,8 @@ func newMetrics(r *prometheus.Registry) *metrics {
 	m := &metrics{
 		jobs: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_agent_jobs_total",
-			Help: "What the agent did for a unit, by kind (deploy, stage, recover, heal, verify) and result (ok, failed, retried, refused, superseded).",
+			Help: "What the agent did for a unit, by kind (deploy, forget, forget-before, heal, inspect-dest, leave, observe, " +
+				"prove, raise-floor, recover, stage, verify) and result (ok, failed, retried, refused, superseded).",
 		}, []string{"role", "unit", "kind", "result"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "kedge_agent_deploy_duration_seconds", Help: "How long successful deployments took.",
