@@ -77,6 +77,9 @@ type Progress struct {
 	// Unproven is set if Stable was released to all nodes at once and never became healthy everywhere. Nodes that
 	// are unhealthy because of Stable don't count against the budget.
 	Unproven bool `json:"unproven,omitempty"`
+	// StablePinned is set if Stable is the release of a unit pin, or may be as the store had lost the record. A pin is
+	// temporary: Stable then doesn't raise the nodes' version floors.
+	StablePinned bool `json:"stable_pinned,omitempty"`
 	// Serving is set once a node of a first release has reported that something else serves there: the rollout
 	// then goes through its gates.
 	Serving bool `json:"serving,omitempty"`

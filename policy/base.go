@@ -48,6 +48,11 @@ func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record
 			pinned.Claim = -b.Floor
 			next.Pinned = &pinned
 		}
+		if next.Rollout != nil {
+			rollout := *next.Rollout
+			rollout.StablePinned = true // nodes may run Stable by a pin
+			next.Rollout = &rollout
+		}
 	}
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
@@ -172,7 +177,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}
-	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
+	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond), StablePinned: true}
 	switch {
 	case h.Stable == h.Release:
 		return r

@@ -64,11 +64,12 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		}
 	}
 	if was.Rollout != nil {
-		next.r.Stable = was.Stable
+		next.r.Stable, next.p.StablePinned = was.Stable, was.Rollout.StablePinned
 		if was.Rollout.Phase != deployments.PhaseRolledBack {
 			next.p.Superseded = superseded(in, was)
 		}
 	} else {
+		next.p.StablePinned = targetPinned(was)
 		next.p.Unproven = !was.Stable.IsZero() && was.Stable != was.Target && was.Pinned == nil
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
@@ -215,6 +216,9 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
+// targetPinned reports whether a record's target is there by a pin alone: it wasn't Git's stable release before.
+func targetPinned(r deployments.Record) bool { return r.Pinned != nil && r.Target != r.Pinned.Stable }
+
 // endPin goes back to the release that Git names. If the pin's rollout had ended on that release, it only clears
 // Pinned. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
 // back isn't rolled out again: its rollback goes on. If successor has no room, the result is as in begin.
@@ -237,8 +241,10 @@ func endPin(in *inputs, st state) state {
 	}
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
-		if next.r.Stable = git.Stable; next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
-			next.r.Stable = in.Record.Target // every node runs it, unless the pin's rollout is still on
+		next.r.Stable, next.p.StablePinned = git.Stable, false
+		if next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
+			// every node runs it, unless the pin's rollout is still on
+			next.r.Stable, next.p.StablePinned = in.Record.Target, true
 		}
 		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest && own.Digest != git.Failed {
 			next.p.Superseded = []deployments.Superseded{own}

@@ -108,7 +108,7 @@ func retry(in *inputs, st state) state {
 		st = st.because(deployments.ReasonRetried, deployments.Facts{"ended": "true"})
 		if tolerated := unconverged(in, st.r.Target.Digest); tolerated > 0 {
 			st.r.Generation++
-			st.on, st.p = true, deployments.Progress{Tolerated: tolerated}
+			st.on, st.p = true, deployments.Progress{Tolerated: tolerated, StablePinned: targetPinned(st.r)}
 			st = st.roll(in)
 			st.r.Joined = nextJoined(in, st)
 		}
@@ -116,7 +116,7 @@ func retry(in *inputs, st state) state {
 	}
 	list := superseded(in, st.record())
 	st.r.Generation++
-	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: list}
+	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: list, StablePinned: st.p.StablePinned}
 	st.r.Joined = nextJoined(in, st)
 	return start(in, st).because(deployments.ReasonRetried, nil)
 }

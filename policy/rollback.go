@@ -36,7 +36,8 @@ func turnBack(in *inputs, st state, why cause) state {
 	st.r.Claim = st.r.RequestGeneration()
 	st.r.Generation++
 	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
-		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: list, Forced: st.p.Forced}
+		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: list, Forced: st.p.Forced,
+		StablePinned: st.p.StablePinned}
 	st.r.Joined = nextJoined(in, st)
 	st.why = why
 	return st
@@ -64,7 +65,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 		facts = facts.With("left", fmt.Sprint(v.overdue))
 	}
 	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
-		Reason: p.Reason, Facts: facts, Message: p.Message}
+		Reason: p.Reason, Facts: facts, Message: p.Message, StablePinned: p.StablePinned}
 	st.r.Nodes = v.live + v.gone + v.pinned
 	return st.because(p.Reason, facts), false
 }

@@ -212,10 +212,7 @@ func (a *Agent) setGoals(r *cache.Role) {
 		if r := u.record; r.Present && r.Err == nil {
 			g.stays = r.Value.Rollout == nil || !r.Value.Stable.IsZero()
 		}
-		// A rollout may turn back until it has ended; a pin is temporary.
-		from := u.decision.Source
-		g.raiseFloor = a.c.Trust != nil &&
-			(from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
+		g.raiseFloor = a.c.Trust != nil && settled(u.decision.Source, u.record.Value)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
 		g.adopt = a.c.Adopt || u.record.Value.Adopt
 		if u.observes {
@@ -226,6 +223,18 @@ func (a *Agent) setGoals(r *cache.Role) {
 		}
 		u.setGoal(g)
 	}
+}
+
+// settled reports whether the release that a record's target or stable names, as source says, can't be turned back from
+// any more, so that nothing older may follow it. A rollout may turn back until it has ended, and a pin is temporary.
+func settled(source policy.Source, r deployments.Record) bool {
+	switch source {
+	case policy.FromTarget:
+		return r.Rollout == nil && r.Pinned == nil
+	case policy.FromStable:
+		return r.Rollout == nil || !r.Rollout.StablePinned
+	}
+	return false
 }
 
 // setGoal sets the worker's goal, and cancels a job that conflicts with it. What is newly wanted is tried at once.
