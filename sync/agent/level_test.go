@@ -249,15 +249,62 @@ func TestOlderReleases(t *testing.T) {
 
 	w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 3})
 	a.awaitRunning(app, two)
-	raised := func() (bool, string) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		return a.units[app].floorRelease == two, "not yet"
-	}
-	await(t, "the floor to be raised", raised)
+	a.awaitFloor(app, two)
 	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 4})
 	a.awaitState(app, deployments.StateInvalid)
 	w.put(kv.PinKey(app), one.String())
+	a.awaitRunning(app, one)
+}
+
+// A pin that the mirror rolls out reaches nodes as the record's target, or as stable once another follows it. It may
+// name an older release, too, but only while it is there.
+func TestOlderReleasesByAPacedPin(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	now := time.Now()
+	one, two := w.publish("app", "1", made(now.Add(-2*time.Hour))), w.publish("app", "2", made(now.Add(-time.Hour)))
+	w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 1, Paced: true})
+	a := w.start(signed, func(c *Config) { c.AllowOlderPins = true })
+	a.awaitRunning(app, two)
+	a.awaitFloor(app, two)
+	pinned := deployments.Record{Target: one, Stable: two, Generation: 2, Paced: true,
+		Pinned:  &deployments.Pinned{Target: two, Stable: two, Claim: 1},
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, Cutoff: math.MaxUint64, Fast: true}}
+	w.desire(app, pinned) // without the pin
+	a.awaitState(app, deployments.StateInvalid)
+	w.put(kv.PinKey(app), "{release: "+one.String()+", until: "+now.Add(-time.Minute).Format(time.RFC3339)+"}")
+	await(t, "the pin to be seen", func() (bool, string) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.units[app].pins[0].Present, "not yet"
+	})
+	if u := a.unit(app); u.State != deployments.StateInvalid || w.live("app") != "2" {
+		t.Errorf("by a pin that has expired, %s is live: %+v", w.live("app"), u)
+	}
+	w.put(kv.PinKey(app), one.String())
+	a.awaitRunning(app, one)
+}
+
+// A pin is temporary: its release doesn't raise the version floor, neither once its rollout has ended, nor as the
+// stable release of the rollout that follows the pin. Git's older release may follow it.
+func TestPinnedReleasesRaiseNoFloor(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	now := time.Now()
+	one, two := w.publish("app", "1", made(now.Add(-2*time.Hour))), w.publish("app", "2", made(now.Add(-time.Hour)))
+	w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 2, Paced: true,
+		Pinned: &deployments.Pinned{Target: one, Stable: one, Claim: 1}})
+	w.put(kv.PinKey(app), two.String())
+	a := w.start(signed)
+	a.awaitRunning(app, two)
+	a.awaitState(app, deployments.StateConverged)
+	w.delete(kv.PinKey(app))
+	back := deployments.Record{Target: one, Stable: two, Generation: 3, Paced: true, Claim: 1,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, Fast: true, StablePinned: true}}
+	w.desire(app, back)
+	a.awaitUnit(app, "awaiting its turn", func(u deployments.UnitReport) bool { return u.Generation == 3 })
+	back.Rollout.Cutoff = math.MaxUint64
+	w.desire(app, back)
 	a.awaitRunning(app, one)
 }
 

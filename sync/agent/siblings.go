@@ -8,6 +8,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/deploy"
 	"kedge/sync/fleet/message"
 )
 
@@ -208,16 +209,22 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 	u.refused[p] = why
 }
 
-// endRefusals ends the unit's refusals of releases whose dest was taken by another unit, and has become free. a.mu is
-// held.
+// endRefusals ends the unit's refusals of releases that would be admitted now: another unit's dest has become free, or
+// a pin now names a release older than the floor. (A node may see the record of a pin before the pin.) a.mu is held.
 func (a *Agent) endRefusals(u *unit) {
 	for p, why := range u.refused {
-		if why.dest != "" && a.checkDest(u, why.dest) == nil {
+		switch {
+		case why.dest != "" && a.checkDest(u, why.dest) == nil:
 			u.log.Info("the dest that another unit had is free: no longer refusing the release",
 				"release", p.String(), "dest", why.dest)
-			delete(u.refused, p)
-			u.wake.Set()
+		case errors.As(why.err, new(*deploy.OlderError)) && a.mayBeOlder(u, p):
+			u.log.Info("a pin names the release: no longer refusing it, though it is older than the version floor",
+				"release", p.String())
+		default:
+			continue
 		}
+		delete(u.refused, p)
+		u.wake.Set()
 	}
 }
 

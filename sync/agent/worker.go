@@ -105,7 +105,11 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Socket: a.dir.Path(statedir.SocketFile),
 			Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Floors: a.floors, HashAlways: a.c.HashAlways, Secrets: a.c.Secrets,
-			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
+			Older: func(p deployments.Pointer) bool {
+				a.mu.Lock()
+				defer a.mu.Unlock()
+				return a.mayBeOlder(u, p)
+			},
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Claim:    func(dest string) error { return a.claim(u, dest) },
 			Progress: func(s deployments.State, p meter.Progress) { a.progress(u, s, p) },
@@ -260,12 +264,13 @@ func (a *Agent) freeMemory() {
 	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
-// mayBeOlder reports whether p may be older than the floor: by AllowOlderPins, if a pin, not the record, decides for p.
+// mayBeOlder reports whether p may be older than the floor: by AllowOlderPins, if a valid pin of the unit or of this
+// node names it. A pin that the mirror rolls out reaches nodes as the record's target, so the decision's source doesn't
+// tell. a.mu is held.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	from := u.decision.Source
-	return a.c.AllowOlderPins && (from == policy.FromNodePin || from == policy.FromUnitPin) && u.decision.Target == p
+	return a.c.AllowOlderPins && slices.ContainsFunc(u.pins[:], func(v policy.Value[deployments.Pin]) bool {
+		return v.Present && v.Err == nil && v.Value.Release == p && !v.Value.Expired(time.Now())
+	})
 }
 
 // progress records what package deploy reports: the bytes fetched and, for a job that switches, its phase.
