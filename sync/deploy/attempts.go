@@ -13,7 +13,7 @@ import (
 const (
 	// maxCutOff is how many times a step with an owner may be cut off: at the last of them the deployment fails. In the
 	// step success, and on the way back, the step's commands are left out instead. A step is cut off if the agent or the
-	// machine ends during it, or before it is tried again.
+	// machine ends during it, but not while it waits for its next try.
 	maxCutOff = 3
 	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32
@@ -40,11 +40,16 @@ func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 
 // setAttempt puts a, as the newest, in place of the journal's entry for its step.
 func (j *journal) setAttempt(a attempt) {
-	same := func(b attempt) bool { return a.Digest == b.Digest && a.Step == b.Step }
-	j.Attempts = append(slices.DeleteFunc(j.Attempts, same), a)
+	j.forgetAttempt(a.Digest, a.Step)
+	j.Attempts = append(j.Attempts, a)
 	if len(j.Attempts) > maxAttempts {
 		j.Attempts = slices.Delete(j.Attempts, 0, 1)
 	}
+}
+
+// forgetAttempt removes the journal's entry for a step of a release.
+func (j *journal) forgetAttempt(digest deployments.Digest, s step) {
+	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest && a.Step == s })
 }
 
 // forgetAttempts removes the journal's entries for a release.
@@ -64,9 +69,12 @@ func (d *deployment) owner() deployments.Digest {
 	return deployments.Digest{}
 }
 
+// wait marks the current step as waiting for its next try, if cut-offs of it count.
+func (d *deployment) wait() { d.Waits = !d.owner().IsZero() }
+
 // resume prepares a deployment that Open found to continue, once. It ends processes that the deployment's command left
-// running, and counts the step as cut off: see maxCutOff. It goes back from the health checks to the post commands
-// after a reboot, which ended what they had started.
+// running, and counts the step as cut off unless it only waited: see maxCutOff. After a reboot, it goes back from the
+// health checks to the post commands, as what they had started was ended.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -88,7 +96,7 @@ func (u *Unit) resume(ctx context.Context) error {
 		a := j.attempt(d.owner(), d.Step)
 		a.CutOff++
 		switch {
-		case a.Digest.IsZero():
+		case a.Digest.IsZero(), d.Waits:
 		case a.CutOff >= u.maxCutOff && !d.Step.goesBack() && d.Step != stepSuccess:
 			err := fmt.Errorf("the agent or the machine ended %d times during this step", a.CutOff)
 			u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(d.Step), "error", err)
@@ -101,6 +109,7 @@ func (u *Unit) resume(ctx context.Context) error {
 			u.log.Info("the machine was restarted: running the release's post commands again", "release", d.Release.String())
 			d.enter(again)
 		}
+		d.wait() // the next start must not count this cut-off again
 	})
 	if err == nil {
 		u.cutOff = false
@@ -148,5 +157,9 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	if err := u.note(ctx, "a failure command failed", err); err != nil {
 		return cause
 	}
-	return errors.Join(cause, u.save(func(j *journal) { j.Told = told }))
+	return errors.Join(cause, u.save(func(j *journal) {
+		j.Told = told
+		// The next failure of the release has its commands run again, those with once as well.
+		j.forgetAttempt(q.Release.Digest, stepFailure)
+	}))
 }

@@ -79,7 +79,9 @@ type deployment struct {
 	Run string `json:"run"`
 	// Boot is the ID of the boot in which Step began.
 	Boot string `json:"boot,omitempty"`
-	// Touched is set as soon as a switch, of this deployment or one that it superseded, may have changed dest.
+	// Waits is set while Step isn't under way, but waits for its next try: a restart doesn't cut it off then.
+	Waits bool `json:"waits,omitempty"`
+	// Touched is set as soon as a switch or a Leave, of this deployment or one that it superseded, may have changed dest.
 	Touched bool `json:"touched,omitempty"`
 	// Adopted is set if the tree at dest equalled the release, so that only failure commands may run.
 	Adopted bool `json:"adopted,omitempty"`
@@ -125,8 +127,8 @@ func (u *Unit) save(change func(*journal)) error {
 
 // enter begins step s.
 func (d *deployment) enter(s step) {
-	d.Step, d.Run = s, rand.Text()
-	d.Touched = d.Touched || s == stepSwitch
+	d.Step, d.Run, d.Waits = s, rand.Text(), false
+	d.Touched = d.Touched || s == stepSwitch || s == stepBack && d.Leaves
 }
 
 // load reads the journal, if there is one. A damaged one is set aside, and the running release is derived from dest.

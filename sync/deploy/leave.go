@@ -82,13 +82,12 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.log.Info("putting back what was at dest before kedge", "release", r.Pointer.String())
 	err = u.save(func(j *journal) {
-		if j.Deployment != nil && failed == nil {
-			j.Deployment.enter(stepBack)
-		} else {
-			j.Deployment = &deployment{Release: j.Running, From: j.Running, BackFailure: failed}
-			j.Deployment.enter(stepDrain)
+		next := stepBack
+		if j.Deployment == nil || failed != nil {
+			j.Deployment, next = &deployment{Release: j.Running, From: j.Running, BackFailure: failed}, stepDrain
 		}
 		j.Deployment.Leaves, j.Drained = true, true
+		j.Deployment.enter(next)
 	})
 	if err != nil {
 		return err
@@ -149,9 +148,10 @@ var errLeft = errors.New("the rollout of the release has stopped: dest has again
 // restore puts back what was at dest before a first release that has failed or was stopped, and returns the journal's
 // change.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// Strategy release switches by one rename: a deployment that was stopped before it has changed nothing at dest.
+	// Strategy release switches by one rename: a deployment that was stopped before it has changed nothing at dest. A
+	// switch that failed by the disk may have come after it.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease
-	if d.Fault == nil && atomic {
+	if d.Fault == nil && atomic && !d.Touched {
 		return nil, nil
 	}
 	back := !d.Touched && exists(r.Manifest.Dest)

@@ -255,6 +255,41 @@ func TestLeaveForWhatIsGone(t *testing.T) {
 	}
 }
 
+// If Leave has changed a part of dest when another deployment supersedes it, and that goes back, dest is whole again.
+func TestGoesBackBehindALeaveThatStopped(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies[1:] { // one rename is no part
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign((*world).tree)
+			u := w.open(nil)
+			one := w.publish("1", w.movesAway(strategy))
+			if err := u.Deploy(t.Context(), Request{Release: one, MayLeave: true}); err != nil {
+				t.Fatal(err)
+			}
+			u.at = func(point string) {
+				if point == "before back" {
+					if err := os.Remove(filepath.Join(w.dest(), "a")); err != nil {
+						t.Error(err)
+					}
+					panic("killed")
+				}
+			}
+			func() {
+				defer func() { _ = recover() }()
+				_ = u.Leave(t.Context())
+			}()
+			u = w.open(nil)
+			two := w.publish("2", func(m *deployments.Manifest) {
+				m.Strategy, m.Commands.Pre = strategy, []deployments.Command{{Run: "false"}}
+			})
+			w.wantFailed(u, two, one)
+			w.wantVersion("1")
+		})
+	}
+}
+
 // Wherever the first release, its successor and the way back to what was there before are killed, it ends there.
 func TestLeaveKilledAnywhere(t *testing.T) {
 	t.Parallel()

@@ -81,6 +81,9 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		return u.stayOutOfService(ctx, d, err)
 	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
 		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
+		if !stopped && !d.owner().IsZero() && !u.ending() {
+			err = errors.Join(err, u.save(func(j *journal) { j.Deployment.wait() }))
+		}
 		return fmt.Errorf("the deployment of %s is unfinished in step %s, and goes on at the next try: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
 		u.log.Warn("undoing the deployment", "release", d.Release.String(), "step", string(s), "error", err)
@@ -150,10 +153,9 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			now.Check = failed.check
 		}
 		d.BackFailure, j.Confirmed = now, false
-		a := j.attempt(d.owner(), stepBackPost)
-		if a.Begun != nil { // they were not cut off
-			a.Begun = nil
-			j.setAttempt(a)
+		// The commands were not cut off, or are left out as they were too often.
+		if a := j.attempt(d.owner(), stepBackPost); a.CutOff < u.maxCutOff {
+			j.forgetAttempt(a.Digest, a.Step)
 		}
 		if d.Fault != nil {
 			told := *d.Fault
@@ -165,6 +167,7 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 		} else {
 			d.enter(stepBack)
 		}
+		d.wait()
 	})
 	if err != nil {
 		return errors.Join(cause, err)

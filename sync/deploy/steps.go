@@ -130,6 +130,11 @@ func (u *Unit) runSteps(ctx context.Context) error {
 	u.lock.begun()
 	u.progress(deployments.StateSwitching, meter.Progress{})
 	for {
+		if u.j.Deployment.Waits {
+			if err := u.save(func(j *journal) { j.Deployment.Waits = false }); err != nil {
+				return err
+			}
+		}
 		d := u.j.Deployment
 		u.at("before " + string(d.Step))
 		began := time.Now()

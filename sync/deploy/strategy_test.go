@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"kedge/artifact"
@@ -202,6 +203,45 @@ func TestVerifyAndHeal(t *testing.T) {
 			w.wantHooks()
 		})
 	}
+}
+
+// If the first switch has exchanged dest when it fails by the node's fault, what was there before is put back.
+func TestFirstSwitchThatIsUndone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.foreign((*world).tree)
+	u := w.open(nil)
+	p := w.publish("1", nil)
+	r, err := u.admit(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		u.at = func(point string) {
+			if point != "before switch" {
+				return
+			}
+			u.at = func(string) {}
+			if err := u.switcher(r).Switch(t.Context(), r); err != nil {
+				t.Error(err)
+			}
+			err := u.handleStepError(t.Context(), u.j.Deployment, syscall.ENOSPC)
+			if !errors.Is(err, syscall.ENOSPC) || errors.As(err, new(*Failed)) {
+				t.Errorf("got %v", err)
+			}
+			panic("undone")
+		}
+		func() {
+			defer func() { _ = recover() }()
+			_ = u.Deploy(t.Context(), Request{Release: p, MayLeave: true})
+		}()
+		w.wantForeign()
+		if s := u.State(); !s.Running.IsZero() || s.Drained || s.Unfinished || len(s.Quarantined) > 0 {
+			t.Errorf("state: %+v", s)
+		}
+	}
+	w.deploy(u, p)
+	w.wantVersion("1")
 }
 
 // What served before kedge, a tree or a link of another tool's, is kept, and is back in service when the first
