@@ -180,8 +180,8 @@ type writtenRecord struct {
 	// adopted record has the same in both.
 	base, version uint64
 	at            time.Time
-	// vouched is set if a commit named the unit, so that the record goes into the signed snapshot. A record whose
-	// unit Git never named was only marked as orphaned.
+	// vouched is set if a commit named the unit that was signed, or that needs no signature. Then the record goes into the
+	// signed snapshot. It stays set if a later commit no longer names the unit and the record is marked as orphaned.
 	vouched bool
 }
 
@@ -223,6 +223,7 @@ type change struct {
 	after   deployments.Record
 	value   []byte // nil: the key is removed
 	base    uint64 // the version that the write replaces; 0: none
+	vouched bool   // as writtenRecord.vouched
 	note    string
 	history *deployments.History // the entry of a new generation, or the changed newest one; nil: neither
 	reason  string               // why it is made, in words: see reasonOf

@@ -119,7 +119,7 @@ func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 // plan is the result of reconcile.
 type plan struct {
 	changes []change // sorted by unit
-	// agreed are units that Git names and whose records, written by another mirror, need no change.
+	// agreed are units that Git names and whose records need no change, but are yet to be adopted: see written.adopt.
 	agreed []deployments.UnitID
 	// whole is false if a unit has to wait until the watch shows this mirror's last write of it, its nodes report, or
 	// inputs.blind ends.
@@ -150,7 +150,9 @@ func reconcile(in inputs) plan {
 				p.hearing++
 			}
 		case doNothing:
-			if _, known := in.own[u.ID]; !known && ours(in.cells[u.ID].record) {
+			c := in.cells[u.ID]
+			own, known := in.own[u.ID]
+			if ours(c.record) && !own.vouched && compareKey(c, own, known, in.now) != inFlight {
 				p.agreed = append(p.agreed, u.ID)
 			}
 		}
@@ -189,6 +191,7 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		return w, doWrite
 	}
 	w.kind, w.reason, w.after = "update", "its file is no longer in Git", policy.MarkOrphaned(c.record)
+	w.vouched = own.vouched
 	if w.value = encode(w.after); bytes.Equal(w.value, encode(c.record)) {
 		return change{}, doNothing
 	}
@@ -201,7 +204,7 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
-	w := change{unit: u.ID, kind: "update", base: c.version}
+	w := change{unit: u.ID, kind: "update", base: c.version, vouched: !in.unvouched}
 	nodes := in.nodes(u.ID)
 	var base policy.Base
 	unheard := false // whether no record is known

@@ -12,6 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git"
 	"kedge/sync/git/gittest"
 )
 
@@ -247,5 +248,71 @@ func TestCommitsSignedByOpenPGP(t *testing.T) {
 	); err == nil ||
 		!strings.Contains(err.Error(), "gpg --armor --export") {
 		t.Errorf("a file without keys: %v", err)
+	}
+}
+
+// A record that the mirror wrote while nobody vouched for its commit comes into the signed snapshot once a commit that
+// counts names its unit, but not by being marked as orphaned.
+func TestSnapshotsLeaveOutWhatNobodySigned(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		files map[string]string
+		want  string
+	}{
+		{"the unit is still there", map[string]string{"prod/web/base.yaml": unitFile("base/1")}, "app base"},
+		{"it is gone", map[string]string{"prod/web/app.yaml": "", "prod/web/base.yaml": unitFile("base/1")}, "base"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			o := gittest.New(t)
+			taken := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+			l, store := led(t, o)
+			l.snapshot.save = func(context.Context, []kv.Entry) error { return nil }
+			l.rebuildWait = 0
+			id := unitID(t, "prod/web/app")
+			view := func(prefix string) kv.View {
+				entries, err := store.List(t.Context(), prefix)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return kv.View{Synced: true, Entries: entries}
+			}
+			round := func(branch gitState) {
+				t.Helper()
+				l.observer.fleet(view(kv.StatusPrefix))
+				l.observer.records(view(kv.DesiredPrefix))
+				l.observer.orders(view(kv.ControlPrefix))
+				if _, err := l.round(t.Context(), branch); err != nil {
+					t.Fatal(err)
+				}
+			}
+
+			byHand := deployments.Record{Target: pointer("app/1"), Generation: 7, Commit: taken, Drift: deployments.DriftReport}
+			put(t, store.Store, kv.DesiredKey(id), string(encode(byHand)))
+			put(t, store.Store, kv.ControlKey(id), "retry")
+			unvouched, err := l.branch.loadUnsigned(taken)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.acceptor.unvouched = unvouched
+			round(gitState{head: taken, bad: &git.BadCommit{Hash: taken, Err: errors.New("the signer is gone")}})
+			if own := l.written.records[id]; own.record.Retry == 0 {
+				t.Fatalf("the retry led to %+v", own)
+			}
+
+			o.Push(c.files)
+			signed := l.branch.look(t.Context(), gitState{})
+			for range 2 { // the second round sees the writes of the first
+				round(signed)
+			}
+			var names []string
+			for _, e := range l.snapshot.offered {
+				names = append(names, strings.TrimPrefix(e.Key, "desired/prod/web/"))
+			}
+			if got := strings.Join(names, " "); got != c.want {
+				t.Errorf("the snapshot has %q, want %q", got, c.want)
+			}
+		})
 	}
 }

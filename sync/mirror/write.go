@@ -44,12 +44,13 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	}
 }
 
-// adopt makes this mirror responsible for records that another mirror wrote: from now on it undoes changes to them that
-// are made by hand, and includes them in the snapshot.
+// adopt makes this mirror responsible for records that are as a signed commit asks for: from now on it undoes changes to
+// them that are made by hand, and includes them in the snapshot. Another mirror wrote them, or this one unvouched.
 func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
 	for _, id := range units {
 		c := cells[id]
-		w.records[id] = writtenRecord{record: c.record, value: c.value, base: c.version, version: c.version, vouched: true}
+		w.records[id] = writtenRecord{record: c.record, value: c.value, base: c.version, version: c.version,
+			at: w.records[id].at, vouched: true}
 	}
 }
 
@@ -134,7 +135,7 @@ func (w *writer) noteWritten(c change, now time.Time) {
 	}
 	w.traceWritten(c, now)
 	w.records[c.unit] = writtenRecord{record: c.after, value: c.value, base: c.base, at: now,
-		vouched: !c.after.Orphaned || w.records[c.unit].vouched}
+		vouched: c.vouched}
 	if c.value == nil {
 		w.history.forget(c.unit)
 	}
