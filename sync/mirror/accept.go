@@ -41,6 +41,8 @@ type acceptor struct {
 	compared  string // FROM..TO of the last candidate that was checked
 	refusal   error  // why that candidate is refused; nil: it isn't
 
+	countedBad string // the last head that was counted as refused because it is invalid or its signature doesn't count
+
 	overruled    string      // the last commit whose history wasn't checked, as Config.Accept names it
 	inspection   *inspection // of the candidate's releases; nil: not begun
 	releaseRetry *wait.Backoff
@@ -62,6 +64,10 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	case branch.head == "" || a.commit != nil && branch.head == a.commit.Hash:
 		return outcome{}
 	case branch.bad != nil:
+		if a.countedBad != branch.head { // the follower logs it
+			a.countedBad = branch.head
+			a.metrics.countCommit(branch.bad)
+		}
 		return outcome{refused: branch.bad}
 	}
 	c := a.candidate(branch.good, cells)
@@ -91,7 +97,7 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 		err = fmt.Errorf("commit %s is not taken yet: %w", short(branch.head), err)
 		return outcome{unsure: err, retry: a.inspection.wait(time.Now())}
 	case done:
-		a.metrics.judged(nil)
+		a.metrics.countCommit(nil)
 		a.log.Info("the commit is taken", "commit", branch.head, "after", c.from)
 		a.commit = branch.good
 		return outcome{taken: true}
@@ -184,7 +190,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 // logRefusal logs and counts the refusal of the commit, if it was refused.
 func (a *acceptor) logRefusal(commit string) {
 	if err := a.refusal; err != nil {
-		a.metrics.judged(err)
+		a.metrics.countCommit(err)
 		a.log.Error("the commit is refused", "commit", commit, "error", err)
 	}
 }

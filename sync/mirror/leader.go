@@ -125,8 +125,12 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	defer context.AfterFunc(lease.Context(), func() { cancel(context.Cause(lease.Context())) })()
 
 	err := newLeader(m, lease).run(held)
-	if ctx.Err() == nil {
+	switch {
+	case ctx.Err() != nil:
+	case lease.Context().Err() != nil || errors.Is(err, kv.ErrLeaseLost):
 		m.c.Log.Warn("this mirror lost the lease", "name", m.c.Name, "error", err)
+	default:
+		m.c.Log.Warn("this mirror gives up the lease, as what it runs meanwhile failed", "name", m.c.Name, "error", err)
 	}
 }
 
@@ -184,6 +188,7 @@ func (l *leader) begin(ctx context.Context) error {
 			l.written.state = deployments.MirrorState{}
 		}
 	}
+	l.metrics.applied(l.written.state)
 	return nil
 }
 
@@ -274,6 +279,12 @@ func (l *leader) loop(ctx context.Context) error {
 			if conflicts++; conflicts >= conflictsLogged {
 				l.reportConflict(ctx, err, conflicts)
 			}
+			if conflicts > 1 { // the watch didn't show it soon: see conflictsLogged
+				if err := wait.For(ctx, again); err != nil {
+					return err
+				}
+				continue
+			}
 		default:
 			if lastErr == nil {
 				l.c.Log.Warn("could not bring the store up to date with Git: trying again", "store", l.c.Store, "error", err)
@@ -304,9 +315,9 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row are logged: a late watch doesn't explain as many. They are a second
-// apart, or less while the store changes.
-const conflictsLogged = 5
+// conflictsLogged is how many conflicts in a row are logged. From the second on they are about a second apart, however
+// often the store changes. So as many take as long as watchLag, and a late watch doesn't explain them.
+const conflictsLogged = 7
 
 // reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row, and logs it
 // now and then.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -209,4 +210,57 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	if _, err := store.Get(t.Context(), "control/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
 		t.Errorf("the order was not taken: %v", err)
 	}
+}
+
+// Writes that the store keeps refusing are tried about once a second, however often the store changes meanwhile.
+func TestConflictsOfAFleetThatReports(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	l.branch.set(l.branch.look(t.Context(), gitState{}))
+	l.observer.records(kv.View{Synced: true})
+	var tries atomic.Int32
+	second := make(chan struct{})
+	store.setRefuse(func([]kv.Op) error {
+		if tries.Add(1) == 2 {
+			close(second)
+		}
+		return kv.ErrConflict
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- l.loop(ctx) }()
+	reports := time.NewTicker(time.Millisecond)
+	defer reports.Stop()
+	var enough <-chan time.Time
+	for waiting := true; waiting; {
+		select {
+		case <-reports.C:
+			l.observer.changed.Set()
+		case <-second:
+			second, enough = nil, time.After(300*time.Millisecond)
+		case <-enough:
+			waiting = false
+		}
+	}
+	cancel()
+	<-ended
+	if n := tries.Load(); n != 2 {
+		t.Errorf("it tried %d times, want 2", n)
+	}
+}
+
+// An error of Config.Leading ends the leadership, and isn't taken for the loss of the lease.
+func TestLeadingFails(t *testing.T) {
+	t.Parallel()
+	m := start(t, Config{Store: dirStore(t), Repo: gittest.New(t).Bare,
+		Leading: func(context.Context) error { return errors.New("no receiver") }})
+	m.await("the log", func() error {
+		if text := m.log.String(); !strings.Contains(text, "gives up the lease") || !strings.Contains(text, "no receiver") ||
+			strings.Contains(text, "lost the lease") {
+			return errors.New("it says something else")
+		}
+		return nil
+	})
 }

@@ -67,25 +67,28 @@ func (m *metrics) polled(err error) {
 	}
 }
 
-func (m *metrics) judged(err error) {
+func (m *metrics) countCommit(err error) {
 	m.commits.WithLabelValues(resultOf(err, "taken", "refused")).Inc()
 }
 
 func (m *metrics) wrote(ops int) { m.keys.Add(float64(ops)) }
 
+// led exports whether this mirror holds the lease. One that lost it no longer knows what applied exported.
 func (m *metrics) led(leading bool) {
-	m.leading.Set(0)
-	if leading {
-		m.leading.Set(1)
+	m.leading.Set(oneIf(leading))
+	if !leading {
+		m.applied(deployments.MirrorState{})
 	}
 }
 
+// applied exports what mirror/state holds.
 func (m *metrics) applied(s deployments.MirrorState) {
-	m.at.Set(float64(s.At.UnixMilli()) / 1000)
-	m.refused.Set(0)
-	if s.Refused != "" {
-		m.refused.Set(1)
+	at := 0.0
+	if !s.At.IsZero() {
+		at = float64(s.At.UnixMilli()) / 1000
 	}
+	m.at.Set(at)
+	m.refused.Set(oneIf(s.Refused != ""))
 }
 
 // hooked counts a webhook by the HTTP status that answered it.

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -29,7 +30,8 @@ func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
 			for _, l := range m.GetLabel() {
 				labels = append(labels, l.GetName()+"="+l.GetValue())
 			}
-			lines = append(lines, fmt.Sprintf("%s %s %v", f.GetName(), strings.Join(labels, ","), m.GetGauge().GetValue()))
+			value := m.GetGauge().GetValue() + m.GetCounter().GetValue()
+			lines = append(lines, fmt.Sprintf("%s %s %v", f.GetName(), strings.Join(labels, ","), value))
 		}
 	}
 	slices.Sort(lines)
@@ -88,5 +90,40 @@ func TestUnitMetrics(t *testing.T) {
 	m.stop()
 	if got := gathered(t, metrics, "kedge_unit"); got != "" {
 		t.Errorf("a mirror that stopped shows %s", got)
+	}
+}
+
+// A commit that is refused shows in the metrics of the mirror that leads, also if another mirror wrote to the store that
+// it is. It doesn't show in those of one that has ceased to lead. An invalid commit counts once.
+func TestMetricsOfARefusedCommit(t *testing.T) {
+	t.Parallel()
+	o, store := gittest.New(t), dirStore(t)
+	shows := func(m *running, r *prometheus.Registry, refused int) {
+		t.Helper()
+		m.await("the metrics", func() error {
+			got := gathered(t, r, "kedge_mirror_")
+			if !strings.Contains(got, fmt.Sprintf("kedge_mirror_refused  %d", refused)) ||
+				strings.Contains(got, "kedge_mirror_head_applied_timestamp_seconds  0") != (refused == 0) {
+				return errors.New(got)
+			}
+			return nil
+		})
+	}
+	for i := range 2 {
+		metrics := prometheus.NewRegistry()
+		m := start(t, Config{Store: store, Repo: o.Bare, Metrics: metrics})
+		if i == 0 {
+			m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+			m.refuses(o.Push(map[string]string{"prod/web/app.yaml": "release: ?"}), "app.yaml")
+		}
+		shows(m, metrics, 1)
+		m.await("the count", func() error {
+			if got := gathered(t, metrics, "kedge_mirror_commits"); !strings.Contains(got, "result=refused 1") {
+				return errors.New(got)
+			}
+			return nil
+		})
+		m.stop()
+		shows(m, metrics, 0)
 	}
 }
