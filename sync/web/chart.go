@@ -2,6 +2,7 @@ package web
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -34,26 +35,14 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 		return chart{}
 	}
 	x := func(t time.Time) int { return int(int64(t.Sub(c.From)) * chartWidth / int64(span)) }
-	classes := []string{"v0", "v1", "v2", "v3", "v4", "vx", "vn"}
-	classOf := func(d deployments.Digest) string {
-		if class := u.classes[d]; class != "" {
-			return class
-		}
-		switch {
-		case d.IsZero():
-			return "vn"
-		case u.Record != nil && d == u.Record.Stable.Digest:
-			return "v1"
-		}
-		return "vx"
-	}
+	classes := []string{"v0", "v1", "v2", "v3", "v4", othersClass, "vn"}
 	// Each area reaches down to the base line; the next one is drawn over it.
 	tops := make([]int, len(samples))
 	for _, class := range classes {
 		drawn := false
 		for i, s := range samples {
 			for d, n := range s.counts {
-				if classOf(d) == class {
+				if u.pastClass(d) == class {
 					tops[i] += n
 					drawn = true
 				}
@@ -65,6 +54,27 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	}
 	slices.Reverse(c.Areas)
 	return c
+}
+
+// pastClass returns the class of a release that live nodes run or ran. One that none runs any more keeps the class that
+// it had: the target, the stable release, and the one that was rolled back, unless another has that now.
+func (u *unit) pastClass(d deployments.Digest) string {
+	if class := u.classes[d]; class != "" {
+		return class
+	}
+	switch {
+	case d.IsZero():
+		return "vn"
+	case d == u.target.Digest:
+		return "v0"
+	case u.Record == nil:
+	case d == u.Record.Stable.Digest:
+		return "v1"
+	case u.Record.Rollout != nil && d == u.Record.Rollout.Failed &&
+		!slices.Contains(slices.Collect(maps.Values(u.classes)), "v2"):
+		return "v2"
+	}
+	return othersClass
 }
 
 // area returns the SVG path of the area below a stepped line. tops has the line's height at each sample, in nodes, and

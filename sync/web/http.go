@@ -180,9 +180,11 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 	_ = document(page).Render(r.Context(), rw) // the client is gone
 }
 
-// unitHistory is a unit's history, newest first, and the record's generation and retry when it was read.
+// unitHistory is a unit's history, newest first, and the record's generation and retry when it was read. It is out of
+// date from expires on at the latest: the mirror rewrites the newest entry after pins and orders.
 type unitHistory struct {
 	generation, retry int64
+	expires           time.Time
 	entries           []deployments.History
 	err               string
 }
@@ -190,8 +192,8 @@ type unitHistory struct {
 // maxHistories bounds the cached histories.
 const maxHistories = 64
 
-// history returns a unit's history, from the cache unless the record's Generation or Retry has changed. If the history
-// can't be read, the result has err. A unit without a record has none.
+// history returns a unit's history, from the cache unless that has expired, or the record's Generation or Retry has
+// changed. If the history can't be read, the result has err. A unit without a record has none.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}
@@ -199,7 +201,8 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	w.mu.Lock()
 	known := w.histories[u.ID]
 	w.mu.Unlock()
-	if known != nil && known.generation == u.Record.Generation && known.retry == u.Record.Retry {
+	if known != nil && known.generation == u.Record.Generation && known.retry == u.Record.Retry &&
+		time.Now().Before(known.expires) {
 		return known
 	}
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
@@ -208,8 +211,8 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	if err != nil {
 		return &unitHistory{err: fleet.Clean(err.Error(), maxText)}
 	}
-	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, entries: all[:min(len(all),
-		deployments.HistoryKept)]}
+	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, expires: time.Now().Add(refresh),
+		entries: all[:min(len(all), deployments.HistoryKept)]}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.histories) >= maxHistories {

@@ -21,10 +21,10 @@ const (
 	// maxRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
 	maxRate      = 4500
 	longestPause = 4 * time.Second
-	// beat is how often a stream sends a heartbeat, except in the pause after an event. A page that hears nothing for 4.5
-	// s, longer than longestPause, shows that it may be out of date.
+	// beat is how long a stream sends nothing at most, except while a page is rendered: then it sends a heartbeat. A page
+	// that hears nothing for 4.5 s shows that it may be out of date.
 	beat = 2 * time.Second
-	// refresh is how often a page that shows elapsed times is rendered again without a change.
+	// refresh is how often a page that shows elapsed times is rendered again without a change, and a unit's history read.
 	refresh = 10 * time.Second
 	// maxRecent is how many renderings are kept, so that a page that reconnects gets only what it lacks.
 	maxRecent = 64
@@ -168,10 +168,15 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 				waiting = time.Since(drawn) < refresh
 			}
 		}
-		select {
-		case <-r.Context().Done():
-			return
-		case <-time.After(time.Until(drawn.Add(pause))):
+		for left := time.Until(drawn.Add(pause)); left > 0; left = time.Until(drawn.Add(pause)) {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-time.After(min(left, beat)):
+			}
+			if left > beat && send("event: beat\ndata:\n\n") != nil {
+				return
+			}
 		}
 	}
 }

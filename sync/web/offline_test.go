@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"testing"
+	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -47,7 +48,7 @@ func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
 			}
 			p := w.histories[key.UnitID()]
 			if p == nil {
-				p = &unitHistory{}
+				p = &unitHistory{expires: time.Now().Add(24 * time.Hour)}
 				w.histories[key.UnitID()] = p
 			}
 			p.generation = max(p.generation, h.Generation)

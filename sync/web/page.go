@@ -29,6 +29,8 @@ type rendered struct {
 	crumbs []crumb
 	// tag distinguishes renderings of a page.
 	tag string
+	// expires is when a rendering that is cached may be out of date though its snapshot isn't; zero: never.
+	expires time.Time
 	// html has the HTML of each element, by ID. lists has the IDs of elements that come and go, in order, by the
 	// ID of their parent. fixed are the IDs of all others.
 	html   map[string]string
@@ -93,8 +95,8 @@ func (r *rendered) close() *rendered {
 // maxPages bounds the cached pages of one snapshot.
 const maxPages = 128
 
-// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s if
-// the page stays the same as long as s does.
+// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s, until
+// it expires, if the page stays the same as long as s does.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
@@ -102,7 +104,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 		s.mu.Lock()
 		known := s.pages[key]
 		s.mu.Unlock()
-		if known != nil {
+		if known != nil && (known.expires.IsZero() || time.Now().Before(known.expires)) {
 			return known
 		}
 	}
@@ -113,7 +115,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 	r.close()
 	if s != nil && lasting {
 		s.mu.Lock()
-		if len(s.pages) < maxPages {
+		if s.pages[key] != nil || len(s.pages) < maxPages {
 			s.pages[key] = r
 		}
 		s.mu.Unlock()
@@ -122,7 +124,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 	return r
 }
 
-// draw renders a page. It reports whether the page stays the same as long as the snapshot does.
+// draw renders a page. It reports whether the page stays the same as long as the snapshot does, or until r.expires.
 func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f filter) bool {
 	segments := strings.FieldsFunc(path, func(c rune) bool { return c == '/' })
 	if path == "-/overrides" {
@@ -166,8 +168,10 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 			break
 		}
 		if len(segments) == 3 {
-			v := s.unitOf(u, pagePath(segments...), f, w.history(ctx, u.Unit), w.c.CommitURL)
+			past := w.history(ctx, u.Unit)
+			v := s.unitOf(u, pagePath(segments...), f, past, w.c.CommitURL)
 			r.unit(v)
+			r.expires = past.expires
 			return v.Unread == ""
 		}
 		v, err := s.at(time.Now()).nodeOf(u, segments[3])

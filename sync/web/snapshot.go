@@ -89,6 +89,9 @@ type share struct {
 	Class string
 }
 
+// othersClass is the class of the releases that have no colour of their own.
+const othersClass = "vx"
+
 // maxShares is how many releases of a unit have a colour of their own at most; all others share one.
 const maxShares = 5
 
@@ -176,7 +179,7 @@ func (u *unit) colour(counts map[deployments.Digest]*share) {
 		stable = u.Record.Stable.Digest
 	}
 	next := 2
-	rest := share{Class: "vx"}
+	rest := share{Class: othersClass}
 	kinds := 0
 	for _, c := range all {
 		switch d := c.Release.Digest; {
@@ -208,7 +211,7 @@ func (u *unit) class(n *fleet.Node) string {
 	if n.Gone {
 		return "vg"
 	}
-	return cmp.Or(u.classes[n.Report.Running.Digest], "vx")
+	return cmp.Or(u.classes[n.Report.Running.Digest], othersClass)
 }
 
 // progress is how far a rollout has come, in numbers of nodes.

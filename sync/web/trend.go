@@ -16,12 +16,15 @@ type trends struct {
 	units map[deployments.UnitID][]sample
 }
 
-// sample is the number of live nodes that ran each release at one time. Nodes that ran nothing, or a release without a
-// colour of its own, count under the zero digest.
+// sample is the number of live nodes that ran each release at one time. Nodes that ran nothing count under the zero
+// digest, those that ran a release without a colour of its own under othersDigest.
 type sample struct {
 	at     time.Time
 	counts map[deployments.Digest]int
 }
+
+// othersDigest is no release's digest: a sample counts those without a colour of their own under it.
+var othersDigest = deployments.Digest{1}
 
 const (
 	// maxSamples bounds the samples of a unit. Beyond it every other one is dropped, so that the chart grows
@@ -45,7 +48,11 @@ func (t *trends) record(units []*unit, now time.Time) {
 		}
 		counts := map[deployments.Digest]int{}
 		for _, s := range u.shares {
-			counts[s.Release.Digest] += s.Count
+			d := s.Release.Digest
+			if s.Class == othersClass {
+				d = othersDigest
+			}
+			counts[d] += s.Count
 		}
 		last := len(known) - 1
 		switch {
