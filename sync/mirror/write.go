@@ -44,8 +44,8 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	}
 }
 
-// adopt makes this mirror responsible for records that are as the commit asks: from now on it undoes changes to them that
-// are made by hand, and includes them in the snapshot. Another mirror wrote them, or this one while the commit was
+// adopt makes this mirror responsible for records that are as the commit asks: from now on it undoes changes to them
+// that are made by hand, and includes them in the snapshot. Another mirror wrote them, or this one while the commit was
 // unvouched.
 func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
 	for _, id := range units {

@@ -67,8 +67,8 @@ func TestHeartbeatsInAPause(t *testing.T) {
 	})
 }
 
-// The mirror adds pins and orders to the newest entry of the history, after the fleet has shown them: the page of a unit
-// has them soon, though the record's generation stays.
+// The mirror adds pins and orders to the newest entry of the history, after the fleet has shown them: a unit's page has
+// them soon, though the record's generation stays.
 func TestAnEntryOfTheHistoryThatGrows(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -95,8 +95,8 @@ func (r *rendered) close() *rendered {
 // maxPages bounds the cached pages of one snapshot.
 const maxPages = 128
 
-// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s, until
-// it expires, if the page stays the same as long as s does.
+// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s,
+// until it expires, if the page stays the same as long as s does.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
