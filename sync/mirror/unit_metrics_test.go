@@ -93,7 +93,8 @@ func TestUnitMetrics(t *testing.T) {
 	}
 }
 
-// A commit that is refused shows in the metrics of the mirror that leads, also if another mirror wrote that it is. It doesn't show in those of one that has ceased to lead. An invalid commit counts once.
+// A commit that is refused shows in the metrics of the mirror that leads, also if another mirror wrote that it is. It
+// doesn't show in those of one that has ceased to lead. An invalid commit counts once.
 func TestMetricsOfARefusedCommit(t *testing.T) {
 	t.Parallel()
 	o, store := gittest.New(t), dirStore(t)
