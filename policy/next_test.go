@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"reflect"
@@ -539,6 +540,20 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason,
 					m.OrderReason, same)
 			}
+		}
+	}
+}
+
+// An order that the mirror takes while the pin doesn't parse is gone, and did nothing: its history must say so.
+func TestInvalidPinRefusesOrders(t *testing.T) {
+	t.Parallel()
+	for _, verb := range append([]deployments.Verb{""}, deployments.Verbs()...) {
+		s := step(2, deployments.PhaseRolling)
+		s.Pin, s.Order = &Value[deployments.Pin]{Present: true, Err: errors.New("hodl")}, string(verb)
+		m := Next(s)
+		if m.Refused != (verb != "") || m.Reason != deployments.ReasonInvalidPin || m.OrderReason != "" ||
+			!reflect.DeepEqual(m.Record, s.Record) {
+			t.Errorf("%q: refused %t, %s %s", verb, m.Refused, m.Reason, m.OrderReason)
 		}
 	}
 }

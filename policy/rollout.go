@@ -13,8 +13,8 @@ type Transition struct {
 	// Reason, with its Facts, is what was done, or why nothing was; may be empty.
 	Reason deployments.Reason
 	Facts  deployments.Facts
-	// Refused is set if an order changes nothing because of the record; Reason then says why. OrderReason, with
-	// OrderFacts, is the reason code of what an order did. An invalid pin leaves both unset: no order is looked at then.
+	// Refused is set if an order changes nothing because of the record, or of an invalid pin; Reason then says why.
+	// OrderReason, with OrderFacts, is the reason code of what an order did.
 	Refused     bool
 	OrderReason deployments.Reason
 	OrderFacts  deployments.Facts
@@ -53,7 +53,7 @@ func Next(s Situation) Transition {
 	// an invalid pin leaves the record as it is, if there is one
 	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 {
 		return Transition{Record: s.Record, Reason: deployments.ReasonInvalidPin,
-			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
+			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}, Refused: s.Order != ""}
 	}
 	st = setTarget(in, st)
 	st.r.After, st.r.Drift, st.r.Adopt = s.Unit.After, s.Unit.Drift, s.Unit.Adopt
