@@ -179,13 +179,13 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // If a part of the store can't be read, as the token may not or no mirror has run yet, Errors says so. It is an error
 // if that holds for every part, unless the store is known to be empty.
 //
-// If all pins, or all reports, are too many for one read, Read reads them by role, if the role has a record. Any other
-// part that holds too much is left out. So is one for which no answer comes in time, if the store then answers another
-// request. CheckComplete names such parts. A second late part is an error, as is any other failure.
+// If all orders, all pins, or all reports are too many for one read, Read reads them by role, if the role has a record.
+// Any other part that holds too much is left out. So is one part, also a role's, for which no answer comes in time, if
+// the store then answers another request. CheckComplete names such parts. A second late part is an error, as is any
+// other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
-	var entries []kv.Entry
-	failed := map[string]error{}
-	late := ""
+	r := reading{store: store, failed: map[string]error{}}
+	ofKinds := map[string]error{}
 	for _, kind := range kinds {
 		prefix := kind
 		if kind != kv.MirrorPrefix {
@@ -196,35 +196,57 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 			// A role that the mirror doesn't know has no folder of its own.
 			some, err = store.List(ctx, kind)
 		}
-		switch {
-		case errors.Is(err, kv.ErrDenied):
-			failed[kind] = err
-		case errors.Is(err, kv.ErrTooLarge):
-			failed[prefix] = err
-			if prefix != kind || kind == kv.MirrorPrefix {
-				break
-			}
-			var ofRoles map[string]error
-			if some, ofRoles, err = byRole(ctx, store, kind, entries); err != nil {
-				return nil, fmt.Errorf("read the fleet: %w", err)
-			}
-			maps.Copy(failed, ofRoles)
-		case errors.Is(err, context.DeadlineExceeded) && late == "" && answers(ctx, store):
-			late = prefix
-			failed[prefix] = &lateError{prefix, err}
-		case err != nil:
-			return nil, fmt.Errorf("read the fleet: %w", err)
+		r.entries = append(r.entries, some...)
+		if err == nil {
+			continue
 		}
-		entries = append(entries, some...)
+		ofKinds[kind] = err
+		if errors.Is(err, kv.ErrDenied) {
+			r.failed[kind] = err
+			continue
+		}
+		if err := r.leaveOut(ctx, prefix, err); err != nil {
+			return nil, err
+		}
+		if errors.Is(err, kv.ErrTooLarge) && prefix == kind {
+			if err := r.byRole(ctx, kind); err != nil {
+				return nil, err
+			}
+		}
 	}
-	if len(failed) == len(kinds) && everyIs(failed, kv.ErrEmpty) {
-		failed = nil // no mirror and no agent has run yet
+	switch {
+	case len(ofKinds) < len(kinds):
+	case everyIs(ofKinds, kv.ErrEmpty):
+		r.failed = nil // no mirror and no agent has run yet
+	default:
+		return nil, fmt.Errorf("read the fleet: %w", ofKinds[kv.DesiredPrefix])
 	}
-	if len(failed) == len(kinds) {
-		return nil, fmt.Errorf("read the fleet: %w", failed[kv.DesiredPrefix])
+	r.entries = append(r.entries, histories{}.of(ctx, store, filter, r.entries)...)
+	return filter.narrow(withErrors(Assemble(r.entries, time.Now()), r.failed)), nil
+}
+
+// reading is a Read under way.
+type reading struct {
+	store   kv.Store
+	entries []kv.Entry
+	// failed has, by prefix, why a part is left out.
+	failed map[string]error
+	// late is set once a part is left out because no answer came in time.
+	late bool
+}
+
+// leaveOut records why a part is left out, or returns an error that ends the whole Read.
+func (r *reading) leaveOut(ctx context.Context, prefix string, err error) error {
+	switch {
+	case errors.Is(err, kv.ErrTooLarge):
+		r.failed[prefix] = err
+	case errors.Is(err, context.DeadlineExceeded) && !r.late && answers(ctx, r.store):
+		r.late = true
+		r.failed[prefix] = &lateError{prefix, err}
+	default:
+		return fmt.Errorf("read the fleet: %w", err)
 	}
-	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
-	return filter.narrow(withErrors(Assemble(entries, time.Now()), failed)), nil
+	return nil
 }
 
 // answers reports whether the store answers a small request now.
@@ -247,38 +269,42 @@ func (e *lateError) Error() string {
 func (e *lateError) Unwrap() error { return e.err }
 
 // byRole reads the entries of a kind role by role, if they are too many to be read at once. It reads only roles that
-// have a record among entries, and up to kv.MaxList bytes. failed has the errors of the roles that can't be read, by
-// prefix; err is any other failure.
-func byRole(ctx context.Context, store kv.Store, kind string, entries []kv.Entry) (
-	read []kv.Entry, failed map[string]error, err error,
-) {
-	failed = map[string]error{}
+// have a record, and up to kv.MaxList bytes. Records themselves aren't read by role, as nothing else names the roles.
+func (r *reading) byRole(ctx context.Context, kind string) error {
+	records := r.entries
+	if kind == kv.ControlPrefix {
+		// Orders are read before records. These only name the roles: Read reads them again.
+		var err error
+		if records, err = r.store.List(ctx, kv.DesiredPrefix); err != nil {
+			return nil // Read returns the error, or records it, in its turn
+		}
+	}
 	size := 0
-	for role := range unitsByRole(entries) {
+	for role := range unitsByRole(records) {
 		prefix := kv.RolePrefix(kind, role.Stage, role.Role)
-		some, err := store.List(ctx, prefix)
-		switch {
-		case errors.Is(err, kv.ErrDenied): // it has no folder, and holds nothing
+		some, err := r.store.List(ctx, prefix)
+		if errors.Is(err, kv.ErrDenied) { // it has no folder, and holds nothing
 			continue
-		case errors.Is(err, kv.ErrTooLarge):
-			failed[prefix] = err
+		}
+		if err != nil {
+			if err := r.leaveOut(ctx, prefix, err); err != nil {
+				return err
+			}
 			continue
-		case err != nil:
-			return nil, nil, err
 		}
 		before := size
 		for _, e := range some {
 			size += e.Size()
 		}
 		if size > kv.MaxList {
-			failed[prefix] = fmt.Errorf("%w: with the keys of other roles there are more than %d MiB: look at this role alone",
+			r.failed[prefix] = fmt.Errorf("%w: with the keys of other roles there are more than %d MiB: look at this role alone",
 				kv.ErrTooLarge, kv.MaxList>>20)
 			size = before
 			continue
 		}
-		read = append(read, some...)
+		r.entries = append(r.entries, some...)
 	}
-	return read, failed, nil
+	return nil
 }
 
 func everyIs(errs map[string]error, target error) bool {

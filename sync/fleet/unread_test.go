@@ -136,8 +136,51 @@ func TestRolesOfAKindThatHoldsTooMuch(t *testing.T) {
 	if got := strings.Join(f.incomplete, " "); got != "pins/ pins/prod/web/ status/" {
 		t.Errorf("unread: %s", got)
 	}
-	if _, err := Read(t.Context(), full{s, kinds}, Filter{}); !errors.Is(err, kv.ErrTooLarge) {
-		t.Errorf("a store of which nothing can be read: %v", err)
+	nothing := full{s, kinds}
+	for _, kind := range kinds {
+		nothing.prefixes = append(nothing.prefixes, kv.RolePrefix(kind, "prod", "web"))
+	}
+	for _, filter := range []Filter{{}, {Stage: "prod", Role: "web"}} {
+		_, err := Read(t.Context(), nothing, filter)
+		if !errors.Is(err, kv.ErrTooLarge) || !strings.Contains(err.Error(), "list desired/") {
+			t.Errorf("a store of which nothing can be read: %v", err)
+		}
+	}
+}
+
+// As many roles as there are kinds may hold too much, and all else is shown. Orders are read by role, too.
+func TestManyRolesThatHoldTooMuch(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "hold"),
+		put(kv.ControlKey(app), "retry"), put(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91a"}),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
+	prefixes := []string{"pins/"}
+	for i := range len(kinds) - 1 {
+		id := deployments.UnitID{Stage: "prod", Role: fmt.Sprintf("db-%d", i), Unit: "main"}
+		store(t, s, put(kv.DesiredKey(id), release("db", "1").String()))
+		prefixes = append(prefixes, kv.RolePrefix(kv.PinsPrefix, id.Stage, id.Role))
+	}
+	f, err := Read(t.Context(), full{s, prefixes}, Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := unitOf(t, f, app.String()); u.Pin == nil || u.Live != 1 {
+		t.Errorf("%+v", u)
+	}
+	if f, err = Read(t.Context(), full{s, []string{"control/"}}, Filter{}); err != nil {
+		t.Fatal(err)
+	}
+	if u := unitOf(t, f, app.String()); u.Order != "retry" || strings.Join(f.incomplete, " ") != "control/" {
+		t.Errorf("order %q, unread: %q", u.Order, f.incomplete)
+	}
+	// no answer comes in time for one role of a kind that is read by role
+	late := full{hanging{s, "pins/prod/web/"}, []string{"pins/"}}
+	if f, err = Read(t.Context(), late, Filter{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || !strings.Contains(err.Error(), "below pins/prod/web/") {
+		t.Errorf("a late role: %v", err)
 	}
 }
 
