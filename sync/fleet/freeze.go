@@ -51,19 +51,19 @@ const statusAhead = 24 * time.Hour
 // maxFreezeNotes bounds the lines about freezes above the table of all units.
 const maxFreezeNotes = 3
 
-// freezeNotes returns notes on deny windows that are open or soon will be (statusAhead), and on closed allow windows
-// that open within FreezeAhead.
+// freezeNotes returns notes on deny windows that are open or soon will be (statusAhead), and on closed allow windows,
+// whenever they open.
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
-		at   time.Time
+		at   time.Time // when it freezes; zero: now
 		says string
 	}
 	var lines []line
 	windows, _ := f.Freezes()
 	for _, w := range windows {
-		next := policy.Openings(w, f.At, f.At.Add(FreezeAhead), 1)
+		next := policy.Openings(w, f.At, f.At.AddDate(100, 0, 0), 1)
 		if len(next) == 0 {
-			continue
+			continue // a window that never opens is none: its cron line doesn't parse
 		}
 		o, says := next[0], cmp.Or(message.OneLine(w.Name), string(w.Kind)+" "+message.OneLine(w.Cron))+": "
 		switch soon := o.From.Before(f.At.Add(statusAhead)); {
@@ -78,6 +78,9 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		}
 		if len(w.Units) > 0 {
 			says += ", for " + firstFew(slices.Clone(w.Units))
+		}
+		if w.Kind == deployments.FreezeAllow {
+			o.From = time.Time{} // it is closed now
 		}
 		lines = append(lines, line{o.From, says})
 	}

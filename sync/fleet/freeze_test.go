@@ -19,6 +19,7 @@ func TestFreezesToComeInWords(t *testing.T) {
 	other := window{Name: "db", Deny: "0 15 * * TUE", Duration: "1h", Units: []string{"prod/db/*"}}
 	hours := window{Name: "hours", Allow: "0 9 * * MON-FRI", Duration: "8h"}
 	never := window{Name: "leap", Allow: "0 0 29 2 MON", Duration: "1h"}
+	april := window{Name: "april", Allow: "0 9 1 4 *", Duration: "8h"}
 	frozen := &deployments.Progress{Phase: deployments.PhaseFrozen, Since: noon, Reason: deployments.ReasonFrozen}
 	for name, c := range map[string]struct {
 		windows []window
@@ -45,13 +46,16 @@ func TestFreezesToComeInWords(t *testing.T) {
 		"outside of what allows it": {windows: []window{hours}, at: 6 * time.Hour,
 			explain: "no rollout starts now until Wed 2026-11-25 09:00 UTC (in 15h): hours, which is not open",
 			status:  "freeze  hours: is closed until Wed 2026-11-25 09:00 UTC (in 15h)\n"},
+		"long before what allows it": {windows: []window{soon, soon, soon, april},
+			explain: "no rollout starts now until Thu 2027-04-01 09:00 UTC (in 127d): april, which is not open",
+			status:  "freeze  april: is closed until Thu 2027-04-01 09:00 UTC (in 127d)\n"},
 		"its rollout says so": {windows: []window{soon}, at: 190 * time.Minute, rollout: frozen,
 			status: "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n"},
 		"many": {windows: []window{soon, soon, soon, soon, soon},
 			explain: "no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h)",
 			status:  "        and 2 more: kedge web lists them\n"},
 		"hostile": {windows: []window{{Name: "a\x1b[2J\nb", Deny: soon.Deny, Duration: "1h"}, never},
-			status: "freeze  a [2J b: no rollout starts from"},
+			status: "freeze  leap: is closed until Mon 2027-02-01 00:00 UTC (in 68d)\n        a [2J b: no rollout starts from"},
 	} {
 		f := Assemble([]kv.Entry{
 			put(kv.MirrorKey, deployments.MirrorState{Holder: "m", Head: "a", Freeze: c.windows}), lease(),
