@@ -215,6 +215,23 @@ func TestExplainLocal(t *testing.T) {
 		}
 		writeExplained(t, f, d, "explain-local.txt")
 	}
+	for state, c := range map[deployments.State]struct {
+		action policy.Action
+		reason deployments.Reason
+		want   bool
+	}{
+		deployments.StateHeld:      {policy.ActHold, "", true},
+		deployments.StateWaiting:   {policy.ActKeep, "", true},
+		deployments.StateFetching:  {policy.ActRun, "", false},
+		deployments.StateConverged: {policy.ActRun, deployments.ReasonOldGeneration, false},
+	} {
+		units := map[string]deployments.UnitReport{"app": {State: state, Reason: c.reason, Running: v1}}
+		own := policy.NodeStatus{Stage: "prod", Roles: map[string]deployments.Report{"web": {Units: units}},
+			Decisions: map[string]policy.DecisionStatus{"web/app": {Action: c.action, Target: v1}}}
+		if f, _, _, err := Local(own, "app", noon); err != nil || f.Units[0].Nodes[0].Converged != c.want {
+			t.Errorf("%s: converged is %t, %v", state, !c.want, err)
+		}
+	}
 	for name, says := range map[string]string{"ap": "no unit ap on this node: there are api/db, web/app", "prod/web/app": "no unit"} {
 		if _, _, _, err := Local(s, name, noon); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", name, err, says)

@@ -55,7 +55,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	n := Node{
 		Name:      s.Node,
 		Report:    report,
-		Converged: report.State == deployments.StateConverged && report.Running.Digest == said.Target.Digest,
+		Converged: converged(d.Decision, report),
 		Want:      said.Target,
 		Message:   said.Message,
 	}
