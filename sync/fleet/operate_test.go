@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -151,6 +152,63 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	if _, err := AwaitOutcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
 		!strings.Contains(err.Error(), "another order took its place: abort") {
 		t.Errorf("replaced by another: %v", err)
+	}
+}
+
+// A refusal that comes with a change of the record isn't success, and is told from that of an earlier order.
+func TestOrdersRefusedWithAChange(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	rollout := &deployments.Progress{Phase: deployments.PhaseCanary}
+	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Generation: 2, Rollout: rollout}))
+	promote := deployments.Order{Verb: deployments.VerbPromote}
+	was, err := s.Get(t.Context(), kv.DesiredKey(app))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ordered := func(verb deployments.Verb, refused deployments.Reason) deployments.PastOrder {
+		return deployments.PastOrder{Order: deployments.Order{Verb: verb}, Refused: refused}
+	}
+	refused := ordered(promote.Verb, deployments.ReasonNotSeenYet)
+	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: release("app", "3"), Generation: 3, Rollout: rollout}))
+	for name, c := range map[string]struct {
+		orders []deployments.PastOrder
+		says   string
+	}{
+		"refused": {[]deployments.PastOrder{refused},
+			"promote prod/web/app changed nothing: the rollout that it was given for"},
+		"obeyed":            {[]deployments.PastOrder{ordered(promote.Verb, "")}, ""},
+		"obeyed afterwards": {[]deployments.PastOrder{refused, ordered(promote.Verb, "")}, ""},
+		"another refused":   {[]deployments.PastOrder{ordered(deployments.VerbResume, deployments.ReasonNotPaused)}, ""},
+		"an invalid pin": {[]deployments.PastOrder{ordered(promote.Verb, deployments.ReasonInvalidPin)},
+			"changed nothing: the pin doesn't parse"},
+	} {
+		store(t, s, put(kv.HistoryKey(app, 3), deployments.History{Generation: 3, Orders: c.orders}))
+		_, err := AwaitOutcome(t.Context(), s, app, promote, was, time.Minute)
+		if (err != nil) != (c.says != "") || err != nil && !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
+	}
+}
+
+// denying is a store that lets nobody read single keys.
+type denying struct{ kv.Store }
+
+func (denying) Get(context.Context, string) (kv.Entry, error) { return kv.Entry{}, kv.ErrDenied }
+
+// If the store can't be read, that is why nobody was seen to take the order.
+func TestOrdersThatCannotBeFollowed(t *testing.T) {
+	t.Parallel()
+	order := deployments.Order{Verb: deployments.VerbPause}
+	_, err := AwaitOutcome(t.Context(), denying{openDir(t)}, app, order, kv.Entry{}, 0)
+	if !errors.Is(err, ErrNotTaken) || !errors.Is(err, kv.ErrDenied) {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = AwaitOutcome(ctx, denying{openDir(t)}, app, order, kv.Entry{}, time.Minute)
+	if !errors.Is(err, ErrNotTaken) || !errors.Is(err, kv.ErrDenied) {
+		t.Error(err)
 	}
 }
 

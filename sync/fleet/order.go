@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"kedge/deployments"
@@ -69,8 +70,8 @@ const orderPoll = 50 * time.Millisecond
 
 // AwaitOutcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
 // SendOrder. The error wraps ErrNotTaken if that takes longer than within, even because the store can't be read, or if
-// ctx ends first. It is an error, too, if another order took its place, or if the record hasn't changed or can't be
-// read.
+// ctx ends first. It wraps the store's last error, too, if the last try failed. It is also an error if another order
+// took its place, if the mirror refused it, or if the record hasn't changed or can't be read.
 func AwaitOutcome(
 	ctx context.Context,
 	store kv.Store,
@@ -93,18 +94,27 @@ func AwaitOutcome(
 			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id,
 				clip(message.OneLine(string(there.Value)), 40))
 		case time.Now().After(end):
-			return "", fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within)
+			return "", withCause(fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within), err)
 		}
 		select {
 		case <-ctx.Done():
-			return "", fmt.Errorf("%s %s: %w yet", verb, id, ErrNotTaken)
+			return "", withCause(fmt.Errorf("%s %s: %w yet", verb, id, ErrNotTaken), err)
 		case <-time.After(orderPoll):
 		}
 	}
 }
 
+// withCause appends cause to err, if there is one.
+func withCause(err, cause error) error {
+	if cause == nil {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, cause)
+}
+
 // outcomeOf returns the unit's state in words after an order was taken. was is its record from before. It is an error
-// if the record hasn't changed since, or can't be read. A change needn't be the order's.
+// if the history says that the mirror refused the order, if the record hasn't changed since, or if it can't be read. A
+// change needn't be the order's.
 func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
@@ -114,6 +124,10 @@ func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb 
 	if err != nil {
 		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect is unknown, as the record doesn't "+
 			"parse (see kedge explain): %w", verb, id, err)
+	}
+	if reason := refusedBy(ctx, store, kv.HistoryKey(id, r.Generation), verb); reason != "" {
+		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id,
+			message.Text(reason, deployments.Facts{"order": verb}))
 	}
 	if e.Version == was.Version {
 		why := "the mirror found nothing to do"
@@ -129,4 +143,23 @@ func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb 
 		return "each node on which the release failed tries it once more", nil
 	}
 	return "no rollout is under way any more: every node may run the target", nil
+}
+
+// refusedBy returns why the mirror refused the newest order of a verb, by the history entry at key. It is empty if the
+// mirror didn't refuse it, or if that is unknown. The mirror notes an order in the transaction that takes it.
+func refusedBy(ctx context.Context, store kv.Store, key, verb string) deployments.Reason {
+	e, err := store.Get(ctx, key)
+	if err != nil {
+		return ""
+	}
+	h, err := deployments.ParseHistory(e.Value)
+	if err != nil {
+		return ""
+	}
+	for _, o := range slices.Backward(h.Orders) {
+		if string(o.Verb) == verb {
+			return o.Refused
+		}
+	}
+	return ""
 }
