@@ -108,15 +108,15 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	return says
 }
 
-// RunsAlreadyNote says that every listed live node of a unit runs a release already; empty: not every one does, or that
-// is unknown.
+// RunsAlreadyNote says that every live node of a unit runs a release already; empty: not every one does, or that is
+// unknown, as of nodes that aren't listed.
 func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
+	if err != nil || len(f.Units) == 0 || len(f.incomplete) > 0 || f.Units[0].Live == 0 {
 		return ""
 	}
 	u := &f.Units[0]
-	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.Running.Digest != release.Digest }) {
+	if !u.allRun(release) {
 		return ""
 	}
 	says := fmt.Sprintf("all %d live nodes run it already", u.Live)
@@ -127,6 +127,17 @@ func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID,
 		says += ", as " + u.Release(failed) + " was rolled back before: the pin keeps them on it, whatever Git names next"
 	}
 	return says
+}
+
+// allRun reports whether all live nodes of u are known to run a release. Of nodes that aren't listed that is unknown.
+func (u *Unit) allRun(release deployments.Pointer) bool {
+	same := 0
+	for _, n := range u.Nodes {
+		if !n.Gone && n.Report.Running.Digest == release.Digest {
+			same++
+		}
+	}
+	return same >= u.Live
 }
 
 // rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none

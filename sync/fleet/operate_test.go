@@ -413,6 +413,13 @@ func TestPinsSayWhatMoves(t *testing.T) {
 	if got := RunsAlreadyNote(t.Context(), s, app, two); got != "" {
 		t.Errorf("%q", got)
 	}
+	half := Unit{Live: 2, Nodes: []Node{{Name: "web-1", Report: runs("app", "1")}}}
+	if half.allRun(one) {
+		t.Error("a live node that isn't listed is said to run it")
+	}
+	if got := RunsAlreadyNote(t.Context(), full{s, []string{"pins/prod/web/"}}, app, one); got != "" {
+		t.Errorf("of a fleet that isn't read completely: %q", got)
+	}
 }
 
 // An operator's own token on a Consul where no mirror ever ran: pins work, as does all else that it may do.
