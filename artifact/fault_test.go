@@ -233,19 +233,19 @@ var plays = map[string]play{
 	}},
 	"an object that is too short": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if isBody(r.Name) {
-			return p.Truncated(700)
+			return p.Resized(-700)
 		}
 		return nil
 	}, ends: map[string]error{"": deployments.ErrDigest}},
 	"an object that is too long": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if isBody(r.Name) {
-			return p.Truncated(-700)
+			return p.Resized(+700)
 		}
 		return nil
 	}, ends: map[string]error{"": deployments.ErrDigest}},
 	"a delta that is too short": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
 		if strings.HasPrefix(r.Name, "delta-") {
-			return p.Truncated(1)
+			return p.Resized(-1)
 		}
 		return nil
 	}, on: []string{routeDelta}, says: "the delta can't be used"},

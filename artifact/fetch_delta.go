@@ -240,7 +240,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 	}
 	sum := sha256.New()
 	broken := f.delta.Apply(src, size, io.MultiWriter(out, sum), e.Size)
-	readOn := broken == nil || errors.Is(broken, archive.ErrMisfit)
+	readOn := broken == nil || errors.Is(broken, archive.ErrNotApplied)
 	if out.file == nil {
 		return readOn, nil
 	}

@@ -39,7 +39,7 @@ func (d *Delta) Close() error {
 
 // ReadDelta opens the delta that r reads, whose hash the caller has verified. It returns the delta, and the new index,
 // which the delta's first patch makes from oldIndex. Delta.Close closes raw; on an error ReadDelta does. The error
-// wraps ErrDelta, or ErrMisfit if that patch does not match oldIndex.
+// wraps ErrDelta, or ErrNotApplied if that patch does not match oldIndex.
 func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex []byte, err error) {
 	d := &Delta{raw: raw}
 	defer func() {
@@ -110,7 +110,7 @@ func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 }
 
 // Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match old, or
-// old can't be read, the error wraps ErrMisfit. Sections may have been written by then, and reading the delta can
+// old can't be read, the error wraps ErrNotApplied. Sections may have been written by then, and reading the delta can
 // continue after the patch.
 func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
@@ -127,7 +127,7 @@ func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 			continue
 		}
 		if out, err = s.apply(src, out[:0], int(n)); err != nil {
-			misfit = fmt.Errorf("%w: %w", ErrMisfit, err)
+			misfit = fmt.Errorf("%w: %w", ErrNotApplied, err)
 			continue
 		}
 		if _, err := w.Write(out); err != nil {
@@ -137,8 +137,8 @@ func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 	return misfit
 }
 
-// ErrMisfit means that a patch does not match the file that it is applied to, or that this file can't be read.
-var ErrMisfit = errors.New("the patch does not match the old file")
+// ErrNotApplied means that a patch does not match the file that it is applied to, or that this file can't be read.
+var ErrNotApplied = errors.New("the patch does not match the old file")
 
 // patchSection is one section, split into its four parts.
 type patchSection struct {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-func TestSources(t *testing.T) {
+func TestPlaces(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		c := New(Config{Mirrors: Mirrors{
@@ -19,7 +19,7 @@ func TestSources(t *testing.T) {
 		}})
 		check := func(url string, want ...string) []Source {
 			t.Helper()
-			sources := c.Sources(url)
+			sources := c.Places(url)
 			var got []string
 			for _, s := range sources {
 				got = append(got, s.URL)

@@ -288,13 +288,13 @@ func (p *Proxy) WithoutRange() Fault {
 	return p.instead(func(data []byte) []byte { return data })
 }
 
-// Truncated answers as if the object were this many bytes shorter; if negative, longer.
-func (p *Proxy) Truncated(by int) Fault {
+// Resized answers as if the object were longer by this many bytes, which are zero; if negative, shorter.
+func (p *Proxy) Resized(by int) Fault {
 	return p.instead(func(data []byte) []byte {
-		if by < 0 {
-			return append(data, make([]byte, -by)...)
+		if by > 0 {
+			return append(data, make([]byte, by)...)
 		}
-		return data[:max(0, len(data)-by)]
+		return data[:max(0, len(data)+by)]
 	})
 }
 
