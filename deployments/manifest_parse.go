@@ -86,11 +86,11 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 		return nil, nil, fmt.Errorf("the manifest: %w", err)
 	}
 	m, traps, err := readExpanded(e, url, true)
-	if err == nil || e.open == 0 {
+	if err == nil || e.conditions == 0 {
 		return m, traps, err
 	}
 	outcomes := []func(int) bool{func(int) bool { return false }}
-	for i := range min(e.open, maxOutcomes) {
+	for i := range min(e.conditions, maxOutcomes) {
 		outcomes = append(outcomes, func(condition int) bool { return condition == i })
 	}
 	for _, outcome := range outcomes {
@@ -108,9 +108,9 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 // maxOutcomes bounds how many conditions of a template are tried as the only true one, besides all true and none true.
 const maxOutcomes = 16
 
-func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, error) {
+func readExpanded(e expansion, url string, unknownVariables bool) (*Manifest, []Problem, error) {
 	r := &manifestReader{
-		reader: reader{file: "manifest", open: open, lax: true},
+		reader: reader{file: "manifest", unknownVariables: unknownVariables, lax: true},
 		traps:  reader{file: "manifest"},
 		url:    url,
 		m: &Manifest{
@@ -130,7 +130,7 @@ func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, err
 		e.hide(r.problems)
 		return nil, nil, err
 	}
-	if !open {
+	if !unknownVariables {
 		r.m.Masked = maskedValues(e.values, r.m)
 	}
 	return r.m, r.traps.problems, nil
@@ -204,7 +204,7 @@ func (r *manifestReader) read(root ast.Node) {
 		own = own || !slices.Contains(stretchersFields, name)
 	}
 	for _, s := range []*string{&m.Name, &m.Version} {
-		if r.open && strings.Contains(*s, variable) {
+		if r.unknownVariables && strings.Contains(*s, variable) {
 			*s = "" // The value must be neither shown nor used.
 		}
 	}
@@ -292,7 +292,7 @@ func (r *manifestReader) destMode(n ast.Node) {
 	digits := strings.TrimPrefix(strings.TrimPrefix(s, "0o"), "0")
 	mode, err := strconv.ParseUint(digits, 8, 32)
 	if err != nil || mode&0o777 == 0 || mode > 0o7777 {
-		if r.open && strings.Contains(s, variable) {
+		if r.unknownVariables && strings.Contains(s, variable) {
 			return
 		}
 		r.at(n, "%q: want a mode in octal, as in 0755", clip(s))

@@ -27,8 +27,8 @@ type expansion struct {
 	// Both are unions.
 	names   map[int][]string
 	written []string
-	// open counts the conditions that depend on a variable whose value isn't known here.
-	open int
+	// conditions counts the conditions that depend on a variable whose value isn't known here.
+	conditions int
 }
 
 // expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape, and
@@ -191,8 +191,8 @@ func (e *expander) branch(n *parse.BranchNode, dot *templateVariable, with bool)
 	}
 	yes := truth(value)
 	if e.choose != nil && len(e.used) > 0 {
-		yes = e.choose(e.result.open)
-		e.result.open++
+		yes = e.choose(e.result.conditions)
+		e.result.conditions++
 	}
 	if !yes {
 		return e.list(n.ElseList, dot)

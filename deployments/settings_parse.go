@@ -47,7 +47,7 @@ func (r *reader) settings(n ast.Node, to *Settings) {
 		"sources":      byStage(r, "sources", &to.Sources, listOf(r, asPrefix), "prod: [s3://acme-releases/]"),
 		"dests":        byStage(r, "dests", &to.Dests, listOf(r, asDest), "prod: [/srv]"),
 		"users":        byStage(r, "users", &to.Users, listOf(r, asUser), "prod: [app]"),
-		"commands":     byStage(r, "commands", &to.Commands, oneOf(r, asBool), "prod: false"),
+		"commands":     byStage(r, "commands", &to.Commands, single(r, asBool), "prod: false"),
 		"prune":        into(r, &to.Prune, asBool),
 		"max_removed":  into(r, &to.MaxRemoved, asPercent),
 		"allow_rewind": into(r, &to.AllowRewind, asBool),
@@ -130,8 +130,8 @@ func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]str
 	}
 }
 
-// oneOf returns a function that reads a single value.
-func oneOf[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
+// single returns a function that reads a single value.
+func single[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
 	return func(n ast.Node) (value T, ok bool) {
 		before := len(r.problems)
 		into(r, &value, parse)(n)

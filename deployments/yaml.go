@@ -22,8 +22,8 @@ import (
 // It parses JSON too, which is YAML.
 type reader struct {
 	file string
-	// open: variables with unknown values may stand in the text; a bad value that contains one is no mistake.
-	open bool
+	// unknownVariables: variables with unknown values may stand in the text; a bad value that contains one is no mistake.
+	unknownVariables bool
 	// lax: a field without a value counts as left out, and anchors and aliases are read. Fields that begin with x- are
 	// ignored, as people keep anchors in them.
 	lax      bool
@@ -49,7 +49,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(line, 1, "the line contains a control character")
 		return nil
 	}
-	switch deep, keys, documents := shape(data); {
+	switch deep, keys, documents := estimateShape(data); {
 	case deep > maxDepth:
 		r.note(0, 0, "the file is nested deeper than %d levels", maxDepth)
 		return nil
@@ -108,9 +108,9 @@ const (
 	maxProblems = 100
 )
 
-// shape returns estimates of the nesting depth of data, of its keys and items together, and of its documents. The
-// depth is judged by flow brackets, indentation and dashes, and is rather too high than too low.
-func shape(data []byte) (deep, keys, documents int) {
+// estimateShape returns estimates of the nesting depth of data, of its keys and items together, and of its documents.
+// The depth is judged by flow brackets, indentation and dashes, and is rather too high than too low.
+func estimateShape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
 		if bytes.HasPrefix(line, []byte("---")) {
@@ -342,7 +342,7 @@ func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node)
 		}
 		v, err := parse(s)
 		if err != nil {
-			if !r.open || !strings.Contains(s, variable) {
+			if !r.unknownVariables || !strings.Contains(s, variable) {
 				r.at(n, "%v", err)
 			}
 			return

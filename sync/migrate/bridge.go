@@ -80,14 +80,14 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	}
 	if running {
 		b.Pinned = true
-		b.Changed, err = pin(
+		b.Changed, err = writePin(
 			ctx,
 			o.Store,
 			id,
 			deployments.Pin{Release: b.Pointer, By: bridgeName, Reason: "an event named " + deployments.ShownURL(o.URL)},
 		)
 	} else {
-		b.Changed, err = record(ctx, o.Store, id, b.Pointer)
+		b.Changed, err = writeRecord(ctx, o.Store, id, b.Pointer)
 	}
 	if err != nil {
 		return b, fmt.Errorf("handing the event on to %s: %w", id, err)
@@ -105,7 +105,10 @@ func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	return e.Session != "", err
 }
 
-func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin) (changed bool, err error) {
+// writePin writes a pin, unless the unit is pinned to that release already.
+func writePin(
+	ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin,
+) (changed bool, err error) {
 	if err := fleet.CheckRecord(ctx, store, id); err != nil {
 		return false, err
 	}
@@ -129,8 +132,8 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 	return true, fleet.Pin(ctx, store, id, "", pin)
 }
 
-// record writes a bare pointer as the record, as a person would, unless the record has that target already.
-func record(
+// writeRecord writes a bare pointer as the record, as a person would, unless the record has that target already.
+func writeRecord(
 	ctx context.Context,
 	store kv.Store,
 	id deployments.UnitID,

@@ -68,7 +68,7 @@ func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []st
 		return nil, nil, err
 	}
 	to := strings.TrimSuffix(cmp.Or(o.To, o.Prefix+"kedge"), "/") + "/"
-	listed, err := list(ctx, o.Objects, o.Prefix)
+	listed, err := manifestsBelow(ctx, o.Objects, o.Prefix)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -235,8 +235,8 @@ func readUnit(root *os.Root, file string) ([]byte, error) {
 	return text, err
 }
 
-// list returns the .yml and .yaml objects below a prefix, by URL; more than maxPrefix objects are an error.
-func list(ctx context.Context, objects *object.Client, prefix string) ([]object.Listed, error) {
+// manifestsBelow returns the .yml and .yaml objects below a prefix, by URL; more than maxPrefix objects are an error.
+func manifestsBelow(ctx context.Context, objects *object.Client, prefix string) ([]object.Listed, error) {
 	all, more, err := objects.List(ctx, prefix, maxPrefix)
 	if err != nil {
 		return nil, err

@@ -191,7 +191,7 @@ func Find(ctx context.Context, objects *object.Client, text string, in io.Reader
 		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
 		return []Source{{Name: text, URL: url, Raw: raw}}, err
 	}
-	listed, err := list(ctx, objects, url)
+	listed, err := manifestsBelow(ctx, objects, url)
 	if err != nil {
 		return nil, err
 	}
