@@ -315,6 +315,7 @@
 //	fast                true: it needs no gates, as it was stable before, or is a pin
 //	serving             true: a first release, and something else serves on a node, so that it goes by its gates
 //	unproven            true: stable never became good everywhere
+//	stable_pinned       true: stable is a pin's release, or may be: it raises no version floor
 //	since               when the phase, or the last step within it, began
 //	reason              why it stands there, as a code
 //	facts               what the reason is about
