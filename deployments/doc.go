@@ -303,7 +303,7 @@
 //	            negative: lost with the store's data, some generation up to that
 //	nodes       how many nodes the unit had when its rollout last moved
 //	orphaned    true: Git names the unit no longer, and pruning is off
-//	pinned      what Git's record was when a unit pin took its place: target, stable, claim, failed
+//	pinned      what Git's record was when a unit pin took its place: target, stable, claim, stable_pinned, failed
 //	min_agent   the format level that a reader needs to act on it
 //	rollout     how far its rollout is; absent when every node is admitted
 //

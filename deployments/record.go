@@ -61,6 +61,8 @@ type Pinned struct {
 	Target Pointer `json:"target,omitzero"`
 	Stable Pointer `json:"stable,omitzero"`
 	Claim  int64   `json:"claim,omitempty"`
+	// StablePinned is Progress.StablePinned of Stable.
+	StablePinned bool `json:"stable_pinned,omitempty"`
 	// Failed is the digest that was rolled back, or has to be.
 	Failed Digest `json:"failed,omitzero"`
 }

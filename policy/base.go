@@ -45,7 +45,7 @@ func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record
 		next.Claim = -b.Floor
 		if next.Pinned != nil {
 			pinned := *next.Pinned
-			pinned.Claim = -b.Floor
+			pinned.Claim, pinned.StablePinned = -b.Floor, true
 			next.Pinned = &pinned
 		}
 		if next.Rollout != nil {

@@ -209,15 +209,17 @@ func gitsRecord(st state) deployments.Pinned {
 		return git
 	}
 	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: st.r.RequestGeneration(),
-		Failed: st.p.Failed}
+		StablePinned: st.p.StablePinned, Failed: st.p.Failed}
 	if !st.on {
-		git.Stable = st.r.Target
+		git.Stable, git.StablePinned = st.r.Target, false
 	}
 	return git
 }
 
-// targetPinned reports whether a record's target is there by a pin alone: it wasn't Git's stable release before.
-func targetPinned(r deployments.Record) bool { return r.Pinned != nil && r.Target != r.Pinned.Stable }
+// targetPinned reports whether a record's target is there by pins alone: it wasn't Git's stable release before.
+func targetPinned(r deployments.Record) bool {
+	return r.Pinned != nil && (r.Target != r.Pinned.Stable || r.Pinned.StablePinned)
+}
 
 // endPin goes back to the release that Git names. If the pin's rollout had ended on that release, it only clears
 // Pinned. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
@@ -241,7 +243,7 @@ func endPin(in *inputs, st state) state {
 	}
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
-		next.r.Stable, next.p.StablePinned = git.Stable, false
+		next.r.Stable, next.p.StablePinned = git.Stable, git.StablePinned
 		if next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
 			// every node runs it, unless the pin's rollout is still on
 			next.r.Stable, next.p.StablePinned = in.Record.Target, true
