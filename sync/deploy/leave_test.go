@@ -3,6 +3,7 @@ package deploy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -259,34 +260,56 @@ func TestLeaveForWhatIsGone(t *testing.T) {
 func TestGoesBackBehindALeaveThatStopped(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range leaveStrategies[1:] { // one rename is no part
-		t.Run(string(strategy), func(t *testing.T) {
-			t.Parallel()
-			w := newWorld(t)
-			w.foreign((*world).tree)
-			u := w.open(nil)
-			one := w.publish("1", w.movesAway(strategy))
-			if err := u.Deploy(t.Context(), Request{Release: one, MayLeave: true}); err != nil {
-				t.Fatal(err)
-			}
-			u.at = func(point string) {
-				if point == "before back" {
-					if err := os.Remove(filepath.Join(w.dest(), "a")); err != nil {
-						t.Error(err)
-					}
-					panic("killed")
-				}
-			}
-			func() {
-				defer func() { _ = recover() }()
-				_ = u.Leave(t.Context())
-			}()
-			u = w.open(nil)
-			two := w.publish("2", func(m *deployments.Manifest) {
-				m.Strategy, m.Commands.Pre = strategy, []deployments.Command{{Run: "false"}}
+		for _, stopped := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/stopped %v", strategy, stopped), func(t *testing.T) {
+				t.Parallel()
+				goesBackBehindALeaveThatStopped(t, strategy, stopped)
 			})
-			w.wantFailed(u, two, one)
-			w.wantVersion("1")
-		})
+		}
+	}
+}
+
+func goesBackBehindALeaveThatStopped(t *testing.T, strategy deployments.Strategy, stopped bool) {
+	w := newWorld(t)
+	w.foreign((*world).tree)
+	u := w.open(nil)
+	one := w.publish("1", w.movesAway(strategy))
+	if err := u.Deploy(t.Context(), Request{Release: one, MayLeave: true}); err != nil {
+		t.Fatal(err)
+	}
+	u.at = func(point string) {
+		if point == "before back" {
+			if err := os.Remove(filepath.Join(w.dest(), "a")); err != nil {
+				t.Error(err)
+			}
+			panic("killed")
+		}
+	}
+	func() {
+		defer func() { _ = recover() }()
+		_ = u.Leave(t.Context())
+	}()
+	u = w.open(nil)
+	two := w.publish("2", func(m *deployments.Manifest) {
+		m.Strategy, m.Commands.Pre = strategy, []deployments.Command{{Run: "false"}}
+	})
+	if stopped { // as it waits for the drain
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		u.at = func(point string) {
+			if point == "before drain" {
+				cancel()
+			}
+		}
+		if err := u.Deploy(ctx, Request{Release: two}); !errors.Is(err, context.Canceled) {
+			t.Fatalf("got %v", err)
+		}
+	} else {
+		w.wantFailed(u, two, one)
+	}
+	w.wantVersion("1")
+	if s := u.State(); s.Running != one || s.Drained || s.Unfinished {
+		t.Errorf("state: %+v", s)
 	}
 }
 

@@ -42,9 +42,10 @@ func (d *deployment) failed() *Failed {
 	return f
 }
 
-// reverse makes d undo itself without a failure. If no pre commands were begun, only the drain has to be undone.
+// reverse makes d undo itself without a failure. If no pre commands were begun and dest is whole, only the drain has to
+// be undone.
 func (d *deployment) reverse() {
-	if d.Step == stepDrain {
+	if d.Step == stepDrain && !d.Touched {
 		d.enter(stepBackUndrain)
 	} else {
 		d.enter(stepBack)
@@ -153,9 +154,10 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			now.Check = failed.check
 		}
 		d.BackFailure, j.Confirmed = now, false
-		// The commands were not cut off, or are left out as they were too often.
-		if a := j.attempt(d.owner(), stepBackPost); a.CutOff < u.maxCutOff {
-			j.forgetAttempt(a.Digest, a.Step)
+		// The next try runs all commands again, those with once, too. Only a cut-off may not repeat them.
+		if a := j.attempt(d.owner(), stepBackPost); a.Begun != nil {
+			a.Begun = nil
+			j.setAttempt(a)
 		}
 		if d.Fault != nil {
 			told := *d.Fault
