@@ -7,6 +7,7 @@ import (
 	"embed"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/deployments/safetext"
+	"kedge/kv"
 	"kedge/sync/fleet"
 )
 
@@ -28,6 +30,8 @@ const (
 	writeWithin = 30 * time.Second
 	// firstRead is how long a page waits for the first read of the store, or for a unit's history.
 	firstRead = 5 * time.Second
+	// rereadWithin is how long a page waits for a unit's history that it has already, but may be out of date.
+	rereadWithin = time.Second
 )
 
 //go:embed static
@@ -193,7 +197,8 @@ type unitHistory struct {
 const maxHistories = 64
 
 // history returns a unit's history, from the cache unless that has expired, or the record's Generation or Retry has
-// changed. If the history can't be read, the result has err. A unit without a record has none.
+// changed. While the store is unavailable, an expired one serves on. If there is none, the result has err, as after any
+// other error of reading. A unit without a record has none.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}
@@ -201,18 +206,28 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 	w.mu.Lock()
 	known := w.histories[u.ID]
 	w.mu.Unlock()
-	if known != nil && known.generation == u.Record.Generation && known.retry == u.Record.Retry &&
-		time.Now().Before(known.expires) {
-		return known
+	within := firstRead
+	if known != nil && (known.generation != u.Record.Generation || known.retry != u.Record.Retry) {
+		known = nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, firstRead)
+	if known != nil {
+		if time.Now().Before(known.expires) {
+			return known
+		}
+		within = rereadWithin
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	all, err := fleet.History(ctx, w.c.Store, u.ID)
-	if err != nil {
+	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, expires: time.Now().Add(refresh)}
+	switch {
+	case err == nil:
+		read.entries = all[:min(len(all), deployments.HistoryKept)]
+	case known != nil && (errors.Is(err, kv.ErrUnavailable) || ctx.Err() != nil):
+		read.entries = known.entries
+	default:
 		return &unitHistory{err: fleet.Clean(err.Error(), maxText)}
 	}
-	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, expires: time.Now().Add(refresh),
-		entries: all[:min(len(all), deployments.HistoryKept)]}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.histories) >= maxHistories {

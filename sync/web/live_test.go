@@ -2,6 +2,7 @@ package web
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -89,6 +90,49 @@ func TestAnEntryOfTheHistoryThatGrows(t *testing.T) {
 		time.Sleep(refresh)
 		if page := shows(); !strings.Contains(page, "the second text") {
 			t.Errorf("the page has %s", page)
+		}
+	})
+}
+
+// awayStore is a store that can't be read once away is closed.
+type awayStore struct {
+	kv.Store
+	away chan struct{}
+}
+
+func (s awayStore) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	select {
+	case <-s.away:
+		<-ctx.Done()
+		return nil, fmt.Errorf("%w: %w", kv.ErrUnavailable, ctx.Err())
+	default:
+		return s.Store.List(ctx, prefix)
+	}
+}
+
+// While the store is away, the page of a unit goes on showing the history that it has, and doesn't wait long for it.
+func TestHistoryInAnOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := awayStore{emptyStore(t), make(chan struct{})}
+		put(t, store, kv.Put(kv.HistoryKey(app, 1),
+			encode(deployments.History{Generation: 1, Release: release("1"), Note: "the first text"})))
+		w := offlineWith(t, scene{entries: []kv.Entry{entry(kv.DesiredKey(app),
+			deployments.Record{Target: release("1"), Generation: 1})}}, store)
+		for i := range 3 {
+			began := time.Now()
+			now, _ := w.latest()
+			page := w.render(t.Context(), now, "prod/web/app", nil)
+			if html := strings.Join(slices.Collect(maps.Values(page.html)), " "); !strings.Contains(html, "the first text") {
+				t.Errorf("%d: the page has %s", i, html)
+			}
+			if took := time.Since(began); took > rereadWithin {
+				t.Errorf("%d: it took %v", i, took)
+			}
+			if i == 0 {
+				close(store.away)
+			}
+			time.Sleep(refresh)
 		}
 	})
 }
