@@ -315,9 +315,9 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row are logged. From the second on they are about a second apart, however
-// often the store changes. So as many take as long as watchLag, and a late watch doesn't explain them.
-const conflictsLogged = 7
+// conflictsLogged is how many conflicts in a row are logged. From the second on they are at least 0.8 s apart, however
+// often the store changes. So as many take longer than watchLag, and a late watch doesn't explain them.
+const conflictsLogged = 9
 
 // reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row, and logs it
 // now and then.
