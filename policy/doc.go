@@ -59,7 +59,8 @@
 //     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
 //     no setting of a record and no removal from it, and signs no snapshot. What it writes meanwhile comes into a later
 //     one only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
-//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror).
+//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). Of a record that another mirror wrote, target, after, drift
+//     and adopt are compared with the commit; how far its rollout is comes into the snapshot as it stands.
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what
 //     stood stays (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which
 //     also plays a good signature on another commit, and an old signed commit brought back by force;
@@ -76,8 +77,9 @@
 //   - A signed manifest of an older release stays good, but a node with signers refuses what was made before its
 //     version floor, unless its own configuration lets a pin name it
 //     (TestNothingOlderThanTheFloor in sync/deploy). That holds for the release's name and for its dest, under
-//     whatever unit (TestOldCodeUnderANewName). A release that claims to be made ahead of the node's clock counts as
-//     made when it rolled out (TestMadeAheadOfTheClock). A kill in the middle loses no floor
+//     whatever unit (TestOldCodeUnderANewName). A release that only pins brought raises no floor, so the one before it
+//     may follow (TestStableOfAPin). A release that claims to be made ahead of the node's clock counts as made when it
+//     rolled out (TestMadeAheadOfTheClock). A kill in the middle loses no floor
 //     (TestKilledWhileItRaisesFloors). Until a release that says when it was made has rolled out on a node, and after
 //     the node lost its state, only a key's valid-before bounds that.
 //   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old
