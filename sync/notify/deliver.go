@@ -37,6 +37,9 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 	if err != nil {
 		return err
 	}
+	if err := checkURL(to); err != nil { // of a file; url was checked when the configuration was read
+		return fmt.Errorf("the URL in %s: %w", r.URLFile, err)
+	}
 	body, kind, err := r.encode(source, e)
 	if err != nil {
 		return err
@@ -143,8 +146,8 @@ func escapeSlack(s string) string {
 // escapeTeams breaks up Markdown links, whose text can hide where they lead.
 func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
-// send makes one request. Its errors don't contain the URL. A status 408, 429 or 5xx is a *retryAfterError; any other
-// but 2xx wraps errRefused. client must follow no redirect, as the request may contain a secret for this server alone.
+// send makes one request. Its errors don't contain the URL. A status 408, 429 or 5xx is a *retryAfterError, as is the
+// 403 by which GitHub limits a rate; any other but 2xx wraps errRefused. client must follow no redirect, as the request may contain a secret for this server alone.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
@@ -172,12 +175,19 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests,
 		resp.StatusCode >= 500,
-		resp.StatusCode == http.StatusRequestTimeout:
+		resp.StatusCode == http.StatusRequestTimeout,
+		resp.StatusCode == http.StatusForbidden && limitsRate(resp.Header):
 		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
 		return &retryAfterError{min(time.Duration(seconds)*time.Second, maxPause), err}
 	default:
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
+}
+
+// limitsRate reports whether a 403 says that there were too many requests, as GitHub's may:
+// https://docs.github.com/en/rest/using-the-rest-api/rate-limits-for-the-rest-api
+func limitsRate(h http.Header) bool {
+	return h.Get("Retry-After") != "" || h.Get("X-RateLimit-Remaining") == "0"
 }
 
 // sendTimeout bounds one request.

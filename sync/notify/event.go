@@ -15,7 +15,7 @@ type Kind string
 
 const (
 	KindStarted         Kind = "started"          // a unit has a new target
-	KindCompleted       Kind = "completed"        // a rollout ended with its target, or an orphaned unit is back in Git
+	KindCompleted       Kind = "completed"        // a rollout ended with its target
 	KindPendingApproval Kind = "pending-approval" // a rollout waits for kedge promote
 	KindFrozen          Kind = "frozen"           // a rollout waits for a freeze window to end
 	KindPaused          Kind = "paused"           // a rollout stopped, and waits for an operator
@@ -97,10 +97,15 @@ type unitNow struct {
 	known     bool
 }
 
-// rolloutState returns "orphaned", "completed" if the record has no rollout, or else the rollout's phase and its time;
-// empty: the rollout goes on. If the text differs from before, there may be something to notify of.
+// orphanedMidway is the rolloutState of an orphaned record with a rollout: if Git names the unit again, that goes on.
+const orphanedMidway = "orphaned-midway"
+
+// rolloutState returns "orphaned" or orphanedMidway, "completed" if the record has no rollout, or else the rollout's
+// phase and its time; empty: the rollout goes on. If the text differs from before, there may be something to notify of.
 func rolloutState(r deployments.Record) string {
 	switch p := r.Rollout; {
+	case r.Orphaned && p != nil:
+		return orphanedMidway
 	case r.Orphaned:
 		return string(KindOrphaned)
 	case p == nil:
@@ -152,6 +157,7 @@ func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 		switch {
 		case r.Orphaned:
 			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
+		case p == nil && was.Generation == r.Generation && was.Standing == string(KindOrphaned): // back in Git: as before
 		case p == nil && (r.Paced || was.Generation == r.Generation && was.Standing != now.Standing):
 			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: the rollout of %s is complete", u.id, nameOf(r.Target)))
 		case p == nil, now.Standing == "":

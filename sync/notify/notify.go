@@ -41,10 +41,17 @@ type Notifier struct {
 	giveUp, statusPause, healthPause, healthHold time.Duration
 
 	mu      sync.Mutex
-	units   map[deployments.UnitID]unitNow
-	synced  bool // desired/ has been read with certainty
+	seen    seen
+	changed chan struct{} // closed and replaced whenever seen may have changed
+}
+
+// seen is what a Notifier knows of the store since Run began.
+type seen struct {
+	units map[deployments.UnitID]unitNow
+	// refused is the last mirror/state that parses; zero: there was none.
 	refused deployments.MirrorState
-	changed chan struct{} // closed and replaced whenever units, synced or refused may have changed
+	// recordsSynced is set once desired/, and mirrorSynced once mirror/, has been read with certainty.
+	recordsSynced, mirrorSynced bool
 }
 
 // New returns a notifier. metrics may be nil.
@@ -54,7 +61,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
 		healthHold: healthHold,
-		units:      map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
+		changed:    make(chan struct{}),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_mirror_notifications_total",
 			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped.",
@@ -66,8 +73,10 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 	return n
 }
 
-// Run sends events and writes statuses until ctx ends, or the store can't be watched, and returns why it ended.
+// Run sends events and writes statuses until ctx ends, or the store can't be watched, and returns why it ended. It may
+// be called again then: it begins with what the store holds by that time, as another mirror may have led meanwhile.
 func (n *Notifier) Run(ctx context.Context) error {
+	n.change(func() { n.seen = seen{} })
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.store.Watch(ctx, kv.DesiredPrefix, n.seeRecords) })
 	g.Go(func() error { return n.store.Watch(ctx, kv.MirrorPrefix, n.seeMirror) })
@@ -89,7 +98,7 @@ func (n *Notifier) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// change calls f, which updates units, synced or refused, with n.mu held. Then it wakes all calls of follow.
+// change calls f, which updates seen, with n.mu held. Then it wakes all calls of follow.
 func (n *Notifier) change(f func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -103,8 +112,8 @@ func (n *Notifier) seeRecords(v kv.View) {
 		return
 	}
 	n.change(func() {
-		was := n.units
-		n.synced, n.units = true, make(map[deployments.UnitID]unitNow, len(v.Entries))
+		was := n.seen.units
+		n.seen.recordsSynced, n.seen.units = true, make(map[deployments.UnitID]unitNow, len(v.Entries))
 		for _, e := range v.Entries {
 			key, err := kv.ParseKey(e.Key)
 			if err != nil {
@@ -116,24 +125,30 @@ func (n *Notifier) seeRecords(v kv.View) {
 			if r, err := deployments.ParseRecord(e.Value); err == nil {
 				u.record = r
 			}
-			n.units[id] = u
+			n.seen.units[id] = u
 		}
 	})
 }
 
 func (n *Notifier) seeMirror(v kv.View) {
+	if !v.Synced {
+		return
+	}
+	n.mu.Lock()
+	now := n.seen.refused
+	same := n.seen.mirrorSynced
+	n.mu.Unlock()
 	for _, e := range v.Entries {
 		if e.Key != kv.MirrorKey {
 			continue
 		}
 		if s, err := deployments.ParseMirrorState(e.Value); err == nil { // the mirror replaces one that doesn't parse
-			n.mu.Lock()
-			same := s.Refused == n.refused.Refused && s.Error == n.refused.Error
-			n.mu.Unlock()
-			if !same {
-				n.change(func() { n.refused = s })
-			}
+			same = same && s.Refused == now.Refused && s.Error == now.Error
+			now = s
 		}
+	}
+	if !same {
+		n.change(func() { n.seen.refused, n.seen.mirrorSynced = now, true })
 	}
 }
 
@@ -146,15 +161,15 @@ func (n *Notifier) followHealth(ctx context.Context) error {
 			sick := unhealthyNodes(entries)
 			n.mu.Lock()
 			same := true
-			for id, u := range n.units {
+			for id, u := range n.seen.units {
 				same = same && u.known && slices.Equal(u.unhealthy, sick[id])
 			}
 			n.mu.Unlock()
 			if !same {
 				n.change(func() {
-					for id, u := range n.units {
+					for id, u := range n.seen.units {
 						u.unhealthy, u.known = sick[id], true
-						n.units[id] = u
+						n.seen.units[id] = u
 					}
 				})
 			}
@@ -233,7 +248,7 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 	}
 	for {
 		n.mu.Lock()
-		changed, synced := n.changed, n.synced
+		changed, synced := n.changed, n.seen.recordsSynced && n.seen.mirrorSynced
 		n.mu.Unlock()
 		c.nextCheck = time.Time{}
 		if synced {
@@ -314,9 +329,9 @@ func (n *Notifier) startAtPresent(c *cursor) {
 func (n *Notifier) current() ([]unitNow, deployments.MirrorState) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	units := slices.Collect(maps.Values(n.units))
+	units := slices.Collect(maps.Values(n.seen.units))
 	slices.SortFunc(units, func(a, b unitNow) int { return a.id.Compare(b.id) })
-	return units, n.refused
+	return units, n.seen.refused
 }
 
 // sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended.
@@ -449,8 +464,10 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 // writeStatuses writes the commit statuses that changed, and a refused commit's. It fails only when ctx has ended.
 func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
 	units, state := n.current()
+	gone := maps.Clone(c.Units)
 	for _, u := range units {
 		name := u.id.String()
+		delete(gone, name)
 		status, ok := statusOf(u)
 		was := c.Units[name]
 		if !ok || !matches(s.Units, u.id) || hashOf(status) == was.Status {
@@ -471,6 +488,10 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 		status.link = ""
 		c.Units[name] = notified{Generation: u.record.Generation, Status: hashOf(status)}
 		n.save(ctx, s.Name, c)
+	}
+	for name := range gone {
+		delete(c.Units, name)
+		delete(c.statusAt, name)
 	}
 	if state.Refused != "" && state.Refused != c.Refused {
 		refused := commitStatus{commit: state.Refused, name: "kedge", state: statusFailure, description: clipped(state.Error)}

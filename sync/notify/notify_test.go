@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -129,25 +131,39 @@ func (w *world) run(c Config) (stop func()) {
 	if err := c.check(); err != nil {
 		w.t.Fatal(err)
 	}
+	return w.runs(c)()
+}
+
+// runs makes a notifier. start runs it until stop is called.
+func (w *world) runs(c Config) (start func() (stop func())) {
 	n := New(c, w.store, nil, slog.New(slog.DiscardHandler))
 	n.statusPause, n.healthPause, n.healthHold = 10*time.Millisecond, 10*time.Millisecond, 0
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = n.Run(ctx)
-	}()
-	stop = sync.OnceFunc(func() { cancel(); <-done })
-	w.t.Cleanup(stop)
-	for { // until the cursors are there, what is so already isn't told
-		entries, err := w.store.List(w.t.Context(), kv.MirrorPrefix)
-		if err != nil {
-			w.t.Fatal(err)
+	return func() (stop func()) {
+		w.t.Helper()
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = n.Run(ctx)
+		}()
+		stop = sync.OnceFunc(func() { cancel(); <-done })
+		w.t.Cleanup(stop)
+		for { // until the cursors are there, what is so already isn't told
+			found := 0
+			entries, err := w.store.List(w.t.Context(), kv.MirrorPrefix)
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			for _, e := range entries {
+				if strings.HasPrefix(e.Key, kv.MirrorPrefix+"notified/") {
+					found++
+				}
+			}
+			if found >= len(c.Receivers)+len(c.Statuses) {
+				return stop
+			}
+			time.Sleep(5 * time.Millisecond)
 		}
-		if len(entries) >= len(c.Receivers)+len(c.Statuses) {
-			return stop
-		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -363,7 +379,7 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 		r := &Receiver{Name: "ops", Events: []Kind{KindRefused}}
 		c := &cursor{Units: map[string]notified{}, healthAt: map[string]time.Time{}}
 		at := func(sick ...string) notified {
-			n.units[app] = unitNow{id: app, record: record(1, nil), unhealthy: sick, known: true}
+			n.seen.units = map[deployments.UnitID]unitNow{app: {id: app, record: record(1, nil), unhealthy: sick, known: true}}
 			c.nextCheck = time.Time{}
 			if err := n.sendNew(t.Context(), r, c); err != nil {
 				t.Fatal(err)
@@ -541,5 +557,178 @@ func TestReadConfig(t *testing.T) {
 		if (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret")) {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
+	}
+}
+
+// A mirror that leads again after another did tells of nothing that the other has told of, or that was so before.
+func TestLeadingAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := Config{Receivers: []Receiver{{Name: "ops", URL: w.serve(always(204)).URL}}}
+	if err := c.check(); err != nil {
+		t.Fatal(err)
+	}
+	refuse := func(commit string) {
+		t.Helper()
+		value, err := json.Marshal(deployments.MirrorState{Head: "a", Refused: commit, Error: "no"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.store.Commit(t.Context(), nil, kv.Put(kv.MirrorKey, value)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := record(1, &deployments.Progress{Phase: deployments.PhasePaused, Since: noon})
+	w.write(r, entry(r))
+	refuse("b")
+	first := w.runs(c)
+	stop := first()
+	refuse("c")
+	w.await(1)
+	stop()
+
+	second := w.runs(c) // another process
+	stop = second()
+	r.Rollout = nil
+	w.write(r, nil)
+	w.await(2)
+	refuse("")
+	next := record(2, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon})
+	w.write(next, entry(next))
+	w.await(3)
+	stop()
+
+	stop = first()
+	next.Rollout = nil
+	w.write(next, nil)
+	w.await(4)
+	stop()
+	want := []string{"kedge.refused", "kedge.completed", "kedge.started", "kedge.completed"}
+	if have := kinds(t, w.requests()); !slices.Equal(have, want) {
+		t.Errorf("told %v, want %v", have, want)
+	}
+}
+
+// lateStore shows mirror/ only after a while.
+type lateStore struct{ kv.Store }
+
+func (s lateStore) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
+	if prefix != kv.MirrorPrefix {
+		return s.Store.Watch(ctx, prefix, f)
+	}
+	return s.Store.Watch(ctx, prefix, func(v kv.View) {
+		time.Sleep(100 * time.Millisecond)
+		f(kv.View{Err: kv.ErrUnavailable})
+		f(v)
+	})
+}
+
+// A refusal that was told of is not forgotten while the mirror's state has yet to be read.
+func TestStateIsReadWhole(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	value, err := json.Marshal(deployments.MirrorState{Head: "a", Refused: "b", Error: "no"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.store.Commit(t.Context(), nil, kv.Put(kv.MirrorKey, value)); err != nil {
+		t.Fatal(err)
+	}
+	w.store = lateStore{w.store}
+	stop := w.run(Config{Receivers: []Receiver{{Name: "ops", URL: w.serve(always(204)).URL}}})
+	r := record(1, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon})
+	w.write(r, entry(r))
+	w.await(1)
+	stop()
+	if have := kinds(t, w.requests()); !slices.Equal(have, []string{"kedge.started"}) {
+		t.Errorf("told %v", have)
+	}
+}
+
+// An orphaned unit that Git names again is as it was before: nothing was completed, unless a rollout was under way.
+func TestBackInGit(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name    string
+		rollout *deployments.Progress // when the unit is orphaned
+		want    []Kind                // once it is back, and without a rollout
+	}{
+		{"without a rollout", nil, nil},
+		{"in a rollout", &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon}, []Kind{KindCompleted}},
+	} {
+		for _, paced := range []bool{false, true} {
+			r := record(2, c.rollout)
+			r.Paced = paced
+			_, was := eventsSince(notified{Generation: 1}, unitNow{id: app, record: r})
+			r.Orphaned = true
+			events, was := eventsSince(was, unitNow{id: app, record: r})
+			if len(events) != 1 || events[0].Kind != KindOrphaned {
+				t.Fatalf("%s: orphaned: %+v", c.name, events)
+			}
+			r.Orphaned, r.Rollout = false, nil
+			events, _ = eventsSince(was, unitNow{id: app, record: r})
+			var have []Kind
+			for _, e := range events {
+				have = append(have, e.Kind)
+			}
+			if !slices.Equal(have, c.want) {
+				t.Errorf("%s, paced %v: back in Git: %v, want %v", c.name, paced, have, c.want)
+			}
+		}
+	}
+}
+
+// A server that limits the rate by a 403 is asked again later, and one that forbids is not. A file names no URL that the
+// configuration may not.
+func TestDelivery(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		status int
+		header http.Header
+		again  bool
+		after  time.Duration
+	}{
+		{403, http.Header{}, false, 0},
+		{403, http.Header{"Retry-After": {"60"}}, true, time.Minute},
+		{403, http.Header{"X-Ratelimit-Remaining": {"0"}}, true, 0},
+		{403, http.Header{"X-Ratelimit-Remaining": {"17"}}, false, 0},
+		{429, http.Header{"Retry-After": {"99999999999999"}}, true, maxPause},
+		{404, http.Header{"Retry-After": {"60"}}, false, 0},
+	} {
+		s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+			maps.Copy(rw.Header(), c.header)
+			rw.WriteHeader(c.status)
+		}))
+		err := send(t.Context(), s.Client(), http.MethodPost, s.URL, http.Header{}, nil)
+		s.Close()
+		var again *retryAfterError
+		if errors.As(err, &again) != c.again || errors.Is(err, errRefused) == c.again || c.again && again.after != c.after {
+			t.Errorf("%d with %v: %v, %+v", c.status, c.header, err, again)
+		}
+	}
+
+	file := filepath.Join(t.TempDir(), "url")
+	if err := os.WriteFile(file, []byte("http://192.0.2.1/s3cret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := &Receiver{Name: "ops", URLFile: file}
+	if err := r.deliver(t.Context(), http.DefaultClient, "kedge", Event{}); err == nil ||
+		!strings.Contains(err.Error(), "want https://") || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A unit that is gone leaves nothing in the cursor of commit statuses.
+func TestStatusesForgetUnits(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	n := New(Config{}, w.store, nil, slog.New(slog.DiscardHandler))
+	c := &cursor{Units: map[string]notified{app.String(): {Generation: 1}},
+		statusAt: map[string]time.Time{app.String(): noon}}
+	if err := n.writeStatuses(t.Context(), &Statuses{Name: "git"}, c); err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Units) > 0 || len(c.statusAt) > 0 {
+		t.Errorf("left: %+v", c)
 	}
 }
