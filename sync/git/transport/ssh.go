@@ -273,12 +273,11 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	return config, held.String(), err
 }
 
-// dial opens the connection, through the proxy in ALL_PROXY if there is one. If ~/.ssh/config, or the system's, has a
-// Hostname for the host, dial takes that, and the Port there or 22.
-func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
-	host, port := s.endpoint.Host, s.endpoint.Port
-	if name := gitssh.DefaultSSHConfig.Get(host, "Hostname"); name != "" {
-		if n, err := strconv.Atoi(gitssh.DefaultSSHConfig.Get(host, "Port")); err == nil {
+// sshAddress returns the address of a URL's host and port. If ~/.ssh/config, or the system's, has a Hostname for the
+// host, it takes that, and the Port there unless the URL has another than 22: go-git doesn't tell 22 from none.
+func sshAddress(host string, port int, get func(host, key string) string) string {
+	if name := get(host, "Hostname"); name != "" {
+		if n, err := strconv.Atoi(get(host, "Port")); err == nil && (port == 0 || port == gitssh.DefaultPort) {
 			port = n
 		}
 		host = name
@@ -286,7 +285,12 @@ func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	if port == 0 {
 		port = gitssh.DefaultPort
 	}
-	address := net.JoinHostPort(host, strconv.Itoa(port))
+	return net.JoinHostPort(host, strconv.Itoa(port))
+}
+
+// dial opens the connection to sshAddress, through the proxy in ALL_PROXY if there is one.
+func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
+	address := sshAddress(s.endpoint.Host, s.endpoint.Port, gitssh.DefaultSSHConfig.Get)
 	raw, err := proxy.Dial(ctx, "tcp", address)
 	if err != nil {
 		return err
