@@ -28,8 +28,9 @@ func (t treeSwitcher) forget() error {
 // keptTree returns the path of the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
-// Keep copies what is at dest, except what rsync leaves alone there: excluded files and mounts. If dest is missing,
-// empty or no directory, nothing is kept. If the disk has no room for the copy, that is an error.
+// Keep replaces an earlier copy by one of what is at dest, except what rsync leaves alone there: excluded files and
+// mounts. If dest is missing, empty or no directory, or Before isn't configured, nothing is kept. If the disk has no
+// room for the copy, that is an error.
 func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := s.forget(); s.c.Before == "" || err != nil {
 		return err

@@ -100,8 +100,8 @@ func (r *Releases) changeFiles(name string) changeFiles {
 	return changeFiles{filepath.Join(r.private(), name+changesSuffix), filepath.Join(r.private(), name+beforeSuffix)}
 }
 
-// forget removes both files, if they exist.
-func (f changeFiles) forget() error {
+// remove removes both files, if they exist.
+func (f changeFiles) remove() error {
 	var err error
 	for _, p := range []string{f.made, f.before} {
 		if failed := os.Remove(p); failed != nil && !errors.Is(failed, fs.ErrNotExist) {
@@ -166,7 +166,7 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 	})
 	left = max(0, len(made)-maxChanges)
 	if made = made[:len(made)-left]; len(made) == 0 {
-		return 0, f.forget()
+		return 0, f.remove()
 	}
 	if err := writeChanges(f.made, made); err != nil {
 		return 0, err

@@ -274,7 +274,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	if h.Mode&0o4000 != 0 ||
 		h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // on a directory, set-group-id gives no rights
-		return errors.New("it is setuid or setgid, which nothing in a release may be")
+		return errors.New("it is setuid, or a setgid file, which a release may not have")
 	}
 	if h.Size < 0 || h.Size > x.left {
 		return errBomb

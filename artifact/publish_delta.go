@@ -256,7 +256,8 @@ func (p *publisher) delta(
 func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
 
 // fetchPatched fills dir with the files of m's tree that archive.MakeDelta reads, or with all if m has no index, and
-// returns the tree's index. What new, the tree that is being published, has of them is taken from there.
+// returns the tree's index. If m has an index, content that is also in new, the tree that is being published, is copied
+// from there instead of fetched.
 func fetchPatched(
 	ctx context.Context,
 	objects *object.Client,

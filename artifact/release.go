@@ -185,7 +185,8 @@ const (
 	healPrefix    = "heal-"    // trees that replace exchanged for others
 	adoptedPrefix = "adopted-" // followed by a time
 	adoptedTime   = "20060102T150405.000000"
-	// unfinishedPrefix begins names of files that a crash in durable.WriteFile or writeStats leaves; no version begins so.
+	// unfinishedPrefix begins names of files that a crash in durable.WriteFile or writeFileStats leaves; no version
+	// begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"

@@ -66,7 +66,7 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.changeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // of an earlier tree
+	if err := r.changeFiles(nameOf(m.Version, p.Digest)).remove(); err != nil { // of an earlier tree
 		return nil, err
 	}
 	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
@@ -201,9 +201,9 @@ func (r *Releases) noteFiles(name string, index deployments.Digest, stats []file
 	if r.hashAlways {
 		return
 	}
-	err := r.writeStats(name, index, stats)
+	err := r.writeFileStats(name, index, stats)
 	if base != nil && base.known != nil && base.known.changed {
-		err = errors.Join(err, r.writeStats(base.name, base.digest, base.known.stats))
+		err = errors.Join(err, r.writeFileStats(base.name, base.digest, base.known.stats))
 	}
 	if err != nil {
 		r.log.Warn("could not record the files of a release, which will be read once more", "release", name, "error", err)

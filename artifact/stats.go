@@ -73,9 +73,9 @@ const (
 	clockTick = 20 * time.Millisecond
 )
 
-// writeStats stores a release's stats. They are only a cache, so nothing is synced: if they are lost or damaged,
+// writeFileStats stores a release's stats. They are only a cache, so nothing is synced: if they are lost or damaged,
 // the release is read again.
-func (r *Releases) writeStats(name string, index deployments.Digest, stats []fileStat) error {
+func (r *Releases) writeFileStats(name string, index deployments.Digest, stats []fileStat) error {
 	data := append([]byte(statsMagic), index[:]...)
 	for _, s := range stats {
 		data = binary.LittleEndian.AppendUint64(data, s.inode)
@@ -91,7 +91,7 @@ func (r *Releases) writeStats(name string, index deployments.Digest, stats []fil
 	return os.Rename(aside, path)
 }
 
-// readStats returns the stats that writeStats stored for a release with this index; nil if none can be used.
+// readStats returns the stats that writeFileStats stored for a release with this index; nil if none can be used.
 func (r *Releases) readStats(name string, index deployments.Digest) []fileStat {
 	data, err := os.ReadFile(filepath.Join(r.private(), name+statsSuffix))
 	end := len(data) - len(index)
@@ -220,5 +220,5 @@ func (k *keptStats) renew() error {
 			now[i] = fileStat{}
 		}
 	}
-	return k.r.writeStats(k.name, k.rec.Index, now)
+	return k.r.writeFileStats(k.name, k.rec.Index, now)
 }

@@ -223,7 +223,7 @@ func TestKnownFilesAreNotRead(t *testing.T) {
 		x, _ := archive.DecodeIndex(data)
 		stats, err := statTree(t.Context(), w.live.Dir, x)
 		if err == nil {
-			err = r.writeStats(filepath.Base(w.live.Dir), rec.Index, stats)
+			err = r.writeFileStats(filepath.Base(w.live.Dir), rec.Index, stats)
 		}
 		if err != nil {
 			t.Fatal(err)

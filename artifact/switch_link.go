@@ -214,8 +214,8 @@ func linkTarget(link, dest string) (string, error) {
 	return target, err
 }
 
-// adopt gives a permanent name to the tree or link from before kedge that an exchange left under the link's temporary
-// name. If there is an unused link of kedge's under that name, adopt removes it.
+// adopt renames what was at dest before kedge, a tree or a link, to its permanent name. A switch that exchanges dest
+// with kedge's new link leaves it at the new link's temporary name. An unused link of kedge's there is removed.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {

@@ -42,7 +42,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
 	if s.c.Changes != "" {
-		if err := s.changeFiles(r).forget(); err != nil { // rsync removes what the commands made
+		if err := s.changeFiles(r).remove(); err != nil { // rsync removes what the commands made
 			return err
 		}
 	}

@@ -102,7 +102,7 @@ func (r *Releases) updateStats(name string, rec *record, stats []fileStat, found
 	if slices.ContainsFunc(found, func(d Difference) bool { return d.What == "content" }) {
 		err = r.forgetStats()
 	} else if !r.hashAlways {
-		err = r.writeStats(name, rec.Index, stats)
+		err = r.writeFileStats(name, rec.Index, stats)
 	}
 	if err != nil {
 		r.log.Warn("could not update what is recorded of a release's files", "dest", r.dest, "release", name, "error", err)

@@ -11,7 +11,7 @@ import (
 //go:embed docs/*.md
 var docs embed.FS
 
-// formats is the source of the package comment; some of its sections are pages as well.
+// formats is the text of doc.go, whose package comment is the reference of formats; see sections.
 //
 //go:embed doc.go
 var formats string

@@ -67,7 +67,7 @@ type Pinned struct {
 	Failed Digest `json:"failed,omitzero"`
 }
 
-// Progress is how far a rollout is.
+// Progress is how far a rollout has come, and why it stands there.
 type Progress struct {
 	Phase Phase `json:"phase"`
 	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.

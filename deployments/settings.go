@@ -50,7 +50,8 @@ type Freeze struct {
 	Duration time.Duration
 	// Units are patterns STAGE/ROLE/UNIT, each segment a name or *; empty: all.
 	Units []string
-	// Running is what a rollout under way does when the window begins: finish (the default) or wait.
+	// Running is what a rollout under way does when the freeze begins: finish (the default) or wait. A freeze begins when
+	// a deny window opens, or the last open allow window closes.
 	Running string
 	// Reason is shown to those whose rollout the window stops.
 	Reason string

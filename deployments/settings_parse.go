@@ -203,7 +203,7 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 		"reason":   into(r, &f.Reason, asText),
 	})
 	if f.Kind == "" {
-		r.at(n, "a freeze needs deny or allow: when it begins, as five fields of cron")
+		r.at(n, "a freeze needs the field deny or allow: when its window begins, as five fields of cron")
 	}
 	if seen["duration"] == nil {
 		r.at(n, "a freeze needs a duration")

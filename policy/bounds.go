@@ -43,21 +43,21 @@ func (b Bounds) NeedManifest() bool { return len(b.Dests) > 0 || len(b.Users) > 
 
 // CheckSource returns an error if the bounds forbid to fetch from a URL.
 func (b Bounds) CheckSource(source string) error {
-	named := deployments.FromSource(source, b.Sources)
-	if !named && deployments.IsPlainHTTP(source) {
+	inSources := deployments.FromSource(source, b.Sources)
+	if !inSources && deployments.IsPlainHTTP(source) {
 		return fmt.Errorf(
 			"%s is plain http of another machine, which anybody on the way can change: use https://, or name it in sources",
 			deployments.ShownURL(source),
 		)
 	}
-	if b.NoLocal && !named && isLocal(source) {
+	if b.NoLocal && !inSources && isLocal(source) {
 		return fmt.Errorf(
-			"%s leads to this machine or its own network link: name it in sources, or let the agent have local_sources, "+
+			"%s leads to this machine or to a link-local address: name it in sources, or set local_sources for the agent, "+
 				"which allows all such URLs",
 			deployments.ShownURL(source),
 		)
 	}
-	if len(b.Sources) == 0 || named {
+	if len(b.Sources) == 0 || inSources {
 		return nil
 	}
 	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(source),

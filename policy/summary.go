@@ -372,7 +372,8 @@ func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	return false
 }
 
-// failedThere reports whether the target failed on a node that is not yet in service again.
+// failedThere reports whether the target failed on a node in the record's generation, and what the node went back to
+// does not serve yet.
 func failedThere(r *deployments.Record, u *deployments.UnitReport) bool {
 	return u.Generation == r.Generation && !u.Failed.IsZero() && u.Failed == r.Target.Digest
 }

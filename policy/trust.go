@@ -173,7 +173,7 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 	}
 	key := sig.PublicKey.Marshal()
 	finger := ssh.FingerprintSHA256(sig.PublicKey)
-	refused := fmt.Errorf("%w: it was made with the key %s, which is not among the allowed signers", ErrUntrusted, finger)
+	refused := fmt.Errorf("%w: the signature's key %s is not among the allowed signers", ErrUntrusted, finger)
 	for _, one := range s.all {
 		if !bytes.Equal(one.key.Marshal(), key) {
 			continue

@@ -64,7 +64,7 @@ type agentConfig struct {
 	SnapshotSigners string        `yaml:"snapshot_signers"`
 	SnapshotMaxAge  time.Duration `yaml:"snapshot_max_age"`
 
-	// EC2 reads those of stage and roles that aren't configured from the instance's tags.
+	// EC2 takes the stage and the roles from the instance's tags, each unless it is configured.
 	EC2              bool          `yaml:"ec2"`
 	LifecycleHook    string        `yaml:"lifecycle_hook"`
 	LifecycleTimeout time.Duration `yaml:"lifecycle_timeout"`
@@ -144,7 +144,7 @@ func agentDefaults() agentConfig {
 func durationOf(d *time.Duration, text []byte) (err error) {
 	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
 	if *d, err = time.ParseDuration(s); err != nil || *d < 0 {
-		return fmt.Errorf("%q: want a duration, as in 30s or 5m", s)
+		return fmt.Errorf("%q: want a duration of 0 or more, as in 30s or 5m", s)
 	}
 	return nil
 }

@@ -54,7 +54,7 @@ type hintError struct {
 
 func (e hintError) Unwrap() error { return e.error }
 
-func main() { os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr)) }
+func main() { os.Exit(run(translateArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr)) }
 
 // run executes a command line and returns its exit code; SIGINT and SIGTERM end it. Tests of the command line call it.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
@@ -91,7 +91,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // itself. Of a store other than Consul it has hints only on parts that could not be read.
 func (a *app) storeHint(err error) string {
 	switch {
-	case errors.Is(err, fleet.ErrIncomplete) || errors.Is(err, fleet.ErrLate):
+	case errors.Is(err, fleet.ErrTooMuch) || errors.Is(err, fleet.ErrLate):
 		return a.unreadHint(err)
 	case !a.onConsul():
 		return ""
@@ -121,7 +121,7 @@ func (a *app) storeHint(err error) string {
 // unreadHint returns what to do about a part of the store that could not be read.
 func (a *app) unreadHint(err error) string {
 	var hints []string
-	if errors.Is(err, fleet.ErrIncomplete) {
+	if errors.Is(err, fleet.ErrTooMuch) {
 		hints = append(hints, "remove the keys that don't belong there; until then, look at one role at a time: "+
 			"kedge status STAGE/ROLE")
 	}

@@ -121,9 +121,25 @@ func namingFlags(f *pflag.FlagSet, n *migrate.Naming) {
 		"`pattern` of manifests' names, with {stage}, {role}, {unit} and *; may be repeated (default "+
 			strings.Join(migrate.DefaultPatterns, ", ")+")",
 	)
-	f.StringVar(&n.Stage, "stage", "", "the stage, if names don't tell it; only manifests of this stage, if they do")
-	f.StringVar(&n.Role, "role", "", "the role, likewise")
-	f.StringVar(&n.Unit, "unit", "", "the unit's name, likewise (default "+migrate.DefaultUnit+")")
+	f.StringVar(
+		&n.Stage,
+		"stage",
+		"",
+		"the stage, if manifests' names don't tell it; only manifests of this stage, if they do",
+	)
+	f.StringVar(
+		&n.Role,
+		"role",
+		"",
+		"the role, if manifests' names don't tell it; only manifests of this role, if they do",
+	)
+	f.StringVar(
+		&n.Unit,
+		"unit",
+		"",
+		"the unit's name, if manifests' names don't tell it (default "+migrate.DefaultUnit+
+			"); only manifests of this unit, if they do",
+	)
 }
 
 func (a *app) importCommand() *cobra.Command {
@@ -192,7 +208,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 	f.StringVar(&o.Repo, "repo", "", "`directory` of the deployments repo")
 	f.StringVar(&o.To, "to", "", "`prefix` to copy the manifests below (default PREFIX/kedge)")
 	f.BoolVar(&o.Fix, "fix", false, "adapt the copies to kedge: see kedge check --fix")
-	f.BoolVar(&o.Archives, "archives", false, "look into their archives, too")
+	f.BoolVar(&o.Archives, "archives", false, "also look into manifests' archives, for what nodes would refuse")
 	namingFlags(f, &o.Naming)
 	a.jsonFlag(c, "what became of each unit")
 	return c

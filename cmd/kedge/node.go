@@ -16,8 +16,9 @@ func (a *app) verifyCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "verify DEST",
 		Short: "Compare a live release on this node with its index",
-		Long: `Reads every file of the release that DEST resolves to, and names what differs from what was published: missing, extra,
-content, mode, link or type. What the release's own commands made is compared with what they left. Changes nothing. Exit code 1
+		Long: `Compares the release that DEST resolves to with what was published, reading its files, and names what differs:
+missing, extra, content, mode, owner, link or type; or index, if that itself is missing or damaged. Shared paths and
+mounts are left out. What the release's own commands made is compared with what they left. Changes nothing. Exit code 1
 where something differs.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -23,7 +23,7 @@ import (
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
-		"promote": {"Let a rollout go past its canary", "also where it waits for approval; or let it pass a freeze that it waits for"},
+		"promote": {"Let a rollout go past its canary", "even if it waits for approval; one held up by a freeze goes on"},
 		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
 		"resume":  {"Let a paused rollout go on", "it tolerates the failures that there are now"},
 		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
@@ -184,7 +184,7 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 				line += " to " + pin.Release.String()
 			}
 			if reason == "" {
-				notes = append(notes, "no --reason: nobody who looks at it later knows why")
+				notes = append(notes, "no --reason: whoever sees this pin later won't know why it is there")
 			}
 			notes = append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node))
 			return a.printOutcome(OrderOutcome{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)

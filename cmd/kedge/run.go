@@ -33,9 +33,9 @@ var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
 
-// programArgs returns kedge's arguments for a program called by name with args. A program called stretcher acts as
+// translateArgs returns kedge's arguments for a program called by name with args. A program called stretcher acts as
 // kedge run, and takes stretcher's long flags with one dash, too: they get the second dash here.
-func programArgs(name string, args []string) []string {
+func translateArgs(name string, args []string) []string {
 	if filepath.Base(name) != stretcherName {
 		return args
 	}

@@ -93,7 +93,7 @@ func TestProgramArgs(t *testing.T) {
 		"/usr/local/bin/stretcher -timeout 300 -retry=3 -rsync-verbose -vv -v": "run --timeout 300 --retry=3 --rsync-verbose -vv -v",
 	} {
 		words := strings.Fields(called)
-		if got := strings.Join(programArgs(words[0], words[1:]), " "); got != want {
+		if got := strings.Join(translateArgs(words[0], words[1:]), " "); got != want {
 			t.Errorf("%s: %s, want %s", called, got, want)
 		}
 	}

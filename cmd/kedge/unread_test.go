@@ -65,9 +65,9 @@ func TestUnreadHints(t *testing.T) {
 		want []string
 		not  string
 	}{
-		{fmt.Errorf("%w below pins/", fleet.ErrIncomplete), []string{much}, late},
+		{fmt.Errorf("%w below pins/", fleet.ErrTooMuch), []string{much}, late},
 		{fmt.Errorf("%w below pins/", fleet.ErrLate), []string{late, "consul kv get -keys -separator= kedge/"}, much},
-		{fmt.Errorf("%w; %w", fleet.ErrIncomplete, fleet.ErrLate), []string{much, late}, "is Consul up"},
+		{fmt.Errorf("%w; %w", fleet.ErrTooMuch, fleet.ErrLate), []string{much, late}, "is Consul up"},
 	} {
 		hint := new(app).storeHint(c.err)
 		for _, want := range c.want {

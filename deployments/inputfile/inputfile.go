@@ -47,7 +47,7 @@ func read(setting, path string, accept func(path string, info fs.FileInfo) error
 	if path == os.DevNull {
 		return nil, nil // the usual name for no content
 	}
-	data, err := bounded(path, accept)
+	data, err := readBounded(path, accept)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
@@ -74,7 +74,7 @@ func checkPrivate(path string, info fs.FileInfo) error {
 	return nil
 }
 
-func bounded(path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
+func readBounded(path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a pipe would wait for its writer
 	if err != nil {
 		return nil, err

@@ -114,7 +114,8 @@ const (
 	maxDrift   = 5 // paths in a report
 )
 
-// watchDest records where dest should lead after a job, and watches it in place of the dest before.
+// watchDest records, after a job, the mark by which a later change of dest is noticed. It watches the unit's dest, if
+// it has one, and no longer watches the previous dest if that was another.
 func (a *Agent) watchDest(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()

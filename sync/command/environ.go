@@ -100,7 +100,8 @@ func environ(agent []string, userVars []string, env Env) []string {
 	return out
 }
 
-// LookupEnv is os.LookupEnv without the variables that no command gets. Manifests may use the variables that it finds.
+// LookupEnv is os.LookupEnv without those of the agent's variables that no command inherits. Manifests may use the
+// variables that it finds.
 func LookupEnv(name string) (string, bool) {
 	if isPrivate(name) {
 		return "", false

@@ -129,7 +129,7 @@ func (e *OlderError) Error() string {
 		made = "made at " + e.Created.Format(time.RFC3339) + ","
 	}
 	// The text is short, as an error in a report has 300 bytes.
-	return fmt.Sprintf("%s before this node's version floor %s for %s: "+
+	return fmt.Sprintf("%s before this node's version floor, %s (of %s): "+
 		"publish it anew as a new version, or pin it where the agent has allow_older_pins",
 		made, e.Floor.Format(time.RFC3339), e.Of)
 }

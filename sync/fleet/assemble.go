@@ -25,7 +25,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 type assembler struct {
 	reports   reports.Reader
 	pins      kv.Parsed[deployments.Pin]
-	maxListed int // nodes that the units of a role list together; 0: reports.MaxRole
+	maxListed int // bounds the nodes that a role's units list, summed over the units; 0: reports.MaxRole
 }
 
 func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {

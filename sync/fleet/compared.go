@@ -31,7 +31,7 @@ func comparedText(r deployments.UnitReport) string {
 	}
 	switch {
 	case c.Adopted:
-		return "adopted as it was at dest"
+		return "adopted: dest already equalled the release"
 	case r.Reason != deployments.ReasonObserving && c.Missing:
 		return ""
 	case r.Reason != deployments.ReasonObserving:

@@ -23,7 +23,7 @@ func TestComparedText(t *testing.T) {
 		"observes: dest doesn't exist, and would be made": observing(
 			&deployments.Compared{Dest: "/srv/app", Differs: 1, Missing: true, Paths: []string{"."}}),
 		"observes: the release has commands only, and nothing to compare": observing(&deployments.Compared{}),
-		"adopted as it was at dest": {
+		"adopted: dest already equalled the release": {
 			Compared: &deployments.Compared{Dest: "/srv/app", Adopted: true}},
 		"was not adopted: dest differed in 1 path (a)": {
 			Compared: &deployments.Compared{Dest: "/srv/app", Differs: 1, Paths: []string{"a"}},

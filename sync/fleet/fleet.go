@@ -39,18 +39,18 @@ type Fleet struct {
 	late string
 }
 
-// ErrIncomplete and ErrLate are the errors of a fleet that was read in part.
+// ErrTooMuch and ErrLate are the errors of a fleet that was read in part.
 var (
-	ErrIncomplete = errors.New("more is stored than can be read")
-	ErrLate       = errors.New("no answer came in time for the keys")
+	ErrTooMuch = errors.New("more is stored than can be read")
+	ErrLate    = errors.New("no answer came in time for the keys")
 )
 
-// CheckComplete returns an error if f may be incomplete, as more is stored than is read (ErrIncomplete), or as no
+// CheckComplete returns an error if f may be incomplete, as more is stored than is read (ErrTooMuch), or as no
 // answer came in time (ErrLate). It wraps either or both, and names the prefixes; f.Errors says more about each. What
 // the token may not read, and a store that is away, are no errors here.
 func (f *Fleet) CheckComplete() error {
 	more := slices.DeleteFunc(slices.Clone(f.incomplete), func(prefix string) bool { return prefix == f.late })
-	unread := fmt.Errorf("%w below %s", ErrIncomplete, strings.Join(more, ", "))
+	unread := fmt.Errorf("%w below %s", ErrTooMuch, strings.Join(more, ", "))
 	late := fmt.Errorf("%w below %s", ErrLate, f.late)
 	switch {
 	case len(f.incomplete) == 0:

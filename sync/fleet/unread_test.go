@@ -50,7 +50,7 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Record == nil || u.Live != 1 {
 		t.Errorf("what can be read is not there: %+v", u)
 	}
-	if err := f.CheckComplete(); !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), prefix) {
+	if err := f.CheckComplete(); !errors.Is(err, ErrTooMuch) || !strings.Contains(err.Error(), prefix) {
 		t.Errorf("unread: %v", err)
 	}
 	if !strings.Contains(f.Errors[prefix], "more than 32 MiB are stored below "+prefix) {
@@ -78,11 +78,11 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), prefix) {
 		t.Errorf("wait: %v", err)
 	}
-	if _, err := Rollback(t.Context(), s, app, RollbackOptions{}); !errors.Is(err, ErrIncomplete) {
+	if _, err := Rollback(t.Context(), s, app, RollbackOptions{}); !errors.Is(err, ErrTooMuch) {
 		t.Errorf("rollback: %v", err)
 	}
 	nothing := deployments.UnitID{Stage: "prod", Role: "web", Unit: "nothing"}
-	if _, err := Releases(t.Context(), s, nothing); !errors.Is(err, ErrIncomplete) {
+	if _, err := Releases(t.Context(), s, nothing); !errors.Is(err, ErrTooMuch) {
 		t.Errorf("releases of a unit that may stand there: %v", err)
 	}
 	if was, err := Unpin(t.Context(), s, nothing, ""); was || err != nil {
@@ -232,7 +232,7 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	if u := unitOf(t, f, app.String()); u.Live != 1 {
 		t.Errorf("%+v", u)
 	}
-	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || errors.Is(err, ErrIncomplete) ||
+	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || errors.Is(err, ErrTooMuch) ||
 		!strings.Contains(err.Error(), "below pins/") || !strings.Contains(f.IncompleteText(), "the keys below pins/") {
 		t.Errorf("%v; %s", err, f.IncompleteText())
 	}
@@ -243,7 +243,7 @@ func TestPartOfAFleetThatDoesNotCome(t *testing.T) {
 	if f, err = Read(t.Context(), both, Filter{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrIncomplete) ||
+	if err := f.CheckComplete(); !errors.Is(err, ErrLate) || !errors.Is(err, ErrTooMuch) ||
 		!strings.Contains(err.Error(), "below status/, status/prod/web/; no answer") {
 		t.Errorf("too much of one and none of another: %v", err)
 	}

@@ -285,6 +285,8 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 		return "", nil
 	case m.Refused != "" && strings.HasPrefix(m.Refused, w.commit):
 		return "", fmt.Errorf("the mirror %w commit %s: %s", ErrRefused, short(m.Refused), m.Error)
+	case f.Mirror == nil && cmp.Or(f.Errors[kv.MirrorPrefix], f.Errors[kv.MirrorKey]) != "":
+		return "the mirror's state can't be read: " + cmp.Or(f.Errors[kv.MirrorPrefix], f.Errors[kv.MirrorKey]), nil
 	case f.Mirror == nil:
 		return "no mirror has taken any commit yet", nil
 	}

@@ -385,7 +385,7 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 	return nil
 }
 
-// maxPast bounds the generations of one unit that a receiver is notified of after it was away.
+// maxPast bounds the missed generations of one unit that a receiver is told of.
 const maxPast = 5
 
 // historyOf returns the newest entries of a unit's history that parse, at most maxPast, oldest first. If the history

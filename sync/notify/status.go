@@ -32,7 +32,8 @@ const (
 // maxDescription is the longest description that GitHub takes, in characters; others take more.
 const maxDescription = 140
 
-// statusOf returns the status of a record's commit. ok is false if that is empty, or the record is pinned or orphaned.
+// statusOf returns the status of a record's commit. ok is false if there is no commit, or the
+// record is pinned or orphaned.
 func statusOf(u unitNow) (s commitStatus, ok bool) {
 	r := u.record
 	s = commitStatus{commit: r.Commit, name: "kedge/" + u.id.String()}

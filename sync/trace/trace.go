@@ -99,15 +99,16 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 		return Config{}, nil
 	}
 	c := Config{URL: first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"), Headers: map[string]string{}, Within: defaultWithin}
+	wanted := "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: want a whole http or https URL, as in http://127.0.0.1:4318/v1/traces"
 	if base := first("OTEL_EXPORTER_OTLP_ENDPOINT"); c.URL == "" && base != "" {
 		c.URL = strings.TrimSuffix(base, "/") + "/v1/traces"
+		wanted = "OTEL_EXPORTER_OTLP_ENDPOINT: want http://HOST:PORT or https://HOST:PORT, as in http://127.0.0.1:4318"
 	}
 	if c.URL == "" {
 		return Config{}, nil
 	}
 	if u, err := url.Parse(c.URL); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return c, errors.New("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT: want http://HOST:PORT, " +
-			"as in http://127.0.0.1:4318")
+		return c, errors.New(wanted)
 	}
 	if p := first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"); p == "grpc" {
 		return c, errors.New("OTEL_EXPORTER_OTLP_PROTOCOL grpc: kedge speaks http/json, at the collector's port 4318")

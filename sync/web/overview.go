@@ -110,7 +110,7 @@ func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview
 		}
 	}
 	v.Problems, v.MoreProblems = problems(some)
-	v.Nodes = found(some, f.Query)
+	v.Nodes = findNodes(some, f.Query)
 	rows, pager := paged(some, f, path)
 	v.Pager = pager
 	for _, u := range rows {
@@ -137,7 +137,7 @@ func problems(units []*unit) (worst []problem, more int) {
 
 // found returns at most maxFound nodes whose names contain one of the words of a query. It passes over units whose
 // STAGE/ROLE/UNIT contains one. Words like stage:prod don't count, except node:NAME.
-func found(units []*unit, query string) (nodes []foundNode) {
+func findNodes(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
 		if kind, value, qualified := strings.Cut(word, ":"); !qualified || kind == "node" {

@@ -185,7 +185,8 @@ func (w *Web) latest() (*snapshot, <-chan struct{}) {
 	return w.current, w.changed
 }
 
-// readChanges reads, after each change of the fleet, what made the latest change of each unit, unless it is cached.
+// readChanges waits for changes of the fleet, and then reads what began each unit's current generation, unless it is
+// cached; of at most maxChanges units each time.
 func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 	for {
 		select {

@@ -31,8 +31,8 @@ type Report struct {
 
 // Reader parses one view of status/ after the other. It parses only reports that changed. The zero value is ready.
 type Reader struct {
-	known kv.Parsed[sized]
-	full  bool // a role of the last view passed MaxRole
+	parsed kv.Parsed[sized]
+	full   bool // a role of the last view passed MaxRole
 }
 
 // sized is a report with its size, as sizeOf returns it.
@@ -58,7 +58,7 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 
 	// Which are read first matters only if there are too many. As long as there are, views are sorted at once: another
 	// order would parse reports that the view before left out.
-	was := r.known
+	was := r.parsed
 	if !r.full && r.read(order, was) {
 		return all
 	}
@@ -92,7 +92,7 @@ func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
 		sizes[role] += p.size
 		n.Report, n.Err = p.report, err
 	}
-	r.known = known
+	r.parsed = known
 	return len(full) == 0
 }
 

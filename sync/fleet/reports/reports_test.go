@@ -72,8 +72,8 @@ func TestJunkReports(t *testing.T) {
 			t.Errorf("after the junk is gone: %s: %v", r.Key.Node, r.Err)
 		}
 	}
-	if len(reader.known) != len(all) {
-		t.Errorf("%d reports are kept of %d", len(reader.known), len(all))
+	if len(reader.parsed) != len(all) {
+		t.Errorf("%d reports are kept of %d", len(reader.parsed), len(all))
 	}
 	runtime.KeepAlive(entries)
 }

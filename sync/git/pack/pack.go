@@ -52,7 +52,7 @@ type indexer struct {
 	file     *os.File
 	objects  []indexed                 // sorted by offset
 	refs     map[plumbing.Hash][]int32 // deltas, by the hash of their base
-	wanting  int                       // deltas of refs whose base was not found yet
+	orphans  int                       // deltas of refs whose base was not found yet
 	dropped  bool                      // a delta whose hash is unknown was left out
 	scanner  *packfile.Scanner         // reads file
 	checksum plumbing.Hash
@@ -183,7 +183,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	case plumbing.REFDeltaObject:
 		if !o.left {
 			x.refs[h.Reference] = append(x.refs[h.Reference], at)
-			x.wanting++
+			x.orphans++
 		}
 	}
 	if o.left {
@@ -207,7 +207,7 @@ func (x *indexer) resolve(ctx context.Context) error {
 			}
 		}
 	}
-	if x.wanting > 0 && !x.dropped {
+	if x.orphans > 0 && !x.dropped {
 		return fmt.Errorf("pack: a delta: %w", packfile.ErrReferenceDeltaNotFound)
 	}
 	return nil
@@ -218,7 +218,7 @@ func (x *indexer) link(i int32) {
 	o := &x.objects[i]
 	for _, child := range x.refs[o.hash] {
 		x.objects[child].next, o.first = o.first, child
-		x.wanting--
+		x.orphans--
 	}
 	delete(x.refs, o.hash)
 }

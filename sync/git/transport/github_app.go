@@ -42,8 +42,8 @@ func (a Access) githubApp(host string) (*githubApp, error) {
 		return nil, nil
 	}
 	if app.id == "" || app.installation == "" || app.keyFile == "" {
-		return nil, errors.New("a GitHub App takes KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and " +
-			"KEDGE_GITHUB_APP_KEY_FILE")
+		return nil, errors.New("a GitHub App needs all of KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and " +
+			"KEDGE_GITHUB_APP_KEY_FILE: one is not set")
 	}
 	switch {
 	case app.api != "":

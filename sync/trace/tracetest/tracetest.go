@@ -154,13 +154,13 @@ func decode(r *http.Request) (spans []Span, err error) {
 func check(s span) (Span, error) {
 	one := Span{Trace: s.TraceID, ID: s.SpanID, Parent: s.ParentSpanID, Name: s.Name, Attributes: map[string]string{}}
 	for _, id := range []struct {
-		text string
-		size int
-	}{{s.TraceID, 16}, {s.SpanID, 8}, {s.ParentSpanID, 8}} {
+		name, text string
+		size       int
+	}{{"traceId", s.TraceID, 16}, {"spanId", s.SpanID, 8}, {"parentSpanId", s.ParentSpanID, 8}} {
 		raw, err := hex.DecodeString(id.text)
 		root := id.text == "" && s.ParentSpanID == "" && id.size == 8 && s.SpanID != ""
 		if err != nil || len(raw) != id.size && !root {
-			return one, fmt.Errorf("id %q: want %d bytes in hex", id.text, id.size)
+			return one, fmt.Errorf("%s %q: want %d bytes in hex", id.name, id.text, id.size)
 		}
 	}
 	start, err := strconv.ParseInt(s.StartTimeUnixNano, 10, 64)
