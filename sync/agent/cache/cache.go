@@ -41,17 +41,19 @@ type Cache struct {
 	failing   bool // Save failed, and logged it
 }
 
-// Open reads the last known state from disk; a missing file is an empty state. A damaged file is moved aside.
+// Open reads the last known state from disk; a missing file is an empty state. A damaged file is moved aside. Pins
+// that were saved under another name of the node, as in the image of another host's disk, don't count.
 func Open(c Config) (*Cache, error) {
 	known, err := readLastKnown(c.File, c.Log)
 	if err != nil {
 		return nil, err
 	}
 	cache := &Cache{c: c, lastKnown: known}
+	cache.unsaved = cache.lastKnown.rename(c.Node)
 	for _, name := range c.Roles {
 		r := newRole(c.Stage, name)
 		for _, s := range r.Sources() {
-			entries, at, ok := known.get(s.Prefix)
+			entries, at, ok := cache.lastKnown.get(s.Prefix)
 			if !ok {
 				continue
 			}
@@ -158,12 +160,7 @@ func (c *Cache) Rename(node string) {
 			r.Pins.from = fromNowhere
 		}
 	}
-	for prefix := range c.lastKnown.Prefixes {
-		if strings.HasPrefix(prefix, kv.PinsPrefix) {
-			delete(c.lastKnown.Prefixes, prefix)
-			c.unsaved = true
-		}
-	}
+	c.unsaved = c.lastKnown.rename(node) || c.unsaved
 }
 
 // RefilterPins decides anew which pins of a role's last synced view count, after its units with records or with files

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments/durable"
@@ -16,7 +17,9 @@ import (
 
 // lastKnown is last-known.json: what this node last took from the store, for a boot while the store is away.
 type lastKnown struct {
-	Format   int                     `json:"format"` // 1
+	Format int `json:"format"` // 1
+	// Node is the name by which the pins were chosen; empty in files of earlier versions.
+	Node     string                  `json:"node,omitempty"`
 	Prefixes map[string]knownEntries `json:"prefixes"`
 }
 
@@ -44,6 +47,20 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 		k.Prefixes = map[string]knownEntries{}
 	}
 	return k, nil
+}
+
+// rename changes the name by which pins are chosen, and reports whether it was another. The pins chosen by that are
+// dropped: the new name may have a pin of its own, which was never seen.
+func (k *lastKnown) rename(node string) bool {
+	was := k.Node
+	k.Node = node
+	if was == "" || was == node {
+		return false
+	}
+	maps.DeleteFunc(k.Prefixes, func(prefix string, _ knownEntries) bool {
+		return strings.HasPrefix(prefix, kv.PinsPrefix)
+	})
+	return true
 }
 
 // set replaces the entries and generations of prefix, and reports whether they changed.

@@ -308,14 +308,28 @@ func TestRenamingForgetsPinsOnDisk(t *testing.T) {
 	if c = open(); !c.Role("web").Known() {
 		t.Error("after a restart, the last known state doesn't count")
 	}
+	wantRecordsAlone := func(after string) {
+		t.Helper()
+		if c = open(); c.Role("web").Known() || c.Role("web").Records.from != fromLastKnown {
+			t.Errorf("%s: records from %v, pins from %v", after, c.Role("web").Records.from, c.Role("web").Pins.from)
+		}
+	}
 	c.Rename("new")
+	config.Node = "new"
+	wantRecordsAlone("killed before the new name was saved here")
+	c.Save(now)
+	wantRecordsAlone("once it was saved")
+	for _, s := range c.Role("web").Sources() {
+		c.See(s, kv.View{Synced: true}, now)
+	}
 	if next := c.Save(now); !next.IsZero() {
 		t.Errorf("the next try to save is at %v", next)
 	}
-	config.Node = "new"
-	if c = open(); c.Role("web").Known() || c.Role("web").Records.from != fromLastKnown {
-		t.Errorf("records from %v, pins from %v", c.Role("web").Records.from, c.Role("web").Pins.from)
+	if c = open(); !c.Role("web").Known() {
+		t.Error("what was seen under the new name doesn't count after a restart")
 	}
+	config.Node = "third"
+	wantRecordsAlone("named anew in the configuration, or copied to another host")
 }
 
 func TestDamagedFilesArePutAside(t *testing.T) {
