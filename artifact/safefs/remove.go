@@ -25,8 +25,8 @@ const maxOpenLevels = 64
 // directories above them stay; the error names the first of these mount points. A missing tree is no error.
 func RemoveTree(path string) error {
 	_, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil // removing it would be an error on a read-only file system
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG) {
+		return nil // removing it would be an error on a read-only file system; what is too long can't be there
 	}
 	if err != nil {
 		return err
