@@ -158,7 +158,11 @@ func (x *Index) headerSize(e *Entry) int64 {
 		link = x.Entries[e.Original].Path
 	}
 	size := int64(512)
-	if len(e.Path) >= 100 || len(link) > 100 || !isASCII(e.Path) || !isASCII(link) { // PAX
+	name := len(e.Path)
+	if e.Kind == Dir {
+		name++ // with a slash at its end
+	}
+	if name > 100 || len(link) > 100 || !isASCII(e.Path) || !isASCII(link) { // PAX
 		size += 2048 + 2*int64(len(e.Path)+len(link))
 	}
 	return size

@@ -76,6 +76,28 @@ func TestHeaderSizeIsNeverTooLow(t *testing.T) {
 	}
 }
 
+// A name that fits the plain header is not counted as one that doesn't: the cuts between frames would move, and with them
+// the bytes of every such tree.
+func TestHeaderSizeOfNamesThatFit(t *testing.T) {
+	t.Parallel()
+	x := &Index{}
+	for _, c := range []struct {
+		entry Entry
+		want  bool
+	}{
+		{Entry{Path: strings.Repeat("x", 100)}, true},
+		{Entry{Path: strings.Repeat("x", 101)}, false},
+		{Entry{Path: strings.Repeat("x", 99), Kind: Dir}, true},
+		{Entry{Path: strings.Repeat("x", 100), Kind: Dir}, false},
+		{Entry{Path: "link", Kind: Symlink, Target: strings.Repeat("x", 100)}, true},
+		{Entry{Path: "link", Kind: Symlink, Target: strings.Repeat("x", 101)}, false},
+	} {
+		if fits := x.headerSize(&c.entry) == 512; fits != c.want {
+			t.Errorf("%v of %d and %d bytes: %v", c.entry.Kind, len(c.entry.Path), len(c.entry.Target), fits)
+		}
+	}
+}
+
 // A large file is read in parts: half of one program and half of the next are never published, though both have one
 // size.
 func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
