@@ -193,7 +193,11 @@ func send(
 	}
 	defer r.Body.Close()
 	io.CopyN(io.Discard, r.Body, 64<<10) // so that the connection is used again
-	return nil, statusError(r.StatusCode, r.Status, retryAfter(r.Header))
+	err = statusError(r.StatusCode, r.Status, retryAfter(r.Header))
+	if errors.Is(err, ErrDenied) && !isConfidential(request.URL) {
+		err = fmt.Errorf("%w; passwords and headers that are configured are sent by https, or to this machine, alone", err)
+	}
+	return nil, err
 }
 
 // plain removes the URL from an error of net/http: it may contain a signature, and callers name the object
