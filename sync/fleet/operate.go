@@ -20,6 +20,28 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	if err != nil {
 		return err
 	}
+	return writePin(ctx, store, id, pin, func(value []byte) kv.Op { return kv.Put(key, value) })
+}
+
+// ReplacePin writes a unit's pin as Pin does, unless somebody else was faster: then it returns kv.ErrConflict. version
+// is that of the pin that it replaces; 0: there is none.
+func ReplacePin(ctx context.Context, store kv.Store, id deployments.UnitID, version uint64, pin deployments.Pin) error {
+	return writePin(ctx, store, id, pin, func(value []byte) kv.Op {
+		if version == 0 {
+			return kv.Create(kv.PinKey(id), value)
+		}
+		return kv.Replace(kv.PinKey(id), value, version)
+	})
+}
+
+// writePin writes a pin of a unit or a node by the operation that op returns for its value.
+func writePin(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	pin deployments.Pin,
+	op func(value []byte) kv.Op,
+) error {
 	value, err := encodePin(pin)
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
@@ -32,7 +54,7 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 			return fmt.Errorf("pin %s: %w", id, err)
 		}
 	}
-	if err := store.Commit(ctx, nil, kv.Put(key, value)); err != nil {
+	if err := store.Commit(ctx, nil, op(value)); err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
 	}
 	return nil

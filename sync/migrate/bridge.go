@@ -105,6 +105,9 @@ func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	return e.Session != "", err
 }
 
+// clockSkew is how long after its end a pin of somebody else is taken to hold on some node, whose clock may be behind.
+const clockSkew = time.Minute
+
 // writePin writes a pin, unless the unit is pinned to that release already.
 func writePin(
 	ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin,
@@ -112,24 +115,30 @@ func writePin(
 	if err := fleet.CheckRecord(ctx, store, id); err != nil {
 		return false, err
 	}
-	e, err := store.Get(ctx, kv.PinKey(id))
-	if err != nil && !errors.Is(err, kv.ErrNotFound) {
-		return false, err
-	}
-	if err == nil {
-		was, err := deployments.ParsePin(e.Value)
-		switch {
-		case err == nil && was.Expired(time.Now()): // no node follows it any more
-		case err == nil && was.Release == pin.Release:
-			return false, nil
-		case err != nil || was.By != pin.By:
-			return false, fmt.Errorf(
-				"somebody has pinned it, and a pin takes precedence over an event: see kedge explain, or kedge unpin %s",
-				id,
-			)
+	for range 5 {
+		e, err := store.Get(ctx, kv.PinKey(id))
+		if err != nil && !errors.Is(err, kv.ErrNotFound) {
+			return false, err
+		}
+		if err == nil {
+			was, err := deployments.ParsePin(e.Value)
+			own, ended := was.By == pin.By, err == nil && was.Expired(time.Now())
+			switch {
+			case ended && (own || was.Expired(time.Now().Add(-clockSkew))): // no node follows it any more
+			case err == nil && !ended && was.Release == pin.Release:
+				return false, nil
+			case err != nil || !own:
+				return false, fmt.Errorf(
+					"somebody has pinned it, and a pin takes precedence over an event: see kedge explain, or kedge unpin %s",
+					id,
+				)
+			}
+		}
+		if err := fleet.ReplacePin(ctx, store, id, e.Version, pin); !errors.Is(err, kv.ErrConflict) {
+			return err == nil, err
 		}
 	}
-	return true, fleet.Pin(ctx, store, id, "", pin)
+	return false, fmt.Errorf("the pin of %s keeps changing: %w", id, kv.ErrConflict)
 }
 
 // writeRecord writes a bare pointer as the record, as a person would, unless the record has that target already.

@@ -3,6 +3,7 @@ package migrate
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/md5"
 	"encoding/hex"
 	"fmt"
@@ -229,6 +230,23 @@ func TestUnitOf(t *testing.T) {
 	}
 }
 
+// pinnedMeanwhile is a store in which somebody pins the unit right before the first commit of its pin.
+type pinnedMeanwhile struct {
+	kv.Store
+	unit  deployments.UnitID
+	value []byte
+}
+
+func (s *pinnedMeanwhile) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	if ops[0].Key == kv.PinKey(s.unit) && s.value != nil {
+		if err := s.Store.Commit(ctx, nil, kv.Put(kv.PinKey(s.unit), s.value)); err != nil {
+			return err
+		}
+		s.value = nil
+	}
+	return s.Store.Commit(ctx, lease, ops...)
+}
+
 // Import copies to keys that don't change, by real S3, and keeps what people wrote into units' files.
 func TestImport(t *testing.T) {
 	t.Parallel()
@@ -415,6 +433,29 @@ func TestBridge(t *testing.T) {
 				t.Errorf("%s again, after an expired pin of %s: %+v, %v", content, by, again, err)
 			}
 		}
+	}
+	// A node whose clock is behind may still follow it for a while.
+	justEnded := fmt.Sprintf("release: %s\nby: alice\nuntil: %s\n", four.Pointer, time.Now().UTC().Format(time.RFC3339))
+	if err := store.Commit(t.Context(), nil, kv.Put(kv.PinKey(app), []byte(justEnded))); err != nil {
+		t.Fatal(err)
+	}
+	for _, content := range []string{"three", "four"} {
+		if b, err := bridge(content); err == nil || b.Changed || pinned() != four.Pointer {
+			t.Errorf("%s, after a pin that has just ended: %+v, %v", content, b, err)
+		}
+	}
+	// An operator who pins it at that moment is heeded.
+	ended := fmt.Sprintf("release: %s\nby: alice\nuntil: 2020-01-01T00:00:00Z\n", four.Pointer)
+	for _, before := range []kv.Op{kv.Put(kv.PinKey(app), []byte(ended)), kv.Delete(kv.PinKey(app))} {
+		if err := store.Commit(t.Context(), nil, before); err != nil {
+			t.Fatal(err)
+		}
+		fresh := &pinnedMeanwhile{Store: store, unit: app, value: []byte(fmt.Sprintf("release: %s\nby: alice\n", two.Pointer))}
+		options.Store = fresh
+		if b, err := bridge("three"); err == nil || b.Changed || pinned() != two.Pointer {
+			t.Errorf("pinned meanwhile: %+v, %v; %s", b, err, pinned())
+		}
+		options.Store = store
 	}
 	// An operator's pin stands.
 	if err := store.Commit(t.Context(), nil, kv.Put(kv.PinKey(app), []byte("release: hold\nby: alice\n"))); err != nil {
