@@ -59,8 +59,8 @@
 //     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
 //     no setting of a record and no removal from it, and signs no snapshot. What it writes meanwhile comes into a later
 //     one only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
-//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). Of a record that another mirror wrote, target, after, drift
-//     and adopt are compared with the commit; how far its rollout is comes into the snapshot as it stands.
+//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). Of a record that another mirror wrote, target, after,
+//     drift and adopt are compared with the commit; how far its rollout is comes into the snapshot as it stands.
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what
 //     stood stays (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which
 //     also plays a good signature on another commit, and an old signed commit brought back by force;

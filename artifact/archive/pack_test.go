@@ -76,8 +76,8 @@ func TestHeaderSizeIsNeverTooLow(t *testing.T) {
 	}
 }
 
-// A name that fits the plain header is not counted as one that doesn't: the cuts between frames would move, and with them
-// the bytes of every such tree.
+// A name that fits the plain header is not counted as one that doesn't: the cuts between frames would move, and with
+// them the bytes of every such tree.
 func TestHeaderSizeOfNamesThatFit(t *testing.T) {
 	t.Parallel()
 	x := &Index{}

@@ -152,7 +152,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 			[]string{"agent", "--config", write("ipv6.yaml", "stage: prod\nsources: [http://[::1]:80/]\n")},
 			exitUsage, []string{"ipv6.yaml:2:", "must be specified: put texts that contain a colon or a bracket in quotes"},
 		},
-		{[]string{"agent", "--config", write("time.yaml", "ready_timeout: 5\n")}, exitUsage, []string{`time.yaml:1:1: "5": want a duration of 0 or more, as in 30s`}},
+		{[]string{"agent", "--config", write("time.yaml", "ready_timeout: 5\n")}, exitUsage,
+			[]string{`time.yaml:1:1: "5": want a duration of 0 or more, as in 30s`}},
 		{[]string{"agent", "--start-delay", "1s", "--config", write("all.yaml", "stage: prod\nrole: web\nstage: x\nno_commands: maybe\nready_timeout: 5\ndests: {a: b}\n")}, exitUsage, []string{
 			`all.yaml:2:1: unknown field "role"`, `all.yaml:3:1: the field "stage" is given twice`, "all.yaml:4:14",
 			"all.yaml:5:1", "all.yaml:6:",

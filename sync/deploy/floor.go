@@ -22,9 +22,9 @@ import (
 const createdTolerance = time.Hour
 
 // Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is when the newest
-// release was made that Git has rolled out to the end (see floorAt): a node with Trust refuses releases that were made
-// before. What only pins brought raises none. Floors survive when a unit is renamed, removed or loses its journal. Only the agent writes their file. A nil *Floors stores
-// none.
+// release was made that Git has rolled out to the end (see floorAt): a node with Trust refuses releases that were
+// made before. What only pins brought raises none. Floors survive when a unit is renamed, removed or loses its
+// journal. Only the agent writes their file. A nil *Floors stores none.
 type Floors struct {
 	path string
 

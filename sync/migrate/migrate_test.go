@@ -450,7 +450,8 @@ func TestBridge(t *testing.T) {
 		if err := store.Commit(t.Context(), nil, before); err != nil {
 			t.Fatal(err)
 		}
-		fresh := &pinnedMeanwhile{Store: store, unit: app, value: []byte(fmt.Sprintf("release: %s\nby: alice\n", two.Pointer))}
+		value := fmt.Appendf(nil, "release: %s\nby: alice\n", two.Pointer)
+		fresh := &pinnedMeanwhile{Store: store, unit: app, value: value}
 		options.Store = fresh
 		if b, err := bridge("three"); err == nil || b.Changed || pinned() != two.Pointer {
 			t.Errorf("pinned meanwhile: %+v, %v; %s", b, err, pinned())

@@ -147,7 +147,8 @@ func escapeSlack(s string) string {
 func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
 // send makes one request. Its errors don't contain the URL. A status 408, 429 or 5xx is a *retryAfterError, as is the
-// 403 by which GitHub limits a rate; any other but 2xx wraps errRefused. client must follow no redirect, as the request may contain a secret for this server alone.
+// 403 by which GitHub limits a rate; any other but 2xx wraps errRefused. client must follow no redirect, as the
+// request may contain a secret for this server alone.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()

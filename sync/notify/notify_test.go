@@ -678,8 +678,8 @@ func TestBackInGit(t *testing.T) {
 	}
 }
 
-// A server that limits the rate by a 403 is asked again later, and one that forbids is not. A file names no URL that the
-// configuration may not.
+// A server that limits the rate by a 403 is asked again later, and one that forbids is not. A file names no URL that
+// the configuration may not.
 func TestDelivery(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
