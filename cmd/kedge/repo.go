@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -264,10 +265,35 @@ func writeChanges(w io.Writer, commit string, changes []mirror.Change) {
 		if c.After != nil && (c.Before == nil || c.Before.Target != c.After.Target) {
 			fmt.Fprintf(w, "  + %s\n", c.After.Target)
 		}
+		if fields := changedFields(c); len(fields) > 0 {
+			fmt.Fprintf(w, "    changes %s\n", strings.Join(fields, ", "))
+		}
 		if c.How != "" {
 			fmt.Fprintf(w, "    %s\n", c.How)
 		}
 	}
+}
+
+// changedFields returns the fields of the unit file, apart from the release, that an update changes in the record. Of
+// rollout it shows only that it comes or goes: the rest is not in the record.
+func changedFields(c mirror.Change) (names []string) {
+	if c.Kind != "update" {
+		return nil
+	}
+	for _, f := range []struct {
+		name    string
+		changed bool
+	}{
+		{"after", !slices.Equal(c.Before.After, c.After.After)},
+		{"drift", c.Before.Drift != c.After.Drift},
+		{"adopt", c.Before.Adopt != c.After.Adopt},
+		{"rollout", c.Before.Paced != c.After.Paced},
+	} {
+		if f.changed {
+			names = append(names, f.name)
+		}
+	}
+	return names
 }
 
 func count(n int, what string) string {

@@ -35,6 +35,7 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 		if after.Generation > before.Generation {
 			after, how = first(tree, u, commit, before, at)
 		}
+		after.Paced = u.Rollout != nil // as the mirror reads pins
 		switch {
 		case !present:
 			changes = append(changes, Change{Unit: u.ID, Kind: "create", After: &after, How: how})

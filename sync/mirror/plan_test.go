@@ -35,6 +35,10 @@ func TestPlan(t *testing.T) {
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Failed: pointer("2").Digest}}
 	rolling := unit(t, id, "2")
 	rolling.Rollout = &deployments.Rollout{Canary: deployments.Amount{N: 1}, MaxUnavailable: deployments.Amount{N: 10, Percent: true}}
+	gated := unit(t, id, "1")
+	gated.Rollout = rolling.Rollout
+	paced := was
+	paced.Paced = true
 	after := unit(t, id, "1")
 	after.After = []string{"base"}
 	for _, c := range []struct {
@@ -53,8 +57,12 @@ func TestPlan(t *testing.T) {
 		{"other fields of the file begin no generation", []deployments.Unit{after}, false, map[string]deployments.Record{id: was},
 			"update", deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old", After: []string{"base"}}},
 		{"another release, by a rollout", []deployments.Unit{rolling}, false, map[string]deployments.Record{id: was},
-			"update", deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 5, Commit: "new",
+			"update", deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 5, Commit: "new", Paced: true,
 				Rollout: &deployments.Progress{Phase: deployments.PhaseCanary}}},
+		{"a rollout alone", []deployments.Unit{gated}, false, map[string]deployments.Record{id: was}, "update", paced},
+		{"the same release and rollout", []deployments.Unit{gated}, false, map[string]deployments.Record{id: paced}, "", paced},
+		{"a rollout that is taken out", []deployments.Unit{unit(t, id, "1")}, false, map[string]deployments.Record{id: paced},
+			"update", was},
 		{"a bare pointer becomes a record", []deployments.Unit{unit(t, id, "1")}, false, map[string]deployments.Record{id: {Target: pointer("1")}},
 			"update", deployments.Record{Target: pointer("1"), Stable: pointer("1"), Generation: 1, Commit: "new"}},
 		{"what was rolled back stays out", []deployments.Unit{unit(t, id, "2")}, false, map[string]deployments.Record{id: back}, "", back},
