@@ -219,8 +219,8 @@ func (r *Releases) readRecord(name string) (*record, error) {
 // errDamaged means that a release's record doesn't parse, or holds no manifest.
 var errDamaged = errors.New("it is damaged")
 
-// readRecord decodes the JSON file at path into to, whose Release rel must be. If the file doesn't parse, or rel has no
-// manifest then, the error wraps errDamaged.
+// readRecord decodes the JSON file at path into to. rel points into to, or to is rel itself. If the file doesn't parse,
+// or holds no manifest, the error wraps errDamaged.
 func readRecord(path string, to any, rel *Release) error {
 	data, err := os.ReadFile(path)
 	if err != nil {

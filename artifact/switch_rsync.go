@@ -324,7 +324,7 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 
-// itemized parses what is written to it: rsync's output with --out-format=%i/%n, which has no bound.
+// itemized parses rsync's output with --out-format=%i/%n as it is written, since that output has no bound.
 type itemized struct {
 	line  []byte // not ended yet
 	found []Difference

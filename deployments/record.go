@@ -30,9 +30,9 @@ type Record struct {
 	// Paced is set if the unit has a rollout and the mirror reads pins. Agents then ignore its unit pins unless they say
 	// hold or at_once: the mirror rolls them out as Target.
 	Paced bool `json:"paced,omitempty"`
-	// Joined bounds which nodes the record applies to. Nodes with a later Report.Joined that run something else
-	// were away when it was written: they keep what they run until the mirror raises Joined, as the budget has
-	// room. 0: it applies to all.
+	// Joined bounds which nodes the record applies to. Nodes with a higher Report.Joined, as after a restart or an
+	// absence, keep what they run if that is neither Target nor Stable, until the mirror raises Joined, as the budget
+	// has room. 0: it applies to all.
 	Joined uint64 `json:"joined,omitempty,string"`
 	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: it equals Generation. A
 	// release that failed on a node stays out there until Claim or Retry grows. A negative Claim was lost with the

@@ -62,7 +62,7 @@ type UnitReport struct {
 	Leavable bool `json:"leavable,omitempty"`
 	// Pinned is set if a pin decided, not the record.
 	Pinned bool `json:"pinned,omitempty"`
-	// Error is the newest error in one line of at most 300 bytes, without secrets; empty: there is none.
+	// Error is what is wrong now, in one line of at most 300 bytes, without secrets; empty: nothing is.
 	Error string `json:"error,omitempty"`
 	// Errors are the newest error lines of the unit's log since the agent started, the newest first: at most
 	// MaxLoggedErrors. A new line alone is no reason to write the report.
@@ -79,10 +79,10 @@ type UnitReport struct {
 	Total   int64 `json:"total,omitempty"`
 }
 
-// MaxLoggedErrors bounds UnitReport.Errors, and MaxLoggedError the text of each, in bytes.
+// MaxLoggedErrors bounds UnitReport.Errors, and MaxErrorText the text of each, in bytes.
 const (
 	MaxLoggedErrors = 3
-	MaxLoggedError  = 240
+	MaxErrorText    = 240
 )
 
 // LoggedError is an error line of an agent's log.

@@ -128,11 +128,11 @@ func (b Bounds) checkUser(name string, names func(string) []string) error {
 	if name == "" {
 		return fmt.Errorf("it runs as the agent's own user, which is not among %s: set user", strings.Join(b.Users, ", "))
 	}
-	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
+	return fmt.Errorf("user %s is not among those allowed: %s", name, strings.Join(b.Users, ", "))
 }
 
-// checkGroup returns an error if a tree may not belong to a group, given by name or number. A group that names doesn't
-// know, other than root, may own it.
+// checkGroup returns an error if a tree may not belong to a group, given by name or number. If the function names
+// returns nothing for the group, only root is refused: see Check.
 func (b Bounds) checkGroup(group string, names func(string) []string) error {
 	if group == "" || len(b.Users) == 0 {
 		return nil

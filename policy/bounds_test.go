@@ -49,13 +49,16 @@ func TestBoundsNeedManifest(t *testing.T) {
 		{"src", web, func(m *deployments.Manifest) { m.Src = "s3://acme/other/a.tar" }, "s3://acme/other/a.tar is not from s3://acme/web"},
 		{"index", web, func(m *deployments.Manifest) { m.Index.URL = "https://e/i" }, "https://e/i is not from"},
 		{"a delta", web, func(m *deployments.Manifest) { m.Deltas[0].URL = "https://e/d" }, "https://e/d is not from"},
-		{"owner", web, func(m *deployments.Manifest) { m.Owner = "root" }, "owner: user root is not among app"},
+		{"owner", web, func(m *deployments.Manifest) { m.Owner = "root" },
+			"owner: user root is not among those allowed: app"},
 		{"a group alone", web, func(m *deployments.Manifest) { m.Owner = ":www" }, ""},
 		{"a group that none of the users is in", web, func(m *deployments.Manifest) { m.Owner = "app:adm" }, "owner: group adm is not one of app"},
 		{"root's group", web, func(m *deployments.Manifest) { m.Owner = ":0" }, "owner: group 0 is not one of app"},
 		{"root's group, where nothing of groups is known", web, func(m *deployments.Manifest) { m.Owner = ":root" }, "owner: group root is not one of app"},
 		{"a group of which nothing is known", web, func(m *deployments.Manifest) { m.Owner = ":other" }, ""},
-		{"a command's user", web, func(m *deployments.Manifest) { m.Commands.Failure = run(deployments.Command{Run: "x", User: "root"}) }, `command "x": user root is not among app`},
+		{"a command's user", web, func(m *deployments.Manifest) {
+			m.Commands.Failure = run(deployments.Command{Run: "x", User: "root"})
+		}, `command "x": user root is not among those allowed: app`},
 		{"a command without a user", web, func(m *deployments.Manifest) { m.Commands.Success = run(deployments.Command{Run: "x"}) }, "it runs as the agent's own user, which is not among app: set user"},
 		{"the agent's own user, by number", Bounds{Users: []string{"0", "app"}}, func(m *deployments.Manifest) { m.Commands.Post = run(deployments.Command{Run: "x"}) }, ""},
 		{"a check that runs something", web, func(m *deployments.Manifest) { m.Health.Checks = []deployments.Check{{Exec: "x"}} }, "agent's own user"},
@@ -64,7 +67,7 @@ func TestBoundsNeedManifest(t *testing.T) {
 		}, ""},
 		{"a check that runs something as another", web, func(m *deployments.Manifest) {
 			m.Health.Checks = []deployments.Check{{Exec: "x", User: "root"}}
-		}, `command "x": user root is not among app`},
+		}, `command "x": user root is not among those allowed: app`},
 		{"no commands", Bounds{NoCommands: true}, func(*deployments.Manifest) {}, `it has commands, and none are allowed: "true"`},
 		{"no commands, but a check", Bounds{NoCommands: true}, func(m *deployments.Manifest) {
 			m.Commands.Pre, m.Health.Checks = nil, []deployments.Check{{TCP: "h:1"}, {Exec: "y"}}

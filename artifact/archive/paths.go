@@ -7,7 +7,8 @@ import (
 	"kedge/deployments"
 )
 
-// CheckPath returns an error unless a path is clean, relative, in the tree, and within the package comment's bounds.
+// CheckPath returns an error unless a path is clean, relative, in the tree, without zero bytes, and within the package
+// comment's bounds.
 func CheckPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))

@@ -181,7 +181,7 @@ func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
 	return u.parse(typed)
 }
 
-// Set parses the text of a flag, a variable or the file.
+// Set parses the text of a flag, of an environment variable or of a field in the agent's configuration.
 func (u *unitPatterns) Set(text string) error {
 	if all, err := strconv.ParseBool(text); err == nil {
 		u.set(all)

@@ -269,7 +269,7 @@ func describeCompletion(root *cobra.Command) {
 		if c.Name() == "completion" {
 			c.Short = "Completion of commands, units, nodes and releases, for your shell"
 			c.Long = "Prints the script that completes commands, flags, and the fleet's units, nodes and releases. " +
-				"The packages bring it.\n\n  source <(kedge completion bash)"
+				"The packages install it.\n\n  source <(kedge completion bash)"
 		}
 	}
 }

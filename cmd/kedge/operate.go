@@ -23,7 +23,7 @@ import (
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
-		"promote": {"Let a rollout go past its canary", "even if it waits for approval; one held up by a freeze goes on"},
+		"promote": {"Let a rollout go past its canary", "or its approval; if a freeze holds it up, only that wait ends"},
 		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
 		"resume":  {"Let a paused rollout go on", "it tolerates the failures that there are now"},
 		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},

@@ -162,7 +162,7 @@ as it is: another level takes another version.`,
 		"unconditional-put",
 		false,
 		"for an S3 without If-None-Match: look whether an object is there, which takes the rights to read and "+
-			"list, then write it; only one may publish at a time",
+			"list, then write it; only one process may publish at a time",
 	)
 	a.jsonFlag(c, "what was made")
 	return c

@@ -91,7 +91,7 @@ func testLeaseTaken(t *testing.T, b Backend) {
 	lease := mustLease(t, s, "mirror/lease")
 	b.DeleteByHand(t, "mirror/lease")
 	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
-		t.Fatalf("a commit under a lease whose key was deleted: %v", err)
+		t.Fatalf("a commit under a lease whose key was deleted: %v, want ErrLeaseLost", err)
 	}
 	select {
 	case <-lease.Context().Done():

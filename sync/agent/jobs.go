@@ -307,7 +307,7 @@ func (w *healthWatch) start(ctx context.Context) {
 	monitor, err := w.u.deploy.Monitor()
 	if err != nil {
 		w.u.log.Error("could not read the health checks of the running release: it counts as healthy until the next "+
-			"deployment or restart", "release", s.Running.String(), "error", err)
+			"deployment, or start of the agent", "release", s.Running.String(), "error", err)
 	}
 	w.of = s.Running
 	w.a.mu.Lock()

@@ -21,7 +21,7 @@ type recentErrors struct {
 func (r *recentErrors) add(at time.Time, text string) {
 	line := deployments.LoggedError{
 		At:   at.UTC().Truncate(time.Second),
-		Text: safetext.Cut(strings.Join(strings.Fields(text), " "), deployments.MaxLoggedError),
+		Text: safetext.Cut(strings.Join(strings.Fields(text), " "), deployments.MaxErrorText),
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()

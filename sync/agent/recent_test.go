@@ -42,7 +42,7 @@ func TestRecentErrors(t *testing.T) {
 		}
 		log.Error("last")
 		if lines := recent.newest(); len(lines) != 3 || lines[0].Text != "last" ||
-			len(lines[2].Text) > deployments.MaxLoggedError {
+			len(lines[2].Text) > deployments.MaxErrorText {
 			t.Errorf("it has %q", lines)
 		}
 	})

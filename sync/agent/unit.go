@@ -137,7 +137,7 @@ const (
 	jobObserve      jobKind = "observe"
 	jobInspectDest  jobKind = "inspect-dest"  // find out whether something lies at dest before the first release
 	jobLeave        jobKind = "leave"         // restore what was there before the first release
-	jobForgetBefore jobKind = "forget-before" // discard what was there before the first release
+	jobForgetBefore jobKind = "forget-before" // discard what was kept from before the first release
 	jobRaiseFloor   jobKind = "raise-floor"   // raise the version floor: nothing older may follow
 )
 

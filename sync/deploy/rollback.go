@@ -190,5 +190,5 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
 		return err
 	}
-	return u.note(ctx, "could not remove old releases", u.tidy(r))
+	return u.note(ctx, "could not remove old files", u.tidy(r))
 }

@@ -221,7 +221,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		err := u.commands(ctx, d, r, from, r.Manifest.Commands.Success)
 		return nil, u.note(ctx, "a success command failed", err)
 	case stepTidy:
-		return nil, u.note(ctx, "could not remove old releases", u.tidy(r))
+		return nil, u.note(ctx, "could not remove old files", u.tidy(r))
 	}
 
 	switch {

@@ -267,7 +267,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.What, s.Says, s.Hint = "signature", cmp.Or(reportError, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
 			n.Name, r.Reason)
 	case r.State == deployments.StateUnhealthy:
-		s.Says = join("runs it, and its health checks fail", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
+		s.Says = join("fails its health checks", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
 	case r.State == deployments.StateInvalid && reportError != "":
 		s.Says, s.Hint = "refuses it: "+reportError, "publish what this node takes, or change its configuration"

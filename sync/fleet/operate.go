@@ -280,7 +280,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 		seen[p] = true
 	}
 	return deployments.Pointer{}, fmt.Errorf(
-		"no other release that was good is known: name one with kedge pin %s URL@sha256:HEX",
+		"no older release is known that has not failed: name one with kedge pin %s URL@sha256:HEX",
 		u.ID,
 	)
 }
@@ -311,7 +311,7 @@ func noUnit(f *Fleet, name string) error {
 	if near := deployments.Nearest(name, slices.Values(known)); near != "" {
 		return fmt.Errorf("no unit %s: did you mean %s?", name, near)
 	}
-	if len(known) == 0 && !f.MirrorHasRun() {
+	if len(known) == 0 && !f.CommitTaken() {
 		return fmt.Errorf("no unit %s: the store has none yet, and no mirror has taken a commit yet%s", name, f.refusal())
 	}
 	if len(known) == 0 {

@@ -430,7 +430,7 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 	if was, err := Unpin(t.Context(), s, app, ""); err != nil || was {
 		t.Errorf("unpin of nothing: %v, %v", was, err)
 	}
-	if f, err := Read(t.Context(), s, Filter{}); err != nil || len(f.Units) > 0 || len(f.Errors) > 0 || f.MirrorHasRun() {
+	if f, err := Read(t.Context(), s, Filter{}); err != nil || len(f.Units) > 0 || len(f.Errors) > 0 || f.CommitTaken() {
 		t.Errorf("status of nothing: %+v, %v", f, err)
 	}
 	if err := NoUnit(t.Context(), s, app); !strings.Contains(err.Error(), "no mirror has taken a commit yet") {

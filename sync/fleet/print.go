@@ -39,7 +39,7 @@ type Text struct {
 	Tone Tone
 }
 
-// printer lays text out in lines of opt.Width.
+// printer lays text out in lines of at most opt.Width characters.
 type printer struct {
 	opt TableOptions
 	b   strings.Builder

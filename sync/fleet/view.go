@@ -118,8 +118,8 @@ func (f *Fleet) Faults() (all []Note) {
 	return all
 }
 
-// MirrorHasRun reports whether a mirror has ever taken a commit.
-func (f *Fleet) MirrorHasRun() bool { return f.Mirror != nil && f.Mirror.Head != "" }
+// CommitTaken reports whether a mirror has ever taken a commit.
+func (f *Fleet) CommitTaken() bool { return f.Mirror != nil && f.Mirror.Head != "" }
 
 // MirrorNotes returns notes on the mirror: its state, the agents' versions if they differ, its error, and freeze
 // windows. A note's text may have several lines.

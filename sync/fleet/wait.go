@@ -211,7 +211,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 			return f.IncompleteText(), nil
 		}
 		switch {
-		case w.commit == "" && !f.MirrorHasRun():
+		case w.commit == "" && !f.CommitTaken():
 			return "the store knows no such unit, and no mirror has taken a commit yet" + f.refusal(), nil
 		case w.commit == "":
 			return "the store knows no such unit" + f.refusal(), nil // it may still come

@@ -67,7 +67,8 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 		}
 	}
 	return deployments.UnitID{}, fmt.Errorf(
-		"%s gives no unit: its name and --stage, --role and --unit have to give a valid STAGE/ROLE/UNIT by one of %s",
+		"%s gives no unit: its name, by a --match pattern of %s, and --stage, --role and --unit have to give a "+
+			"valid STAGE/ROLE/UNIT",
 		path,
 		strings.Join(patterns, ", "),
 	)

@@ -22,11 +22,11 @@ import (
 // transaction that consumes them.
 
 const (
-	// auditRoles is how many roles' histories audit reads in one round at most. The others wait for the next round, so
-	// that pins and orders don't have to wait for all of them.
-	auditRoles = 20
-	// auditRetry is the time after which a history that could not be read or written is retried. Rollouts go on meanwhile.
-	auditRetry = 10 * time.Second
+	// pinRoles is how many roles' histories recordPins reads in one round at most. The others wait for the next round,
+	// so that pins and orders don't have to wait for all of them.
+	pinRoles = 20
+	// pinRetry is the time after which a history that could not be read or written is retried. Rollouts go on meanwhile.
+	pinRetry = 10 * time.Second
 )
 
 // historyKeeper reads the history of units that the mirror needs, one role at a time, and records in it which pins
@@ -142,17 +142,17 @@ func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) e
 	return nil
 }
 
-// audit records in the newest entries of the history which pins began and ended, while all pins are known. again is the
-// time after which to call audit again even if nothing changes; 0: never. Errors of the history don't hold up rollouts:
-// only a lost lease is returned.
-func (a *historyKeeper) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+// recordPins writes in the newest entries of the history which pins began and ended, while all pins are known. again is
+// the time after which to call recordPins again even if nothing changes; 0: never. Errors of the history don't hold up
+// rollouts: only a lost lease is returned.
+func (a *historyKeeper) recordPins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if !seen.pins.synced || seen.pins.err != nil {
 		return 0, nil
 	}
 	if wait := a.retry.Sub(now); wait > 0 {
 		return wait, nil
 	}
-	again, err = a.auditPins(ctx, seen, now)
+	again, err = a.writePins(ctx, seen, now)
 	switch {
 	case err == nil, ctx.Err() != nil:
 		return again, nil
@@ -162,11 +162,11 @@ func (a *historyKeeper) audit(ctx context.Context, seen observed, now time.Time)
 	a.bound.Do(func() {
 		a.log.Warn("could not record pins in the history: trying again", "store", a.store, "error", err)
 	})
-	a.retry = now.Add(auditRetry)
-	return auditRetry, nil
+	a.retry = now.Add(pinRetry)
+	return pinRetry, nil
 }
 
-func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+func (a *historyKeeper) writePins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	cells := seen.desired.cells
 	unread := 0
 	for id := range cells {
@@ -174,7 +174,7 @@ func (a *historyKeeper) auditPins(ctx context.Context, seen observed, now time.T
 		if a.read[role] {
 			continue
 		}
-		if unread++; unread > auditRoles {
+		if unread++; unread > pinRoles {
 			again = time.Millisecond
 			break
 		}

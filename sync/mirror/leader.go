@@ -46,7 +46,7 @@ type leader struct {
 	hearing   bool                             // units waited for their nodes' reports in the last round
 	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
-	// badOrderLines bounds the lines about orders that can't be obeyed: whoever may write control/ can change one
+	// badOrderLines bounds the log lines about orders that can't be obeyed: whoever may write control/ can change one
 	// after another.
 	badOrderLines *rate.Limiter
 }
@@ -328,7 +328,7 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	}
 	l.written.writeError(
 		ctx,
-		fmt.Sprintf("the store keeps refusing what the commit asks for: its keys differ from what its watch shows (%v); "+
+		fmt.Sprintf("the store keeps refusing the mirror's writes: its keys differ from what its watch shows (%v); "+
 			"look for another writer below desired/ and control/, and for lost folder keys", err),
 		time.Now(),
 	)
@@ -412,7 +412,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if vouched && todo.whole {
 		l.snapshot.offer(l.written.records)
 	}
-	noted, err := l.history.audit(ctx, seen, now)
+	noted, err := l.history.recordPins(ctx, seen, now)
 	if err != nil {
 		return 0, err
 	}

@@ -119,7 +119,8 @@ func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 // plan is the result of reconcile.
 type plan struct {
 	changes []change // sorted by unit
-	// agreed are units that Git names and whose records need no change, but are yet to be adopted: see written.adopt.
+	// agreed are units that Git names whose records need no change, but which this mirror has yet to adopt: see
+	// written.adopt.
 	agreed []deployments.UnitID
 	// whole is false if a unit has to wait until the watch shows this mirror's last write of it, its nodes report, or
 	// inputs.blind ends.
@@ -434,7 +435,7 @@ func (in inputs) noteOf(w change, did string) string {
 }
 
 // carryPins copies the open pins of the generation before into the entry of a new one, and updates them if all pins are
-// known. If the entry before was not read, audit copies them, because carryPins doesn't know when a pin began.
+// known. If the entry before was not read, recordPins copies them, because carryPins doesn't know when a pin began.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return

@@ -64,8 +64,9 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 		manifest string
 		says     []string
 	}{
-		"dest":            {m.tree("/etc/app", ""), []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/app is outside of /srv"}},
-		"user":            {m.tree("/srv/app", "commands: {failure: [{run: 'id', user: root}]}\n"), []string{`command "id": user root is not among app`}},
+		"dest": {m.tree("/etc/app", ""), []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/app is outside of /srv"}},
+		"user": {m.tree("/srv/app", "commands: {failure: [{run: 'id', user: root}]}\n"),
+			[]string{`command "id": user root is not among those allowed: app`}},
 		"no user":         {m.tree("/srv/app", "commands: {pre: [id]}\n"), []string{"set user"}},
 		"owner":           {m.tree("/srv/app", "owner: root\n"), []string{"owner: user root"}},
 		"a variable":      {m.tree("/srv/app", "name: {{ env \"X\" \"a\\ncommands: {pre: [id]}\" }}\n"), []string{"app.yaml:1:10: its manifest has the variable X"}},

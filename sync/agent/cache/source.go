@@ -81,10 +81,10 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 // mirror's record. A running mirror restores its own record within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept updates the entries from a view of the store, and reports whether they changed or are now the store's. It uses
-// only the keys for which mine returns true. From a view that isn't synced, it takes no pins, and only records that are
-// new or have a higher generation. They are enough even if nothing was known before, because a missing record never
-// decides anything.
+// accept updates the entries from a view of the store. It reports whether they changed, or only now count as the
+// store's. It uses only the keys for which mine returns true. Of a view that isn't synced it takes no pins, and only
+// records that are new or have a higher generation. It does so even if nothing was known before, because a missing
+// record never decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
