@@ -173,7 +173,7 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 // without an error, if AutoScaling knows no action for longer than actionWait.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
-	began, logged := time.Now(), false
+	began, logged := time.Now(), ""
 	for {
 		result := "ABANDON"
 		select {
@@ -204,8 +204,8 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 					"group", h.Group, "instance", h.Instance.ID)
 				return nil
 			}
-		case !logged:
-			logged = true
+		case logged != cause(err):
+			logged = cause(err)
 			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group,
 				"result", result, "error", err)
 		}
@@ -213,6 +213,15 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 			return err
 		}
 	}
+}
+
+// cause returns the API's code for why a call failed, or "no answer" if the API didn't refuse it.
+func cause(err error) string {
+	var api smithy.APIError
+	if errors.As(err, &api) {
+		return api.ErrorCode()
+	}
+	return "no answer"
 }
 
 // noAction reports whether AutoScaling answered that the hook doesn't hold the instance back: no longer, or not

@@ -344,19 +344,43 @@ func TestHookWithoutAction(t *testing.T) {
 	if n := a.seen("CompleteLifecycleAction"); n != 4 {
 		t.Errorf("it asked %d times", n)
 	}
-	// Any other refusal is one to try again: the hook or the group may only be misspelt. It is logged once, also if the
-	// action isn't known at first.
+	// Any other refusal is one to try again: the hook or the group may only be misspelt. Each cause is logged once, also
+	// if the action isn't known at first.
 	var logged strings.Builder
 	h.Log, h.actionWait = slog.New(slog.NewTextHandler(&logged, nil)), time.Hour
 	a.refuse = []string{"ValidationError No active Lifecycle Action found", "ValidationError No such group",
-		"ResourceContention No active Lifecycle Action"}
+		"ValidationError No such group", "ResourceContention No active Lifecycle Action"}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)
 	}
-	if n := a.seen("CompleteLifecycleAction"); n < 8 {
+	if n := a.seen("CompleteLifecycleAction"); n < 9 {
 		t.Errorf("it asked %d times", n)
 	}
-	if n := strings.Count(logged.String(), "can't be completed"); n != 1 {
+	if n := strings.Count(logged.String(), "can't be completed"); n != 2 {
 		t.Errorf("failures were logged %d times: %s", n, logged.String())
+	}
+}
+
+// A denial is logged also if other trouble came before it: the agent would repeat it without a word.
+func TestHookLogsEachCause(t *testing.T) {
+	a := startAmazon(t, map[string]string{tagGroup: "web-1"})
+	a.hang["CompleteLifecycleAction"] = 1
+	a.refuse = slices.Repeat([]string{"AccessDenied User is not authorized"}, 2)
+	i, err := Describe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	converged := make(chan struct{})
+	close(converged)
+	var logged strings.Builder
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Beat: time.Hour, answer: time.Second,
+		Log: slog.New(slog.NewTextHandler(&logged, nil))}
+	if err := h.Run(t.Context(), converged); err != nil {
+		t.Fatal(err)
+	}
+	for what, want := range map[string]int{"can't be completed": 2, "deadline exceeded": 1, "AccessDenied": 1} {
+		if n := strings.Count(logged.String(), what); n != want {
+			t.Errorf("%q was logged %d times, want %d:\n%s", what, n, want, logged.String())
+		}
 	}
 }
