@@ -130,14 +130,15 @@ func (d *Store) commit(changes []change) error {
 	return d.apply(changes)
 }
 
-// prepare returns an error if this process may not write the directories that apply would change. A journalled commit
-// that nobody but root can finish would stop every other process. prepare creates missing directories and moves others
-// aside, which changes no key.
+// prepare returns an error if this process may not make the changes to directories that apply would make. A journalled
+// commit that nobody but root can finish would stop every other process. prepare creates missing directories and moves
+// others aside, which changes no key.
 func (d *Store) prepare(changes []change) error {
 	checked := map[string]bool{}
 	for _, c := range changes {
 		var paths []string
-		if held := d.path(heldDir + "/" + heldName(c.Key)); c.Hold != "" || isFile(held) {
+		held := d.path(heldDir + "/" + heldName(c.Key))
+		if c.Hold != "" || (c.Unhold || c.Delete) && isFile(held) {
 			paths = append(paths, held)
 		}
 		switch {
@@ -152,16 +153,41 @@ func (d *Store) prepare(changes []change) error {
 		}
 		for _, path := range paths {
 			dir := filepath.Dir(path)
-			if checked[dir] {
-				continue
+			if !checked[dir] {
+				checked[dir] = true
+				if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+					return fmt.Errorf("write in %s: %w", dir, err)
+				}
 			}
-			checked[dir] = true
-			if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
-				return fmt.Errorf("write in %s: %w", dir, err)
+			if err := checkSticky(dir, path); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
+}
+
+// checkSticky returns ErrPermission if the sticky bit of dir, which all may write, keeps this process from replacing or
+// removing the file at path.
+func checkSticky(dir, path string) error {
+	var in, file unix.Stat_t
+	if err := unix.Stat(dir, &in); err != nil {
+		return fmt.Errorf("look at %s: %w", dir, err)
+	}
+	switch err := unix.Lstat(path, &file); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look at %s: %w", path, err)
+	case in.Mode&unix.S_ISVTX != 0 && !mayReplace(os.Geteuid(), in.Uid, file.Uid):
+		return fmt.Errorf("replace %s, another user's file in a sticky directory: %w", path, fs.ErrPermission)
+	}
+	return nil
+}
+
+// mayReplace reports whether a user may replace or remove a file in a sticky directory, given the owners of both.
+func mayReplace(euid int, dir, file uint32) bool {
+	return euid == 0 || euid == int(dir) || euid == int(file)
 }
 
 // finish completes the journalled commit, if there is one: the caller's, or that of a process that failed or was killed

@@ -232,6 +232,27 @@ func TestDeniedCommitLeavesNothing(t *testing.T) {
 	}
 }
 
+// In a sticky directory, which all may write, only a file's owner may replace or remove it.
+func TestCommitDeniedByStickyDirectory(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make files of two users")
+	}
+	path := storePath(t)
+	// The child becomes another user, from whom the test's own directory is closed.
+	if err := os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	child := kvtest.StartChild(t, "sticky", path)
+	child.Expect(t, "done")
+	if err := child.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(t, open(t, path)); got != "mine/a=new own/held=new theirs/a=old theirs/b=new" {
+		t.Errorf("the store holds %s", got)
+	}
+}
+
 // Whether a holder lives may be unknown, as when too many files are open. Then nobody may take its entry.
 func TestUnknownHolderKeepsItsEntry(t *testing.T) {
 	t.Parallel()

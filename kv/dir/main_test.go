@@ -23,6 +23,7 @@ func TestMain(m *testing.M) {
 		"commits":  commitForEver,
 		"crash":    crash,
 		"denied":   denied,
+		"sticky":   sticky,
 	})
 }
 
@@ -87,6 +88,72 @@ func denied(ctx context.Context, args []string) error {
 		fmt.Println("done")
 	}
 	return err
+}
+
+// sticky commits as nobody in directories that all may write, but where only a file's owner may replace or remove it.
+func sticky(ctx context.Context, args []string) error {
+	const nobody = 65534
+	path := func(name string) string { return filepath.Join(args[0], name) }
+	if _, err := dir.Open(args[0], nil); err != nil {
+		return err
+	}
+	for _, name := range []string{"own", "mine", "theirs"} {
+		if err := os.Mkdir(path(name), 0o755); err != nil {
+			return err
+		}
+	}
+	// The value of own/held is nobody's. The record of its holder, which isn't alive, is root's.
+	for _, name := range []string{"mine/a", "own/held", "theirs/a", ".kedge/held/own@held"} {
+		if err := os.WriteFile(path(name), []byte("old"), 0o644); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{".", "own", "own/held", "mine", ".kedge", ".kedge/sessions", ".kedge/tmp"} {
+		if err := os.Chown(path(name), nobody, nobody); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{"mine", "theirs", ".kedge/held"} {
+		if err := os.Chmod(path(name), os.ModeSticky|0o777); err != nil {
+			return err
+		}
+	}
+	if err := syscall.Setuid(nobody); err != nil {
+		return err
+	}
+	s, err := dir.Open(args[0], nil)
+	if err != nil {
+		return err
+	}
+	const before = "mine/a=old own/held=old theirs/a=old"
+	for _, ops := range [][]kv.Op{
+		{kv.Put("own/a", []byte("new")), kv.Put("theirs/a", []byte("new"))},
+		{kv.Put("own/a", []byte("new")), kv.Delete("theirs/a")},
+		{kv.Put("own/a", []byte("new")), kv.Put("theirs/b", []byte("new")), kv.Put("theirs/a", []byte("new"))},
+		{kv.Put("own/a", []byte("new")), kv.Delete("own/held")},
+	} {
+		if err := s.Commit(ctx, nil, ops...); !errors.Is(err, kv.ErrDenied) {
+			return fmt.Errorf("%v: %v", ops, err)
+		}
+		entries, err := s.List(ctx, "")
+		if err != nil {
+			return fmt.Errorf("list after %v: %w", ops, err)
+		}
+		if got := shown(entries); got != before {
+			return fmt.Errorf("%v left %s", ops, got)
+		}
+	}
+	for _, ops := range [][]kv.Op{
+		{kv.Put("theirs/b", []byte("old")), kv.Put("theirs/c", []byte("old"))},
+		{kv.Put("theirs/b", []byte("new")), kv.Delete("theirs/c")},
+		{kv.Put("mine/a", []byte("new")), kv.Put("own/held", []byte("new"))},
+	} {
+		if err := s.Commit(ctx, nil, ops...); err != nil {
+			return fmt.Errorf("%v: %w", ops, err)
+		}
+	}
+	fmt.Println("done")
+	return nil
 }
 
 // crash makes one commit, of as many of crashOps as the third argument says, and kills itself at the step of the
