@@ -3,6 +3,7 @@ package dir_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -256,25 +257,33 @@ func TestCommitDeniedByStickyDirectory(t *testing.T) {
 // Whether a holder lives may be unknown, as when too many files are open. Then nobody may take its entry.
 func TestUnknownHolderKeepsItsEntry(t *testing.T) {
 	t.Parallel()
-	dir := storePath(t)
-	s := open(t, dir)
+	path := storePath(t)
+	s := open(t, path)
 	// This session's file exists, and can't be opened.
-	sh(t, dir, `ln -s LOOP .kedge/sessions/LOOP; printf LOOP > .kedge/held/mirror@lease`)
-	sh(t, dir, `mkdir mirror; echo x > mirror/lease`)
+	sh(t, path, `ln -s LOOP .kedge/sessions/LOOP; printf LOOP > .kedge/held/mirror@lease`)
+	sh(t, path, `mkdir mirror; echo x > mirror/lease`)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	if _, err := s.Lease(ctx, "mirror/lease", "second", 10*time.Second); !errors.Is(err, context.DeadlineExceeded) {
+	var logged strings.Builder
+	waiting, err := dir.Open(path, slog.New(slog.NewTextHandler(&logged, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := waiting.Lease(ctx, "mirror/lease", "second", 10*time.Second); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("the lease of a holder that may live: %v", err)
+	}
+	if n := strings.Count(logged.String(), "sessions/LOOP"); n != 1 {
+		t.Errorf("why it waits was logged %d times:\n%s", n, logged.String())
 	}
 	if e, err := s.Get(t.Context(), "mirror/lease"); !errors.Is(err, kv.ErrUnavailable) {
 		t.Errorf("get: %+v, %v", e, err)
 	}
 	kvtest.Present(t, s, "web-1") // another session's begin doesn't remove it
-	if _, err := os.Lstat(filepath.Join(dir, ".kedge/sessions/LOOP")); err != nil {
+	if _, err := os.Lstat(filepath.Join(path, ".kedge/sessions/LOOP")); err != nil {
 		t.Error(err)
 	}
 	// What a power cut may leave of the record names no session.
-	sh(t, dir, `printf '\0\0\0' > .kedge/held/mirror@lease`)
+	sh(t, path, `printf '\0\0\0' > .kedge/held/mirror@lease`)
 	l, err := s.Lease(t.Context(), "mirror/lease", "third", 10*time.Second)
 	if err != nil {
 		t.Fatal(err)

@@ -30,6 +30,7 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	if err != nil {
 		return nil, fmt.Errorf("lease %s: %w", key, err)
 	}
+	var causes backend.Causes
 	for {
 		var session *session
 		err := d.writing(ctx, func() error {
@@ -49,6 +50,9 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		})
 		if err != nil && !errors.Is(err, kv.ErrUnavailable) {
 			return nil, fmt.Errorf("lease %s: %w", key, err)
+		}
+		if causes.FirstOfKind(err) {
+			d.log.Warn("could not ask for the lease: trying again", "key", key, "error", err)
 		}
 		if session != nil {
 			l := &lease{store: d, key: key, session: session, done: make(chan struct{})}
