@@ -124,6 +124,7 @@ var errStrayed = errors.New(
 // keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
+	lost := false // the service isn't known to have been registered since the last heartbeat that strayed
 	for wait.For(ctx, h.every) == nil {
 		asked := time.Now()
 		err := h.store.do(ctx, "heartbeat", h.ttl/2, func(q *api.QueryOptions) error {
@@ -132,15 +133,20 @@ func (h *heartbeat) keep(ctx context.Context) {
 		switch {
 		case err == nil:
 			causes.FirstOfKind(nil)
+			lost = false
 			h.beat(asked)
 		case ctx.Err() != nil:
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
-			h.store.strayed.add(asked)
+			if !lost { // an agent that lost it and can't take it again yet counts once
+				h.store.strayed.add(asked)
+			}
+			lost = true
 			if err := h.register(ctx); err != nil {
 				h.store.log.Warn("could not register the service again, which the Consul agent did not know: trying again",
 					"service", h.id, "error", err)
 			} else {
+				lost = false
 				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)
 			}
 		case causes.FirstOfKind(err):

@@ -109,18 +109,78 @@ func TestLeaseAsksAgainForHeartbeat(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			e, err := s.Get(t.Context(), key)
-			if err != nil {
-				t.Fatal(err)
-			}
-			info, _, err := c.Client().Session().Info(e.Session, nil)
-			if err != nil || info == nil || (len(info.ServiceChecks) == 1) != (failing == 2) {
-				t.Errorf("after %d refusals the session is %+v, %v", refused.Load(), info, err)
+			if err := tied(t, c, key); (err == nil) != (failing == 2) {
+				t.Errorf("after %d refusals its heartbeat: %v", refused.Load(), err)
 			}
 			if err := lease.Release(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// tied returns an error unless the session that holds a key depends on a heartbeat.
+func tied(t *testing.T, c *kvtest.Consul, key string) error {
+	t.Helper()
+	pair, _, err := c.Client().KV().Get(kv.DefaultPrefix+key, nil)
+	if err != nil || pair == nil || pair.Session == "" {
+		return fmt.Errorf("the key is %+v, %v", pair, err)
+	}
+	info, _, err := c.Client().Session().Info(pair.Session, nil)
+	if err != nil || info == nil || len(info.ServiceChecks) != 1 {
+		return fmt.Errorf("the session is %+v, %v", info, err)
+	}
+	return nil
+}
+
+// A Consul agent that restarts without its data, and then isn't ready for some seconds, isn't several agents.
+func TestLeaseAfterAgentForgot(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/")
+	f := newFront(t, c)
+	s := open(t, consul.Config{Client: f.config("")})
+	const key = "mirror/lease"
+	lease, err := s.Lease(t.Context(), key, "mirror-1", 15*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var unknown, again, beats atomic.Int64
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.Contains(r.URL.Path, "/agent/check/update/"):
+			if again.Load() > 1 {
+				beats.Add(1)
+				return false
+			}
+			unknown.Add(1)
+			return status(404)(w, r)
+		case strings.HasSuffix(r.URL.Path, "/agent/service/register"):
+			return again.Add(1) == 1 && status(500)(w, r)
+		}
+		return false
+	})
+	kvtest.Await(t, "a heartbeat that arrives", func() error {
+		if beats.Load() == 0 {
+			return errors.New("none")
+		}
+		return nil
+	})
+	if unknown.Load() != 2 || again.Load() != 2 {
+		t.Errorf("%d heartbeats reached an agent that didn't know the service, which was registered %d times",
+			unknown.Load(), again.Load())
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if lease, err = s.Lease(t.Context(), key, "mirror-1", 15*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if err := tied(t, c, key); err != nil {
+		t.Error(err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 
