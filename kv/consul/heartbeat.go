@@ -68,7 +68,11 @@ func (h *heartbeat) beat(at time.Time) {
 // startHeartbeat registers a heartbeat's service; keep sends the heartbeats. A token without the right gets ErrDenied.
 func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
 	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
-	return h, h.register(ctx)
+	err := h.register(ctx)
+	if err != nil && !errors.Is(err, kv.ErrDenied) {
+		h.stop() // the agent may have registered it and answered too late
+	}
+	return h, err
 }
 
 // register registers the service with its check passing.

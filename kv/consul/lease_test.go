@@ -133,6 +133,32 @@ func tied(t *testing.T, c *kvtest.Consul, key string) error {
 	return nil
 }
 
+// A Consul agent that takes the service, but doesn't say so in time, keeps none of a try that failed.
+func TestLeaseLeavesNoServiceOfFailedTry(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/")
+	f := newFront(t, c)
+	var registered atomic.Int64
+	f.setRewrite(func(r *http.Response) {
+		if strings.HasSuffix(r.Request.URL.Path, "/agent/service/register") && registered.Add(1) <= 2 {
+			r.StatusCode = http.StatusInternalServerError
+		}
+	})
+	s := open(t, consul.Config{Client: f.config("")})
+	lease, err := s.Lease(t.Context(), "mirror/lease", "mirror-1", 15*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	services, err := c.Client().Agent().ServicesWithFilter(`Service == "` + consul.LeaseService + `"`)
+	if err != nil || len(services) != 1 || registered.Load() != 3 {
+		t.Errorf("after %d tries the agent has %d services, %v", registered.Load(), len(services), err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // A Consul agent that restarts without its data, and then isn't ready for some seconds, isn't several agents.
 func TestLeaseAfterAgentForgot(t *testing.T) {
 	t.Parallel()
