@@ -20,8 +20,9 @@ const (
 	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: practically not at all. Consul's
 	// default of 15 s protects writes that aren't fenced; kedge's are.
 	leaseLockDelay = time.Millisecond
-	// maxUnbeaten is how often Lease tries again to start the heartbeat of an agent that is unavailable, within some 10 s.
-	// After that it does without, as an agent with a full disk, say, takes no service but answers otherwise.
+	// maxUnbeaten is how often Lease tries again to start the heartbeat of an agent that is unavailable, within some 10 s
+	// and while nobody holds the lease. After that it does without, as an agent with a full disk, say, takes no service
+	// but answers otherwise.
 	maxUnbeaten = 8
 )
 
@@ -40,7 +41,18 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	var causes backend.Causes
 	unbeaten := 0
 	for {
-		lease, err := s.tryLease(ctx, key, holder, value, ttl, unbeaten >= maxUnbeaten)
+		var lease *lease
+		held, err := s.awaitFree(ctx, key)
+		if held {
+			unbeaten = 0 // refusals before another's term say nothing of now
+		}
+		if held && err == nil {
+			pause.Reset()
+			causes.FirstOfKind(nil)
+		}
+		if err == nil {
+			lease, err = s.tryLease(ctx, key, holder, value, ttl, unbeaten >= maxUnbeaten)
+		}
 		switch {
 		case err == nil && lease != nil:
 			return lease, nil
@@ -48,6 +60,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 			// Consul's lock-delay isn't over, or another process was faster.
 			pause.Reset()
 			causes.FirstOfKind(nil)
+			unbeaten = 0
 			err = wait.For(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
@@ -66,8 +79,8 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease waits until nobody holds the lease, and tries once to take it. Nil without an error: Consul didn't grant it.
-// unbeaten is as leaseSession says.
+// tryLease tries once to take the lease. Nil without an error: Consul didn't grant it. unbeaten is as leaseSession
+// says.
 func (s *Store) tryLease(
 	ctx context.Context,
 	key, holder string,
@@ -75,9 +88,6 @@ func (s *Store) tryLease(
 	ttl time.Duration,
 	unbeaten bool,
 ) (*lease, error) {
-	if err := s.awaitFree(ctx, key); err != nil {
-		return nil, err
-	}
 	asked := time.Now()
 	heart, session, err := s.leaseSession(ctx, api.SessionEntry{
 		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
@@ -142,8 +152,8 @@ func (s *Store) leaseSession(
 	return nil, session, err
 }
 
-// awaitFree returns nil once no session holds the key.
-func (s *Store) awaitFree(ctx context.Context, key string) error {
+// awaitFree returns without an error once no session holds the key. held reports whether one was seen to hold it.
+func (s *Store) awaitFree(ctx context.Context, key string) (held bool, err error) {
 	var index uint64
 	for {
 		var free bool
@@ -159,11 +169,12 @@ func (s *Store) awaitFree(ctx context.Context, key string) error {
 			return nil
 		})
 		if err != nil || free {
-			return err
+			return held, err
 		}
+		held = true
 		if index == 0 {
 			if err := wait.For(ctx, 50*time.Millisecond); err != nil {
-				return err
+				return held, err
 			}
 		}
 	}

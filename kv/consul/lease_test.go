@@ -133,6 +133,62 @@ func tied(t *testing.T, c *kvtest.Consul, key string) error {
 	return nil
 }
 
+// Refusals of earlier terms, which others then held, don't cost a lease its heartbeat.
+func TestLeaseForgetsEarlierRefusals(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/")
+	f := newFront(t, c)
+	const first, all = 5, 10 // each fewer than cost the heartbeat, but more together
+	refusing, taken := make(chan struct{}), make(chan struct{})
+	var tries atomic.Int64
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/agent/service/register") {
+			return false
+		}
+		n := tries.Add(1)
+		if n == first {
+			close(refusing)
+			<-taken
+		}
+		return n <= all && status(500)(w, r)
+	})
+	const key = "mirror/lease"
+	standby := make(chan kv.Lease, 1)
+	s := open(t, consul.Config{Client: f.config("")})
+	go func() {
+		l, err := s.Lease(t.Context(), key, "standby", 15*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		standby <- l
+	}()
+	<-refusing
+	other := c.Open("")
+	l, err := other.Lease(t.Context(), key, "other", 15*time.Second)
+	close(taken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := other.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	awaitWaiting(t, f, e)
+	if err := l.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if l = <-standby; l == nil {
+		t.FailNow()
+	}
+	if err := tied(t, c, key); err != nil {
+		t.Errorf("after %d tries: %v", tries.Load(), err)
+	}
+	if err := l.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // A Consul agent that takes the service, but doesn't say so in time, keeps none of a try that failed.
 func TestLeaseLeavesNoServiceOfFailedTry(t *testing.T) {
 	t.Parallel()
