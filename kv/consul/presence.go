@@ -32,13 +32,16 @@ const (
 	// endOthersAfter is how long a killed process's last session is left alone once the node has a new one. By then the
 	// new process has written all its entries. An entry without a holder would make the node look gone.
 	endOthersAfter = 30 * time.Second
+	// addHeartbeatMost bounds the average time between two tries to add a heartbeat. A try asks the Consul agent alone,
+	// or also the servers if the agent has taken the service.
+	addHeartbeatMost = time.Minute
 )
 
 // presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is tied
 // to that node's health. If the token may register one, it is also tied to a check of the process that gets heartbeats
 // at that agent. It then costs the servers nothing. Otherwise, as for a distant server's address or a node without a
 // serfHealth check, the session has a TTL and is renewed. A booting node may get its check only later, so each Put
-// tries again to tie the session to it.
+// tries again to tie the session to it. Its Consul agent may take heartbeats only later, so addHeartbeat tries again.
 type presence struct {
 	store *Store
 	name  string
@@ -55,6 +58,10 @@ type presence struct {
 	heart           *heartbeat // shows that this process lives; nil: none
 	endHeart        context.CancelFunc
 	heartbeatDenied bool            // the token may not register the heartbeat, and that was logged
+	beatless        string          // the session that addHeartbeat is to replace; empty: none
+	addBeat         *time.Timer     // calls addHeartbeat; nil: it was never needed
+	addPause        *wait.Backoff   // the time until then
+	noBeat          backend.Causes  // why there was no heartbeat
 	sweep           *time.Timer     // ends the sessions of earlier processes; nil: open made no node session yet
 	gone            chan struct{}   // closed, and made anew, when the session is lost
 	renew           bool            // the session has a TTL
@@ -72,7 +79,8 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 	}
 	p := &presence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
 		mine: map[string]bool{}, held: map[string][]byte{},
-		tried: map[string][]byte{}, taken: map[string]bool{}, gone: make(chan struct{})}
+		tried: map[string][]byte{}, taken: map[string]bool{}, gone: make(chan struct{}),
+		addPause: wait.NewBackoff(time.Second, addHeartbeatMost)}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -146,14 +154,19 @@ func (p *presence) wakeKeep() {
 // moveToNodeSession moves the entries from a session with a TTL to one that depends on the node's health. After an
 // error either session may hold them; repair moves the rest. Entries that another process has taken stay there.
 func (p *presence) moveToNodeSession(ctx context.Context) error {
-	old := p.session
-	if old == "" {
+	if p.session == "" {
 		return nil // the next session is opened by the usual choice
 	}
 	id, err := p.openNodeSession(ctx)
 	if err != nil {
 		return err
 	}
+	return p.moveTo(ctx, id)
+}
+
+// moveTo moves the entries to another session that depends on the node's health, as moveToNodeSession says.
+func (p *presence) moveTo(ctx context.Context, id string) error {
+	old := p.session
 	p.opened(id, false, false)
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, kv.ErrConflict) {
@@ -313,36 +326,95 @@ func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 }
 
 // withHeartbeat replaces a session that depends only on the node's health by one that also depends on this process. If
-// there can't be one, it returns plain: a dead agent is then noticed only when its node is gone.
+// there can't be one, it returns plain: a dead agent is then noticed only when its node is gone, unless addHeartbeat
+// replaces that session later.
 func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) {
-	s := p.store
 	if p.heartbeatDenied {
 		return plain
 	}
+	var err error
 	if p.heart != nil {
-		if id, err := p.heart.newSession(ctx, *p.newSession(), knownCheck); err == nil {
-			s.destroySession(plain)
-			return id
+		if id, err = p.heartbeatSession(ctx, knownCheck); err != nil {
+			p.stopHeart()
 		}
-		p.stopHeart()
 	}
-	h, err := s.startHeartbeat(ctx, presenceHeartbeat)
-	if err == nil {
+	if p.heart == nil {
+		id, err = p.heartbeatSession(ctx, presenceHeartbeat.ttl/2)
+	}
+	if err != nil {
+		p.lacksHeartbeat(ctx, plain, err)
+		return plain
+	}
+	p.hasHeartbeat()
+	p.store.destroySession(plain)
+	return id
+}
+
+// heartbeatSession creates a session that depends on the heartbeat, which it starts if there is none. while is as
+// heartbeat.newSession says.
+func (p *presence) heartbeatSession(ctx context.Context, while time.Duration) (id string, err error) {
+	if p.heart == nil {
+		h, err := p.store.startHeartbeat(ctx, presenceHeartbeat)
+		if err != nil {
+			return "", err
+		}
 		p.heart = h
 		var beats context.Context
 		beats, p.endHeart = context.WithCancel(p.ctx)
 		go h.keep(beats)
-		if id, err = h.newSession(ctx, *p.newSession(), h.ttl/2); err == nil {
-			s.destroySession(plain)
-			return id
-		}
 	}
-	if !p.heartbeatDenied && ctx.Err() == nil {
-		p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
-		s.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
+	return p.heart.newSession(ctx, *p.newSession(), while)
+}
+
+// lacksHeartbeat notes why a session has no heartbeat, and has addHeartbeat try again if it may get one.
+func (p *presence) lacksHeartbeat(ctx context.Context, session string, err error) {
+	p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
+	if ctx.Err() == nil && p.noBeat.FirstOfKind(err) {
+		p.store.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
 			"service", PresenceService, "name", p.name, "error", err)
 	}
-	return plain
+	p.beatless = ""
+	if !mayBeatLater(ctx, err) {
+		return
+	}
+	p.beatless = session
+	if p.addBeat != nil {
+		p.addBeat.Stop()
+	}
+	p.addBeat = time.AfterFunc(p.addPause.Next(), p.addHeartbeat)
+}
+
+// hasHeartbeat notes that a session has a heartbeat.
+func (p *presence) hasHeartbeat() {
+	p.beatless = ""
+	p.noBeat.FirstOfKind(nil)
+	p.addPause.Reset()
+}
+
+// mayBeatLater reports whether a heartbeat that failed to start may start later: the Consul agent didn't refuse it, or
+// the caller's ctx ended before the agent's answer.
+func mayBeatLater(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, kv.ErrUnavailable)
+}
+
+// addHeartbeat moves the entries from a session without a heartbeat to one that has one, and tries again later if the
+// Consul agent isn't ready for it yet.
+func (p *presence) addHeartbeat() {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed || p.ctx.Err() != nil || p.session == "" || p.session != p.beatless {
+		return // a session that is opened later tries to have a heartbeat by itself
+	}
+	id, err := p.heartbeatSession(p.ctx, knownCheck)
+	if err != nil {
+		p.lacksHeartbeat(p.ctx, p.session, err)
+		return
+	}
+	p.hasHeartbeat()
+	p.store.log.Info("this node's entries have a heartbeat from now on", "service", PresenceService, "name", p.name)
+	if err := p.moveTo(p.ctx, id); err != nil {
+		p.store.log.Debug("could not move this node's entries to a session with a heartbeat", "name", p.name, "error", err)
+	}
 }
 
 // knownCheck is how long to wait until the servers know a check that was registered earlier. After the restore of a
@@ -380,6 +452,9 @@ func (p *presence) Close(ctx context.Context) error {
 		return nil
 	}
 	p.closed = true
+	if p.addBeat != nil {
+		p.addBeat.Stop()
+	}
 	defer p.stopHeart()
 	if p.sweep != nil && p.sweep.Stop() {
 		p.endOtherSessions(ctx, p.node, p.mine, 0)

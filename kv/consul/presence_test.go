@@ -1,9 +1,11 @@
 package consul_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -230,6 +232,65 @@ func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A Consul agent that isn't ready for the heartbeat when the node boots doesn't cost the entries their heartbeat. They
+// go over to a session with one, and are never nobody's.
+func TestPresenceAsksAgainForHeartbeat(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/", "status/prod/db/")
+	const web, db = "status/prod/web/server-1", "status/prod/db/server-1"
+	registers := func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/agent/service/register") }
+	ties := func(r *http.Request) bool { // the servers don't know the check
+		if !strings.HasSuffix(r.URL.Path, "/session/create") {
+			return false
+		}
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		return bytes.Contains(body, []byte("ServiceChecks"))
+	}
+	for name, fails := range map[string]func(*http.Request) bool{"the service": registers, "the session": ties} {
+		t.Run(name, func(t *testing.T) {
+			f := newFront(t, c)
+			var asked atomic.Int64
+			f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+				return fails(r) && asked.Add(1) <= 2 && status(500)(w, r)
+			})
+			views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
+			p := kvtest.Present(t, open(t, consul.Config{Client: f.config("")}), "server-1")
+			if err := p.Put(t.Context(), db, []byte("ready")); err != nil {
+				t.Fatal(err)
+			}
+			kvtest.Await(t, "the heartbeat", func() error {
+				return errors.Join(tied(t, c, web), tied(t, c, db))
+			})
+			views.Await(t, "the entry", kvtest.Held("server-1=ready"))
+			views.Never(t, "an entry of nobody's", func(v kv.View) bool {
+				return len(v.Entries) == 1 && v.Entries[0].Session == ""
+			})
+			kvtest.Await(t, "the end of all other sessions and services", func() error {
+				all, _, err := c.Client().Session().List(nil)
+				if err != nil {
+					return err
+				}
+				services, err := c.Client().Agent().Services()
+				if err == nil && (len(all) != 1 || len(services) != 1) {
+					err = fmt.Errorf("there are %d sessions and %d services", len(all), len(services))
+				}
+				return err
+			})
+			if n := asked.Load(); n != 3 {
+				t.Errorf("it asked %d times, want two refused times and a last one", n)
+			}
+			if err := p.Close(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		})
 	}
 }
 
