@@ -64,7 +64,8 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 		manifest string
 		says     []string
 	}{
-		"dest": {m.tree("/etc/app", ""), []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/app is outside of /srv"}},
+		"dest": {m.tree("/etc/app", ""), []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not " +
+			"allow for stage prod: dest /etc/app is outside of /srv"}},
 		"user": {m.tree("/srv/app", "commands: {failure: [{run: 'id', user: root}]}\n"),
 			[]string{`command "id": user root is not among those allowed: app`}},
 		"no user":         {m.tree("/srv/app", "commands: {pre: [id]}\n"), []string{"set user"}},
