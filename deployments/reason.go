@@ -90,7 +90,7 @@ const (
 	ReasonDigestMismatch     Reason = "DigestMismatch"
 	ReasonOlderThanFloor     Reason = "OlderThanFloor"
 	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, floor
-	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer agent: needs
+	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer kedge: error
 	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error

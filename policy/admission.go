@@ -38,7 +38,7 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	if r.Orphaned && f.Running.Digest != r.Target.Digest && (part || f.Running == r.Stable && !r.Stable.IsZero()) {
 		// The unit may go on under another name. Its budget then doesn't count nodes that begin under this name.
 		if p != nil {
-			d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(p)})
+			d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(r)})
 		}
 		run(ActRun, FromRunning, f.Running)
 		because(deployments.ReasonOrphaned, facts)
@@ -50,7 +50,7 @@ func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 		return
 	}
 
-	d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(p)})
+	d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(r)})
 	back := p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && part

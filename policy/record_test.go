@@ -293,7 +293,9 @@ func TestNextWrites(t *testing.T) {
 		{"promote where it is paused", 1, paused, func(s *Situation) { canary(s); s.Order = "promote" }, same, "resume it first", 0},
 		{"promote where it goes on", 2, rolling, func(s *Situation) { s.Order = "promote" }, same, "goes on already", 9 * time.Minute},
 		{"an order without a rollout", 10, rolling, func(s *Situation) { s.Record.Rollout, s.Order = nil, "abort" }, same, "no rollout is under way", 0},
-		{"an order to what is rolled back", 0, halted, func(s *Situation) { s.Record.Rollout.Failed, s.Order = v2.Digest, "abort" }, same, "is rolled back", 0},
+		{"an order to what is rolled back", 0, halted, func(s *Situation) {
+			s.Record.Rollout.Failed, s.Order = v2.Digest, "abort"
+		}, same, "the release was rolled back: name another", 0},
 		{"an order to what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 			s.Record.Rollout.Failed, s.Order = v2.Digest, "resume"

@@ -247,6 +247,9 @@ func (d *Decision) record(f ResolveInputs, decided bool) {
 	case v.Err != nil:
 		d.Invalid = first(d.Invalid, fmt.Errorf("record: %w", v.Err))
 		step.Reason = deployments.ReasonInvalidRecord
+		if errors.Is(v.Err, deployments.ErrTooOld) {
+			step.Reason = deployments.ReasonAgentTooOld
+		}
 		step.Facts = deployments.Facts{"key": "desired/" + f.Unit.String(), "error": v.Err.Error()}
 		add(step)
 		return
@@ -262,16 +265,19 @@ func (d *Decision) record(f ResolveInputs, decided bool) {
 	step.Facts = step.Facts.With("outranked_by", d.decidedBy())
 	d.note(step)
 	if r.Rollout != nil {
-		facts := progressFacts(r.Rollout).With("outranked_by", d.decidedBy())
+		facts := progressFacts(r).With("outranked_by", d.decidedBy())
 		d.note(deployments.Step{What: "rollout", Reason: r.Rollout.Reason, Facts: facts})
 	}
 }
 
-// origin returns facts about a record: its commit and its generation, and whether its unit was removed from Git. A
-// record written by hand has neither commit nor generation.
+// origin returns facts about a record: its commit, or that its target is there by a pin; its generation; whether its
+// unit was removed from Git. A record written by hand has neither commit nor generation.
 func origin(r deployments.Record) deployments.Facts {
 	facts := deployments.Facts{}
-	if r.Commit != "" {
+	switch {
+	case byPin(r):
+		facts["by_pin"] = "true"
+	case r.Commit != "":
 		facts["commit"] = safetext.Prefix(r.Commit, 7)
 	}
 	if r.Generation > 0 {
@@ -283,10 +289,17 @@ func origin(r deployments.Record) deployments.Facts {
 	return facts
 }
 
-// progressFacts returns a rollout's facts and its phase. They include Message only if the mirror that wrote it
-// gave no reason.
-func progressFacts(p *deployments.Progress) deployments.Facts {
+// byPin reports whether a record's target is there by a unit pin, and not as Git named it.
+func byPin(r deployments.Record) bool { return r.Pinned != nil && r.Target != r.Pinned.Target }
+
+// progressFacts returns the facts of a record's rollout, its phase, and whether it is a pin's. They include Message
+// only if the mirror that wrote it gave no reason.
+func progressFacts(r deployments.Record) deployments.Facts {
+	p := r.Rollout
 	facts := p.Facts.With("phase", string(p.Phase))
+	if byPin(r) {
+		facts["by_pin"] = "true"
+	}
 	coded := p.Reason != "" && (p.Reason != deployments.ReasonOrphaned || p.Facts["was"] != "")
 	if !coded && p.Message != "" {
 		facts["message"] = p.Message
@@ -344,6 +357,10 @@ func (d *Decision) quarantine(f ResolveInputs) {
 			clear = false
 			s := quarantineStep(p, "")
 			s.Blocks = p == d.Target
+			if p == d.Target && (d.Source == FromNodePin || d.Source == FromUnitPin ||
+				p == f.Record.Value.Target && byPin(f.Record.Value)) {
+				s.Facts["pinned"] = "true"
+			}
 			d.note(s)
 		}
 	}

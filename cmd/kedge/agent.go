@@ -32,23 +32,24 @@ func (a *app) agentCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "agent",
 		Short: "Converge this node, and stay: the daemon of every node",
-		Long: `Watches what this node's stage and roles should run, and converges to it: at boot, and at every change.
+		Long: `Watches what this node's stage and roles should run, and converges to it: at boot, and at
+every change.
 
-Configured by a file, the environment and flags: what is --state-dir here is KEDGE_STATE_DIR in the environment, and state_dir in the
-file, which is YAML. A flag wins over the environment, and that over the file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
+Configured by a file, the environment and flags: what is --state-dir here is KEDGE_STATE_DIR in the environment, and
+state_dir in the file, which is YAML. A flag wins over the environment, and that over the file. Under systemd,
+Type=notify reports READY once every unit has converged or has failed for good, or after --ready-timeout.
 
-It serves, where --listen says so:
+At --listen it serves:
   /ready     200 while the node serves: for a load balancer; else 503 and why
   /converged 200 while every unit runs what it should: for lifecycle hooks,
              systemd and cloud-init; else 503 and why
-  /live      200 while the loop turns
+  /live      200 while the agent works, 503 if it hangs
+At agent.sock in the state directory, at --listen-status, and at --listen if that is a loopback address, also:
   /status    what it runs and why, as JSON
   /metrics   for Prometheus
-The last two tell more than a load balancer needs. They are served where --listen is a loopback address, at --listen-status,
-and on the node itself at agent.sock in the state directory.
 
-One agent at a time uses a state directory. Stopped in mid-deployment, it ends its commands in order, and the next start
-finishes or takes back what it had begun.`,
+One agent at a time uses a state directory. Stopped in mid-deployment, it ends its commands in order, and the next
+start finishes or takes back what it had begun.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			from := origins{}
@@ -79,7 +80,8 @@ finishes or takes back what it had begun.`,
 	)
 	f.String("listen-status", "",
 		"`address` that serves /status and /metrics to other machines, as in 10.0.0.7:7071 (default: none)")
-	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
+	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any but http:// "+
+		"of other machines and, without --local-sources, this machine's own)")
 	f.Bool(
 		"local-sources",
 		false,
@@ -117,7 +119,8 @@ finishes or takes back what it had begun.`,
 	)
 	f.Bool("maintenance", false,
 		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
-	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
+	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away; "+
+		"it needs --snapshot-signers")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may sign the snapshot")
 	f.Duration("snapshot-max-age", def.SnapshotMaxAge,
 		"refuse a snapshot that is older (the mirror writes it anew every hour)")

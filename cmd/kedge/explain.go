@@ -28,15 +28,17 @@ func (a *app) explainCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT [NODE] | [ROLE/]UNIT",
 		Short: "Why a node runs what it runs, and what would change it",
-		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
-an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
-decided, "!" one that is in the way; below each that an operator can change stands how.
+		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its
+rollout (a freeze, canaries, a bake, an approval), the node's turn in it, what failed on the node, and what the node
+itself says against it. ">" marks the step that decided, "!" one that is in the way; below each that an operator can
+change stands how.
 
-NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name. Without NODE it explains the first node that
-isn't as it should be, or the first of all.
+NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name. STAGE/ROLE/UNIT without NODE
+explains the first live node that isn't as it should be, or else the first.
 
-UNIT alone asks the agent of this machine, which needs no store: what it goes by, how old that is, and what it makes of it.
-If two of its roles have a unit of that name, ROLE/UNIT does. A role of this machine comes before a node of that name.
+UNIT alone, as root, asks the agent of this machine, which needs no store: what it goes by, how old that is, and
+what it makes of it. If two roles of this machine have such a unit, give ROLE/UNIT. A role of this machine comes
+before a node of that name.
 
 With --json a program reads the same: "decides", "blocks" and "hint" of every step in "trace".`,
 		Args: cobra.RangeArgs(1, 2),

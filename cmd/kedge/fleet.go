@@ -61,8 +61,8 @@ func (a *app) statusCommand() *cobra.Command {
 		Use:   "status [STAGE[/ROLE[/UNIT]]]",
 		Short: "What every unit should run, and which nodes do",
 		Long: `Shows each unit's target, its pin, how many nodes are converged, and which are not and why. A node that is gone (its Consul
-session has ended) is counted on its own. Exit code 0, whatever it shows: see kedge wait for a check.
-Exit code 1 if more is stored below a prefix than is read: it shows the rest, and names the prefix.`,
+session has ended) is counted on its own. Exit code 0, however the fleet is: see kedge wait for a check.
+Exit code 1 if all or a part of it could not be read: it shows the rest, and names the part.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			filter, err := filterOf(args)

@@ -160,7 +160,7 @@ switches atomically, and reports. A node that boots reads the same key and ends 
 
 A unit is STAGE/ROLE/UNIT, as in prod/web/app. A pointer is URL@sha256:HEX, as kedge publish prints it.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not done in time.`,
 		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -280,7 +280,7 @@ it logs a failure and exits 0.`,
 	f := c.Flags()
 	f.StringVar(&o.To, "to", "", "`prefix` to copy manifests below")
 	f.StringSliceVar(&o.Bounds.Sources, "sources", nil,
-		"URL `prefixes` that events' manifests may come from (default: any)")
+		"URL `prefixes` that events' manifests may come from (default: any but http:// and this machine's own)")
 	namingFlags(f, &o.Naming)
 	return c
 }

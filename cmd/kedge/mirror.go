@@ -33,22 +33,26 @@ func (a *app) mirrorCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "mirror REPO",
 		Short: "Copy a deployments repo to the store: the daemon beside Consul",
-		Long: `Reads the deployments repo's branch, checks the whole commit, and writes what differs to desired/ in the store. Run two
-or three: one holds the lease and works, the others take over within seconds when it is gone.
+		Long: `Reads the deployments repo's branch, checks the whole commit, and writes what differs to
+desired/ in the store. Run two or three: one holds the lease and works, the others take over within seconds when it
+is gone.
 
-REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
-is seen at once. Others are polled, and asked at once when a webhook calls /hook, of whichever mirror: one that doesn't hold the
-lease passes it on to the one that does, through the store. One webhook will do, for a load balancer or for one of them.
+REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched:
+a push to it is seen at once. Others are polled, and asked at once when a webhook calls /hook, of whichever mirror:
+one that doesn't hold the lease passes it on to the one that does, through the store. One webhook will do, for a
+load balancer or for one of them.
 
-Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of each release that
-a commit names anew, and needs to get those from the storage. One that isn't there yet is looked for again after some seconds, then
-less and less often, once a minute in the end, and at once when a webhook comes.
+Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of
+each release that a commit names anew, and needs to get those from the storage. One that isn't there yet is looked
+for again after some seconds, then less and less often, once a minute in the end, and at once when a webhook comes.
 
-From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https; GIT_SSL_CAINFO, GIT_SSL_CERT and
+Most flags are variables, too: KEDGE_SSH_KEY is --ssh-key; kedge help settings names all. From the environment
+alone: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https; GIT_SSL_CAINFO, GIT_SSL_CERT and
 GIT_SSL_KEY, files of further authorities and of a client's certificate, as git has them; KEDGE_GITHUB_APP_ID,
-KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE for a GitHub App, whose tokens the mirror makes and renews;
-KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a signing
-token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the password of basic authentication).`,
+KEDGE_GITHUB_APP_INSTALLATION, KEDGE_GITHUB_APP_KEY_FILE and KEDGE_GITHUB_API for a GitHub App, whose tokens the
+mirror makes and renews; KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a
+signing token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the password of basic
+authentication).`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			log, err := a.logger()
@@ -124,14 +128,15 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 	)
 	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
 	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second,
-		"how long a lease outlives its renewals; at least 10s on Consul")
+		"how long a lease outlives its renewals; 10s to 24h on Consul")
 	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")
 	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"),
 		"known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
 	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"),
-		"allowed_signers `file`: with it, a commit without a signature by one of them is refused")
+		"allowed_signers `file`: with it, a commit without a signature by one of them, or of --signed-by-pgp, is refused")
 	f.StringVar(&c.SignedByPGP, "signed-by-pgp", os.Getenv("KEDGE_SIGNED_BY_PGP"),
-		"`file` of OpenPGP public keys (gpg --armor --export), whose signatures count as well")
+		"`file` of OpenPGP public keys (gpg --armor --export): with it, a commit without a signature by one of them, or of "+
+			"--signed-by, is refused")
 	f.StringVar(
 		&signers,
 		"signers",
@@ -147,7 +152,8 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 	)
 	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"),
 		"`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
-	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")
+	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"),
+		"SSH private key `file` that signs the snapshot; --snapshot needs it")
 	f.StringVar(&notifications, "notify", os.Getenv("KEDGE_NOTIFY"),
 		"`file` that says who is notified of rollouts: kedge help notifications")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")

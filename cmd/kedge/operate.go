@@ -23,11 +23,25 @@ import (
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
-		"promote": {"Let a rollout go past its canary", "or its approval; if a freeze holds it up, only that wait ends"},
-		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
-		"resume":  {"Let a paused rollout go on", "it tolerates the failures that there are now"},
-		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
-		"retry":   {"Try again a release that failed", "a rollout that was rolled back begins anew, nodes that went back try it once more"},
+		"promote": {
+			"Let a rollout go past its canary",
+			"also if it waits for approval; if a freeze holds it up, only the freeze is lifted",
+		},
+		"pause": {
+			"Stop a rollout where it is",
+			"no further node begins, until resume or abort; those that have begun finish",
+		},
+		"resume": {"Let a paused rollout go on", "it tolerates the failures that there are now"},
+		"abort": {
+			"Roll a rollout back, now",
+			"to the release before it, within max_unavailable; a first release is only paused, unless " +
+				"something else served before it",
+		},
+		"retry": {
+			"Try again a release that failed",
+			"a rollout that is under way, paused or rolled back begins anew; otherwise the nodes on which it " +
+				"failed try it once more",
+		},
 	} {
 		order := deployments.Order{Verb: deployments.Verb(verb)}
 		c := &cobra.Command{
@@ -35,12 +49,13 @@ func (a *app) operateCommands() []*cobra.Command {
 			Short: what[0],
 			Long: fmt.Sprintf(`%s: %s.
 
-Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would change nothing is
-refused with the reason. kedge history shows who gave the order, and why.
+Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would
+change nothing is refused with the reason. kedge history shows who gave the order, and why.
 
-The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s
+Without kedge: consul kv put kedge/control/STAGE/ROLE/UNIT %s (history then names nobody)
 
-Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done when one comes.`, what[0], what[1], a.prefix, verb),
+Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done
+when one comes.`, what[0], what[1], verb),
 			Args: cobra.ExactArgs(1),
 			RunE: a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 				return a.order(ctx, store, id, order)
@@ -132,9 +147,10 @@ func (a *app) pinCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "pin STAGE/ROLE/UNIT VERSION|POINTER|hold",
 		Short: "Override what Git says, for a unit or for one node of it",
-		Long: `Writes a pin. The nodes of the unit (or, with --node, that one) converge to it, and stay until the pin is removed or its
---until has come. "hold" keeps what runs, whatever it is. Where the unit has a rollout, the mirror admits its nodes within
-max_unavailable; with --at-once, and where it has none, every node follows as soon as it sees the pin.
+		Long: `Writes a pin. The nodes of the unit (or, with --node, that one) converge to it, and stay
+until the pin is removed or its --until has come. "hold" keeps what runs, whatever it is. If the unit has a rollout,
+its pin to a release is rolled out within max_unavailable. Otherwise, and with hold, --node or --at-once, a node
+follows as soon as it sees the pin.
 
 A VERSION is looked up among the releases that the unit had; kedge history lists them.
 
@@ -143,7 +159,7 @@ A VERSION is looked up among the releases that the unit had; kedge history lists
       --reason "incident 812" --until 2h
   kedge pin prod/web/app hold --node web-3
 
-The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
+Without kedge: consul kv put kedge/pins/STAGE/ROLE/UNIT[/NODE] POINTER`,
 		Args: cobra.ExactArgs(2),
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -269,7 +285,10 @@ func (a *app) unpinCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "unpin STAGE/ROLE/UNIT",
 		Short: "Remove a pin: back to what Git says",
-		Args:  cobra.ExactArgs(1),
+		Long: `Removes the pin of a unit or, with --node, of one node: the unit's pin counts there then, if
+it has one. Without --node, the pins that nodes have of their own stay. If the unit has a rollout, its nodes go back
+within max_unavailable, and only while a mirror runs.`,
+		Args: cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 		notes := fleet.PinNotes(ctx, store, id, node, nil)
@@ -281,7 +300,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		case was:
 			if follows := fleet.AfterUnpinNote(ctx, store, id, node); follows != "" {
 				notes = append(
-					slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }),
+					slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit itself is pinned") }),
 					follows,
 				)
 			}
@@ -301,8 +320,9 @@ func (a *app) rollbackCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rollback STAGE/ROLE/UNIT",
 		Short: "Pin a unit to the last good release before the one that it runs",
-		Long: `Pins a unit to the last release that stood before the one that it runs now. Each node still protects itself by the release's
-health checks. Where the unit has a rollout, the mirror admits its nodes within max_unavailable, unless --at-once is given.
+		Long: `Pins a unit to the newest release, older than the one that Git or its pin names, that has not
+failed. Each node still protects itself by the release's health checks. Where the unit has a rollout, the mirror
+admits its nodes within max_unavailable, unless --at-once is given.
 
 Nodes with --signers refuse a release that was made before their version floor, unless they have --allow-older-pins:
 they keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
@@ -315,7 +335,7 @@ they keep what they run, and kedge status says so. To go back on those, publish 
 		}
 		return a.printOutcome(OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
 			fmt.Sprintf("pinned %s to %s", id, pin.Release), fleet.RunsAlreadyNote(ctx, store, id, pin.Release),
-			"once Git says what should run: kedge unpin "+id.String())
+			"once Git names a good release: kedge unpin "+id.String())
 	})
 	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")

@@ -77,8 +77,9 @@ It takes stretcher's flags, and may stand in its place: called by that name, as 
 
   ln -s /usr/bin/kedge /usr/local/bin/stretcher
 
-Exit code 0 when it is deployed, or when there is no event; 1 on every failure. Run by consul watch
-(CONSUL_INDEX is set), it logs a failure and exits 0, as with stretcher: the watch would end with it.`,
+Exit code 0 when it is deployed, or when there is no event; 1 when it fails; 2 for wrong flags or input. Run by
+consul watch (CONSUL_INDEX is set), it logs a failed deployment and exits 0, as stretcher does: the watch would end
+with it. Wrong flags or files still fail.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if showVersion {

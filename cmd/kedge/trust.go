@@ -54,7 +54,9 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		hint := "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"
+		hint := "use a key without a passphrase. Or publish without --sign, with created in the manifest, sign the " +
+			"published manifest.yaml (ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml), and " +
+			"upload manifest.yaml.sig beside it"
 		if setting == "--snapshot-key" {
 			hint = "the mirror signs by itself, with a key without a passphrase: ssh-keygen -t ed25519 -N '' -f snapshot.key"
 		}

@@ -22,21 +22,25 @@ func (a *app) waitCommand() *cobra.Command {
 	var progress, postReceive bool
 	c := &cobra.Command{
 		Use:   "wait [STAGE[/ROLE[/UNIT]]]",
-		Short: "Wait until the fleet, or this node, has converged",
-		Long: `Waits until all live nodes of the units named run what they should: for CI after a push, with --commit, and for people.
-With --ready it asks this node's agent instead, and needs no store: for cloud-init and for scripts on the node.
+		Short: "Wait until the fleet has converged, or until this node serves",
+		Long: `Waits until all live nodes of the units named run what they should: for CI after a push, with
+--commit, and for people. With --ready it waits until this node's agent says that the node serves, whatever release,
+and needs no store: for cloud-init and for scripts on the node. Of the other flags only --timeout and --json count
+then.
 
   kedge wait prod/web --commit $(git rev-parse HEAD) --timeout 10m
   kedge wait --ready 127.0.0.1:7070
 
-It prints what is still missing, whenever that changes, unless --progress=false is given. As a hook of the repo that people push to, it shows them the
-rollout that they began until it ends, and nothing of units that they left alone; to interrupt it stops the watching alone. Put this in hooks/post-receive:
+It prints what is still missing, whenever that changes, unless --progress=false is given; --post-receive always
+does. As a hook of the repo that people push to, it shows them the rollout that they began until it ends, and
+nothing of units that they left alone; to interrupt it stops the watching alone. Put this in hooks/post-receive:
 
   #!/bin/sh
   exec kedge wait --post-receive --timeout 30m
 
-Exit code 0 when converged, 1 when a node refused its release (it says which and why) or the store was out of reach for longer
-than --patience, 3 when the time is over.`,
+Exit code 0 when converged, 3 when the time is over, 1 when waiting can't help: the mirror or a node refused the
+release, it was rolled back, or Git has no such unit (it says which and why); also when the store was out of reach
+for longer than --patience, and when it was interrupted.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout <= 0 {
@@ -120,7 +124,7 @@ func (a *app) waitError(
 	case errors.Is(err, context.Canceled):
 		err = fmt.Errorf("interrupted: %w", err)
 	case errors.Is(err, kv.ErrUnavailable):
-		hint := "to wait through a longer outage: --patience 0 (for ever), or a longer time"
+		hint := "to wait through a longer outage: a longer --patience, or 0 to wait until --timeout"
 		return hintError{err, strings.TrimSpace(a.storeHint(err) + "\n" + hint)}
 	case errors.Is(err, fleet.ErrRefused):
 		return err

@@ -17,7 +17,8 @@ wrong first, /STAGE/ROLE those of a role, /STAGE/ROLE/UNIT one, with a map of it
 /-/overrides pins, orders and freezes. /-/fleet.json is what kedge status --json prints.
 
 It changes nothing, and its token needs no more than the rules of kedge acl web. It asks nobody who they are:
-to show it to more than this machine, put a proxy that does in front of it, and name it with --host as browsers do.`,
+to show it to other machines, put a proxy that asks for a login in front of it, and give the name that browsers
+use: --host.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := a.logger()

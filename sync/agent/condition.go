@@ -173,6 +173,8 @@ func (u *unit) invalidCondition() condition {
 	switch {
 	case u.pins[0].Err != nil || u.pins[1].Err != nil:
 		s.reason = deployments.ReasonInvalidPin
+	case errors.Is(u.record.Err, deployments.ErrTooOld):
+		s.reason = deployments.ReasonAgentTooOld
 	case u.record.Err != nil:
 		s.reason = deployments.ReasonInvalidRecord
 	case errors.Is(u.decision.Invalid, policy.ErrNoRecord):

@@ -270,7 +270,8 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Says = join("fails its health checks", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
 	case r.State == deployments.StateInvalid && reportError != "":
-		s.Says, s.Hint = "refuses it: "+reportError, "publish what this node takes, or change its configuration"
+		s.Says, s.Hint = "refuses it: "+reportError, cmp.Or(message.Hint(u.ID, n.Name, r.Reason),
+			"correct what it names: in the release, in Git, or in this node's configuration")
 	case r.State == deployments.StateRetrying:
 		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+reportError, ": ")
 		s.Hint = message.Hint(u.ID, n.Name, r.Reason)

@@ -26,22 +26,17 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 			}
 		}
 	}
-	var names []string
-	for _, id := range all {
-		names = append(names, id.Role+"/"+id.Unit)
-	}
-	slices.Sort(names)
 	switch {
 	case len(all) == 0:
 		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: it has none yet", unit)
 	case len(found) == 0:
 		return nil, deployments.UnitID{}, Decision{},
-			fmt.Errorf("no unit %s on this node: there are %s", unit, firstFew(names))
+			fmt.Errorf("no unit %s on this node: there are %s", unit, firstFew(unitNames(all)))
 	case len(found) > 1:
 		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf(
 			"several roles of this node have a unit %s: want one of %s",
 			unit,
-			firstFew(names),
+			firstFew(unitNames(found)),
 		)
 	}
 	id := found[0]
@@ -87,4 +82,13 @@ func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	}
 	step.Says += ": " + message.OneLine(s.Error)
 	return step
+}
+
+// unitNames returns units as ROLE/UNIT, sorted.
+func unitNames(units []deployments.UnitID) (names []string) {
+	for _, id := range units {
+		names = append(names, id.Role+"/"+id.Unit)
+	}
+	slices.Sort(names)
+	return names
 }

@@ -42,7 +42,8 @@ func PinNotes(
 		const waits = "no mirror runs, and nodes wait until one admits them, within max_unavailable: start one"
 		switch {
 		case pin != nil && policy.Paced(*u.Record, *pin):
-			notes = append(notes, waits+", or let all nodes follow at once: kedge pin --at-once")
+			notes = append(notes, fmt.Sprintf("%s, or let all nodes follow at once: kedge pin %s %s --at-once",
+				waits, id, pin.Release))
 		case pin == nil && u.Pinned(f.At) && policy.Paced(*u.Record, *u.Pin):
 			notes = append(notes, waits)
 		}
@@ -60,7 +61,7 @@ func PinNotes(
 		return notes
 	}
 	if u.Pinned(f.At) {
-		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin,
+		notes = append(notes, "the unit itself is pinned: "+strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin,
 			f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
@@ -162,5 +163,6 @@ func PinnedNote(ctx context.Context, store kv.Store, id deployments.UnitID) stri
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
 		return ""
 	}
-	return "the unit is pinned, and its nodes follow the pin until you remove it: kedge unpin " + id.String()
+	return fmt.Sprintf("the unit is pinned (%s), so what Git names doesn't run until the pin ends: kedge unpin %s",
+		pinTarget(&f.Units[0], *f.Units[0].Pin), id)
 }

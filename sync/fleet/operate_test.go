@@ -271,8 +271,8 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 	for _, c := range []struct{ unit, node, want string }{
 		{"prod/web/ap", "", "no unit prod/web/ap: did you mean prod/web/app?"},
 		{"prod/web/app", "", "pinned before: hold by bob\nweb-1 has a pin of its own, which takes precedence: 2 d5856351"},
-		{"prod/web/app", "web-1", "pinned before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
-		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\n" +
+		{"prod/web/app", "web-1", "pinned before: 2 d5856351\nthe unit itself is pinned: hold by bob"},
+		{"prod/web/app", "web-2", "the unit itself is pinned: hold by bob\n" +
 			"prod/web/app has no node web-2: did you mean web-1?"},
 		{"prod/web/base", "", ""},
 		{"prod/web/old", "", "pinned before: hold until 2025-11-24 12:00 UTC, which has ended"},

@@ -114,8 +114,12 @@ func pinStep(
 	case deployments.ReasonInvalidPin:
 		return OneLine(f["key"] + ": " + f["error"]), "write it anew, or remove it: " + unpin
 	case deployments.ReasonPinPaced:
+		atOnce := " --at-once"
+		if f["until"] != "" {
+			atOnce += " --until " + f["until"]
+		}
 		return says + ": the mirror rolls it out, within max_unavailable",
-			"at once on every node: kedge pin " + id.String() + " " + f["release"] + " --at-once"
+			unpin + "; or at once on every node: kedge pin " + id.String() + " " + f["release"] + atOnce
 	case deployments.ReasonExpired:
 		return says + ": it has ended", ""
 	case deployments.ReasonOutranked:
@@ -130,11 +134,13 @@ func recordStep(id deployments.UnitID, reason deployments.Reason, f deployments.
 	switch reason {
 	case deployments.ReasonNoRecord:
 		return "none", Hint(id, "", reason)
+	case deployments.ReasonAgentTooOld: // the error says what to do
+		return OneLine(f["key"] + ": " + f["error"]), ""
 	case deployments.ReasonInvalidRecord:
 		return OneLine(f["key"] + ": " + f["error"]), Hint(id, "", reason)
 	}
 	says = f["release"] + ", written by hand"
-	if f["commit"] != "" {
+	if f["commit"] != "" || f["by_pin"] != "" {
 		says = f["release"] + " of " + origin(f)
 	}
 	if f["generation"] != "" {
@@ -156,7 +162,7 @@ func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments
 		p.HealthySince = time.Unix(0, 0) // any time will do
 	}
 	if f["outranked_by"] == "" {
-		hint = RolloutHint(id, deployments.Record{Rollout: p})
+		hint = rolloutHint(id, p, f["by_pin"] != "")
 	}
 	return Progress(p), hint
 }
@@ -201,6 +207,9 @@ func quarantineStep(id deployments.UnitID, reason deployments.Reason, f deployme
 	switch {
 	case reason == "":
 		return "none", ""
+	case f["named_by"] == "" && f["pinned"] != "":
+		return OneLine(f["release"] + " failed on this node, and isn't tried again by itself"),
+			"unpin it, pin another release, or try it again: kedge retry " + id.String()
 	case f["named_by"] == "":
 		return OneLine(f["release"] + " failed on this node, and isn't tried again by itself"), Hint(id, "", reason)
 	case f["pinned"] != "":
@@ -224,8 +233,11 @@ func pinStory(f deployments.Facts) string {
 	return story
 }
 
-// origin returns where a record comes from, in words: a Git commit, or somebody's hand.
+// origin returns where a record comes from, in words: a Git commit, the unit's pin, or somebody's hand.
 func origin(f deployments.Facts) string {
+	if f["by_pin"] != "" {
+		return "the unit's pin"
+	}
 	if f["commit"] == "" {
 		return "a record written by hand"
 	}

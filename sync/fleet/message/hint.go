@@ -28,7 +28,8 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonNoLiveNodes, deployments.ReasonGone:
 		return "see whether the machine, its agent and its Consul agent run"
 	case deployments.ReasonNoRecord:
-		return "add " + unit + ".yaml to the deployments repo, or put a pointer at desired/" + unit
+		return "add " + unit + ".yaml to the deployments repo; without a mirror: consul kv put kedge/desired/" + unit +
+			" POINTER"
 	case deployments.ReasonInvalidRecord:
 		return "if a mirror runs, it writes the record anew; otherwise write it by hand"
 	case deployments.ReasonNotAdmitted, deployments.ReasonStable, deployments.ReasonSuperseded:
@@ -39,7 +40,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonSourceNotAllowed:
 		return "publish to an allowed place, or extend sources in the agent's configuration"
 	case deployments.ReasonUnsigned:
-		return "sign it with a key that this node trusts: kedge publish --sign KEYFILE"
+		return "publish it signed, as a new version, with a key that this node trusts: kedge publish --sign KEYFILE"
 	case deployments.ReasonAgentTooOld:
 		return "upgrade kedge on this node"
 	case deployments.ReasonOlderThanFloor:

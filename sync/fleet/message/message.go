@@ -72,7 +72,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonOlderThanFloor:    "the release is too old for this node[: {error}]",
 	deployments.ReasonCreatedAhead: "made in the future[: {created}]" +
 		"[; releases made before {floor} are refused from now on]",
-	deployments.ReasonAgentTooOld: "this agent is too old for the record[: it needs format level {needs}]",
+	deployments.ReasonAgentTooOld: "the record needs a newer kedge, so nothing changes",
 	deployments.ReasonOldGeneration: "the record is older than the one followed last" +
 		"[: generation {generation}, not {acted_on}]",
 	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
@@ -192,12 +192,12 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		if f["order"] == "retry" {
 			return "the release is being rolled back: retry when that is done"
 		}
-		return "the release is being rolled back: push another, or retry when that is done"
+		return "the release is being rolled back: name another, in Git or by a pin, or retry when that is done"
 	case deployments.ReasonRolledBack:
 		if f["pin"] != "" {
 			return "it was rolled back before the pin, whose end does not try it again"
 		}
-		return "the release is rolled back: push another, or retry"
+		return "the release was rolled back: name another, in Git or by a pin, or retry"
 	case deployments.ReasonPausedAlready:
 		if f["order"] == "promote" {
 			return "the rollout is paused: resume it first"

@@ -64,10 +64,19 @@ func Progress(p *deployments.Progress) string {
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {
-	case r.Orphaned, p != nil && p.Reason == deployments.ReasonOrphaned:
+	case r.Orphaned:
 		return Hint(id, "", deployments.ReasonOrphaned)
 	case p == nil:
 		return ""
+	}
+	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target)
+}
+
+// rolloutHint is RolloutHint for a rollout of a record that isn't orphaned. byPin is set if the rollout is a pin's.
+func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin bool) string {
+	switch {
+	case p.Reason == deployments.ReasonOrphaned:
+		return Hint(id, "", deployments.ReasonOrphaned)
 	case p.HeldUp():
 		return Hint(id, "", deployments.ReasonFrozen)
 	}
@@ -81,8 +90,14 @@ func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	case deployments.PhasePendingApproval:
 		return Hint(id, "", deployments.ReasonAwaitingApproval)
 	case deployments.PhasePaused:
+		if p.Facts["stable"] == "none" { // to abort it would only pause it again
+			return "push a better release, or go on all the same: kedge resume " + id.String()
+		}
 		return Hint(id, "", deployments.ReasonPaused)
 	case deployments.PhaseRolledBack:
+		if byPin {
+			return "kedge unpin " + id.String() + ", pin another release, or try this one again: kedge retry " + id.String()
+		}
 		return Hint(id, "", deployments.ReasonAborted)
 	}
 	return ""
