@@ -72,16 +72,19 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
 	data = bytes.TrimPrefix(data, []byte("\ufeff")) // Editors leave a byte-order mark there.
+	t, err := parseTemplate(string(data))
+	if err != nil {
+		return nil, nil, fmt.Errorf("the manifest: %w", err)
+	}
 	if env != nil {
-		e, err := expand(string(data), env, nil)
+		e, err := t.expand(env, nil)
 		if err != nil {
 			return nil, nil, fmt.Errorf("the manifest: %w", err)
 		}
 		return readExpanded(e, url, false)
 	}
 	env = func(string) (string, bool) { return variable, true }
-	all := func(int) bool { return true }
-	e, err := expand(string(data), env, all)
+	e, err := t.expand(env, func(int, bool) bool { return true })
 	if err != nil {
 		return nil, nil, fmt.Errorf("the manifest: %w", err)
 	}
@@ -89,15 +92,16 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	if err == nil || e.conditions == 0 {
 		return m, traps, err
 	}
-	outcomes := []func(int) bool{func(int) bool { return false }}
-	for i := range min(e.conditions, maxOutcomes) {
-		outcomes = append(outcomes, func(condition int) bool { return condition == i })
-	}
-	for _, outcome := range outcomes {
-		e, failed := expand(string(data), env, outcome)
+	tried := 0
+	for i, outcome := range outcomes(e.conditions) {
+		if i >= sureOutcomes && tried > maxTried {
+			break
+		}
+		e, failed := t.expand(env, outcome)
 		if failed != nil {
 			continue
 		}
+		tried += len(e.text)
 		if m, traps, failed := readExpanded(e, url, true); failed == nil {
 			return m, traps, nil
 		}
@@ -105,8 +109,26 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	return nil, nil, err
 }
 
-// maxOutcomes bounds how many conditions of a template are tried as the only true one, besides all true and none true.
-const maxOutcomes = 16
+const (
+	// maxOutcomes bounds how many conditions of a template are tried one by one.
+	maxOutcomes = 16
+	// sureOutcomes is how many outcomes are tried of every manifest. Others are, until those tried had maxTried bytes: the
+	// YAML parser takes up to 0.5 s for one.
+	sureOutcomes = 1
+	maxTried     = 64 << 10
+)
+
+// outcomes returns ways in which a template's n conditions on unknown variables may turn out, besides that all are true:
+// none is, or exactly one.
+func outcomes(n int) []chooser {
+	all := []chooser{
+		func(int, bool) bool { return false },
+	}
+	for i := range min(n, maxOutcomes) {
+		all = append(all, func(condition int, _ bool) bool { return condition == i })
+	}
+	return all
+}
 
 func readExpanded(e expansion, url string, unknownVariables bool) (*Manifest, []Problem, error) {
 	r := &manifestReader{

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"text/template/parse"
+
+	"kedge/deployments/safetext"
 )
 
 const (
@@ -16,6 +18,15 @@ const (
 	maxActions = 2000
 	// maxWidth bounds widths and precisions in a format: a few bytes could ask for megabytes.
 	maxWidth = 1000
+	// maxDollars bounds the dollar signs in a manifest with actions. Both the parser and expand look for a template's
+	// variable among all those before, so that their time grows with the square of this number, to some 0.2 s.
+	maxDollars = 10_000
+	// maxWork bounds the bytes that a template's functions take and return, added up over all calls: a variable that is
+	// given as an argument twice may double with each action. argumentCost is what an argument counts besides its bytes.
+	maxWork      = 8 * MaxManifest
+	argumentCost = 64
+	// maxParseError bounds what is kept of the parser's errors, in bytes. They quote words of any length.
+	maxParseError = 300
 )
 
 // expansion is a manifest's text after its template actions were executed.
@@ -23,26 +34,48 @@ type expansion struct {
 	text string
 	// values are the environment variables that were read, with their values.
 	values []variableValue
-	// names are, by line (from 1), the variables that the actions in that line depend on. written are those of all lines.
-	// Both are unions.
-	names   map[int][]string
+	// spans are the lines that actions wrote. written are the variables that these depend on, by union.
+	spans   []span
 	written []string
 	// conditions counts the conditions that depend on a variable whose value isn't known here.
 	conditions int
 }
 
-// expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape, and
-// of text/template if, with, variables and what else functions lists. There are no loops, calls or nested templates,
-// so that an unchecked text can't run for long.
-//
-// choose decides the conditions that depend on a variable, by their number: from 0, as they are reached. If choose is
-// nil, the variables are known and the conditions are evaluated.
-func expand(text string, env func(string) (string, bool), choose func(condition int) bool) (expansion, error) {
+// span is a run of lines (from 1) that an action wrote, and the variables that it depends on, by union.
+type span struct {
+	first, last int
+	names       []string
+}
+
+// namesAt returns the variables that the actions in a line depend on, by union.
+func (e expansion) namesAt(line int) (names []string) {
+	for _, s := range e.spans {
+		if s.first <= line && line <= s.last {
+			names = union(names, s.names)
+		}
+	}
+	return names
+}
+
+// template is a manifest's text, with its actions parsed.
+type template struct {
+	text string
+	tree *parse.Tree // nil: the text has no actions
+	work int         // the bytes that functions have taken and returned so far, in all expansions; see maxWork
+}
+
+// parseTemplate parses a manifest's text. Templates know stretcher's env, must_env and json_escape, and of
+// text/template if, with, variables and what else functions lists. There are no loops, calls or nested templates, and
+// what functions may take is bounded, so that an unchecked text can't run for long.
+func parseTemplate(text string) (*template, error) {
 	if !strings.Contains(text, "{{") {
-		return expansion{text: text}, nil
+		return &template{text: text}, nil
 	}
 	if n := strings.Count(text, "{{"); n > maxActions {
-		return expansion{}, fmt.Errorf("it has %d actions ({{ }}), at most %d are allowed", n, maxActions)
+		return nil, fmt.Errorf("it has %d actions ({{ }}), at most %d are allowed", n, maxActions)
+	}
+	if n := strings.Count(text, "$"); n > maxDollars {
+		return nil, fmt.Errorf("it has %d dollar signs; at most %d are allowed beside actions ({{ }})", n, maxDollars)
 	}
 	known := map[string]any{}
 	for name := range functions {
@@ -50,15 +83,26 @@ func expand(text string, env func(string) (string, bool), choose func(condition 
 	}
 	trees, err := parse.Parse("manifest", text, "", "", known)
 	if err != nil {
-		return expansion{}, err // its error quotes the text alone, no value
+		return nil, errors.New(safetext.Cut(err.Error(), maxParseError)) // it quotes the text alone, no value
 	}
 	tree := trees["manifest"]
 	if tree == nil || tree.Root == nil || len(trees) > 1 {
-		return expansion{}, errors.New("templates can't be defined in a manifest")
+		return nil, errors.New("templates can't be defined in a manifest")
 	}
-	e := &expander{tree: tree, env: env, choose: choose, line: 1, seen: map[variableValue]bool{}}
-	e.result.names = map[int][]string{}
-	if err := e.list(tree.Root, nil); err != nil {
+	return &template{text: text, tree: tree}, nil
+}
+
+// chooser decides a condition that depends on a variable, by its number: from 0, as they are reached. yes is how the
+// condition turns out with the values that the variables have here.
+type chooser func(condition int, yes bool) bool
+
+// expand executes the template's actions. If choose is nil, the variables are known and the conditions are evaluated.
+func (t *template) expand(env func(string) (string, bool), choose chooser) (expansion, error) {
+	if t.tree == nil {
+		return expansion{text: t.text}, nil
+	}
+	e := &expander{template: t, env: env, choose: choose, line: 1, seen: map[variableValue]bool{}}
+	if err := e.list(t.tree.Root, nil); err != nil {
 		return expansion{}, err
 	}
 	e.result.text = e.out.String()
@@ -67,9 +111,9 @@ func expand(text string, env func(string) (string, bool), choose func(condition 
 
 // expander executes a parsed template. Its errors name variables and types, and quote no value.
 type expander struct {
-	tree   *parse.Tree
+	*template
 	env    func(string) (string, bool)
-	choose func(int) bool
+	choose chooser
 	out    strings.Builder
 	line   int // the line that out ends in
 	vars   []templateVariable
@@ -172,13 +216,11 @@ func (e *locatedError) Unwrap() error { return e.error }
 func (e *expander) write(text string, names []string) {
 	e.out.WriteString(text)
 	e.result.written = union(e.result.written, names)
-	for range strings.Count(text, "\n") + 1 {
-		if len(names) > 0 {
-			e.result.names[e.line] = union(e.result.names[e.line], names)
-		}
-		e.line++
+	first := e.line
+	e.line += strings.Count(text, "\n")
+	if len(names) > 0 {
+		e.result.spans = append(e.result.spans, span{first, e.line, names})
 	}
-	e.line-- // the last line goes on
 }
 
 func (e *expander) branch(n *parse.BranchNode, dot *templateVariable, with bool) error {
@@ -191,7 +233,7 @@ func (e *expander) branch(n *parse.BranchNode, dot *templateVariable, with bool)
 	}
 	yes := truth(value)
 	if e.choose != nil && len(e.used) > 0 {
-		yes = e.choose(e.result.conditions)
+		yes = e.choose(e.result.conditions, yes)
 		e.result.conditions++
 	}
 	if !yes {
@@ -236,6 +278,9 @@ func (e *expander) command(c *parse.CommandNode, dot, piped *templateVariable) (
 		}
 		return e.arg(c.Args[0], dot)
 	}
+	if err := e.spend(argumentCost * len(c.Args)); err != nil {
+		return nil, err
+	}
 	args := make([]func() (any, error), 0, len(c.Args))
 	for _, a := range c.Args[1:] {
 		args = append(args, func() (any, error) { return e.arg(a, dot) })
@@ -244,10 +289,24 @@ func (e *expander) command(c *parse.CommandNode, dot, piped *templateVariable) (
 		args = append(args, func() (any, error) { return e.get(piped), nil })
 	}
 	value, err := e.call(name.Ident, args)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name.Ident, err)
+	if called := new(callError); err == nil || errors.As(err, &called) {
+		return value, err
 	}
-	return value, nil
+	return nil, &callError{fmt.Errorf("%s: %w", name.Ident, err)}
+}
+
+// callError is an error that already names the function. Calls around that one aren't named: there may be thousands.
+type callError struct{ error }
+
+func (e *callError) Unwrap() error { return e.error }
+
+// spend counts bytes that a function takes or returns towards maxWork.
+func (e *expander) spend(bytes int) error {
+	if e.work += bytes; e.work > maxWork {
+		return fmt.Errorf("what its template's functions take and return has more than %d bytes: use fewer or shorter "+
+			"variables", maxWork)
+	}
+	return nil
 }
 
 func (e *expander) arg(n parse.Node, dot *templateVariable) (any, error) {
@@ -322,6 +381,44 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		}
 		values[i], from[i] = v.value, v.from
 	}
+	if err := e.spend(textSize(values...)); err != nil {
+		return nil, err
+	}
+	value, err := e.apply(name, values, from)
+	if s, ok := value.(string); err == nil && ok {
+		if err = checkResult(len(s)); err == nil {
+			err = e.spend(len(s))
+		}
+	}
+	return value, err
+}
+
+// textSize returns at least the bytes of all values as print writes them, or %f.
+func textSize(values ...any) int {
+	size := 0
+	for _, v := range values {
+		switch v := v.(type) {
+		case string:
+			size += len(v)
+		case float64:
+			size += 350 // the largest one has 309 digits before its point
+		default:
+			size += 20
+		}
+	}
+	return size
+}
+
+// checkResult returns an error if a function's result of size bytes is larger than a manifest may be.
+func checkResult(size int) error {
+	if size > MaxManifest {
+		return fmt.Errorf("the result has more than %d bytes, which is the limit of a whole manifest", MaxManifest)
+	}
+	return nil
+}
+
+// apply calls a function other than and, or. from are the environment variables that each value depends on, by union.
+func (e *expander) apply(name string, values []any, from [][]string) (any, error) {
 	switch name {
 	case "env", "must_env", "json_escape":
 		var words []word
@@ -335,9 +432,13 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		return e.text(name, words)
 	case "printf":
 		return format(values)
-	case "print":
-		return fmt.Sprint(values...), nil
-	case "println":
+	case "print", "println":
+		if err := checkResult(textSize(values...)); err != nil {
+			return nil, err
+		}
+		if name == "print" {
+			return fmt.Sprint(values...), nil
+		}
 		return fmt.Sprintln(values...), nil
 	case "not":
 		return !truth(values[0]), nil
@@ -435,10 +536,7 @@ func format(values []any) (string, error) {
 	if !ok {
 		return "", errors.New("want a format")
 	}
-	size := len(layout)
-	for _, v := range values[1:] {
-		size += 6 * len(fmt.Sprint(v)) // quoted, a byte can take as many
-	}
+	size := 6 * textSize(values...) // quoted, a byte can take as many; so can a verb without its value
 	for rest := layout; ; {
 		_, verb, found := strings.Cut(rest, "%")
 		if !found {
@@ -463,8 +561,8 @@ func format(values []any) (string, error) {
 		}
 		rest = verb[end+1:]
 	}
-	if size > 8*MaxManifest {
-		return "", fmt.Errorf("the result has more than %d bytes, which is the limit of a whole manifest", MaxManifest)
+	if err := checkResult(size / 8); err != nil {
+		return "", err
 	}
 	return fmt.Sprintf(layout, values[1:]...), nil
 }
@@ -519,7 +617,7 @@ func (e expansion) hide(problems Problems) {
 	}
 	for i := range problems {
 		p := &problems[i]
-		names := e.names[p.Line]
+		names := e.namesAt(p.Line)
 		if len(names) == 0 {
 			for gram := range gramsOf(p.Message) {
 				if grams[gram] {

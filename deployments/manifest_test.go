@@ -166,7 +166,11 @@ func TestManifestVariables(t *testing.T) {
 		`{{- must_env "A" | json_escape -}}`: "one",
 		`a {{/* nothing */}} b`:              "a  b",
 	} {
-		if got, err := expand(text, env, nil); err != nil || got.text != want {
+		parsed, err := parseTemplate(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := parsed.expand(env, nil); err != nil || got.text != want {
 			t.Errorf("%s gives %q, %v; want %q", text, got.text, err, want)
 		}
 	}
