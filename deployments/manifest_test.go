@@ -249,6 +249,17 @@ func TestParseTemplate(t *testing.T) {
 			t.Errorf("%s: %+v, %v", condition, m, err)
 		}
 	}
+	// Conditions on one variable go together: an outcome is valid in which only one of eq and ne is true.
+	for _, other := range []string{
+		"{{ $t := env `T` }}{{ if ne $t `x` }}", "{{ $t := env `T` }}{{ if eq $t `x` }}", "{{ if eq (env `T`) `x` }}",
+		"{{ if ne (env `T`) `x` }}",
+	} {
+		text := "src: a.tar\nchecksum: " + hex64 + "\n{{ $s := env `S` }}{{ if eq $s `a` }}dest: /srv/a\n{{ end }}" +
+			"{{ if ne $s `a` }}dest: /srv/b\n{{ end }}" + other + "keep: 2\n{{ else }}keep: none\n{{ end }}"
+		if m, err := ParseTemplate([]byte(text), manifestURL); err != nil || m.Keep != 2 {
+			t.Errorf("%s: %+v, %v", other, m, err)
+		}
+	}
 }
 
 // A manifest is the same after it was written and read.
