@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -51,27 +52,34 @@ const statusAhead = 24 * time.Hour
 // maxFreezeNotes bounds the lines about freezes above the table of all units.
 const maxFreezeNotes = 3
 
-// freezeNotes returns notes on deny windows that are open or soon will be (statusAhead), and on closed allow windows,
-// whenever they open.
+// freezeNotes returns notes on freeze windows, what freezes now first: see freezeRank.
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
-		at   time.Time // when it freezes; zero: now
+		rank freezeRank
+		at   time.Time // when it opens, if it doesn't freeze now
 		says string
 	}
 	var lines []line
 	windows, _ := f.Freezes()
-	for _, w := range windows {
-		next := policy.Openings(w, f.At, f.At.AddDate(100, 0, 0), 1)
-		if len(next) == 0 {
-			continue // a window that never opens is none: its cron line doesn't parse
+	next := make([]policy.Opening, len(windows)) // zero: none
+	var allowed []string
+	for i, w := range windows {
+		for _, o := range policy.Openings(w, f.At, f.At.AddDate(100, 0, 0), 1) {
+			next[i] = o
+			if w.Kind == deployments.FreezeAllow && o.From.IsZero() {
+				allowed = append(allowed, patternsOf(w)...)
+			}
 		}
-		o, says := next[0], cmp.Or(message.OneLine(w.Name), string(w.Kind)+" "+message.OneLine(w.Cron))+": "
-		switch soon := o.From.Before(f.At.Add(statusAhead)); {
-		case w.Kind == deployments.FreezeDeny && o.From.IsZero():
+	}
+	for i, w := range windows {
+		o, rank := next[i], rankFreeze(w, next[i], allowed, f.At)
+		says := cmp.Or(message.OneLine(w.Name), string(w.Kind)+" "+message.OneLine(w.Cron)) + ": "
+		switch rank {
+		case denies:
 			says += "no rollout starts until " + timeAhead(o.To, f.At)
-		case w.Kind == deployments.FreezeDeny && soon:
+		case willDeny:
 			says += "no rollout starts from " + timeAhead(o.From, f.At)
-		case w.Kind == deployments.FreezeAllow && !o.From.IsZero():
+		case allowsNothing, allowsLater:
 			says += "is closed until " + timeAhead(o.From, f.At)
 		default:
 			continue
@@ -79,12 +87,15 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		if len(w.Units) > 0 {
 			says += ", for " + firstFew(slices.Clone(w.Units))
 		}
-		if w.Kind == deployments.FreezeAllow {
-			o.From = time.Time{} // it is closed now
+		if rank == allowsLater {
+			says += ", while others are open"
 		}
-		lines = append(lines, line{o.From, says})
+		if rank == allowsNothing {
+			o.From = time.Time{} // it freezes now
+		}
+		lines = append(lines, line{rank, o.From, says})
 	}
-	slices.SortStableFunc(lines, func(a, b line) int { return a.at.Compare(b.at) })
+	slices.SortStableFunc(lines, func(a, b line) int { return cmp.Or(cmp.Compare(a.rank, b.rank), a.at.Compare(b.at)) })
 	for i, l := range lines {
 		if i == maxFreezeNotes {
 			says := fmt.Sprintf("and %d more: kedge web lists them", len(lines)-i)
@@ -97,6 +108,62 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		all = append(all, note)
 	}
 	return all
+}
+
+// freezeRank orders the notes on freeze windows, as there is no room for all.
+type freezeRank int
+
+const (
+	denies        freezeRank = iota // a deny window that is open
+	allowsNothing                   // an allow window that is closed, without others open for all of its units
+	willDeny                        // a deny window that opens within statusAhead
+	allowsLater                     // an allow window that opens within FreezeAhead, with others open for all of its units
+	unsaid                          // any other window
+)
+
+// rankFreeze returns the rank of a window whose next opening is o; zero: it has none. allowed are the patterns of the
+// allow windows that are open.
+func rankFreeze(w deployments.Freeze, o policy.Opening, allowed []string, now time.Time) freezeRank {
+	switch {
+	case o.To.IsZero():
+		return unsaid // a window that never opens is none: its cron line doesn't parse
+	case w.Kind == deployments.FreezeDeny && o.From.IsZero():
+		return denies
+	case w.Kind == deployments.FreezeDeny && o.From.Before(now.Add(statusAhead)):
+		return willDeny
+	case w.Kind != deployments.FreezeAllow || o.From.IsZero():
+		return unsaid
+	case !covers(allowed, patternsOf(w)):
+		return allowsNothing
+	case o.From.Before(now.Add(FreezeAhead)):
+		return allowsLater
+	}
+	return unsaid
+}
+
+// patternsOf returns the patterns of the units that a window is for.
+func patternsOf(w deployments.Freeze) []string {
+	if len(w.Units) == 0 {
+		return []string{"*/*/*"}
+	}
+	return w.Units
+}
+
+// covers reports whether each unit that one of the patterns in names names is also named by one of those in all. It
+// compares a pattern with one other at a time.
+func covers(all, names []string) bool {
+	split := make([][]string, len(all))
+	for i, pattern := range all {
+		split[i] = strings.Split(pattern, "/")
+	}
+	fits := func(p, n string) bool { return p == "*" || p == n }
+	for _, name := range names {
+		parts := strings.Split(name, "/")
+		if !slices.ContainsFunc(split, func(pattern []string) bool { return slices.EqualFunc(pattern, parts, fits) }) {
+			return false
+		}
+	}
+	return true
 }
 
 func timeAhead(t, now time.Time) string {

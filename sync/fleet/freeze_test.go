@@ -20,6 +20,8 @@ func TestFreezesToComeInWords(t *testing.T) {
 	hours := window{Name: "hours", Allow: "0 9 * * MON-FRI", Duration: "8h"}
 	never := window{Name: "leap", Allow: "0 0 29 2 MON", Duration: "1h"}
 	april := window{Name: "april", Allow: "0 9 1 4 *", Duration: "8h"}
+	nights := window{Name: "nights", Allow: "0 22 * * *", Duration: "2h"}
+	of := func(w window, units ...string) window { w.Units = units; return w }
 	frozen := &deployments.Progress{Phase: deployments.PhaseFrozen, Since: noon, Reason: deployments.ReasonFrozen}
 	for name, c := range map[string]struct {
 		windows []window
@@ -49,6 +51,30 @@ func TestFreezesToComeInWords(t *testing.T) {
 		"long before what allows it": {windows: []window{soon, soon, soon, april},
 			explain: "no rollout starts now until Thu 2027-04-01 09:00 UTC (in 127d): april, which is not open",
 			status:  "freeze  april: is closed until Thu 2027-04-01 09:00 UTC (in 127d)\n"},
+		"beside what allows it": {windows: []window{april, hours},
+			explain: "no rollout starts from Tue 2026-11-24 17:00 UTC"},
+		"of units that others allow": {windows: []window{of(april, "prod/db/*", "prod/web/app"), of(hours, "*/web/*"),
+			of(hours, "prod/*/*")}, explain: "no rollout starts from Tue 2026-11-24 17:00 UTC"},
+		"beside what allows other units": {windows: []window{april, of(hours, "prod/db/*")},
+			explain: "no rollout starts now until Thu 2027-04-01 09:00 UTC (in 127d): april, which is not open",
+			status:  "freeze  april: is closed until Thu 2027-04-01 09:00 UTC (in 127d)\n"},
+		"beside what allows some of its units": {windows: []window{of(april, "prod/*/*"), of(hours, "prod/web/*")},
+			explain: "no rollout starts from Tue 2026-11-24 17:00 UTC",
+			status:  "freeze  april: is closed until Thu 2027-04-01 09:00 UTC (in 127d), for prod/*/*\n"},
+		"opens tonight beside what allows it": {windows: []window{hours, nights},
+			explain: "no rollout starts from Tue 2026-11-24 17:00 UTC",
+			status:  "freeze  nights: is closed until Tue 2026-11-24 22:00 UTC (in 10h), while others are open\n"},
+		"open beside what is closed": {windows: []window{april, never, nights, soon}, at: 190 * time.Minute,
+			explain: "no rollout starts now until Tue 2026-11-24 16:00 UTC (in 50m): audit",
+			status: "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n" +
+				"        april: is closed until Thu 2027-04-01 09:00 UTC (in 127d)\n" +
+				"        leap: is closed until Mon 2027-02-01 00:00 UTC (in 68d)\n        and 1 more"},
+		"of every kind": {windows: []window{of(nights, "prod/web/*"), other, of(april, "prod/db/*"), weekend,
+			of(hours, "prod/web/*"), {Name: "lunch", Deny: "0 12 * * *", Duration: "1h"}},
+			explain: "no rollout starts now until Tue 2026-11-24 13:00 UTC (in 1h): lunch",
+			status: "freeze  lunch: no rollout starts until Tue 2026-11-24 13:00 UTC (in 1h)\n" +
+				"        april: is closed until Thu 2027-04-01 09:00 UTC (in 127d), for prod/db/*\n" +
+				"        db: no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h), for prod/db/*\n        and 1 more"},
 		"its rollout says so": {windows: []window{soon}, at: 190 * time.Minute, rollout: frozen,
 			status: "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n"},
 		"many": {windows: []window{soon, soon, soon, soon, soon},
