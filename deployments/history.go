@@ -2,7 +2,10 @@ package deployments
 
 import (
 	"encoding/json"
+	"strings"
 	"time"
+
+	"kedge/deployments/safetext"
 )
 
 // History is the JSON at history/STAGE/ROLE/UNIT/GENERATION: what a unit was told to run, by whom and when. The
@@ -79,6 +82,11 @@ const (
 	MaxPastOrders = 50
 	MaxPastWords  = 200
 )
+
+// PastWords returns a stranger's text as the history keeps it: trimmed, printable, and cut after MaxPastWords bytes.
+func PastWords(s string) string {
+	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), MaxPastWords)
+}
 
 // ParseHistory reads an entry of history/. Fields that it does not know are passed over.
 func ParseHistory(value []byte) (History, error) {

@@ -155,37 +155,65 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	}
 }
 
-// A refusal that comes with a change of the record isn't success, and is told from that of an earlier order.
+// A refusal that comes with a change of the record isn't success, and is told from that of another order.
 func TestOrdersRefusedWithAChange(t *testing.T) {
 	t.Parallel()
-	s := openDir(t)
-	rollout := &deployments.Progress{Phase: deployments.PhaseCanary}
-	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Generation: 2, Rollout: rollout}))
-	promote := deployments.Order{Verb: deployments.VerbPromote}
-	was, err := s.Get(t.Context(), kv.DesiredKey(app))
-	if err != nil {
-		t.Fatal(err)
+	at := func(generation int64) kv.Entry {
+		return put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Generation: generation,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseCanary}})
 	}
-	ordered := func(verb deployments.Verb, refused deployments.Reason) deployments.PastOrder {
-		return deployments.PastOrder{Order: deployments.Order{Verb: verb}, Refused: refused}
+	type orders = []deployments.PastOrder
+	order := deployments.Order{Verb: deployments.VerbPromote, By: strings.Repeat("ada", 100),
+		Reason: " it is\u202e urgent "}
+	ordered := func(verb deployments.Verb, by, reason string, refused deployments.Reason) deployments.PastOrder {
+		return deployments.PastOrder{At: noon, Order: deployments.Order{Verb: verb, By: deployments.PastWords(by),
+			Reason: deployments.PastWords(reason)}, Refused: refused}
 	}
-	refused := ordered(promote.Verb, deployments.ReasonNotSeenYet)
-	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: release("app", "3"), Generation: 3, Rollout: rollout}))
+	own := func(refused deployments.Reason) deployments.PastOrder {
+		return ordered(order.Verb, order.By, order.Reason, refused)
+	}
+	refused, later := own(deployments.ReasonNotSeenYet), own(deployments.ReasonNotSeenYet)
+	later.At = noon.Add(-time.Hour) // by the clock of another mirror
 	for name, c := range map[string]struct {
-		orders []deployments.PastOrder
+		before []deployments.PastOrder // in generation 2, when the order is written
+		after  map[int64]orders
 		says   string
 	}{
-		"refused": {[]deployments.PastOrder{refused},
-			"promote prod/web/app changed nothing: the rollout that it was given for"},
-		"obeyed":            {[]deployments.PastOrder{ordered(promote.Verb, "")}, ""},
-		"obeyed afterwards": {[]deployments.PastOrder{refused, ordered(promote.Verb, "")}, ""},
-		"another refused":   {[]deployments.PastOrder{ordered(deployments.VerbResume, deployments.ReasonNotPaused)}, ""},
-		"an invalid pin": {[]deployments.PastOrder{ordered(promote.Verb, deployments.ReasonInvalidPin)},
-			"changed nothing: the pin doesn't parse"},
+		"refused":            {nil, map[int64]orders{3: {refused}}, "the rollout that it was given for"},
+		"refused afterwards": {orders{refused}, map[int64]orders{2: {refused, later}}, "the rollout that it was given for"},
+		"an invalid pin":     {nil, map[int64]orders{3: {own(deployments.ReasonInvalidPin)}}, "the pin doesn't parse"},
+		"refused, and moved on": {nil, map[int64]orders{3: {refused}, 4: nil, 5: nil},
+			"the rollout that it was given for"},
+		"refused in the same generation, and moved on": {orders{own("")}, map[int64]orders{2: {own(""), refused}, 3: nil},
+			"the rollout that it was given for"},
+		"obeyed":                       {nil, map[int64]orders{3: {own("")}}, ""},
+		"obeyed afterwards":            {nil, map[int64]orders{3: {refused, own("")}}, ""},
+		"obeyed, and again for naught": {nil, map[int64]orders{3: {own("")}, 4: {refused}}, ""},
+		"refused before":               {orders{refused}, map[int64]orders{2: {refused}, 3: nil}, ""},
+		"another refused": {nil, map[int64]orders{3: {ordered(deployments.VerbResume, order.By, order.Reason,
+			deployments.ReasonNotPaused)}}, ""},
+		"another's refused": {nil, map[int64]orders{3: {ordered(order.Verb, "bob", order.Reason,
+			deployments.ReasonNotSeenYet)}}, ""},
+		"another reason's refused": {nil, map[int64]orders{3: {ordered(order.Verb, order.By, "",
+			deployments.ReasonNotSeenYet)}}, ""},
 	} {
-		store(t, s, put(kv.HistoryKey(app, 3), deployments.History{Generation: 3, Orders: c.orders}))
-		_, err := AwaitOutcome(t.Context(), s, app, promote, was, time.Minute)
-		if (err != nil) != (c.says != "") || err != nil && !strings.Contains(err.Error(), c.says) {
+		s := openDir(t)
+		store(t, s, at(2), put(kv.HistoryKey(app, 2), deployments.History{Generation: 2, Orders: c.before}))
+		was, err := SendOrder(t.Context(), s, app, order)
+		if err != nil {
+			t.Fatal(err)
+		}
+		reached := int64(2)
+		for generation, taken := range c.after {
+			store(t, s, put(kv.HistoryKey(app, generation), deployments.History{Generation: generation, Orders: taken}))
+			reached = max(reached, generation)
+		}
+		store(t, s, at(reached))
+		if err := s.Commit(t.Context(), nil, kv.Delete(kv.ControlKey(app))); err != nil {
+			t.Fatal(err)
+		}
+		_, err = AwaitOutcome(t.Context(), s, app, order, was, time.Minute)
+		if (err != nil) != (c.says != "") || err != nil && !strings.Contains(err.Error(), "changed nothing: "+c.says) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}
 	}
@@ -200,13 +228,13 @@ func (denying) Get(context.Context, string) (kv.Entry, error) { return kv.Entry{
 func TestOrdersThatCannotBeFollowed(t *testing.T) {
 	t.Parallel()
 	order := deployments.Order{Verb: deployments.VerbPause}
-	_, err := AwaitOutcome(t.Context(), denying{openDir(t)}, app, order, kv.Entry{}, 0)
+	_, err := AwaitOutcome(t.Context(), denying{openDir(t)}, app, order, Before{}, 0)
 	if !errors.Is(err, ErrNotTaken) || !errors.Is(err, kv.ErrDenied) {
 		t.Error(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = AwaitOutcome(ctx, denying{openDir(t)}, app, order, kv.Entry{}, time.Minute)
+	_, err = AwaitOutcome(ctx, denying{openDir(t)}, app, order, Before{}, time.Minute)
 	if !errors.Is(err, ErrNotTaken) || !errors.Is(err, kv.ErrDenied) {
 		t.Error(err)
 	}

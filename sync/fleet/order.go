@@ -15,35 +15,43 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns the record from
-// before. It doesn't write an order that would change nothing, or one for a unit without a record: the error says why.
-// It replaces an order that the mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb
-// if nobody says who or why, else JSON.
+// Before is what the store held of a unit before an order was written for it.
+type Before struct {
+	Record kv.Entry
+	// Orders are those that the history lists in the record's generation; nil: none, or they can't be read.
+	Orders []deployments.PastOrder
+}
+
+// SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns what was there before.
+// It doesn't write an order that would change nothing, or one for a unit without a record: the error says why. It
+// replaces an order that the mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb if
+// nobody says who or why, else JSON.
 func SendOrder(
 	ctx context.Context,
 	store kv.Store,
 	id deployments.UnitID,
 	order deployments.Order,
-) (was kv.Entry, err error) {
+) (was Before, err error) {
 	if err := id.Check(); err != nil {
-		return kv.Entry{}, err
+		return was, err
 	}
 	value, err := encodeOrder(order)
 	if err != nil {
-		return kv.Entry{}, err
+		return was, err
 	}
 	verb := string(order.Verb)
-	was, err = store.Get(ctx, kv.DesiredKey(id))
+	was.Record, err = store.Get(ctx, kv.DesiredKey(id))
 	switch {
 	case errors.Is(err, kv.ErrNotFound):
 		return was, fmt.Errorf("%s: %w", verb, noRecord(ctx, store, id))
 	case err != nil:
 		return was, fmt.Errorf("%s %s: %w", verb, id, err)
 	}
-	if r, err := deployments.ParseRecord(was.Value); err == nil {
+	if r, err := deployments.ParseRecord(was.Record.Value); err == nil {
 		if reason, facts := policy.Refusal(verb, r); reason != "" {
 			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, message.Text(reason, facts))
 		}
+		was.Orders = ordersIn(ctx, store, id, r.Generation)
 	}
 	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), value)); err != nil {
 		return was, fmt.Errorf("%s %s: %w", verb, id, err)
@@ -77,7 +85,7 @@ func AwaitOutcome(
 	store kv.Store,
 	id deployments.UnitID,
 	order deployments.Order,
-	was kv.Entry,
+	was Before,
 	within time.Duration,
 ) (string, error) {
 	value, err := encodeOrder(order)
@@ -89,7 +97,7 @@ func AwaitOutcome(
 		there, err := store.Get(ctx, kv.ControlKey(id))
 		switch {
 		case errors.Is(err, kv.ErrNotFound):
-			return outcomeOf(ctx, store, id, verb, was)
+			return outcomeOf(ctx, store, id, order, was)
 		case err == nil && !bytes.Equal(there.Value, value):
 			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id,
 				clip(message.OneLine(string(there.Value)), 40))
@@ -112,10 +120,17 @@ func withCause(err, cause error) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
-// outcomeOf returns the unit's state in words after an order was taken. was is its record from before. It is an error
-// if the history says that the mirror refused the order, if the record hasn't changed since, or if it can't be read. A
+// outcomeOf returns the unit's state in words after an order was taken. was is what was there before. It is an error if
+// the history says that the mirror refused the order, if the record hasn't changed since, or if it can't be read. A
 // change needn't be the order's.
-func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
+func outcomeOf(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	order deployments.Order,
+	was Before,
+) (string, error) {
+	verb := string(order.Verb)
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
 		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect can't be read: %w", verb, id, err)
@@ -125,11 +140,11 @@ func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb 
 		return "", fmt.Errorf("%s %s: the mirror took the order, but its effect is unknown, as the record doesn't "+
 			"parse (see kedge explain): %w", verb, id, err)
 	}
-	if reason := refusedBy(ctx, store, kv.HistoryKey(id, r.Generation), verb); reason != "" {
+	if reason := refusalOf(order, ordersSince(ctx, store, id, was, r.Generation)); reason != "" {
 		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id,
 			message.Text(reason, deployments.Facts{"order": verb}))
 	}
-	if e.Version == was.Version {
+	if e.Version == was.Record.Version {
 		why := "the mirror found nothing to do"
 		if reason, facts := policy.Refusal(verb, r); reason != "" {
 			why = message.Text(reason, facts)
@@ -145,21 +160,62 @@ func outcomeOf(ctx context.Context, store kv.Store, id deployments.UnitID, verb 
 	return "no rollout is under way any more: every node may run the target", nil
 }
 
-// refusedBy returns why the mirror refused the newest order of a verb, by the history entry at key. It is empty if the
-// mirror didn't refuse it, or if that is unknown. The mirror notes an order in the transaction that takes it.
-func refusedBy(ctx context.Context, store kv.Store, key, verb string) deployments.Reason {
-	e, err := store.Get(ctx, key)
+// ordersIn returns the orders that the history lists in one generation of a unit; nil: none, or they can't be read.
+func ordersIn(ctx context.Context, store kv.Store, id deployments.UnitID, generation int64) []deployments.PastOrder {
+	e, err := store.Get(ctx, kv.HistoryKey(id, generation))
 	if err != nil {
-		return ""
+		return nil
 	}
 	h, err := deployments.ParseHistory(e.Value)
 	if err != nil {
-		return ""
+		return nil
 	}
-	for _, o := range slices.Backward(h.Orders) {
-		if string(o.Verb) == verb {
-			return o.Refused
+	return h.Orders
+}
+
+// ordersSince returns the orders that the mirror took since was, the oldest first, up to those of a record that has
+// reached a generation. The mirror notes an order in the transaction that takes it, mostly in the generation that the
+// order met or began. The record may have moved on since then.
+func ordersSince(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	was Before,
+	reached int64,
+) (all []deployments.PastOrder) {
+	first := reached
+	if r, err := deployments.ParseRecord(was.Record.Value); err == nil {
+		first = min(reached, max(r.Generation, reached-deployments.HistoryKept+1))
+	}
+	for generation := first; generation <= reached; generation++ {
+		all = append(all, newOrders(was.Orders, ordersIn(ctx, store, id, generation))...)
+	}
+	return all
+}
+
+// newOrders returns the orders in all that aren't in known. Times of the mirror's clock are compared with one another
+// alone: this machine's clock, or that of another mirror, may be ahead.
+func newOrders(known, all []deployments.PastOrder) []deployments.PastOrder {
+	return slices.DeleteFunc(slices.Clone(all), func(o deployments.PastOrder) bool {
+		return slices.ContainsFunc(known, func(k deployments.PastOrder) bool {
+			return k.At.Equal(o.At) && k.Order == o.Order && k.Refused == o.Refused
+		})
+	})
+}
+
+// refusalOf returns why the mirror refused an order, by the orders that it took since that was written. It is empty if
+// the mirror obeyed the order, or if none of these is it. Those that read alike can't be told apart: if the mirror
+// obeyed one of them, that counts.
+func refusalOf(order deployments.Order, taken []deployments.PastOrder) (reason deployments.Reason) {
+	order.By, order.Reason = deployments.PastWords(order.By), deployments.PastWords(order.Reason)
+	for _, o := range taken {
+		switch {
+		case o.Order != order:
+		case o.Refused == "":
+			return ""
+		default:
+			reason = o.Refused
 		}
 	}
-	return ""
+	return reason
 }

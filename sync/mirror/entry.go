@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"slices"
-	"strings"
 	"time"
 
 	"kedge/deployments"
-	"kedge/deployments/safetext"
 	"kedge/kv"
 )
 
@@ -17,16 +15,11 @@ import (
 // historyPin returns the history's form of a pin, without times. node is empty for a pin of the whole unit. If err is
 // set, the pin doesn't parse, and only node and err are kept.
 func historyPin(node string, pin deployments.Pin, err error) deployments.PastPin {
-	pin.By, pin.Reason = historyText(pin.By), historyText(pin.Reason)
+	pin.By, pin.Reason = deployments.PastWords(pin.By), deployments.PastWords(pin.Reason)
 	if err != nil {
-		return deployments.PastPin{Node: node, Error: historyText(err.Error())}
+		return deployments.PastPin{Node: node, Error: deployments.PastWords(err.Error())}
 	}
 	return deployments.PastPin{Node: node, Pin: pin}
-}
-
-// historyText makes a stranger's text fit for the history: printable, and cut after MaxPastWords bytes.
-func historyText(s string) string {
-	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), deployments.MaxPastWords)
 }
 
 // openPins returns the pins that have not ended.
@@ -117,7 +110,7 @@ func sameEntry(a, b deployments.History) bool {
 // refused is why o changed nothing; empty: it changed something.
 func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
 	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
-	past.By, past.Reason = historyText(o.By), historyText(o.Reason)
+	past.By, past.Reason = deployments.PastWords(o.By), deployments.PastWords(o.Reason)
 	h.Orders = append(slices.Clone(h.Orders), past)
 	if more := len(h.Orders) - deployments.MaxPastOrders; more > 0 {
 		h.Orders, h.Truncated = h.Orders[more:], true
