@@ -118,9 +118,9 @@ const (
 	maxTried     = 64 << 10
 )
 
-// outcomes returns ways in which a template's n conditions on unknown variables may turn out, besides that all are true.
-// All may be false, or as they are with the placeholder: conditions on the same variable go together then, such as eq
-// and ne. Then each is the only true one, or the only one that isn't as with the placeholder.
+// outcomes returns ways in which a template's n conditions on unknown variables may turn out, besides that all are
+// true. All may be false, or as they are with the placeholder: conditions on the same variable go together then,
+// such as eq and ne. Then each is the only true one, or the only one that isn't as with the placeholder.
 func outcomes(n int) []chooser {
 	all := []chooser{
 		func(int, bool) bool { return false },
