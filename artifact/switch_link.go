@@ -130,8 +130,21 @@ func (l linkSwitcher) RecordAfter(ctx context.Context, rel *Release) error {
 	return l.releases.RecordAfter(ctx, found)
 }
 
-func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.Digest) error {
-	return l.releases.pruneBut(others, protect, drop)
+// Prune also removes what the strategies rsync and mv left beside dest, if the unit had one of them before.
+func (l linkSwitcher) Prune(rel *Release, others int, protect, drop []deployments.Digest) error {
+	return errors.Join(l.releases.pruneBut(others, protect, drop), l.pruneCopies(rel, protect))
+}
+
+func (l linkSwitcher) pruneCopies(rel *Release, protect []deployments.Digest) error {
+	r, leave, err := l.releases.enter(false)
+	if errors.Is(err, ErrNoRelease) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer leave()
+	return pruneCopies(r.places.parent, rel, protect)
 }
 
 // Switch makes dest lead to rel by one rename, and syncs the directory. A directory, or another tool's link, at dest is

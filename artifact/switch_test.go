@@ -54,28 +54,34 @@ func TestRsyncWithoutItsExcludeFrom(t *testing.T) {
 	}
 }
 
-// What interrupted copies leave beside dest goes, and nothing else that lies there.
+// What interrupted copies leave beside dest goes, also once the unit has another strategy, and nothing else that lies
+// there.
 func TestPruneRemovesInterruptedCopies(t *testing.T) {
 	t.Parallel()
-	home := t.TempDir()
 	live, other := deployments.DigestOf([]byte("1")), deployments.DigestOf([]byte("2"))
 	kept := deployments.DigestOf([]byte("3"))
-	rel := &Release{Pointer: deployments.Pointer{Digest: live}, Manifest: &deployments.Manifest{Src: "file:///x.tar",
-		Dest: filepath.Join(home, "app"), Strategy: deployments.StrategyMv}}
 	stay := []string{".app.kedge-" + live.Short(), ".app.kedge-" + kept.Short(), ".app.kedge-failed", ".app.kedge-mine",
-		".app.kedge-x.kedge-" + other.Short(), ".web.kedge-" + other.Short(), "app", "app.old"}
-	for _, name := range append(slices.Clone(stay), ".app.kedge-"+other.Short(), ".app.kedge-"+other.Short()+partSuffix,
-		".app.kedge-"+live.Short()+partSuffix, ".app.kedge-"+kept.Short()+partSuffix) {
-		if err := os.MkdirAll(filepath.Join(home, name, "dir"), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	switcher := NewSwitcher(rel.Manifest, SwitcherConfig{})
-	if err := switcher.Prune(rel, 0, []deployments.Digest{kept}, nil); err != nil {
-		t.Error(err)
-	}
+		".app.kedge-x.kedge-" + other.Short(), ".web.kedge-" + other.Short(), "app", "app.old",
+		"app.releases"}
 	slices.Sort(stay)
-	if left := treetest.List(t, home); !slices.Equal(left, stay) {
-		t.Errorf("left:\n%q, want\n%q", left, stay)
+	for _, strategy := range []deployments.Strategy{deployments.StrategyMv, deployments.StrategyRsync,
+		deployments.StrategyRelease} {
+		home := t.TempDir()
+		rel := &Release{Pointer: deployments.Pointer{Digest: live}, Manifest: &deployments.Manifest{Src: "file:///x.tar",
+			Dest: filepath.Join(home, "app"), Strategy: strategy}}
+		for _, name := range append(slices.Clone(stay), ".app.kedge-"+other.Short(),
+			".app.kedge-"+other.Short()+partSuffix, ".app.kedge-"+live.Short()+partSuffix,
+			".app.kedge-"+kept.Short()+partSuffix, "app.releases/"+privateName) {
+			if err := os.MkdirAll(filepath.Join(home, name, "dir"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		switcher := NewSwitcher(rel.Manifest, SwitcherConfig{})
+		if err := switcher.Prune(rel, 0, []deployments.Digest{kept}, nil); err != nil {
+			t.Errorf("%s: %v", strategy, err)
+		}
+		if left := treetest.List(t, home); !slices.Equal(left, stay) {
+			t.Errorf("%s: left:\n%q, want\n%q", strategy, left, stay)
+		}
 	}
 }

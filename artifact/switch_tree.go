@@ -97,6 +97,11 @@ func (t treeSwitcher) Prune(r *Release, _ int, protect, _ []deployments.Digest) 
 		return err
 	}
 	defer parent.Close()
+	return pruneCopies(parent, r, protect)
+}
+
+// pruneCopies is treeSwitcher.Prune in dest's open parent directory.
+func pruneCopies(parent *safefs.Place, r *Release, protect []deployments.Digest) error {
 	entries, err := os.ReadDir(parent.Path(""))
 	for _, e := range entries {
 		short, isCopy := strings.CutPrefix(e.Name(), besidePrefix(r))

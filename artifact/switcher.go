@@ -52,7 +52,7 @@ type Switcher interface {
 	// Heal makes the live tree equal to rel; with mv it only puts back a missing one. left are the remaining differences:
 	// those that only rel's commands can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes the files of stored releases; with rsync and mv, only what an interrupted copy left beside dest. It
+	// Prune removes what an interrupted copy left beside dest and, but for rsync and mv, files of stored releases. It
 	// keeps the live release, those in protect, and the newest others: as many as others says, and none in drop.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
