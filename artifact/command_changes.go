@@ -291,6 +291,24 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
+// sameContent reports whether a path is a file with the same content in both trees. The only error is the end of ctx.
+func sameContent(ctx context.Context, a, b *os.Root, p string) (bool, error) {
+	var sums [2]deployments.Digest
+	buffer := make([]byte, 64<<10)
+	for i, root := range []*os.Root{a, b} {
+		f, err := openRegular(root, p)
+		if err != nil {
+			return false, ctx.Err() // it was replaced or removed meanwhile
+		}
+		sums[i], err = hashSlowly(ctx, f, nil, buffer)
+		f.Close()
+		if err != nil {
+			return false, ctx.Err()
+		}
+	}
+	return sums[0] == sums[1], nil
+}
+
 // inherited reports whether now, a directory's mode, has set-group-id in addition to the recorded mode, and no other
 // difference. A new directory inherits that bit from its parent.
 func (m *commandChange) inherited(now fs.FileMode) bool {

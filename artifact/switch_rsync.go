@@ -193,11 +193,11 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 		return nil, err
 	}
 	defer dest.Close()
-	found, err := s.differences(ctx, r, dest, false)
+	items, err := s.itemize(ctx, r, dest, false)
 	if err != nil {
 		return nil, err
 	}
-	return s.changeFiles(r).overlaid(dest.Path(""), found)
+	return s.changeFiles(r).overlaid(dest.Path(""), items.found)
 }
 
 // open is dest for callers that haven't opened dest's parent directory, which must exist.
@@ -216,7 +216,8 @@ func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
 }
 
 // RecordAfter records what the release's commands changed in dest: rsync compares dest with the tree that it copied
-// there, by size and time. If either is gone, nothing is recorded.
+// there, by size and time, and files of the same size are then compared by content. If either is gone, nothing is
+// recorded.
 func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	if s.c.Changes == "" || !safefs.Exists(s.tree(r)) {
 		return nil
@@ -229,7 +230,11 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 		return err
 	}
 	defer dest.Close()
-	found, err := s.differences(ctx, r, dest, true)
+	items, err := s.itemize(ctx, r, dest, true)
+	if err != nil {
+		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
+	}
+	found, err := s.withUnread(ctx, r, dest, items)
 	if err != nil {
 		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
 	}
@@ -244,23 +249,51 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	return err
 }
 
-// differences returns what rsync would change in dest. With quick, rsync compares files by size and time, else by
-// content.
-func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *safefs.Place, quick bool) ([]Difference,
-	error) {
+// itemize returns what rsync would change in dest. With quick, rsync compares files by size and time, else by content.
+func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, quick bool) (*itemized, error) {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return nil, err
 	}
 	if quick {
 		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
+		args = append(args, "--modify-window=-1") // nanoseconds: commands may run in the second of the unpacking
 	}
 	args = append(args, "--dry-run", "--out-format=%i/%n", s.tree(r)+"/", dest.PathForTool("")+"/")
-	var items itemized
-	if _, err := s.c.Tool(ctx, &items, "rsync", args...); err != nil {
+	items := &itemized{}
+	if _, err := s.c.Tool(ctx, items, "rsync", args...); err != nil {
 		return nil, err
 	}
-	return items.found, nil
+	return items, nil
+}
+
+// withUnread returns the differences in items, with those of unread files as far as these differ from r's tree.
+func (s rsyncSwitcher) withUnread(ctx context.Context, r *Release, dest *safefs.Place, items *itemized) ([]Difference,
+	error) {
+	tree, err := os.OpenRoot(s.tree(r))
+	if err != nil {
+		return nil, err
+	}
+	defer tree.Close()
+	live, err := os.OpenRoot(dest.Path(""))
+	if err != nil {
+		return nil, err
+	}
+	defer live.Close()
+	found := items.found
+	for _, d := range items.unread {
+		same, err := sameContent(ctx, tree, live, d.Path)
+		if err != nil {
+			return nil, err
+		}
+		if !same {
+			d.What = "content"
+		}
+		if d.What != "" {
+			found = append(found, d)
+		}
+	}
+	return found, nil
 }
 
 // Heal makes dest equal to r's tree, except what r's commands made, which it restores as far as it can. left are the
@@ -328,6 +361,9 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 type itemized struct {
 	line  []byte // not ended yet
 	found []Difference
+	// unread are files that only their time tells from the archive's, as rsync hasn't read them. What is how their mode
+	// or owner differs; empty: not at all.
+	unread []Difference
 }
 
 func (i *itemized) Write(p []byte) (int, error) {
@@ -337,8 +373,12 @@ func (i *itemized) Write(p []byte) (int, error) {
 		if !ended {
 			return len(p), nil
 		}
-		if what, path := parseItem(string(i.line)); what != "" {
-			i.found = append(i.found, Difference{path, what})
+		d, unread := parseItem(string(i.line))
+		switch {
+		case unread:
+			i.unread = append(i.unread, d)
+		case d.What != "":
+			i.found = append(i.found, d)
 		}
 		i.line, rest = i.line[:0], more
 	}
@@ -351,15 +391,15 @@ var (
 	itemEscape = regexp.MustCompile(`\\#[0-7]{3}`)
 )
 
-// parseItem returns what a line of itemized says, in a word of Difference.What, and the path; empty: no difference, or
-// another line.
-func parseItem(line string) (what, path string) {
+// parseItem parses a line of itemized. What is empty if the line tells no difference, or is another one. unread is that
+// of itemized.
+func parseItem(line string) (d Difference, unread bool) {
 	m := itemLine.FindStringSubmatch(line)
 	if m == nil {
-		return "", ""
+		return Difference{}, false
 	}
 	flags := m[1]
-	path = itemEscape.ReplaceAllStringFunc(m[2], func(s string) string {
+	d.Path = itemEscape.ReplaceAllStringFunc(m[2], func(s string) string {
 		b, err := strconv.ParseUint(s[2:], 8, 8)
 		if err != nil {
 			return s
@@ -368,17 +408,18 @@ func parseItem(line string) (what, path string) {
 	})
 	switch {
 	case flags == "*deleting":
-		return "extra", path
+		d.What = "extra"
 	case strings.Trim(flags[2:], "+") == "":
-		return "missing", path
+		d.What = "missing"
 	case flags[1] == 'L' && flags[2] == 'c':
-		return "link", path
-	case flags[0] == '>' || strings.ContainsAny(flags[2:4], "cs"):
-		return "content", path // without --checksum, a file of the same size shows its time alone
+		d.What = "link"
+	case strings.ContainsAny(flags[2:4], "cs"):
+		d.What = "content"
 	case flags[5] == 'p':
-		return "mode", path
+		d.What = "mode"
 	case flags[6] == 'o' || flags[7] == 'g':
-		return "owner", path
+		d.What = "owner"
 	}
-	return "", path
+	// Without --checksum, a file of the same size that a command has written, or only touched, shows its time alone.
+	return d, flags[0] == '>' && (d.What == "" || d.What == "mode" || d.What == "owner")
 }

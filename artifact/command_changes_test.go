@@ -1,0 +1,147 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/artifact/archive"
+	"kedge/artifact/object"
+	"kedge/artifact/treetest"
+	"kedge/deployments"
+)
+
+// withCommands is a live release whose commands have run.
+type withCommands struct {
+	Switcher
+	t    *testing.T
+	rel  *Release
+	dest string
+	// afterTool, if set, is called after each run of rsync that changes dest.
+	afterTool func()
+}
+
+// deployWithCommands makes a release of tree live; commands does what the release's commands do.
+func deployWithCommands(
+	t *testing.T,
+	strategy deployments.Strategy,
+	tree treetest.Tree,
+	commands func(in func(p string) string) error,
+) *withCommands {
+	t.Helper()
+	if _, err := exec.LookPath("rsync"); err != nil && strategy == deployments.StrategyRsync && testing.Short() {
+		t.Skip("takes rsync: left out with -short")
+	}
+	home, dir := t.TempDir(), t.TempDir()
+	tree.Write(t, dir)
+	objects := object.New(object.Config{})
+	out, err := Publish(t.Context(), objects,
+		PublishOptions{Dir: dir, To: "file://" + t.TempDir(), Manifest: template("1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, raw, err := fetchManifest(t.Context(), objects, out.Pointer, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Dest, m.Strategy = filepath.Join(home, "app"), strategy
+	w := &withCommands{t: t, rel: &Release{Pointer: out.Pointer, Manifest: m, Raw: raw}, dest: m.Dest}
+	w.Switcher = NewSwitcher(m, SwitcherConfig{Objects: objects, Trees: filepath.Join(home, "trees"),
+		Changes: filepath.Join(home, "changes"), Tool: w.tool})
+	for _, step := range []func() error{
+		func() error { return w.Stage(t.Context(), w.rel, StageOptions{}) },
+		func() error { return w.RecordBefore(t.Context(), w.rel) },
+		func() error { return w.Switch(t.Context(), w.rel) },
+		func() error { return commands(w.in) },
+		func() error { return w.RecordAfter(t.Context(), w.rel) },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return w
+}
+
+func (w *withCommands) tool(ctx context.Context, all io.Writer, name string, args ...string) ([]byte, error) {
+	out, err := runTool(ctx, all, name, args...)
+	if w.afterTool != nil && !slices.Contains(args, "--dry-run") {
+		w.afterTool()
+	}
+	return out, err
+}
+
+func (w *withCommands) in(p string) string { return filepath.Join(w.dest, p) }
+
+func (w *withCommands) wantDrift(want ...Difference) {
+	w.t.Helper()
+	found, err := w.Verify(w.t.Context(), w.rel, 0)
+	slices.SortFunc(found, func(a, b Difference) int { return archive.ComparePaths(a.Path, b.Path) })
+	if err != nil || !slices.Equal(found, want) {
+		w.t.Errorf("drift: %v, %v; want %v", found, err, want)
+	}
+}
+
+func (w *withCommands) wantHealed(left ...Difference) {
+	w.t.Helper()
+	if found, err := w.Heal(w.t.Context(), w.rel); err != nil || !slices.Equal(found, left) {
+		w.t.Errorf("healing left %v, %v; want %v", found, err, left)
+	}
+	w.wantDrift(left...)
+}
+
+// wantFile fails the test unless a file has the mode and content.
+func (w *withCommands) wantFile(p string, mode fs.FileMode, content string) {
+	w.t.Helper()
+	info, err := os.Stat(w.in(p))
+	if err != nil {
+		w.t.Error(err)
+		return
+	}
+	if data, err := os.ReadFile(w.in(p)); err != nil || string(data) != content || info.Mode() != mode {
+		w.t.Errorf("%s has %s, %q, %v; want %s, %q", p, info.Mode(), data, err, mode, content)
+	}
+}
+
+// A file that a command only touched, or wrote as it was, belongs to the archive.
+func TestTouchedFilesAreTheArchives(t *testing.T) {
+	t.Parallel()
+	file := treetest.File{Mode: 0o644, Data: "content"}
+	w := deployWithCommands(t, deployments.StrategyRsync,
+		treetest.Tree{"touched": file, "rewritten": file, "private": file, "changed": file},
+		func(in func(p string) string) error {
+			return errors.Join(os.Chtimes(in("touched"), time.Time{}, time.Now()),
+				os.WriteFile(in("rewritten"), []byte("content"), 0o644),
+				os.WriteFile(in("private"), []byte("content"), 0o644), os.Chmod(in("private"), 0o600),
+				os.WriteFile(in("changed"), []byte("CONTENT"), 0o644))
+		})
+	var recorded []string
+	for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeFiles(w.rel).made) {
+		recorded = append(recorded, m.Path+" "+m.What)
+	}
+	if got := strings.Join(recorded, ", "); got != "changed content, private mode" {
+		t.Errorf("recorded as the commands': %s", got)
+	}
+	w.wantDrift()
+	want := []Difference{{"rewritten", "mode"}, {"touched", "content"}}
+	tamper := func() error { return os.Chmod(w.in("rewritten"), 0o777) }
+	if os.Getuid() == 0 {
+		want[0].What, tamper = "owner", func() error { return os.Chown(w.in("rewritten"), 1, 1) }
+	}
+	if err := errors.Join(tamper(), os.WriteFile(w.in("touched"), []byte("tampered"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	w.wantDrift(want...)
+	w.wantHealed()
+	w.wantFile("rewritten", 0o644, "content")
+	w.wantFile("touched", 0o644, "content")
+	w.wantFile("private", 0o600, "content")
+	w.wantFile("changed", 0o644, "CONTENT")
+}
