@@ -27,6 +27,9 @@ import (
 const (
 	// maxChanges bounds how many paths made by a release's commands are recorded.
 	maxChanges = 65_536
+	// maxExtra bounds how many paths that are no release's are listed under strategy rsync. It isn't less than maxChanges,
+	// since all that commands made are extra at first.
+	maxExtra = maxChanges
 	// maxChangeContent bounds, in bytes, a file that commands made and whose content is recorded for healing.
 	// maxChangesContent bounds the content of all these files of a release together.
 	maxChangeContent  = 64 << 10
@@ -351,13 +354,12 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 	if len(made) == 0 {
 		return differences
 	}
-	changed, attributes, whole := pathSet{}, pathSet{}, pathSet{}
+	changed, attributes, whole := pathSet{}, pathSet{}, wholePaths(made)
 	var found []Difference
 	for i := range made {
 		m := &made[i]
 		switch {
 		case m.whole():
-			whole.add(m.Path)
 		case m.Sum != nil || m.What == "link":
 			changed.add(m.Path)
 		default:
@@ -375,6 +377,17 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 	}
 	slices.SortStableFunc(found, func(a, b Difference) int { return archive.ComparePaths(a.Path, b.Path) })
 	return found
+}
+
+// wholePaths returns the paths that the commands made, replaced or removed with everything below them.
+func wholePaths(made []commandChange) pathSet {
+	whole := pathSet{}
+	for i := range made {
+		if made[i].whole() {
+			whole.add(made[i].Path)
+		}
+	}
+	return whole
 }
 
 // pathSet is a set of paths.
@@ -396,10 +409,8 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid returns withoutChanges of the differences of the tree at dir. If no changes by commands are recorded, it
-// returns all differences.
-func (f changeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
-	made := readChanges(f.made)
+// overlaid returns withoutChanges of the differences of the tree at dir.
+func overlaid(dir string, made []commandChange, differences []Difference) ([]Difference, error) {
 	if len(made) == 0 {
 		return differences, nil
 	}

@@ -3,6 +3,7 @@ package artifact
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -144,4 +145,65 @@ func TestTouchedFilesAreTheArchives(t *testing.T) {
 	w.wantFile("touched", 0o644, "content")
 	w.wantFile("private", 0o600, "content")
 	w.wantFile("changed", 0o644, "CONTENT")
+}
+
+// What rsync would remove is listed as far as that is bounded: a directory without what lies in it, and not more than
+// maxExtra paths.
+func TestExtraPathsAreBounded(t *testing.T) {
+	t.Parallel()
+	many := func(prefix string, n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, "*deleting   /%s%d\n", prefix, i)
+		}
+		return b.String()
+	}
+	for name, test := range map[string]struct {
+		output string
+		paths  int
+		last   string
+		more   int
+	}{
+		"a directory":          {many("new/sub/f", 3) + "*deleting   /new/sub/\n*deleting   /new/\n", 1, "new", 0},
+		"a similar name":       {many("new.d/f", 3) + "*deleting   /new/\n", 4, "new", 0},
+		"a file of the name":   {many("new/f", 3) + "*deleting   /new\n", 4, "new", 0},
+		"other lines between":  {many("new/f", 3) + ">fc.t...... /a\n*deleting   /new/\n", 1, "new", 0},
+		"as many as fit":       {many("f", maxExtra), maxExtra, fmt.Sprint("f", maxExtra-1), 0},
+		"more than fit":        {many("f", maxExtra+3), maxExtra, fmt.Sprint("f", maxExtra-1), 3},
+		"a large directory":    {many("new/f", maxExtra+3) + "*deleting   /new/\n", 1, "new", 0},
+		"many and a directory": {many("f", 3) + many("new/f", maxExtra) + "*deleting   /new/\n", 4, "new", 0},
+		"one that is skipped":  {many("theirs/f", 3) + many("f", 1) + "*deleting   /theirs/\n", 1, "f0", 0},
+	} {
+		items := itemized{skip: pathSet{"theirs": true}}
+		if _, err := io.WriteString(&items, test.output); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(items.extra); n != test.paths || items.extra[n-1].Path != test.last || items.more != test.more {
+			t.Errorf("%s: %d paths, %d more; want %d, of which %q is the last, and %d more", name, n, items.more, test.paths,
+				test.last, test.more)
+		}
+	}
+}
+
+// What lies below a directory that is extra is no difference of its own, whatever rsync prints in between.
+func TestExtraDirectoryIsOneDifference(t *testing.T) {
+	t.Parallel()
+	w := deployWithCommands(t, deployments.StrategyRsync,
+		treetest.Tree{"a": {Mode: 0o644, Data: "1"}, "dir": {Mode: fs.ModeDir | 0o755}, "dir/b": {Mode: 0o644, Data: "1"}},
+		func(in func(p string) string) error { return os.MkdirAll(in("dir/theirs/sub"), 0o755) })
+	for _, dir := range []string{"dir/new/sub", "dir/new.d", "dir/theirs/sub", "new"} {
+		if err := os.MkdirAll(w.in(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 100 {
+			treetest.WriteFile(t, filepath.Join(w.in(dir), fmt.Sprint(i)), "")
+		}
+	}
+	treetest.WriteFile(t, w.in("dir/b"), "2")
+	w.wantDrift(Difference{"dir/b", "content"}, Difference{"dir/new", "extra"}, Difference{"dir/new.d", "extra"},
+		Difference{"new", "extra"})
+	w.wantHealed()
+	if left := len(treetest.List(t, w.in("dir/theirs/sub"))); left != 100 {
+		t.Errorf("healing left %d of the files in a directory of the commands'", left)
+	}
 }

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
 	"kedge/deployments/durable"
 )
@@ -193,11 +194,12 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 		return nil, err
 	}
 	defer dest.Close()
-	items, err := s.itemize(ctx, r, dest, false)
-	if err != nil {
+	made := readChanges(s.changeFiles(r).made)
+	items := &itemized{skip: wholePaths(made)}
+	if err := s.itemize(ctx, r, dest, items, false); err != nil {
 		return nil, err
 	}
-	return s.changeFiles(r).overlaid(dest.Path(""), items.found)
+	return overlaid(dest.Path(""), made, items.all())
 }
 
 // open is dest for callers that haven't opened dest's parent directory, which must exist.
@@ -230,8 +232,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 		return err
 	}
 	defer dest.Close()
-	items, err := s.itemize(ctx, r, dest, true)
-	if err != nil {
+	items := &itemized{}
+	if err := s.itemize(ctx, r, dest, items, true); err != nil {
 		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
 	}
 	found, err := s.withUnread(ctx, r, dest, items)
@@ -242,29 +244,27 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 		return err
 	}
 	left, err := s.changeFiles(r).recordAfter(dest.Path(""), found)
-	if left > 0 && s.c.Log != nil {
+	if left += items.more; err == nil && left > 0 && s.c.Log != nil {
 		s.c.Log.Warn("the release's commands made more paths than kedge records: the others count as drift",
 			"dest", r.Manifest.Dest, "recorded", maxChanges, "left_out", left)
 	}
 	return err
 }
 
-// itemize returns what rsync would change in dest. With quick, rsync compares files by size and time, else by content.
-func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, quick bool) (*itemized, error) {
+// itemize adds to items what rsync would change in dest. With quick, rsync compares files by size and time, else by
+// content.
+func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, items *itemized, quick bool) error {
 	args, err := s.args(r, dest)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if quick {
 		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
 		args = append(args, "--modify-window=-1") // nanoseconds: commands may run in the second of the unpacking
 	}
 	args = append(args, "--dry-run", "--out-format=%i/%n", s.tree(r)+"/", dest.PathForTool("")+"/")
-	items := &itemized{}
-	if _, err := s.c.Tool(ctx, items, "rsync", args...); err != nil {
-		return nil, err
-	}
-	return items, nil
+	_, err = s.c.Tool(ctx, items, "rsync", args...)
+	return err
 }
 
 // withUnread returns the differences in items, with those of unread files as far as these differ from r's tree.
@@ -280,7 +280,7 @@ func (s rsyncSwitcher) withUnread(ctx context.Context, r *Release, dest *safefs.
 		return nil, err
 	}
 	defer live.Close()
-	found := items.found
+	found := items.all()
 	for _, d := range items.unread {
 		same, err := sameContent(ctx, tree, live, d.Path)
 		if err != nil {
@@ -359,11 +359,18 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 
 // itemized parses rsync's output with --out-format=%i/%n as it is written, since that output has no bound.
 type itemized struct {
-	line  []byte // not ended yet
+	// skip are paths that are left out, with what lies below them.
+	skip pathSet
+	line []byte // not ended yet
+	// found are differences at paths of the archive.
 	found []Difference
 	// unread are files that only their time tells from the archive's, as rsync hasn't read them. What is how their mode
 	// or owner differs; empty: not at all.
 	unread []Difference
+	// extra are the first maxExtra paths that aren't in the archive, of which an application can make any number; more
+	// counts the others. Nothing in extra lies below another path in it.
+	extra []Difference
+	more  int
 }
 
 func (i *itemized) Write(p []byte) (int, error) {
@@ -373,33 +380,69 @@ func (i *itemized) Write(p []byte) (int, error) {
 		if !ended {
 			return len(p), nil
 		}
-		d, unread := parseItem(string(i.line))
-		switch {
-		case unread:
-			i.unread = append(i.unread, d)
-		case d.What != "":
-			i.found = append(i.found, d)
-		}
+		i.add(parseItem(string(i.line)))
 		i.line, rest = i.line[:0], more
 	}
 }
 
+func (i *itemized) add(it item) {
+	switch {
+	case i.skip.covers(it.Path):
+	case it.unread:
+		i.unread = append(i.unread, it.Difference)
+	case it.What == "extra":
+		i.addExtra(it)
+	case it.What != "":
+		i.found = append(i.found, it.Difference)
+	}
+}
+
+// addExtra adds to extra. rsync prints what it would delete in a directory right before the directory itself.
+func (i *itemized) addExtra(it item) {
+	below := len(i.extra)
+	for it.dir && below > 0 && strings.HasPrefix(i.extra[below-1].Path, it.Path+"/") {
+		below--
+	}
+	if below < len(i.extra) { // what was left out came after these, and thus lies in the directory, too
+		i.extra, i.more = i.extra[:below], 0
+	}
+	if len(i.extra) >= maxExtra {
+		i.more++
+		return
+	}
+	i.extra = append(i.extra, it.Difference)
+}
+
+// all returns found and extra, sorted by path.
+func (i *itemized) all() []Difference {
+	all := slices.Concat(i.found, i.extra)
+	slices.SortStableFunc(all, func(a, b Difference) int { return archive.ComparePaths(a.Path, b.Path) })
+	return all
+}
+
+// item is what a line of rsync's output says.
+type item struct {
+	Difference // What is empty if the line tells no difference
+	dir        bool
+	unread     bool // see itemized
+}
+
 var (
 	// itemLine matches YXcstpoguax/PATH and *deleting/PATH. A directory's PATH ends in a slash.
-	itemLine = regexp.MustCompile(`^(\*deleting|[<>ch.][fdLDS][-.+?a-zA-Z ]{9,}) */(.*?)/?$`)
+	itemLine = regexp.MustCompile(`^(\*deleting|[<>ch.][fdLDS][-.+?a-zA-Z ]{9,}) */(.*?)(/?)$`)
 	// itemEscape matches what stands for a byte that doesn't print in the C locale.
 	itemEscape = regexp.MustCompile(`\\#[0-7]{3}`)
 )
 
-// parseItem parses a line of itemized. What is empty if the line tells no difference, or is another one. unread is that
-// of itemized.
-func parseItem(line string) (d Difference, unread bool) {
+// parseItem parses a line of itemized. It returns an empty item for any other line.
+func parseItem(line string) (it item) {
 	m := itemLine.FindStringSubmatch(line)
 	if m == nil {
-		return Difference{}, false
+		return item{}
 	}
 	flags := m[1]
-	d.Path = itemEscape.ReplaceAllStringFunc(m[2], func(s string) string {
+	it.dir = m[3] != ""
+	it.Path = itemEscape.ReplaceAllStringFunc(m[2], func(s string) string {
 		b, err := strconv.ParseUint(s[2:], 8, 8)
 		if err != nil {
 			return s
@@ -408,18 +451,19 @@ func parseItem(line string) (d Difference, unread bool) {
 	})
 	switch {
 	case flags == "*deleting":
-		d.What = "extra"
+		it.What = "extra"
 	case strings.Trim(flags[2:], "+") == "":
-		d.What = "missing"
+		it.What = "missing"
 	case flags[1] == 'L' && flags[2] == 'c':
-		d.What = "link"
+		it.What = "link"
 	case strings.ContainsAny(flags[2:4], "cs"):
-		d.What = "content"
+		it.What = "content"
 	case flags[5] == 'p':
-		d.What = "mode"
+		it.What = "mode"
 	case flags[6] == 'o' || flags[7] == 'g':
-		d.What = "owner"
+		it.What = "owner"
 	}
 	// Without --checksum, a file of the same size that a command has written, or only touched, shows its time alone.
-	return d, flags[0] == '>' && (d.What == "" || d.What == "mode" || d.What == "owner")
+	it.unread = flags[0] == '>' && (it.What == "" || it.What == "mode" || it.What == "owner")
+	return it
 }

@@ -47,7 +47,8 @@ type Switcher interface {
 	RecordBefore(ctx context.Context, rel *Release) error
 	RecordAfter(ctx context.Context, rel *Release) error
 	// Verify returns how the live tree differs from rel: nothing with mv, and with rsync if rel's unpacked tree is gone.
-	// limit bounds the bytes read in a second (0: unbounded); rsync ignores it.
+	// With rsync, it returns at most maxExtra of the paths that rel doesn't have. limit bounds the bytes read in a second
+	// (0: unbounded); rsync ignores it.
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the live tree equal to rel; with mv it only puts back a missing one. left are the remaining differences:
 	// those that only rel's commands can make again.

@@ -85,7 +85,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	found = append(found, owners...)
 	if !how.raw {
-		if found, err = r.changeFiles(name).overlaid(dir, found); err != nil {
+		if found, err = overlaid(dir, readChanges(r.changeFiles(name).made), found); err != nil {
 			return nil, err
 		}
 	}
