@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/safefs"
+	"kedge/deployments"
 )
 
 // restorer restores what a release's commands made, in a newly unpacked tree or the live one. What the live tree has as
@@ -186,17 +187,30 @@ func (r *restorer) attributes(m *commandChange) error {
 	return r.tree.Chmod(m.Path, m.Mode)
 }
 
+// link makes a link aside and renames it to its place, where something may be read through the one that is wrong.
 func (r *restorer) link(m *commandChange) error {
-	if now := changeAt(r.tree, m.Path); now.Type == typeLink && now.Target == m.Target {
+	now := changeAt(r.tree, m.Path)
+	if now.Type == typeLink && now.Target == m.Target {
 		return nil
 	}
-	if err := r.clear(m.Path); err != nil {
+	aside := path.Join(path.Dir(m.Path), ".kedge-"+deployments.DigestOf([]byte(m.Path)).Short())
+	if err := r.clear(aside); err != nil {
 		return err
 	}
-	if err := r.tree.Symlink(m.Target, m.Path); err != nil {
+	if err := r.tree.Symlink(m.Target, aside); err != nil {
 		return err
 	}
-	return r.chown(m.Path, m.UID, m.GID)
+	err := r.chown(aside, m.UID, m.GID)
+	if err == nil && now.Type == typeDir { // a link can't be renamed over it
+		err = r.remove(m.Path)
+	}
+	if err == nil {
+		err = r.tree.Rename(aside, m.Path)
+	}
+	if err != nil {
+		return errors.Join(err, r.remove(aside))
+	}
+	return nil
 }
 
 // chown sets the owner of a path. It does nothing if the owner is right already, so that only a real change needs

@@ -1,7 +1,7 @@
 package artifact
 
 import (
-	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/artifact/archive"
 	"kedge/artifact/object"
@@ -26,8 +28,6 @@ type withCommands struct {
 	t    *testing.T
 	rel  *Release
 	dest string
-	// afterTool, if set, is called after each run of rsync that changes dest.
-	afterTool func()
 }
 
 // deployWithCommands makes a release of tree live; commands does what the release's commands do.
@@ -56,7 +56,7 @@ func deployWithCommands(
 	m.Dest, m.Strategy = filepath.Join(home, "app"), strategy
 	w := &withCommands{t: t, rel: &Release{Pointer: out.Pointer, Manifest: m, Raw: raw}, dest: m.Dest}
 	w.Switcher = NewSwitcher(m, SwitcherConfig{Objects: objects, Trees: filepath.Join(home, "trees"),
-		Changes: filepath.Join(home, "changes"), Tool: w.tool})
+		Changes: filepath.Join(home, "changes"), Tool: runTool})
 	for _, step := range []func() error{
 		func() error { return w.Stage(t.Context(), w.rel, StageOptions{}) },
 		func() error { return w.RecordBefore(t.Context(), w.rel) },
@@ -69,14 +69,6 @@ func deployWithCommands(
 		}
 	}
 	return w
-}
-
-func (w *withCommands) tool(ctx context.Context, all io.Writer, name string, args ...string) ([]byte, error) {
-	out, err := runTool(ctx, all, name, args...)
-	if w.afterTool != nil && !slices.Contains(args, "--dry-run") {
-		w.afterTool()
-	}
-	return out, err
 }
 
 func (w *withCommands) in(p string) string { return filepath.Join(w.dest, p) }
@@ -205,5 +197,70 @@ func TestExtraDirectoryIsOneDifference(t *testing.T) {
 	w.wantHealed()
 	if left := len(treetest.List(t, w.in("dir/theirs/sub"))); left != 100 {
 		t.Errorf("healing left %d of the files in a directory of the commands'", left)
+	}
+}
+
+// A link that commands have turned leads where they turned it all the time, whatever else is healed, and is put right
+// in one step.
+func TestTurnedLinksStayWhileHealed(t *testing.T) {
+	t.Parallel()
+	w := deployWithCommands(t, deployments.StrategyRsync,
+		treetest.Tree{"a": {Mode: 0o644, Data: "1"}, "b": {Mode: 0o644, Data: "1"},
+			"conf": {Mode: fs.ModeSymlink, Target: "a"}, "was-file": {Mode: 0o644}},
+		func(in func(p string) string) error {
+			return errors.Join(os.Remove(in("conf")), os.Symlink("b", in("conf")), os.Remove(in("was-file")),
+				os.Symlink("b", in("was-file")), os.Symlink("b", in("made")))
+		})
+	events, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(events)
+	const changes = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_TO | unix.IN_MOVED_FROM
+	if _, err := unix.InotifyAddWatch(events, w.dest, changes); err != nil {
+		t.Fatal(err)
+	}
+	// seen returns what has happened to a name since it was called last, but for hidden ones.
+	seen := func() (what string) {
+		buffer := make([]byte, 64<<10)
+		n, err := unix.Read(events, buffer)
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			t.Fatal(err)
+		}
+		for at := 0; at < n; {
+			size := int(binary.NativeEndian.Uint32(buffer[at+12:]))
+			name := strings.TrimRight(string(buffer[at+unix.SizeofInotifyEvent:at+unix.SizeofInotifyEvent+size]), "\x00")
+			if !strings.HasPrefix(name, ".") {
+				what += fmt.Sprintf("%s %#x, ", name, binary.NativeEndian.Uint32(buffer[at+4:]))
+			}
+			at += unix.SizeofInotifyEvent + size
+		}
+		return strings.TrimSuffix(what, ", ")
+	}
+	treetest.WriteFile(t, w.in("a"), "tampered")
+	w.wantHealed()
+	if got := seen(); got != "a 0x80" { // IN_MOVED_TO
+		t.Errorf("healing a file did this: %s", got)
+	}
+	for _, link := range []string{"conf", "made", "was-file"} {
+		treetest.Relink(t, w.in(link), "elsewhere")
+	}
+	seen()
+	w.wantHealed()
+	if got := seen(); got != "conf 0x80, made 0x80, was-file 0x80" {
+		t.Errorf("healing links did this: %s", got)
+	}
+	for _, link := range []string{"conf", "made", "was-file"} {
+		if target, err := os.Readlink(w.in(link)); err != nil || target != "b" {
+			t.Errorf("%s leads to %q, %v", link, target, err)
+		}
+	}
+	// A directory in its place goes.
+	if err := errors.Join(os.Remove(w.in("conf")), os.MkdirAll(w.in("conf/dir"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	w.wantHealed()
+	if left := treetest.List(t, w.dest); !slices.Equal(left, []string{"a", "b", "conf", "made", "was-file"}) {
+		t.Errorf("left: %q", left)
 	}
 }

@@ -338,7 +338,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 }
 
 // excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's path. It leaves out
-// paths that rsync is to correct: ones that are restored afterwards (modes, owners, links), and contents that are lost.
+// paths that rsync is to correct: ones whose mode or owner is restored afterwards, and contents that are lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
@@ -348,7 +348,7 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 	var patterns strings.Builder
 	for i := range made {
 		m := &made[i]
-		if !m.whole() && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
+		if !m.whole() && m.Type != typeLink && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
 			continue // rsync corrects it first
 		}
 		patterns.WriteString(rsyncPattern(m.Path, "") + "\n")
