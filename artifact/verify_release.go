@@ -85,7 +85,8 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	found = append(found, owners...)
 	if !how.raw {
-		if found, err = overlaid(dir, readChanges(r.changeFiles(name).made), found); err != nil {
+		made := readChanges(r.changeFiles(name).made)
+		if found, err = overlaid(dir, made, found, rel.Manifest.Owner != ""); err != nil {
 			return nil, err
 		}
 	}
