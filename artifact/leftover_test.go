@@ -28,7 +28,10 @@ func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	if err := os.MkdirAll(private, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"." + nameOf("3", pointers[2].Digest) + recordSuffix + "123", "." + nameOf("3", pointers[2].Digest) + indexSuffix + "4"} {
+	third := nameOf("3", pointers[2].Digest)
+	for _, name := range []string{
+		"." + third + recordSuffix + "123", "." + third + indexSuffix + "4", third + indexSuffix,
+	} {
 		if err := os.WriteFile(filepath.Join(private, name), []byte("{"), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -95,9 +95,14 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		staging, _, _ = strings.Cut(staging, deltaSuffix)
 		staging, _, _ = strings.Cut(staging, archiveSuffix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
+		indexed, isIndex := strings.CutSuffix(name, indexSuffix)
 		switch {
+		case isIndex && !strings.HasPrefix(name, unfinishedPrefix) && !protected(indexed[max(0, len(indexed)-12):]) &&
+			!safefs.Exists(filepath.Join(r.private(), indexed+recordSuffix)):
+			// it was killed before it wrote the record, or after it removed that
+			left = errors.Join(left, safefs.RemoveTree(filepath.Join(r.private(), name)))
 		case strings.HasSuffix(name, recordSuffix),
-			strings.HasSuffix(name, indexSuffix),
+			isIndex,
 			strings.HasSuffix(name, changesSuffix), strings.HasSuffix(name, beforeSuffix),
 			// a version may begin with one of the prefixes below
 			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix):

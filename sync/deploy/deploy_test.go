@@ -402,7 +402,7 @@ func TestBounds(t *testing.T) {
 		{elsewhere, policy.Bounds{Sources: []string{objects}}, "file:///elsewhere/app.tar is not from"},
 		{p, policy.Bounds{Dests: []string{w.path("sr"), w.path("srv", "app", "x")}}, "is outside of"},
 		{p, policy.Bounds{NoCommands: true}, "none are allowed"},
-		{p, policy.Bounds{Users: []string{"daemon"}}, "user nobody is not among daemon"},
+		{p, policy.Bounds{Users: []string{"daemon"}}, "user nobody is not among those allowed: daemon"},
 		{p, policy.Bounds{Users: []string{"nobody"}}, "agent's own user"},
 		{health, policy.Bounds{NoCommands: true}, "none are allowed"},
 		{health, policy.Bounds{Sources: []string{objects + "/"}, Dests: []string{w.path("srv")}}, ""},
