@@ -147,7 +147,7 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	}
 	defer root.Close()
 	known := readChanges(f.made)
-	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences, false), false))
+	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
 // recordAfter records what commands made in the tree at dir: the differences but for unchanged ones of recordBefore. If
@@ -318,28 +318,10 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// attributeDifference returns "mode" or "owner" if m's path, as it is now, has another one than the commands left;
-// empty: neither. owners is that of difference.
-func (m *commandChange) attributeDifference(now *commandChange, owners bool) string {
-	switch {
-	case now.Mode != m.Mode && !m.inherited(now.Mode):
-		return "mode"
-	case m.comparesOwner(owners) && (now.UID != m.UID || now.GID != m.GID):
-		return "owner"
-	}
-	return ""
-}
-
-// comparesOwner reports whether the owner of m's path is to be as the commands left it: if they only changed that, and
-// with owners also if they made a file's content.
-func (m *commandChange) comparesOwner(owners bool) bool {
-	return m.What == "owner" || owners && m.Type == typeFile && (m.whole() || m.Sum != nil)
-}
-
 // difference returns the first difference between m's path and how the commands left it, in a word of Difference.What;
-// empty: none. It compares content if its digest was recorded. Without owners, as for releases that name no owner, the
-// owner is compared only if nothing else was changed. A path that comesAndGoes may be missing, or have changed.
-func (m *commandChange) difference(root *os.Root, owners bool) string {
+// empty: none. It compares content if its digest was recorded, and the owner if only that was changed. A path that
+// comesAndGoes may be missing, or have changed.
+func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {
 	case m.Type == "" && now.Type == "":
@@ -354,19 +336,21 @@ func (m *commandChange) difference(root *os.Root, owners bool) string {
 		return "type"
 	case now.Target != m.Target:
 		return "link"
-	}
-	if what := m.attributeDifference(&now, owners); what != "" || m.Sum == nil {
-		return what
-	}
-	if sum, err := sumOf(root, m.Path); err != nil || sum != *m.Sum {
-		return "content"
+	case now.Mode != m.Mode && !m.inherited(now.Mode):
+		return "mode"
+	case m.What == "owner" && (now.UID != m.UID || now.GID != m.GID):
+		return "owner"
+	case m.Sum != nil:
+		if sum, err := sumOf(root, m.Path); err != nil || sum != *m.Sum {
+			return "content"
+		}
 	}
 	return ""
 }
 
 // withoutChanges returns the differences of a tree that its release's commands didn't cause, by the record in made. It
-// adds how the paths in made have changed since the commands left them. owners is that of commandChange.difference.
-func withoutChanges(root *os.Root, made []commandChange, differences []Difference, owners bool) []Difference {
+// adds how the paths in made have changed since the commands left them.
+func withoutChanges(root *os.Root, made []commandChange, differences []Difference) []Difference {
 	if len(made) == 0 {
 		return differences
 	}
@@ -381,7 +365,7 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 		default:
 			attributes.add(m.Path)
 		}
-		if what := m.difference(root, owners); what != "" {
+		if what := m.difference(root); what != "" {
 			found = append(found, Difference{m.Path, what})
 		}
 	}
@@ -425,8 +409,8 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid returns withoutChanges of the differences of the tree at dir. owners is that of commandChange.difference.
-func overlaid(dir string, made []commandChange, differences []Difference, owners bool) ([]Difference, error) {
+// overlaid returns withoutChanges of the differences of the tree at dir.
+func overlaid(dir string, made []commandChange, differences []Difference) ([]Difference, error) {
 	if len(made) == 0 {
 		return differences, nil
 	}
@@ -435,5 +419,5 @@ func overlaid(dir string, made []commandChange, differences []Difference, owners
 		return nil, fmt.Errorf("comparing what the release's commands made: %w", err)
 	}
 	defer root.Close()
-	return withoutChanges(root, made, differences, owners), nil
+	return withoutChanges(root, made, differences), nil
 }

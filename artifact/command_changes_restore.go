@@ -1,9 +1,9 @@
 package artifact
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -23,13 +23,11 @@ type restorer struct {
 	late bool
 	// inPlace is set if both trees are the same: a path that is as the commands left it stays.
 	inPlace bool
-	// owners is that of commandChange.difference.
-	owners bool
 }
 
 // openRestorer opens both trees. The live one may be missing.
-func openRestorer(dir, live string, owners bool) (r *restorer, err error) {
-	r = &restorer{owners: owners}
+func openRestorer(dir, live string) (r *restorer, err error) {
+	r = &restorer{}
 	if r.tree, err = os.OpenRoot(dir); err != nil {
 		return nil, err
 	}
@@ -49,9 +47,8 @@ func (r *restorer) close() {
 }
 
 // restoreChanges restores in dir what commands made, as they left it, as far as it can. It ends at the first error.
-// owners is that of commandChange.difference.
-func restoreChanges(dir, live string, made []commandChange, owners bool) error {
-	r, err := openRestorer(dir, live, owners)
+func restoreChanges(dir, live string, made []commandChange) error {
+	r, err := openRestorer(dir, live)
 	if err != nil {
 		return err
 	}
@@ -67,7 +64,7 @@ func restoreChanges(dir, live string, made []commandChange, owners bool) error {
 // restoreLate is called when the new tree at dir has become live, and the tree that it replaced lies at old. It carries
 // over paths that were added meanwhile to directories of the old tree that the commands made.
 func restoreLate(dir, old string, made []commandChange) error {
-	r, err := openRestorer(dir, old, false)
+	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
 		return err
 	}
@@ -83,8 +80,8 @@ func restoreLate(dir, old string, made []commandChange) error {
 	return nil
 }
 
-// canRestore reports whether m's path can be restored after something else has removed it or changed its content. A
-// file whose content the commands made needs a record of that content. A directory that they made can't be restored.
+// canRestore reports whether m's path can be restored after something else has changed or removed it. A file whose
+// content the commands made needs a record of that content. A directory that they made can't be restored.
 func (m *commandChange) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
@@ -95,8 +92,7 @@ func (m *commandChange) canRestore() bool {
 	return true
 }
 
-// unrestorable returns the paths of differences that can't be restored: commands made them, and canRestore is false. A
-// path that has only another mode or owner can.
+// unrestorable returns the paths of differences that can't be restored: commands made them, and canRestore is false.
 func unrestorable(made []commandChange, differences []Difference) pathSet {
 	gone := pathSet{}
 	for i := range made {
@@ -106,7 +102,7 @@ func unrestorable(made []commandChange, differences []Difference) pathSet {
 	}
 	found := pathSet{}
 	for _, d := range differences {
-		if gone[d.Path] && d.What != "mode" && d.What != "owner" {
+		if gone[d.Path] {
 			found.add(d.Path)
 		}
 	}
@@ -130,10 +126,15 @@ func (r *restorer) restore(m *commandChange) error {
 		return r.link(m)
 	}
 	if r.live != nil && r.asLeft(m) {
-		return r.keep(m)
+		if !r.inPlace {
+			if err := r.carry(m.Path); err != nil {
+				return err
+			}
+		}
+		return r.mode(m)
 	}
 	if m.Type != typeFile || !m.Kept {
-		return r.attributes(m) // its content is lost: verify reports that
+		return nil // lost: verify reports it
 	}
 	if err := r.clear(m.Path); err != nil {
 		return err
@@ -155,32 +156,6 @@ func (r *restorer) asLeft(m *commandChange) bool {
 	}
 	sum, err := sumOf(r.live, m.Path)
 	return err == nil && sum == *m.Sum
-}
-
-// keep takes over a path whose type and content are as the commands left them, and restores its mode and, if that is
-// compared, its owner.
-func (r *restorer) keep(m *commandChange) error {
-	now := changeAt(r.live, m.Path)
-	same := m.comesAndGoes() || m.attributeDifference(&now, r.owners) == ""
-	var err error
-	switch {
-	case r.inPlace:
-	case same || m.Type != typeFile:
-		err = r.carry(m.Path)
-	default: // a hard link would change the old tree's file, too, with which processes may still work
-		err = r.copy(m.Path)
-		if errors.Is(err, fs.ErrPermission) { // its mode lets nobody but root read it
-			err = r.carry(m.Path)
-		}
-	}
-	if err != nil || same {
-		return err
-	}
-	want := *m
-	if !m.comparesOwner(r.owners) {
-		want.UID, want.GID = now.UID, now.GID
-	}
-	return r.attributes(&want)
 }
 
 // clear removes what lies at a path, and makes the directories above it.
@@ -215,13 +190,34 @@ func (r *restorer) attributes(m *commandChange) error {
 	return r.tree.Chmod(m.Path, m.Mode)
 }
 
+// mode sets the mode of a file whose content is as the commands left it, by the record. If it may not, as of another
+// user's file, Verify goes on reporting the mode. A file with another content, or whose content isn't recorded, is left
+// alone: its application may have replaced it, with a mode of its own.
+func (r *restorer) mode(m *commandChange) error {
+	now := changeAt(r.tree, m.Path)
+	if m.comesAndGoes() || now.Type != typeFile || now.Mode == m.Mode {
+		return nil
+	}
+	if m.Sum == nil { // asLeft has compared nothing
+		info, err := r.tree.Lstat(m.Path)
+		if err != nil || !m.Kept || info.Size() != int64(len(m.Content)) {
+			return nil
+		}
+		if data, err := r.tree.ReadFile(m.Path); err != nil || !bytes.Equal(data, m.Content) {
+			return nil
+		}
+	}
+	err := r.tree.Chmod(m.Path, m.Mode)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil
+	}
+	return err
+}
+
 // link makes a link aside and renames it to its place, where something may be read through the one that is wrong.
 func (r *restorer) link(m *commandChange) error {
 	now := changeAt(r.tree, m.Path)
 	if now.Type == typeLink && now.Target == m.Target {
-		if m.What == "owner" {
-			return r.chown(m.Path, m.UID, m.GID)
-		}
 		return nil
 	}
 	aside := path.Join(path.Dir(m.Path), ".kedge-"+deployments.DigestOf([]byte(m.Path)).Short())
@@ -317,34 +313,6 @@ func (r *restorer) share(p string) error {
 		return nil
 	}
 	return safefs.PathError("link", p, err)
-}
-
-// copy copies one file of the live tree, if it still exists, into the new one, without mode and owner.
-func (r *restorer) copy(p string) error {
-	from, err := openRegular(r.live, p)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it was removed meanwhile
-	}
-	if err != nil {
-		return err
-	}
-	defer from.Close()
-	info, err := from.Stat()
-	if err != nil {
-		return err
-	}
-	if err := r.clear(p); err != nil {
-		return err
-	}
-	to, err := r.tree.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(to, from)
-	if err := errors.Join(err, to.Close()); err != nil {
-		return err
-	}
-	return r.tree.Chtimes(p, info.ModTime(), info.ModTime())
 }
 
 // keepOwners gives each path of a new tree the owner of the same path in the live one, if both are of the same type.

@@ -275,7 +275,7 @@ func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest,
 	if !safefs.Exists(live) && len(made) == 0 {
 		return nil
 	}
-	if err := restoreChanges(staging, live, made, m.Owner != ""); err != nil {
+	if err := restoreChanges(staging, live, made); err != nil {
 		return err
 	}
 	if m.Owner == "" && safefs.Exists(live) {

@@ -199,7 +199,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if err := s.itemize(ctx, r, dest, items, false); err != nil {
 		return nil, err
 	}
-	return overlaid(dest.Path(""), made, items.all(), true)
+	return overlaid(dest.Path(""), made, items.all())
 }
 
 // open is dest for callers that haven't opened dest's parent directory, which must exist.
@@ -328,7 +328,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	if err := os.Remove(exclude); err != nil {
 		return nil, err
 	}
-	if err := restoreChanges(dest.Path(""), dest.Path(""), made, true); err != nil {
+	if err := restoreChanges(dest.Path(""), dest.Path(""), made); err != nil {
 		return nil, err
 	}
 	if err := durable.SyncFS(dest.Path("")); err != nil {
@@ -340,7 +340,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 // excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's path. It leaves out
 // paths that rsync is to correct: ones whose mode or owner is restored afterwards, and contents that are lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
-	live, err := openRestorer(dest.Path(""), dest.Path(""), true)
+	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
 		return "", err
 	}

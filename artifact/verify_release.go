@@ -85,8 +85,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	found = append(found, owners...)
 	if !how.raw {
-		made := readChanges(r.changeFiles(name).made)
-		if found, err = overlaid(dir, made, found, rel.Manifest.Owner != ""); err != nil {
+		if found, err = overlaid(dir, readChanges(r.changeFiles(name).made), found); err != nil {
 			return nil, err
 		}
 	}
