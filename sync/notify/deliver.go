@@ -38,7 +38,7 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 		return err
 	}
 	if err := checkURL(to); err != nil { // of a file; url was checked when the configuration was read
-		return fmt.Errorf("the URL in %s: %w", r.URLFile, err)
+		return fmt.Errorf("%w: the URL in %s: %w", errRefused, r.URLFile, err) // it holds up no other event
 	}
 	body, kind, err := r.encode(source, e)
 	if err != nil {

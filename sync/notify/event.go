@@ -154,7 +154,9 @@ func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 
 	if was.Generation != now.Generation || was.Standing != now.Standing {
 		p := r.Rollout
+		wasOrphaned := was.Standing == string(KindOrphaned) || was.Standing == orphanedMidway
 		switch {
+		case r.Orphaned && wasOrphaned && was.Generation == r.Generation: // told by an earlier version, in other words
 		case r.Orphaned:
 			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
 		case p == nil && was.Generation == r.Generation && was.Standing == string(KindOrphaned): // back in Git: as before

@@ -661,6 +661,10 @@ func TestBackInGit(t *testing.T) {
 			r.Paced = paced
 			_, was := eventsSince(notified{Generation: 1}, unitNow{id: app, record: r})
 			r.Orphaned = true
+			old := notified{Generation: r.Generation, Standing: string(KindOrphaned)} // the cursor of an earlier version
+			if again, _ := eventsSince(old, unitNow{id: app, record: r}); len(again) > 0 {
+				t.Errorf("%s: after an upgrade: %+v", c.name, again)
+			}
 			events, was := eventsSince(was, unitNow{id: app, record: r})
 			if len(events) != 1 || events[0].Kind != KindOrphaned {
 				t.Fatalf("%s: orphaned: %+v", c.name, events)
