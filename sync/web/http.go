@@ -30,8 +30,8 @@ const (
 	writeWithin = 30 * time.Second
 	// firstRead is how long a page waits for the first read of the store, or for a unit's history.
 	firstRead = 5 * time.Second
-	// rereadWithin is how long a page waits for a unit's history that it has already, but may be out of date.
-	rereadWithin = time.Second
+	// awayWithin is how long a page waits for a newer history of a unit while the store is known to be unavailable.
+	awayWithin = time.Second
 )
 
 //go:embed static
@@ -198,8 +198,8 @@ const maxHistories = 64
 
 // history returns a unit's history, from the cache unless that has expired, or the record's Generation or Retry has
 // changed. While the store is unavailable, an expired one serves on. If there is none, the result has err, as after any
-// other error of reading. A unit without a record has none.
-func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
+// other error of reading. A unit without a record has none. away is set if the store is known to be unavailable.
+func (w *Web) history(ctx context.Context, u *fleet.Unit, away bool) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}
 	}
@@ -214,16 +214,20 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *unitHistory {
 		if time.Now().Before(known.expires) {
 			return known
 		}
-		within = rereadWithin
+		if away {
+			within = awayWithin
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, within)
+	reading, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	all, err := fleet.History(ctx, w.c.Store, u.ID)
+	all, err := fleet.History(reading, w.c.Store, u.ID)
 	read := &unitHistory{generation: u.Record.Generation, retry: u.Record.Retry, expires: time.Now().Add(refresh)}
 	switch {
 	case err == nil:
 		read.entries = all[:min(len(all), deployments.HistoryKept)]
-	case known != nil && (errors.Is(err, kv.ErrUnavailable) || ctx.Err() != nil):
+	case known != nil && ctx.Err() != nil: // the browser is gone
+		return known
+	case known != nil && (errors.Is(err, kv.ErrUnavailable) || reading.Err() != nil):
 		read.entries = known.entries
 	default:
 		return &unitHistory{err: fleet.Clean(err.Error(), maxText)}

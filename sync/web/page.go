@@ -168,7 +168,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 			break
 		}
 		if len(segments) == 3 {
-			past := w.history(ctx, u.Unit)
+			past := w.history(ctx, u.Unit, s.storeError != "")
 			v := s.unitOf(u, pagePath(segments...), f, past, w.c.CommitURL)
 			r.unit(v)
 			r.expires = past.expires
