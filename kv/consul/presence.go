@@ -58,6 +58,7 @@ type presence struct {
 	heart           *heartbeat // shows that this process lives; nil: none
 	endHeart        context.CancelFunc
 	heartbeatDenied bool            // the token may not register the heartbeat, and that was logged
+	leaving         []string        // sessions that may still hold entries, as moveTo failed
 	beatless        string          // the session that addHeartbeat is to replace; empty: none
 	addBeat         *time.Timer     // calls addHeartbeat; nil: it was never needed
 	addPause        *wait.Backoff   // the time until then
@@ -167,12 +168,14 @@ func (p *presence) moveToNodeSession(ctx context.Context) error {
 // moveTo moves the entries to another session that depends on the node's health, as moveToNodeSession says.
 func (p *presence) moveTo(ctx context.Context, id string) error {
 	old := p.session
+	p.leaving = append(p.leaving, old)
 	p.opened(id, false, false)
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, kv.ErrConflict) {
 			return err
 		}
 	}
+	p.leaving = slices.DeleteFunc(p.leaving, func(session string) bool { return session == old })
 	p.store.destroySession(old)
 	return nil
 }
@@ -255,10 +258,9 @@ func (p *presence) open(ctx context.Context) error {
 		if p.sweep == nil {
 			p.endOtherSessions(ctx, p.node, p.mine, 1)
 			p.sweep = time.AfterFunc(p.store.endOthersAfter, func() {
-				p.putting.Lock()
-				node, mine := p.node, maps.Clone(p.mine)
-				p.putting.Unlock()
-				p.endOtherSessions(p.ctx, node, mine, 0)
+				p.putting.Lock() // so that no session is opened while it lists them
+				defer p.putting.Unlock()
+				p.endOtherSessions(p.ctx, p.node, p.mine, 0)
 			})
 		}
 		return nil
@@ -459,23 +461,30 @@ func (p *presence) Close(ctx context.Context) error {
 	if p.sweep != nil && p.sweep.Stop() {
 		p.endOtherSessions(ctx, p.node, p.mine, 0)
 	}
-	if p.session == "" {
-		return nil
+	sessions := p.leaving
+	if p.session != "" {
+		sessions = append(sessions, p.session)
 	}
-	s := p.store
 	var errs []error
-	for _, key := range slices.Sorted(maps.Keys(p.held)) {
-		// Only entries that it still holds are deleted: after a failure of the session, an entry may belong to a
-		// later process.
-		ops := api.TxnOps{
-			kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: s.prefix + key, Session: p.session}),
-			kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: s.prefix + key}),
+	for _, session := range sessions {
+		for _, key := range slices.Sorted(maps.Keys(p.held)) {
+			// Only entries that it still holds are deleted: after a failure of the session, an entry may belong to a
+			// later process.
+			if err := p.deleteHeld(ctx, key, session); err != nil && !errors.Is(err, kv.ErrConflict) {
+				errs = append(errs, err)
+			}
 		}
-		err := s.do(ctx, "delete "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
-		if err != nil && !errors.Is(err, kv.ErrConflict) {
-			errs = append(errs, err)
-		}
+		p.store.destroySession(session)
 	}
-	s.destroySession(p.session)
 	return errors.Join(errs...)
+}
+
+// deleteHeld deletes an entry that a session holds; ErrConflict: it doesn't.
+func (p *presence) deleteHeld(ctx context.Context, key, session string) error {
+	s := p.store
+	ops := api.TxnOps{
+		kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: s.prefix + key, Session: session}),
+		kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: s.prefix + key}),
+	}
+	return s.do(ctx, "delete "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
 }

@@ -235,6 +235,55 @@ func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	}
 }
 
+// A process that ends while its entries go over to a session with a heartbeat leaves none, and no session.
+func TestPresenceClosesBetweenSessions(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	const web = "status/prod/web/server-1"
+	f := newFront(t, c)
+	var asked, stopped atomic.Int64
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/agent/service/register"):
+			return asked.Add(1) == 1 && status(500)(w, r)
+		case strings.HasSuffix(r.URL.Path, "/txn"):
+			body, err := io.ReadAll(r.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			if bytes.Contains(body, []byte(`"unlock"`)) {
+				stopped.Add(1)
+				return status(500)(w, r)
+			}
+		}
+		return false
+	})
+	p, err := open(t, consul.Config{Client: f.config("")}).Presence(t.Context(), "server-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Put(t.Context(), web, []byte("ready")); err != nil {
+		t.Fatal(err)
+	}
+	kvtest.Await(t, "the entry to go over", func() error {
+		if stopped.Load() == 0 {
+			return errors.New("it doesn't yet")
+		}
+		return nil
+	})
+	if err := p.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Open("").Get(t.Context(), web); !errors.Is(err, kv.ErrNotFound) {
+		t.Errorf("the entry: %v", err)
+	}
+	if all, _, err := c.Client().Session().List(nil); err != nil || len(all) != 0 {
+		t.Errorf("%d sessions are left, %v", len(all), err)
+	}
+}
+
 // A Consul agent that isn't ready for the heartbeat when the node boots doesn't cost the entries their heartbeat. They
 // go over to a session with one, and are never nobody's.
 func TestPresenceAsksAgainForHeartbeat(t *testing.T) {
