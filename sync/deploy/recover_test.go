@@ -158,50 +158,6 @@ func TestWayBackIsTriedUntilItHolds(t *testing.T) {
 	}
 }
 
-// Commands of the way back that end the machine are left out after maxCutOff times, even if the checks fail in between.
-func TestWayBackIsCutOffBetweenTries(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	w.healthy(true)
-	one := w.publish("1", w.check)
-	u := w.open(nil)
-	w.deploy(u, one)
-	two := w.publish("2", func(m *deployments.Manifest) {
-		m.Commands.Post = []deployments.Command{{Run: "rm " + w.path("healthy") + "; false"}}
-	})
-	if err := u.Deploy(t.Context(), Request{Release: two}); err == nil || errors.As(err, new(*Failed)) {
-		t.Fatalf("got %v", err)
-	}
-	try := func(die bool) {
-		t.Helper()
-		u = w.open(func(c *Config) { c.Drain = nil })
-		w.hooks()
-		defer func() {
-			if died := recover() != nil; died != die {
-				t.Fatalf("it died: %v, want %v", died, die)
-			}
-		}()
-		u.at = func(point string) {
-			if die && point == "after "+string(stepBackPost) {
-				panic("killed")
-			}
-		}
-		if err := u.Recover(t.Context()); err == nil || errors.As(err, new(*Failed)) {
-			t.Fatalf("got %v", err)
-		}
-	}
-	for range maxCutOff {
-		try(true)
-		if hooks := strings.Join(w.hooks(), ","); !strings.Contains(hooks, "post 1") {
-			t.Fatalf("hooks: %s", hooks)
-		}
-		try(false)
-	}
-	if hooks := strings.Join(w.hooks(), ","); strings.Contains(hooks, "post 1") {
-		t.Errorf("hooks after %d cut-offs: %s", maxCutOff, hooks)
-	}
-}
-
 // A release is nothing to go back to from itself.
 func TestNothingToGoBackTo(t *testing.T) {
 	t.Parallel()

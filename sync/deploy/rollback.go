@@ -154,10 +154,9 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			now.Check = failed.check
 		}
 		d.BackFailure, j.Confirmed = now, false
-		// The next try runs all commands again, those with once, too. Only a cut-off may not repeat them.
-		if a := j.attempt(d.owner(), stepBackPost); a.Begun != nil {
-			a.Begun = nil
-			j.setAttempt(a)
+		// The commands were not cut off in this try, or are left out as they were too often.
+		if a := j.attempt(d.owner(), stepBackPost); a.CutOff < u.maxCutOff {
+			j.forgetAttempt(a.Digest, a.Step)
 		}
 		if d.Fault != nil {
 			told := *d.Fault
