@@ -120,16 +120,17 @@ const (
 
 // outcomes returns ways in which a template's n conditions on unknown variables may turn out, besides that all are
 // true. All may be false, or as they are with the placeholder: conditions on the same variable go together then,
-// such as eq and ne. Then each is the only true one, or the only one that isn't as with the placeholder.
+// such as eq and ne. Then each is the only true one, and then the only one that isn't as with the placeholder.
 func outcomes(n int) []chooser {
 	all := []chooser{
 		func(int, bool) bool { return false },
 		func(_ int, yes bool) bool { return yes },
 	}
 	for i := range min(n, maxOutcomes) {
-		all = append(all,
-			func(condition int, _ bool) bool { return condition == i },
-			func(condition int, yes bool) bool { return yes != (condition == i) })
+		all = append(all, func(condition int, _ bool) bool { return condition == i })
+	}
+	for i := range min(n, maxOutcomes) {
+		all = append(all, func(condition int, yes bool) bool { return yes != (condition == i) })
 	}
 	return all
 }
