@@ -37,7 +37,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 		r, err = send(ctx, s.http, http.MethodHead, u.String(), h, nil)
 	}
 	if err != nil {
-		return Object{}, err
+		return Object{}, explainDenial(u, err)
 	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusPartialContent {
@@ -99,7 +99,16 @@ func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n in
 	if err != nil {
 		return nil, 0, err
 	}
-	return readHTTP(ctx, s.http, u.String(), h, o, offset, n)
+	body, before, err := readHTTP(ctx, s.http, u.String(), h, o, offset, n)
+	return body, before, explainDenial(u, err)
+}
+
+// explainDenial adds to an ErrDenied of plain http why no password was sent, if one is configured.
+func explainDenial(u *url.URL, err error) error {
+	if !errors.Is(err, ErrDenied) || isConfidential(u) {
+		return err
+	}
+	return fmt.Errorf("%w; passwords and headers that are configured are sent by https, or to this machine, alone", err)
 }
 
 func readHTTP(
@@ -193,11 +202,7 @@ func send(
 	}
 	defer r.Body.Close()
 	io.CopyN(io.Discard, r.Body, 64<<10) // so that the connection is used again
-	err = statusError(r.StatusCode, r.Status, retryAfter(r.Header))
-	if errors.Is(err, ErrDenied) && !isConfidential(request.URL) {
-		err = fmt.Errorf("%w; passwords and headers that are configured are sent by https, or to this machine, alone", err)
-	}
-	return nil, err
+	return nil, statusError(r.StatusCode, r.Status, retryAfter(r.Header))
 }
 
 // plain removes the URL from an error of net/http: it may contain a signature, and callers name the object
