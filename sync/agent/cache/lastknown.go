@@ -49,13 +49,13 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	return k, nil
 }
 
-// rename changes the name by which pins are chosen, and reports whether it was another. The pins chosen by that are
-// dropped: the new name may have a pin of its own, which was never seen.
+// rename changes the name by which pins are chosen, and reports whether that changes anything. The pins chosen by
+// another name are dropped: the new one may have a pin of its own, which was never seen.
 func (k *lastKnown) rename(node string) bool {
 	was := k.Node
 	k.Node = node
 	if was == "" || was == node {
-		return false
+		return was != node
 	}
 	maps.DeleteFunc(k.Prefixes, func(prefix string, _ knownEntries) bool {
 		return strings.HasPrefix(prefix, kv.PinsPrefix)
