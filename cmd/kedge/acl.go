@@ -34,7 +34,7 @@ func (a *app) aclCommand() *cobra.Command {
 			if !slices.Contains(aclParties, party) {
 				return usagef("%q: want one of %s", party, strings.Join(aclParties, ", "))
 			}
-			prefix := strings.TrimSuffix(a.prefix, "/") + "/"
+			prefix := a.keyPrefix()
 			for part := range strings.SplitSeq(strings.TrimSuffix(prefix, "/"), "/") {
 				if err := deployments.CheckSegment("prefix", part); err != nil {
 					return usageError{fmt.Errorf("--prefix: %w", err)}

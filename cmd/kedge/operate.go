@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,10 +53,10 @@ func (a *app) operateCommands() []*cobra.Command {
 Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would
 change nothing is refused with the reason. kedge history shows who gave the order, and why.
 
-Without kedge: consul kv put kedge/control/STAGE/ROLE/UNIT %s (history then names nobody)
+Without kedge: consul kv put %scontrol/STAGE/ROLE/UNIT %s (history then names nobody)
 
 Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done
-when one comes.`, what[0], what[1], verb),
+when one comes.`, what[0], what[1], a.keyPrefix(), verb),
 			Args: cobra.ExactArgs(1),
 			RunE: a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 				return a.order(ctx, store, id, order)
@@ -67,6 +68,11 @@ when one comes.`, what[0], what[1], verb),
 		commands = append(commands, a.completeArgs(c, wantUnit))
 	}
 	return commands
+}
+
+// keyPrefix returns what every key in Consul begins with.
+func (a *app) keyPrefix() string {
+	return strings.TrimSuffix(cmp.Or(a.prefix, kv.DefaultPrefix), "/") + "/"
 }
 
 // orderWithin is how long a command waits for the mirror to take an order.
@@ -159,7 +165,7 @@ A VERSION is looked up among the releases that the unit had; kedge history lists
       --reason "incident 812" --until 2h
   kedge pin prod/web/app hold --node web-3
 
-Without kedge: consul kv put kedge/pins/STAGE/ROLE/UNIT[/NODE] POINTER`,
+Without kedge: consul kv put ` + a.keyPrefix() + `pins/STAGE/ROLE/UNIT[/NODE] POINTER`,
 		Args: cobra.ExactArgs(2),
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {

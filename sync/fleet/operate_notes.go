@@ -163,6 +163,6 @@ func PinnedNote(ctx context.Context, store kv.Store, id deployments.UnitID) stri
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
 		return ""
 	}
-	return fmt.Sprintf("the unit is pinned (%s), so what Git names doesn't run until the pin ends: kedge unpin %s",
+	return fmt.Sprintf("the unit is pinned (%s), whatever Git names, until the pin ends: kedge unpin %s",
 		pinTarget(&f.Units[0], *f.Units[0].Pin), id)
 }

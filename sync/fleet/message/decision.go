@@ -162,7 +162,7 @@ func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments
 		p.HealthySince = time.Unix(0, 0) // any time will do
 	}
 	if f["outranked_by"] == "" {
-		hint = rolloutHint(id, p, f["by_pin"] != "")
+		hint = rolloutHint(id, p, f["by_pin"] != "", f["first"] != "")
 	}
 	return Progress(p), hint
 }

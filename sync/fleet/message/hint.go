@@ -28,8 +28,8 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonNoLiveNodes, deployments.ReasonGone:
 		return "see whether the machine, its agent and its Consul agent run"
 	case deployments.ReasonNoRecord:
-		return "add " + unit + ".yaml to the deployments repo; without a mirror: consul kv put kedge/desired/" + unit +
-			" POINTER"
+		return "add " + unit + ".yaml to the deployments repo; without a mirror, put a pointer at desired/" + unit +
+			", below the store's prefix"
 	case deployments.ReasonInvalidRecord:
 		return "if a mirror runs, it writes the record anew; otherwise write it by hand"
 	case deployments.ReasonNotAdmitted, deployments.ReasonStable, deployments.ReasonSuperseded:

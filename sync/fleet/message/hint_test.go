@@ -15,8 +15,8 @@ func TestHintsFitTheCase(t *testing.T) {
 	release := deployments.Pointer{URL: "s3://acme/1/manifest.yaml", Digest: deployments.Digest{1}}
 	back := &deployments.Progress{Phase: deployments.PhaseRolledBack}
 	paused := &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonTooManyFailed}
-	first := &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonTooManyFailed,
-		Facts: deployments.Facts{"stable": "none"}}
+	serving := &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonPaused, Serving: true}
+	approval := &deployments.Progress{Phase: deployments.PhasePendingApproval}
 	facts := func(more ...string) deployments.Facts {
 		f := deployments.Facts{"release": release.String()}
 		for i := 0; i < len(more); i += 2 {
@@ -37,8 +37,16 @@ func TestHintsFitTheCase(t *testing.T) {
 			Pinned: &deployments.Pinned{}}), "kedge unpin prod/web/app", "push"},
 		{"a pin's, rolled back, in explain", step("rollout", deployments.ReasonAborted,
 			facts("phase", "rolled-back", "by_pin", "true")), "kedge unpin prod/web/app", "push"},
-		{"paused", RolloutHint(id, deployments.Record{Rollout: paused}), "kedge abort", "push"},
-		{"paused, and nothing to go back to", RolloutHint(id, deployments.Record{Rollout: first}), "kedge resume", "abort"},
+		{"paused", RolloutHint(id, deployments.Record{Rollout: paused, Stable: release}), "kedge abort", "push"},
+		{"paused, and nothing to go back to", RolloutHint(id, deployments.Record{Rollout: paused}),
+			"push a better release, or go on all the same: kedge resume", "abort"},
+		{"paused, a first pin", RolloutHint(id, deployments.Record{Rollout: paused, Target: release,
+			Pinned: &deployments.Pinned{}}), "pin a better release", "push"},
+		{"paused, in explain", step("rollout", deployments.ReasonPaused, facts("phase", "paused", "first", "true")),
+			"kedge resume", "abort"},
+		{"paused, where something else serves", RolloutHint(id, deployments.Record{Rollout: serving}), "kedge abort", "push"},
+		{"a first release waits", RolloutHint(id, deployments.Record{Rollout: approval}), "kedge promote", "abort"},
+		{"a release waits", RolloutHint(id, deployments.Record{Rollout: approval, Stable: release}), "kedge abort", "push"},
 		{"the record", step("record", deployments.ReasonTarget, facts("commit", "4f2c91a")), "of Git commit 4f2c91a", "pin"},
 		{"the record of a pin", step("record", deployments.ReasonTarget, facts("by_pin", "true")),
 			"of the unit's pin", "Git"},

@@ -69,11 +69,12 @@ func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	case p == nil:
 		return ""
 	}
-	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target)
+	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target, r.Stable.IsZero() && !p.Serving)
 }
 
-// rolloutHint is RolloutHint for a rollout of a record that isn't orphaned. byPin is set if the rollout is a pin's.
-func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin bool) string {
+// rolloutHint is RolloutHint for a rollout of a record that isn't orphaned. byPin is set if the rollout is a pin's,
+// first if there is nothing to go back to, so that to abort it would only pause it.
+func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin, first bool) string {
 	switch {
 	case p.Reason == deployments.ReasonOrphaned:
 		return Hint(id, "", deployments.ReasonOrphaned)
@@ -88,10 +89,16 @@ func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin bool) str
 	case deployments.PhaseFrozen:
 		return "wait, or start the rollout despite the freeze: kedge promote " + id.String()
 	case deployments.PhasePendingApproval:
+		if first {
+			return "kedge promote " + id.String()
+		}
 		return Hint(id, "", deployments.ReasonAwaitingApproval)
 	case deployments.PhasePaused:
-		if p.Facts["stable"] == "none" { // to abort it would only pause it again
-			return "push a better release, or go on all the same: kedge resume " + id.String()
+		switch goOn := "go on all the same: kedge resume " + id.String(); {
+		case first && byPin:
+			return "pin a better release, or " + goOn
+		case first:
+			return "push a better release, or " + goOn
 		}
 		return Hint(id, "", deployments.ReasonPaused)
 	case deployments.PhaseRolledBack:
