@@ -148,7 +148,7 @@ func TestThefts(t *testing.T) {
 			unsigned, "has no signature, and signers are configured here", deployments.ReasonUnsigned},
 		"a release signed by the thief": {own, "not signed by an allowed signer", deployments.ReasonUnsigned},
 		"an old release, whose signature is good": {
-			old, "before this node's version floor 2026-11-20T02:00:00Z", deployments.ReasonOlderThanFloor},
+			old, "before this node's version floor, 2026-11-20T02:00:00Z", deployments.ReasonOlderThanFloor},
 	} {
 		t.Run("KV token, record: "+name, func(t *testing.T) {
 			record(theft.release)
@@ -206,7 +206,7 @@ func TestThefts(t *testing.T) {
 		if err := w.store.Commit(t.Context(), nil, kv.Put(kv.DesiredKey(webApp), data)); err != nil {
 			t.Fatal(err)
 		}
-		stays(t, "before this node's version floor 2026-11-20T02:00:00Z")
+		stays(t, "before this node's version floor, 2026-11-20T02:00:00Z")
 		recovers(t)
 	})
 	t.Run("KV token: an old release under another unit's name", func(t *testing.T) {
