@@ -27,8 +27,8 @@ import (
 const (
 	// maxChanges bounds how many paths made by a release's commands are recorded.
 	maxChanges = 65_536
-	// maxExtra bounds how many paths that are no release's are listed under strategy rsync. It isn't less than maxChanges,
-	// since all that commands made are extra at first.
+	// maxExtra bounds how many paths of a tree that its archive lacks are listed. It isn't less than maxChanges, since all
+	// that commands made are extra at first.
 	maxExtra = maxChanges
 	// maxChangeContent bounds, in bytes, a file that commands made and whose content is recorded for healing.
 	// maxChangesContent bounds the content of all these files of a release together.
@@ -147,7 +147,7 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	}
 	defer root.Close()
 	known := readChanges(f.made)
-	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
+	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences, nil), false))
 }
 
 // recordAfter records what commands made in the tree at dir: the differences but for unchanged ones of recordBefore. If
@@ -349,8 +349,8 @@ func (m *commandChange) difference(root *os.Root) string {
 }
 
 // withoutChanges returns the differences of a tree that its release's commands didn't cause, by the record in made. It
-// adds how the paths in made have changed since the commands left them.
-func withoutChanges(root *os.Root, made []commandChange, differences []Difference) []Difference {
+// adds how the paths in made have changed since the commands left them, but for mounts and what lies below them.
+func withoutChanges(root *os.Root, made []commandChange, differences []Difference, mounts []string) []Difference {
 	if len(made) == 0 {
 		return differences
 	}
@@ -364,6 +364,9 @@ func withoutChanges(root *os.Root, made []commandChange, differences []Differenc
 			changed.add(m.Path)
 		default:
 			attributes.add(m.Path)
+		}
+		if isBelow(m.Path, mounts) {
+			continue
 		}
 		if what := m.difference(root); what != "" {
 			found = append(found, Difference{m.Path, what})
@@ -410,7 +413,7 @@ func (s pathSet) covers(p string) bool {
 }
 
 // overlaid returns withoutChanges of the differences of the tree at dir.
-func overlaid(dir string, made []commandChange, differences []Difference) ([]Difference, error) {
+func overlaid(dir string, made []commandChange, differences []Difference, mounts []string) ([]Difference, error) {
 	if len(made) == 0 {
 		return differences, nil
 	}
@@ -419,5 +422,5 @@ func overlaid(dir string, made []commandChange, differences []Difference) ([]Dif
 		return nil, fmt.Errorf("comparing what the release's commands made: %w", err)
 	}
 	defer root.Close()
-	return withoutChanges(root, made, differences), nil
+	return withoutChanges(root, made, differences, mounts), nil
 }

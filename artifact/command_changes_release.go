@@ -37,7 +37,7 @@ func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	if safefs.Exists(files.before) {
 		return nil
 	}
-	found, err := r.differences(ctx, rel, verification{quick: true})
+	found, _, err := r.differences(ctx, rel, verification{quick: true})
 	if err == nil && !uncompared(found) {
 		err = files.recordBefore(r.dirOf(rel), found)
 	}
@@ -55,11 +55,11 @@ func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 		return fmt.Errorf("recording what the commands of %s made: %w", rel.Dir, err)
 	}
 	defer leave()
-	found, err := r.differences(ctx, rel, verification{quick: true, raw: true})
+	found, more, err := r.differences(ctx, rel, verification{quick: true, raw: true})
 	if err == nil && !uncompared(found) {
 		var left int
 		left, err = r.changeFiles(filepath.Base(rel.Dir)).recordAfter(r.dirOf(rel), found)
-		if left > 0 {
+		if left += more; err == nil && left > 0 {
 			r.log.Warn("the release's commands made more paths than kedge records: the others count as drift",
 				"dir", rel.Dir, "recorded", maxChanges, "left_out", left)
 		}

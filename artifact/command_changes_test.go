@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -174,6 +175,33 @@ func TestExtraPathsAreBounded(t *testing.T) {
 			t.Errorf("%s: %d paths, %d more; want %d, of which %q is the last, and %d more", name, n, items.more, test.paths,
 				test.last, test.more)
 		}
+	}
+}
+
+// Of the paths that an archive lacks, and of those with a wrong owner, at most maxExtra are listed. What the release's
+// commands made doesn't count.
+func TestListsOfAVerificationAreBounded(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	tree := treetest.Tree{"theirs": {Mode: fs.ModeDir | 0o755}}
+	for i := range 3 {
+		tree[fmt.Sprint("f", i)] = treetest.File{Mode: 0o644}
+		tree[fmt.Sprint("theirs/f", i)] = treetest.File{Mode: 0o644}
+	}
+	tree.Write(t, dir)
+	v := newVerifier(&archive.Index{}, 0, nil)
+	v.made = pathSet{"theirs": true}
+	v.extra = maxExtra - 1
+	if err := v.verify(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if want := []Difference{{"f0", "extra"}}; !slices.Equal(v.found, want) || v.more != 2 {
+		t.Errorf("listed %v, and %d more; want %v, and 2", v.found, v.more, want)
+	}
+	other := strconv.Itoa(os.Getuid() + 1)
+	found, err := verifyOwner(t.Context(), dir, other, nil, v.made)
+	if err != nil || len(found) != 4 || slices.ContainsFunc(found, func(d Difference) bool { return v.made.covers(d.Path) }) {
+		t.Errorf("paths with a wrong owner: %v, %v; want the top and three files", found, err)
 	}
 }
 

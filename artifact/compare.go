@@ -48,7 +48,7 @@ func compareDest(
 	if info.Mode()&dirBits != rel.Manifest.DestMode { // an index has no entry for the top directory
 		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
 	}
-	owners, err := verifyOwner(ctx, dest, rel.Manifest.Owner, skip)
+	owners, err := verifyOwner(ctx, dest, rel.Manifest.Owner, skip, nil)
 	return append(differences, owners...), err
 }
 

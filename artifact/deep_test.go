@@ -61,7 +61,7 @@ func walkDeepTree(t *testing.T, top string) {
 	if err != nil || !slices.ContainsFunc(found, func(d Difference) bool { return d.Path == "d" && d.What == "extra" }) {
 		t.Errorf("verify: %v, %v", found, err)
 	}
-	if found, err := verifyOwner(t.Context(), top, "0", nil); err != nil || len(found) != 0 && os.Getuid() == 0 {
+	if found, err := verifyOwner(t.Context(), top, "0", nil, nil); err != nil || len(found) != 0 && os.Getuid() == 0 {
 		t.Errorf("owner: %v, %v", found, err)
 	}
 	if _, err := indexOfTree(t.Context(), top); err == nil || !strings.Contains(err.Error(), "directories deep") {

@@ -66,7 +66,9 @@ func applyOwner(ctx context.Context, dir, owner string) error {
 	return nil
 }
 
-func verifyOwner(ctx context.Context, dir, owner string, skip []string) (found []Difference, err error) {
+// verifyOwner returns the paths below dir whose owner isn't owner, at most maxExtra. It skips the paths in skip and made,
+// and what lies below them.
+func verifyOwner(ctx context.Context, dir, owner string, skip []string, made pathSet) (found []Difference, err error) {
 	if owner == "" {
 		return nil, nil
 	}
@@ -80,6 +82,12 @@ func verifyOwner(ctx context.Context, dir, owner string, skip []string) (found [
 	}
 	defer root.Close()
 	err = eachWrongOwner(ctx, root, uid, gid, skip, func(p string) error {
+		if made.covers(p) {
+			return nil
+		}
+		if len(found) == maxExtra {
+			return fs.SkipAll
+		}
 		found = append(found, Difference{Path: p, What: "owner"})
 		return nil
 	})

@@ -669,7 +669,7 @@ func TestOwnerAndMode(t *testing.T) {
 	}
 	for owner, want := range map[string]int{"": 0, "4321": 0, ":1234": 0, "4321:1234": 0, "1": 9, ":1": 9, "4321:1": 9, "1:1234": 9} {
 		for _, skip := range [][]string{nil, {"."}} { // the latter if it is a mount itself
-			if found, err := verifyOwner(t.Context(), rel.Dir, owner, skip); err != nil || len(found) != want {
+			if found, err := verifyOwner(t.Context(), rel.Dir, owner, skip, nil); err != nil || len(found) != want {
 				t.Errorf("%d paths are not of %q, want %d: %v", len(found), owner, want, err)
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
+	"kedge/deployments"
 )
 
 func TestPruningAndHealingLeaveMountsAlone(t *testing.T) {
@@ -44,6 +45,25 @@ func TestPruningAndHealingLeaveMountsAlone(t *testing.T) {
 	}
 	if _, err := releases.Find(pointers[1].Digest); !errors.Is(err, ErrNoRelease) {
 		t.Errorf("another one stays: %v", err)
+	}
+}
+
+// A mount on a directory that the release's commands made hides how they left it, and what they made in it.
+func TestMountOnWhatCommandsMade(t *testing.T) {
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			w := deployWithCommands(t, strategy, treetest.Tree{"file": {Mode: 0o644, Data: "content"}},
+				func(in func(p string) string) error {
+					return errors.Join(os.MkdirAll(in("data/sub"), 0o755), os.Chmod(in("data"), 0o700),
+						os.WriteFile(in("data/sub/small"), []byte("small"), 0o600))
+				})
+			w.wantDrift()
+			treetest.BindMount(t, w.in("data"))
+			if info, err := os.Stat(w.in("data")); err != nil || info.Mode().Perm() == 0o700 {
+				t.Fatalf("the mount has the mode that the commands set: %v, %v", info, err)
+			}
+			w.wantDrift()
+		})
 	}
 }
 

@@ -199,7 +199,11 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if err := s.itemize(ctx, r, dest, items, false); err != nil {
 		return nil, err
 	}
-	return overlaid(dest.Path(""), made, items.all())
+	mounts, err := safefs.MountsBelow(dest.Path(""))
+	if err != nil {
+		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
+	}
+	return overlaid(dest.Path(""), made, items.all(), mounts)
 }
 
 // open is dest for callers that haven't opened dest's parent directory, which must exist.

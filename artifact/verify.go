@@ -79,7 +79,11 @@ type verifier struct {
 	seen  []fs.FileInfo
 	stats []fileStat
 	found []Difference
-	limit *rate.Limiter // nil: no bound
+	// made are paths that the release's commands made, which aren't extra, nor is what lies below them.
+	made pathSet
+	// extra counts the paths in found that the index lacks, at most maxExtra; more counts such paths beyond these.
+	extra, more int
+	limit       *rate.Limiter // nil: no bound
 	// known are stats of files that needn't be read if their inode, mtime and size are the same; nil: none.
 	known  []fileStat
 	buffer []byte
@@ -113,7 +117,7 @@ func (v *verifier) run(ctx context.Context) error {
 			return nil // it leads to a path that is skipped
 		}
 		if i < 0 {
-			v.differs(p, "extra")
+			v.addExtra(p)
 			if d.IsDir() {
 				return fs.SkipDir // the difference of the directory is enough
 			}
@@ -154,6 +158,18 @@ func isAbove(dir string, paths []string) bool {
 
 func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
+}
+
+// addExtra notes a path that the index lacks. An application can make any number of them.
+func (v *verifier) addExtra(p string) {
+	switch {
+	case v.made.covers(p):
+	case v.extra == maxExtra:
+		v.more++
+	default:
+		v.extra++
+		v.differs(p, "extra")
+	}
 }
 
 // dirBits are the bits of a directory's mode that are always compared. Set-group-id is compared only if the entry has

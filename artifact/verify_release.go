@@ -19,7 +19,7 @@ import (
 // no other can be known. Verify reads each file that has its size in the index, at most limit bytes a second (0: no
 // bound). It skips shared paths and mounts. What the release's own commands made is compared with how they left it.
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
-	found, err := r.differences(ctx, rel, verification{limit: limit})
+	found, _, err := r.differences(ctx, rel, verification{limit: limit})
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
@@ -35,64 +35,70 @@ type verification struct {
 	raw bool
 }
 
-func (r *Releases) differences(ctx context.Context, rel *Release, how verification) ([]Difference, error) {
+// differences compares a tree with its index. more counts paths that the index lacks beyond maxExtra, which aren't in
+// found.
+func (r *Releases) differences(ctx context.Context, rel *Release, how verification) (found []Difference, more int,
+	err error) {
 	r, leave, err := r.enter(false)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	defer leave()
 	name, dir := filepath.Base(rel.Dir), r.dirOf(rel)
 	rec, err := r.readRecord(name)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	index, err := r.readIndex(name, rec)
 	if errors.Is(err, deployments.ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
 		r.log.Warn("the release can't be compared with its index", "dir", rel.Dir, "error", err)
-		return []Difference{{Path: ".", What: "index"}}, nil
+		return []Difference{{Path: ".", What: "index"}}, 0, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	x, err := archive.DecodeIndex(index)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	skip, err := safefs.MountsBelow(dir)
+	mounts, err := safefs.MountsBelow(dir)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	v := newVerifier(x, how.limit, append(skip, rel.Manifest.Shared...))
+	v := newVerifier(x, how.limit, slices.Concat(mounts, rel.Manifest.Shared))
 	if how.quick {
 		if known := r.readStats(name, rec.Index); len(known) == len(x.Entries) {
 			v.known = known
 		}
 	}
-	if err := v.verify(ctx, dir); err != nil {
-		return nil, err
+	var made []commandChange
+	if !how.raw {
+		made = readChanges(r.changeFiles(name).made)
+		v.made = wholePaths(made)
 	}
-	found := v.found
+	if err := v.verify(ctx, dir); err != nil {
+		return nil, 0, err
+	}
+	found = v.found
 	top, err := os.Lstat(dir)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if top.Mode()&dirBits != rel.Manifest.DestMode { // an index has no entry for the top directory
 		found = append([]Difference{{Path: ".", What: "mode"}}, found...)
 	}
-	owners, err := verifyOwner(ctx, dir, rel.Manifest.Owner, v.skip)
+	owners, err := verifyOwner(ctx, dir, rel.Manifest.Owner, v.skip, v.made)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	found = append(found, owners...)
-	if !how.raw {
-		if found, err = overlaid(dir, readChanges(r.changeFiles(name).made), found); err != nil {
-			return nil, err
-		}
+	if found, err = overlaid(dir, made, found, mounts); err != nil {
+		return nil, 0, err
 	}
 	if !how.quick {
 		r.updateStats(name, rec, v.stats, found)
 	}
-	return found, nil
+	return found, v.more, nil
 }
 
 // updateStats records the stats of the files that were right, unless hashAlways is set. If one file's content was
