@@ -1,28 +1,33 @@
 // Package agent makes one node converge: it watches what the node's stage and roles should run, decides what that
 // means for this node (package policy), deploys it (package deploy), and reports.
 //
-// One loop decides for all units at once, from what is known at that moment. It has no queue of events, so a wake-up
-// that is missed, repeated or late does no harm. Each unit has a worker, which does one job at a time and then chooses
-// the next. A job that conflicts with a new decision is cancelled, as soon as package deploy says that this is safe.
+// One loop decides for all units at once, from what is known at that moment. It has no queue of
+// events, so a wake-up that is missed, repeated or late does no harm. Each unit has a worker, which
+// does one job at a time and then chooses the next. A new decision cancels a job that conflicts
+// with it. Package deploy then stops as soon as that is safe.
 //
-// The loop decides by the first of these sources that has an answer: the store, once a view of it is synced; the last
-// known state on this node's disk; a snapshot. Newer records of a view that isn't synced count, too. The units of a
-// role stay as they are until both the records and the pins of the role are known. A unit also stays as it is if its
-// key goes missing later. An error of the store removes nothing from what is known.
+// The loop decides by the first of these sources that has an answer: the store, once a view of it
+// is synced; the last known state on this node's disk; a snapshot. Newer records of a view that
+// isn't synced count, too. The units of a role stay as they are until both the records and the pins
+// of the role are known. A unit also stays as it is if its record goes missing later. An error of
+// the store removes nothing from what is known.
 //
 // # Ready
 //
-// /ready answers 200 as soon as every unit serves a release, and has converged or can't go on by itself: it is held,
-// invalid or refused, or failed and went back. After a reboot, the checks of what runs must also have passed in this
-// boot: that it was healthy before says little of services that are only starting. Convergence doesn't wait for that,
-// as it is what starts them. From then on /ready is 503 only while a unit is unhealthy or drained. A unit is drained
-// from before its switch until it is healthy, or after a failure without a good release to go back to. Neither a fetch,
-// nor an outage, nor a typo in a pin changes /ready: a load balancer must not lose a node that serves as well as
-// before.
+// /ready answers 200 as soon as every unit serves a release, and has converged or can't go on by
+// itself. A unit can't if, for example, it is held, invalid or refused, or failed and went back.
+// After a reboot, the checks of what runs must also have passed in this boot: that it was healthy
+// before says little of services that are only starting. Idle and /converged don't wait for these
+// checks, as systemd may start such services only after Idle (kedge-apps.target). Once it was 200,
+// /ready is 503 only while a unit is unhealthy or drained. A unit is drained from before its switch
+// until it is healthy, or after a failure without a good release to go back to. Neither a fetch,
+// nor an outage, nor a typo in a pin changes /ready: a load balancer must not lose a node that
+// serves as well as before.
 //
-// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went back
-// serves, but hasn't converged. A node without any unit is neither ready nor converged, unless Config.AllowEmpty is
-// set. Nor is a node that only observes a unit of which it runs nothing.
+// /converged answers 200 while every unit is healthy, and runs what it should or what a pin holds.
+// A node that failed and went back serves, but hasn't converged. A node without any unit doesn't
+// become ready, and hasn't converged, unless Config.AllowEmpty is set. A node that only observes a
+// unit, and runs nothing of that unit, is neither ready nor converged.
 //
 // # On disk
 //
@@ -32,8 +37,8 @@
 //	last-known.json           what the store last held for this node
 //	floors.json               which releases are too old for this node: see deploy.Floors
 //	node.json                 what the store's agent called this node last
-//	starting.json             since when it has been starting, until it has converged
-//	agent.sock                /status, /ready and POST /retry for this machine's root
+//	starting.json             since when this node has been starting, until Idle
+//	agent.sock                what Config.ListenStatus serves, and POST /retry, for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
 //
 // # Reading order
@@ -80,9 +85,10 @@ const DefaultStateDir = "/var/lib/kedge"
 // Config configures an Agent.
 type Config struct {
 	Store kv.Store
-	// Node is this node's name. If it is empty, the agent asks the store's agent on this machine for the name: see
-	// findName. Until that answers, or if it can't tell the name, the name that it gave at an earlier start counts.
-	// Without such a name it is the host's name up to its first dot.
+	// Node is this node's name. If it is empty, the agent asks the store's agent on this machine
+	// for the name: see findName. Until the store's agent answers, or if it can't tell the name,
+	// the name that it gave at an earlier start counts. Without such a name, the node has the
+	// host's name up to its first dot.
 	Node  string
 	Stage string
 	Roles []string // at least one
@@ -116,8 +122,8 @@ type Config struct {
 	Listen string
 	// ListenStatus is the address that also serves /status (JSON) and /metrics; empty: none.
 	ListenStatus string
-	// StartDelay is the upper limit of a random delay before each fetch, which spreads a large fleet's load.
-	// Default 0.
+	// StartDelay is the upper limit of a random delay before a release to deploy is fetched from
+	// storage. It spreads a large fleet's load. Default 0.
 	StartDelay time.Duration
 	// VerifyEvery is how often, on average, live trees are checked against their indexes in the background; 0: never.
 	VerifyEvery time.Duration
@@ -294,8 +300,8 @@ func (a *Agent) findUnitsOnDisk() {
 	}
 }
 
-// kept reports whether this node has files of a unit; once the unit's state was opened, one that isn't empty. a.mu is
-// held.
+// kept reports whether this node keeps anything of a unit: files from before the start or, once the
+// unit's state was opened, a state that isn't empty (deploy.State.Empty). a.mu is held.
 func (a *Agent) kept(id deployments.UnitID) bool {
 	if u := a.units[id]; u != nil && u.deploy != nil {
 		return !u.state().Empty()
@@ -311,12 +317,12 @@ func (a *Agent) Addr() string {
 	return a.listener.Addr().String()
 }
 
-// Idle returns a channel that is closed the first time that every unit has converged or can't go on without a person.
-// kedge agent then tells systemd that it is ready.
+// Idle returns a channel that is closed the first time that every unit has converged or can't go on
+// by itself. kedge agent then tells systemd that it is ready.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
-// Converged returns a channel that is closed the first time that every unit runs what it should. kedge agent then
-// completes the EC2 instance's lifecycle hook, if it has one.
+// Converged returns a channel that is closed the first time that /converged would answer 200. kedge
+// agent then completes the EC2 instance's lifecycle hook, if it has one.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Node returns this node's name. It may change once if Config gave none.
@@ -329,8 +335,8 @@ func (a *Agent) Node() string {
 // naming is the state of the search for the name of a node whose configuration has none.
 type naming struct {
 	host string // the host's own name
-	// saved is the name that the store's agent had at an earlier start; empty: unknown. A name saved by another host
-	// doesn't count: this disk may be a copy of that host's.
+	// saved is the name that the store's agent gave this node at an earlier start; empty: unknown.
+	// A name saved by another host doesn't count: this disk may be a copy of that host's.
 	saved string
 }
 

@@ -204,9 +204,10 @@ func (u *unit) failedCondition(state deployments.State, target deployments.Point
 	return condition{state: state, reason: err.Reason, facts: err.Facts, err: err}
 }
 
-// stamp returns the condition, and records since when the unit is in its state. An unhealthy unit is so since its
-// checks first failed, and a unit that goes back since its release failed, whatever it should run by now. Both times
-// survive a restart of the agent, because otherwise each restart would begin another deadline.
+// stamp returns the condition, and records since when the unit is in its state. For an unhealthy
+// unit, that is Health.Since. For another unit that goes back, it is when its release failed,
+// whatever the unit should run by now. Both times survive a restart of the agent, because otherwise
+// each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) condition {
 	s := u.condition()
 	if s.since.IsZero() {

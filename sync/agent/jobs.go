@@ -114,8 +114,9 @@ const (
 	maxDrift   = 5 // paths in a report
 )
 
-// watchDest records, after a job, the mark by which a later change of dest is noticed. It watches the unit's dest, if
-// it has one, and no longer watches the previous dest if that was another.
+// watchDest records the mark by which a later change of dest is noticed: at the start, and after
+// each job that may have changed dest. It watches the unit's dest, if it has one, and no longer
+// watches the previous dest if that was another.
 func (a *Agent) watchDest(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()
@@ -208,7 +209,8 @@ func driftPaths(ds []artifact.Difference) []string {
 	return paths
 }
 
-// toHeal reports whether there is drift that can be healed.
+// toHeal reports whether there is drift to heal: the goal asks for it, and the drift isn't just
+// what the last healing left.
 func (u *unit) toHeal() bool {
 	return u.goal.heal && len(u.drift) > 0 && !slices.Equal(u.drift, u.unhealable)
 }
@@ -216,7 +218,8 @@ func (u *unit) toHeal() bool {
 // verifyDelay returns the time to the next check, spread so that the fleet doesn't check at once.
 func verifyDelay(every time.Duration) time.Duration { return wait.Jitter(every, 0.5) }
 
-// A node that observes compares again after observeAgain, and then less and less often, while dest differs.
+// While dest differs, a node that observes compares again after observeAgain, and then less and
+// less often, up to maxObserveAgain. Both are averages: see wait.Backoff.
 const (
 	observeAgain    = time.Second
 	maxObserveAgain = 5 * time.Minute
@@ -296,8 +299,9 @@ type healthWatch struct {
 	done chan struct{}
 }
 
-// start begins the checks of the running release, unless they run already. It does nothing while the release isn't
-// proven or a deployment is unfinished. A release begins with the journal's health: one just deployed, as healthy.
+// start begins the checks of the running release, unless they run already. It does nothing while
+// the release isn't proven or a deployment is unfinished. A release that wasn't the last one
+// watched begins with the journal's health.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
@@ -330,8 +334,9 @@ func (w *healthWatch) start(ctx context.Context) {
 	}()
 }
 
-// keep stores what the checks found. Without it, a restarted agent would take an unhealthy release for a healthy one
-// until its own checks had failed often enough. After an error it tries again only when the result changes.
+// keep stores in the journal what the checks found. Without it, a restarted agent would take an
+// unhealthy release for a healthy one until its own checks had failed often enough. After an error
+// it tries again only when the result changes.
 func (w *healthWatch) keep() {
 	w.a.mu.Lock()
 	h, known := w.u.health, w.u.watched == w.u.deploy.State().Running
@@ -347,7 +352,8 @@ func (w *healthWatch) keep() {
 	}
 }
 
-// stop ends the checks, if they run, and waits for that: before a deployment changes the running release.
+// stop ends the checks, if they run, and returns once they have ended. It is called before a
+// deployment changes the running release.
 func (w *healthWatch) stop() {
 	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may end what was written
 	if w.end != nil {

@@ -17,7 +17,7 @@ type recentErrors struct {
 	lines []deployments.LoggedError // the newest first
 }
 
-// add keeps a line as the newest. If the same text is there already, only its time changes.
+// add keeps a line as the newest, and drops an older line with the same text.
 func (r *recentErrors) add(at time.Time, text string) {
 	line := deployments.LoggedError{
 		At:   at.UTC().Truncate(time.Second),
@@ -41,7 +41,8 @@ func (r *recentErrors) newest() []deployments.LoggedError {
 	return r.lines
 }
 
-// remembering is a slog.Handler that adds error lines to recent, and passes on to Handler all lines that it takes.
+// remembering is a slog.Handler that adds error lines to recent, and passes on all lines for which
+// Handler is enabled.
 type remembering struct {
 	slog.Handler
 	recent *recentErrors

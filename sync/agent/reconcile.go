@@ -17,8 +17,9 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It stops in order: commands under
-// way are ended first. Only an error of an address that it serves ends it before.
+// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It ends commands
+// under way before it removes this node's reports from the store. Only an error of an address that
+// it serves ends it earlier.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.dir.Close()
 	g, ctx := errgroup.WithContext(ctx)
@@ -225,8 +226,9 @@ func (a *Agent) setGoals(r *cache.Role) {
 	}
 }
 
-// settled reports whether the release that a record's target or stable names, as source says, can't be turned back from
-// any more, so that nothing older may follow it. A rollout may turn back until it has ended, and a pin is temporary.
+// settled reports whether the decided release has been rolled out for good, so that nothing older
+// may follow it. source says which release of the record was decided. A rollout may turn back until
+// it has ended, and a pin is temporary.
 func settled(source policy.Source, r deployments.Record) bool {
 	switch source {
 	case policy.FromTarget:
@@ -299,8 +301,9 @@ func (a *Agent) retire() {
 	}
 }
 
-// noteConvergence closes the channels of Idle and Converged, and sets a.ready, each once its condition holds. It also
-// ends the drain of units that are gone. a.mu is held.
+// noteConvergence closes the channels of Idle and Converged, and sets a.ready, each once its
+// condition holds. It also ends the drain of units that are gone, unless a deployment of theirs is
+// unfinished. a.mu is held.
 func (a *Agent) noteConvergence() {
 	idle, serving := true, true
 	for _, u := range a.units {

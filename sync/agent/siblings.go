@@ -66,8 +66,9 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	return dependency{}
 }
 
-// successor returns the name of the unit that u has to wait for because it may be u under a new name. It is empty if
-// there is none. Only an orphaned unit of which nothing runs here waits so, for a unit of its role that Git names.
+// successor returns the name of another unit of u's role that may be u under a new name, and isn't
+// final yet; empty: there is none. u waits for that unit. Only an orphaned unit of which nothing
+// runs here has a successor.
 func (a *Agent) successor(u *unit) string {
 	if !u.orphaned() || !u.state().Running.IsZero() {
 		return ""

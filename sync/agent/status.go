@@ -14,7 +14,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Status returns what /status shows: the agent's reports, sources, decisions and what it waits for.
+// Status returns what /status shows: the agent's reports, sources and decisions, what its units
+// wait for, and why it isn't ready.
 func (a *Agent) Status() policy.NodeStatus {
 	roles := a.Report()
 	a.mu.Lock()

@@ -45,7 +45,7 @@ type desired struct {
 	record   policy.Value[deployments.Record]
 	pins     [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
 	floor    int64                            // the highest generation that was acted on
-	held     int64                            // the generation of a record that is not acted on; 0: none
+	held     int64                            // the generation of a record that isn't acted on; 0: none, or it has none
 	decision policy.Decision
 	key      string // the failure key: identifies the request for the target
 	cycle    string // the cycle of units that it is on; empty: none
@@ -93,15 +93,15 @@ type observed struct {
 type goal struct {
 	run    deployments.Pointer // the release to deploy; zero: whatever runs stays
 	stage  deployments.Pointer // the release to have ready on disk as well
-	commit string              // the commit that asked for run; empty: run isn't the record's target
+	commit string              // the commit that asked for run; empty: run isn't the record's target, or it is unknown
 	key    string              // the failure key of run
 	heal   bool                // repair drift
 	adopt  bool                // take over the tree at dest if it equals the first release
 	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
 	// fields are zero then.
 	observe    deployments.Pointer
-	leave      bool // restore what was there before the first release
-	stays      bool // what was there before the first release isn't restored any more
+	leave      bool // restore what was at dest before the first release
+	stays      bool // what was at dest before the first release isn't restored any more
 	raiseFloor bool // once run is live, nothing older may follow: see observed.nextFloor
 }
 
@@ -170,7 +170,7 @@ type inspectedDest struct {
 type dependency struct {
 	unit  string
 	why   string
-	stuck bool // the wait doesn't end without a person
+	stuck bool // this node alone can't end the wait
 }
 
 // refusal is an error that a retry doesn't cure.
@@ -282,9 +282,10 @@ func (u *unit) healthError() error {
 	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
-// final reports whether the unit stays on what it runs until somebody acts. A deployment that an earlier run left
-// unfinished or drained has to be recovered first. Otherwise a node without anything good to run would count as in
-// service between the agent's start and its drain.
+// final reports whether the unit stays on what it runs until the mirror or a person acts. It
+// returns false until the unit's state was opened, and what an earlier run left unfinished or
+// drained was recovered, which a node that only observes the unit doesn't do. Otherwise a node
+// without anything good to run would count as in service between the agent's start and its drain.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {
 		return false
@@ -305,10 +306,12 @@ func (u *unit) serves() bool {
 	return !s.Running.IsZero() && s.Confirmed && !s.Drained && !s.Unfinished && !u.unhealthy()
 }
 
-// serving reports whether the unit stays as it is, with a release that passed its health checks in this boot.
+// serving reports whether the unit stays as it is (final), and serves a release that passed its
+// health checks in this boot.
 func (u *unit) serving() bool { return u.final() && u.serves() && u.state().Proven }
 
-// asDesired reports whether the unit runs what it should: the decided release, or what a pin holds.
+// asDesired reports whether the unit is healthy, and runs what it should: the decided release or,
+// if a pin holds the unit or the node only observes it, any release that serves.
 func (u *unit) asDesired() bool {
 	state := u.condition().state
 	return state == deployments.StateConverged || state == deployments.StateHeld && u.serves()

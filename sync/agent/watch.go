@@ -27,8 +27,8 @@ func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// takeView updates the cache from a view of the store. After ErrDenied it starts makeFolder, at the first error
-// useSnapshot.
+// takeView updates the cache from a view of the store. If the view isn't synced, takeView starts
+// makeFolder after ErrDenied, and useSnapshot at the first error.
 func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	a.cache.See(s, v, time.Now())
@@ -51,9 +51,10 @@ func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 	}
 }
 
-// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. The mirror
-// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until it can, or
-// the prefix isn't denied any more: the token may be new, or the store away.
+// makeFolder makes the folder key of s, without which nobody can tell a missing key from a lost
+// permission. The mirror usually makes it; without a mirror, the agent does if its token allows it.
+// makeFolder tries until it can, or the prefix isn't denied any more: the token may be new, or the
+// store away.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {

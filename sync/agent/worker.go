@@ -264,9 +264,10 @@ func (a *Agent) freeMemory() {
 	a.freeing = time.AfterFunc(freeDelay, a.c.FreeMemory)
 }
 
-// mayBeOlder reports whether p may be older than the floor: by AllowOlderPins, if a valid pin of the unit or of this
-// node names it. A pin that the mirror rolls out reaches nodes as the record's target, so the decision's source doesn't
-// tell. a.mu is held.
+// mayBeOlder reports whether p may be older than the version floor. With AllowOlderPins it may if a
+// valid pin of the unit, for all nodes or this one, names p and hasn't expired. A pin that the
+// mirror rolls out reaches nodes as the record's target, so the decision's source doesn't tell.
+// a.mu is held.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	return a.c.AllowOlderPins && slices.ContainsFunc(u.pins[:], func(v policy.Value[deployments.Pin]) bool {
 		return v.Present && v.Err == nil && v.Value.Release == p && !v.Value.Expired(time.Now())
