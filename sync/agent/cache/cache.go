@@ -178,7 +178,8 @@ func (c *Cache) RefilterPins(role string, now time.Time) {
 	c.remember(r.Pins, now)
 }
 
-// changed updates the last known state from a source; if records came or went, it also decides anew which pins count.
+// changed updates the last known state from a source. If the source has records, it also trims
+// their generations, and decides anew which pins count.
 func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {

@@ -49,8 +49,9 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	return k, nil
 }
 
-// rename changes the name by which pins are chosen, and reports whether that changes anything. The pins chosen by
-// another name are dropped: the new one may have a pin of its own, which was never seen.
+// rename changes the name by which pins are chosen, and reports whether that changes anything. Pins
+// chosen by another name are dropped: the new name may have a pin of its own, which was never seen.
+// Pins of a file without a name stay.
 func (k *lastKnown) rename(node string) bool {
 	was := k.Node
 	k.Node = node

@@ -25,7 +25,7 @@ type Watcher struct {
 	mu      sync.Mutex
 	watcher *fsnotify.Watcher // nil: not opened yet, or unavailable
 	opened  chan struct{}     // closed once opening has been tried
-	changed map[string]func() // by dest
+	changed map[string]func() // by the path of a dest or of its lock file
 }
 
 // New returns a Watcher. Events are handled by Run.
@@ -33,8 +33,8 @@ func New(log *slog.Logger) *Watcher {
 	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
 }
 
-// open opens the fsnotify watcher when it is first needed, as the kernel allows each user only 128 of them. If that
-// fails, it logs a warning. w.mu is held.
+// open opens the fsnotify watcher when it is first needed, as the kernel by default allows each
+// user only 128 of them. If that fails, it logs a warning. w.mu is held.
 func (w *Watcher) open() {
 	select {
 	case <-w.opened:
@@ -49,8 +49,9 @@ func (w *Watcher) open() {
 	close(w.opened)
 }
 
-// Watch calls changed after an event at dest or at its lock file, which each deployment to dest writes. It also does
-// when events may have been lost. A later call for dest replaces changed. Without inotify, changed is never called.
+// Watch makes Run call changed after an event at dest or at its lock file, which each deployment to
+// dest writes, and whenever events may have been lost. A later call for dest replaces changed.
+// Without inotify, changed is never called.
 func (w *Watcher) Watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -94,7 +95,7 @@ func (w *Watcher) close() {
 	}
 }
 
-// Run handles events until ctx ends, or returns at once if inotify is unavailable.
+// Run handles events until ctx ends, or until the first Watch finds that inotify is unavailable.
 func (w *Watcher) Run(ctx context.Context) {
 	defer w.close()
 	select {

@@ -10,16 +10,17 @@ import (
 	"kedge/sync/deploy"
 )
 
-// starting is starting.json: since when this node has tried to converge, in this boot of the machine. The file
-// exists from a start to the first convergence after it.
+// starting is starting.json: since when this node has tried to converge, in this boot of the
+// machine. The file exists from a start of the agent until Started.
 type starting struct {
 	Boot  string    `json:"boot"`
 	Since time.Time `json:"since"`
 }
 
-// StartingSince returns the time of the first start since the node last converged, in this boot of the machine. So a
-// node whose agent keeps restarting runs out of the time that a rollout gives it. It returns now if there was none, or
-// if the file can't be read or written, as on a full disk.
+// StartingSince returns the time of the agent's first start since Started was last called, in this
+// boot of the machine. So a node whose agent keeps restarting runs out of the time that a rollout
+// gives it. StartingSince returns now if this is the first such start, or if no usable file is left
+// of an earlier one, as after a full disk.
 func (d *Dir) StartingSince(now time.Time) time.Time {
 	var s starting
 	data, err := os.ReadFile(d.Path(startingFile))
@@ -31,7 +32,8 @@ func (d *Dir) StartingSince(now time.Time) time.Time {
 	return now
 }
 
-// Started records that the node has converged, or can't go on by itself: StartingSince begins anew.
+// Started records that every unit has converged, or can't go on by itself: StartingSince begins
+// anew.
 func (d *Dir) Started() error {
 	if err := os.Remove(d.Path(startingFile)); !errors.Is(err, fs.ErrNotExist) {
 		return err

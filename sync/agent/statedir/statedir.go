@@ -35,8 +35,9 @@ type Dir struct {
 	lock *os.File
 }
 
-// Open creates the directory at path if there is none, and locks it; it returns ErrLocked if another agent holds it. It
-// removes temporary files that a kill left, and moves the failures of an earlier version. Close unlocks it.
+// Open creates the directory at path if there is none, and locks it; it returns ErrLocked if
+// another agent holds it. It removes temporary files that a kill left, and moves the failures of an
+// earlier version into the units' journals. Close unlocks the directory.
 func Open(path string, log *slog.Logger) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("making the state directory: %w", err)
@@ -83,14 +84,14 @@ func (d *Dir) Units(stage, role string) ([]deployments.UnitID, error) {
 	return ids, nil
 }
 
-// node is node.json: the name that the store's agent had for a host.
+// node is node.json: the name that the store's agent last gave a host.
 type node struct {
 	Host string `json:"host"`
 	Node string `json:"node"`
 }
 
-// NodeName returns the name that the store's agent last had for this host; empty: unknown, or it can't be read. A name
-// saved by another host doesn't count: this disk may be a copy of that host's.
+// NodeName returns the name that the store's agent last gave this host; empty: unknown, or it can't
+// be read. A name saved by another host doesn't count: this disk may be a copy of that host's.
 func (d *Dir) NodeName(host string) string {
 	var n node
 	data, err := os.ReadFile(d.Path(nodeFile))
@@ -100,7 +101,7 @@ func (d *Dir) NodeName(host string) string {
 	return n.Node
 }
 
-// SetNodeName saves the name that the store's agent has for this host.
+// SetNodeName saves the name that the store's agent gives this host.
 func (d *Dir) SetNodeName(host, name string) error {
 	return writeJSON(d.Path(nodeFile), node{host, name})
 }
