@@ -1,27 +1,30 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
 // wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
 //
-// A command finds the agent's own environment, without what the agent must keep to itself. That is Consul's token and
-// client key, OpenTelemetry's headers, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials.
-// AWS variables stay, because hooks call the aws command. A command that runs as another user gets that
-// user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault, Google, Azure and the like. Exceptions are
-// AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR. Nor does it get variables whose name says that they are secret,
-// as …_TOKEN, or whose value is a URL with a password, as a proxy's. Every command gets these, empty if there is
-// nothing to say:
+// A command finds the agent's own environment, without what the agent must keep to itself. That is
+// Consul's token, password and client key, OpenTelemetry's headers, variables that configure kedge
+// (KEDGE_…), and what systemd passed to the agent alone, such as sockets and credentials. AWS
+// variables stay, because hooks call the aws command. A command that runs as another user gets that
+// user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault, Google, Azure and the
+// like. Exceptions are AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR. Nor does it get
+// variables whose name says that they are secret, as …_TOKEN, or whose value has a URL with a user
+// name, password or token, as a proxy's. Every command gets these, empty if there is nothing to
+// say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name
 //	KEDGE_STEP                          pre, post, success, failure or health
 //	KEDGE_RELEASE                       directory of the release that the command belongs to
-//	KEDGE_PREVIOUS                      directory of the release before it or, on the way back, of the one that failed
+//	KEDGE_PREVIOUS                      directory of the release before or, on the way back, of the failed or undone one
 //	KEDGE_DEST                          the manifest's dest
 //	KEDGE_DIGEST                        SHA-256 of the manifest
 //	KEDGE_NAME KEDGE_VERSION            the manifest's
 //	KEDGE_COMMIT                        the Git commit that asked for it
-//	KEDGE_ERROR                         why the deployment failed; for failure commands, and on the way back
-//	KEDGE_RUN                           marks the processes of a step's commands, or of a check: see EndLeftovers
+//	KEDGE_ERROR                         why the deployment failed or was left; for failure commands, and on the way back
+//	KEDGE_RUN                           marks the processes of a step or check: see EndLeftovers; may be unset
 //
-// The manifest's own variables (commands.env) and its secrets come before these, and replace the agent's.
+// The manifest's own variables (commands.env) and its secrets replace the agent's variables, but
+// not these.
 //
 // Processes that a command leaves in the background live on when it exits by itself, whatever its exit status; a
 // check's do not. When a command is ended by its timeout or by the agent, all of its process group goes. A daemon
@@ -55,7 +58,7 @@ type Env struct {
 	Node     string
 	Step     string // pre, post, success, failure, health
 	Release  string // directory of the command's release; empty: it has none
-	Previous string // directory of the release before or, on the way back, of the failed one; empty: there is none
+	Previous string // directory of the release before or, on the way back, of the failed or undone one; empty: none
 	Dest     string
 	Digest   deployments.Digest
 	Version  string
@@ -66,7 +69,8 @@ type Env struct {
 	Vars map[string]string
 	// Mask hides values in the log and in errors, but not in Result.Output; nil: it hides nothing.
 	Mask *deployments.Mask
-	// Run marks the command's processes, for EndLeftovers after a crash; empty: it doesn't. Check makes a mark of its own.
+	// Run marks the command's processes, for EndLeftovers after a crash; empty: no mark. Check
+	// makes a mark of its own.
 	Run string
 }
 

@@ -50,9 +50,10 @@ var ownUsers = []string{
 // everyUsers are the names of variables that match ownUsers but are no secrets: all commands get them.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
-// isOwnUsers reports whether only commands of the agent's own user get a variable. They get it alone if its name begins
-// with one of ownUsers or says that it is secret (deployments.SecretName). The same holds if its value is a URL with a
-// password, such as a proxy's. The names in everyUsers are exceptions.
+// isOwnUsers reports whether only commands of the agent's own user get a variable. That is so if
+// its name begins with one of ownUsers, in any case, or says that it is secret
+// (deployments.SecretName), or if its value has a URL with a user name, password or token, such as
+// a proxy's. The names in everyUsers are exceptions.
 func isOwnUsers(name, value string) bool {
 	if slices.Contains(everyUsers, name) {
 		return false

@@ -50,9 +50,9 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 	}
 }
 
-// killMarked kills the processes of list that have run's mark and began no earlier than since, whatever their session.
-// As they may have started others meanwhile, it does so until there are none. Five times are enough, as a check doesn't
-// fork faster than it is killed.
+// killMarked kills the processes of list that have run's mark and began no earlier than since,
+// whatever their session. As they may have started others meanwhile, it does so until there are
+// none, at most five times. That is enough, as a check doesn't fork faster than it is killed.
 func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
 		pids, err := markedAmong(list, run, since)
@@ -145,10 +145,11 @@ const (
 	numbersMany   = 256         // trying more numbers than this takes longer than trying all processes
 )
 
-// begunSince returns a function that lists the processes that began when first did, at begin, or later. It lists
-// numbers, some of which may be those of threads, or unused. Looking at all processes of a machine takes longer than
-// most checks, and a check runs every few seconds. Linux assigns process numbers in ascending order, and shows the last
-// one. If that doesn't tell which processes are new, the function lists all of them.
+// begunSince returns a function that lists the process first, which began at begin, and all that
+// began after it. Some of the numbers in the list may be those of threads, or unused. Looking at
+// all processes of a machine takes longer than most checks, and a check runs every few seconds.
+// Linux assigns process numbers in ascending order, and shows the last one. If that doesn't tell
+// which processes are new, the function lists all processes.
 func begunSince(first int, begin time.Time) func() ([]int, error) {
 	return func() ([]int, error) {
 		last, ok := lastNumber()
