@@ -101,7 +101,8 @@ func (u *Unit) within(r *artifact.Release) error {
 	return nil
 }
 
-// read returns the bytes of p's manifest, by the unit's own intact copy or from storage, if bounds allow its source.
+// read returns the bytes of p's manifest, from the unit's own intact copy or from storage, if
+// bounds allow its source.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
@@ -202,8 +203,8 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 }
 
-// userNames returns the name in the manifest and, if the user is known, its name and number here. "" is the agent's
-// own.
+// userNames returns the name in the manifest and, if the user is known, the user's name and number
+// here. The name "" is the agent's own user.
 func userNames(name string) []string {
 	var u *user.User
 	var err error

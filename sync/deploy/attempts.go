@@ -72,9 +72,10 @@ func (d *deployment) owner() deployments.Digest {
 // wait marks the current step as waiting for its next try, if cut-offs of it count.
 func (d *deployment) wait() { d.Waits = !d.owner().IsZero() }
 
-// resume prepares a deployment that Open found to continue, once. It ends processes that the deployment's command left
-// running, and counts the step as cut off unless it only waited: see maxCutOff. After a reboot, it goes back from the
-// health checks to the post commands, as what they had started was ended.
+// resume prepares the deployment that Open found, so that it can continue; later calls do nothing.
+// It ends processes that the deployment's command left running, and counts the step as cut off
+// unless the step only waited: see maxCutOff. After a reboot, it goes back from the health checks
+// to the post commands, as what they had started was ended.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {

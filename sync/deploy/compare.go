@@ -98,7 +98,8 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	return found, nil
 }
 
-// keptDigests returns the releases whose trees Observe leaves alone: running, good, staged, or being deployed.
+// keptDigests returns the releases whose trees Observe leaves alone: running, good, staged, or of a
+// deployment under way.
 func (u *Unit) keptDigests() []deployments.Digest {
 	keep := []deployments.Digest{u.j.Running.Digest, u.j.LastGood.Digest, u.j.Staged.Digest}
 	if d := u.j.Deployment; d != nil {

@@ -2,8 +2,9 @@
 //
 // # Steps
 //
-// A deployment goes through these steps. From drain on, the journal names each before it is begun. It is replaced in
-// one rename, so that after a kill it is known which step may be half done. Each step may be done again.
+// A deployment goes through these steps. From drain on, the journal names each before it is begun.
+// The journal is replaced in one rename, so that after a kill it is known which step may be half
+// done. Each step may be done again.
 //
 //	stage      the release lies complete and verified on disk; nothing that runs is touched
 //	drain      /ready turns 503, Consul's maintenance mode goes on; then the drain time, unless nothing ran
@@ -15,30 +16,35 @@
 //	success    commands, with the deployment's log on stdin
 //	tidy       old releases go
 //
-// If a pre or post command, the switch or a check fails, the deployment goes back. The digest is quarantined, dest is
-// switched to the last good release, and that release's post commands run so that it serves again. Once its health
-// checks pass, the node is back in service, and the failed release's failure commands run. While the good release's own
-// commands or checks fail, the unit stays out of service, and Recover tries them again. If a first release fails and
-// something else was at dest, that is put back. The failure commands then run before it is in service, because no
-// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, dest
-// stays as it is, and the unit out of service. A stage or switch that fails by storage, network or disk is undone,
-// without a quarantine. A secret that can't be read is no fault either: after the switch, the deployment waits for it.
+// If a pre or post command, the switch or a check fails, the deployment goes back. The digest is
+// quarantined, dest is switched to the last good release, and that release's post commands run so
+// that it serves again. Once its health checks pass, the node is back in service, and the failed
+// release's failure commands run. While the good release's own commands or checks fail, the unit
+// stays out of service, and Recover tries them again. If a first release fails and something else
+// was at dest, that is put back. The failure commands then run before it is in service, because no
+// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing
+// to go back to, dest stays as it is, and the unit out of service. A stage or drain that fails, or
+// a switch that fails because of the machine, such as its disk, leaves things as they were, without
+// a quarantine. A secret that can't be read is no fault either: the deployment is undone or, after
+// the switch, waits for it.
 //
 // # Cut off
 //
-// Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off later, by the same
-// code. If a step's end isn't journalled, its commands are run again from the first: they must allow for that. One with
-// once that was begun is left out. Processes that the cut-off command left running are ended first
-// (command.EndLeftovers). Post commands are also run again if the machine was restarted before the health checks had
-// passed, because services that they had started are gone. If the agent or the machine ended three times in one step,
-// its release counts as failed: it may be the cause (see maxCutOff).
+// Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off
+// later, by the same code. If a step's end isn't journalled, its commands are run again from the
+// first: they must allow for that. A command with once that was begun is left out. Processes that
+// the cut-off command left running are ended first (command.EndLeftovers). Post commands are also
+// run again if the machine was restarted before the health checks had passed, because services that
+// they had started are gone. If the agent or the machine ended three times in one step from pre to
+// health, the release counts as failed, as it may be the cause. See maxCutOff for the other steps.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is undone, or left to the next start.
 //
 // When Deploy's context ends before the switch, the deployment is undone at once (by Recover, if that takes over 30 s).
 // Later it is left to Recover, or to the next Deploy, which supersedes it if that is for another release.
 //
-// Retry or 16 newer failures end a quarantine: the success of another release says nothing of the one that failed.
+// Retry or 16 newer failures end a quarantine: the success of another release says nothing of the
+// failed one.
 //
 // # On disk
 //
@@ -109,8 +115,9 @@ type Config struct {
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
-	// Drain is called with true before a switch (at once, or a drain time before), and with false to end that, back in
-	// service. It switches /ready and Consul's maintenance mode. It may be called again with the same value. May be nil.
+	// Drain is called with true in the step drain, before the release's drain time, and with false
+	// once the unit is back in service. It switches /ready and Consul's maintenance mode. It may be
+	// called again with the same value. May be nil.
 	Drain func(ctx context.Context, on bool) error
 	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
 	// Nil: every dest is allowed.
@@ -259,9 +266,10 @@ func (u *Unit) State() State {
 	return s
 }
 
-// Recover goes on with an unfinished deployment, by the same code as Deploy: it undoes one whose switch had not begun,
-// and finishes any other. A drained unit is first drained again. *Failed means that the deployment failed and went
-// back. After any other error it may still be unfinished: call Recover again.
+// Recover goes on with an unfinished deployment, by the same code as Deploy: it undoes one whose
+// switch had not begun, and finishes any other. A drained unit is first drained again, unless its
+// drain was about to end. *Failed means that the deployment failed and went back. After any other
+// error it may still be unfinished: call Recover again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
@@ -354,12 +362,14 @@ type Request struct {
 	MayLeave bool
 }
 
-// Deploy converges to asked.Release, here p, by the package's steps. It first finishes an unfinished deployment of p,
-// or rollback to p, and does nothing more if p is then live and confirmed. *Failed means that its Release went back
-// and is quarantined: p, or what a rollback to p leaves. ErrQuarantined stays until Retry. ErrRefused,
-// deployments.ErrDigest and the error of a bad signature stay until p, or something on this node, changes. Any other
-// error is transient (network, storage, disk): try again. A cancelled ctx stops Deploy as soon as that is safe. Before
-// the switch, everything is left as it was. After it, the next Recover or Deploy finishes the deployment.
+// Deploy converges to asked.Release, here p, by the package's steps. It first finishes an
+// unfinished deployment of p, or rollback to p, and does nothing more if p is then live and
+// confirmed. *Failed means that the unit went back from Failed.Release, which is quarantined: p, or
+// what a rollback to p leaves. ErrQuarantined stays until Retry. ErrRefused, deployments.ErrDigest
+// and the error of a bad signature stay until p, or something on this node, changes. Any other
+// error may be transient (network, storage, disk): try again. A cancelled ctx stops Deploy as soon
+// as that is safe. Before the switch, everything is left as it was. After it, the next Recover or
+// Deploy finishes the deployment.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release

@@ -64,8 +64,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// probeInterval returns the time between two tries of a check: interval or, if not 0 but shorter, stable (1 s at
-// least).
+// probeInterval returns the time between two tries of a check: interval or, if that is shorter,
+// stable, which counts as 1 s at least. If stable is 0, it returns interval.
 func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval

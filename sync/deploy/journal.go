@@ -67,8 +67,10 @@ type journal struct {
 // deployment is a deployment, or a Leave, that is under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From is the release that ran when the deployment began, or Back if that release had failed: an undone deployment
-	// ends there. Back is the last good release, to which one that fails goes back. Zero: there is none but Release.
+	// From is the release to which an undone deployment goes back: the one that ran when the
+	// deployment began or, if that had failed, the last good one; zero: there is none. Back is the
+	// last good release, to which a deployment that fails goes back; zero: there is none but
+	// Release.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`

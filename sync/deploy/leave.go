@@ -40,12 +40,14 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 	return &before{First: r.Pointer, Dest: r.Manifest.Dest, Strategy: r.Manifest.Strategy}, nil
 }
 
-// Leave puts back what was at dest before the unit's first release, after the release's rollout has stopped on another
-// node. Its steps are drain, the switch, the failure commands of the release that is left, and undrain. No other
-// commands and no checks run, because what was there has no manifest. If that is gone, or wasn't kept, the unit keeps
-// what it runs, and State says so. A deployment that hasn't switched is only undone, and one with another dest or
-// strategy only finished. So is one that goes back, unless to an unhealthy release. Before the switch a cancelled ctx
-// stops Leave. After it Recover finishes Leave, as after a kill.
+// Leave puts back what was at dest before the unit's first release. The agent calls it when the
+// rollout goes back and there is no stable release. Its steps are drain, the switch, the failure
+// commands of the release that is left, and undrain. No other commands and no checks run, because
+// what was there has no manifest. If that is gone, or wasn't kept, the unit keeps what it runs, and
+// State.Leavable is false. If a deployment is unfinished, Leave may do no more than end it. It
+// undoes one that hasn't switched. It finishes one with another dest or strategy, and one that goes
+// back, unless to an unhealthy release. Before the switch a cancelled ctx stops Leave. After the
+// switch Recover finishes Leave, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -134,7 +136,8 @@ func (u *Unit) ForgetBefore() error {
 	return u.removeOriginal()
 }
 
-// removeOriginal removes what a treeSwitcher kept from before the first release, unless Leave may need it.
+// removeOriginal removes what the strategies rsync and mv kept from before the first release,
+// unless Leave may need it.
 func (u *Unit) removeOriginal() error {
 	if u.j.Before != nil {
 		return nil

@@ -26,8 +26,8 @@ import (
 // first line is the digest of the release deployed there last; an optional second line is agentLine's.
 type destLock struct {
 	dest  string
-	place *safefs.Place // nil, or file is: nothing can be written beside dest, and there is no lock
-	file  *os.File
+	place *safefs.Place // the directory of dest and of the lock file
+	file  *os.File      // nil: nothing can be written beside dest, and there is no lock
 	// waited is set if another process held the lock at first. last is the digest of the release that was deployed to dest
 	// last; empty: none was, or the newest deployment didn't succeed.
 	waited bool

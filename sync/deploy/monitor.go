@@ -106,8 +106,9 @@ func (u *Unit) Monitor() (*Monitor, error) {
 	return m, nil
 }
 
-// KeepHealth stores in the journal whether the running release is healthy, as a Monitor found, so that State has it
-// after a restart, too. It does nothing if the journal has it already, or if no confirmed release runs.
+// KeepHealth stores in the journal whether the running release is healthy, as a Monitor found, so
+// that State has it after a restart, too. It does nothing if the journal has it already, if no
+// confirmed release runs, or if a deployment is under way.
 func (u *Unit) KeepHealth(h Health) error {
 	if u.j.Deployment != nil || !u.j.Confirmed || h.Unhealthy == (u.j.HealthFailure != nil) {
 		return nil

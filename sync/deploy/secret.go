@@ -61,7 +61,8 @@ func (u *Unit) readSecrets(ctx context.Context, r *artifact.Release, maxAge time
 	return values, nil
 }
 
-// withSecrets returns env with r's secrets among its variables, whose own values win. With an error it returns env.
+// withSecrets returns env with r's secrets among its variables. A variable that env has already
+// keeps its value. With an error it returns env as it was.
 func (u *Unit) withSecrets(
 	ctx context.Context, env command.Env, r *artifact.Release, maxAge time.Duration,
 ) (command.Env, error) {

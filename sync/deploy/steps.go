@@ -112,8 +112,10 @@ func (j *journal) pass() {
 	j.forgetAttempts(d.target().Digest)
 }
 
-// runSteps runs the steps of the deployment under way until its end. Nothing else runs steps, of new deployments or of
-// interrupted ones. It returns nil after a success, or once Recover has undone it, and *Failed if it has gone back.
+// runSteps runs the steps of the deployment under way until its end. Nothing else runs steps, of
+// new deployments or of interrupted ones. It returns nil after a success, or once the deployment is
+// undone or Leave has ended. It returns *Failed if the deployment failed and has gone back. After
+// any other error the deployment may still be under way.
 func (u *Unit) runSteps(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
@@ -308,8 +310,9 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs one list of r's commands; the first that fails ends it. other is KEDGE_PREVIOUS, or nil: the release
-// before or, if r is gone back to, the failed one. Failure commands run even if their secrets can't be read.
+// commands runs one list of r's commands; the first that fails ends it. other is KEDGE_PREVIOUS, or
+// nil: the release before or, if r is gone back to, the failed or undone one. Failure commands run
+// even if their secrets can't be read.
 func (u *Unit) commands(
 	ctx context.Context,
 	d *deployment,
