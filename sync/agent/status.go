@@ -189,7 +189,9 @@ func (a *Agent) storeUp() map[string]bool {
 	return up
 }
 
-// knowsRole reports whether the agent knows enough of a role to report on it.
+// knowsRole reports whether the agent knows enough of a role to report on it: the role's records
+// and pins, or that the store has none, and a decision and the state of each unit. A unit whose
+// state can't be opened counts as known.
 func (a *Agent) knowsRole(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -265,8 +267,9 @@ func (a *Agent) unknown() map[string]string {
 	return why
 }
 
-// empty returns a message for each role if the node has no unit at all. Mostly the name of a role or the stage is then
-// mistyped. empty returns nil if that is allowed, or if it isn't certain yet.
+// empty returns a message for each role if the node has no unit at all. Mostly the name of a role
+// or the stage is then mistyped. empty returns nil if the node has a unit or needs none
+// (Config.AllowEmpty), or while a role isn't known.
 func (a *Agent) empty() map[string]string {
 	for _, u := range a.units {
 		if !u.gone() {

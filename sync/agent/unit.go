@@ -283,8 +283,8 @@ func (u *unit) healthError() error {
 }
 
 // final reports whether the unit stays on what it runs until the mirror or a person acts. It
-// returns false until the unit's state was opened, and what an earlier run left unfinished or
-// drained was recovered, which a node that only observes the unit doesn't do. Otherwise a node
+// returns false until the unit's state was opened. It also does until what an earlier run left
+// unfinished or drained was recovered, unless the node only observes the unit. Otherwise a node
 // without anything good to run would count as in service between the agent's start and its drain.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {

@@ -44,7 +44,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	})
 }
 
-// leave removes a retired unit and its files, after its worker has ended.
+// leave removes a unit and its files after its worker has ended, if the unit is retired.
 func (a *Agent) leave(u *unit) {
 	a.mu.Lock()
 	retired := u.retired

@@ -2,14 +2,14 @@
 // wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
 //
 // A command finds the agent's own environment, without what the agent must keep to itself. That is
-// Consul's token, password and client key, OpenTelemetry's headers, variables that configure kedge
-// (KEDGE_…), and what systemd passed to the agent alone, such as sockets and credentials. AWS
-// variables stay, because hooks call the aws command. A command that runs as another user gets that
-// user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault, Google, Azure and the
-// like. Exceptions are AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR. Nor does it get
-// variables whose name says that they are secret, as …_TOKEN, or whose value has a URL with a user
-// name, password or token, as a proxy's. Every command gets these, empty if there is nothing to
-// say:
+// Consul's token, password and client key, OpenTelemetry's headers, and variables that configure
+// kedge (KEDGE_…). Nor does it find what systemd passed to the agent alone, such as sockets and
+// credentials. AWS variables stay, because hooks call the aws command. A command that runs as
+// another user gets that user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault,
+// Google, Azure and the like. Exceptions are AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR.
+// Nor does it get variables whose name says that they are secret, as …_TOKEN, or whose value has a
+// URL with a user name, password or token, as a proxy's. Every command gets these, empty if there
+// is nothing to say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name

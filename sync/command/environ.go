@@ -52,8 +52,8 @@ var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable. That is so if
 // its name begins with one of ownUsers, in any case, or says that it is secret
-// (deployments.SecretName), or if its value has a URL with a user name, password or token, such as
-// a proxy's. The names in everyUsers are exceptions.
+// (deployments.SecretName). It is also so if the value has a URL with a user name, password or
+// token, such as a proxy's. The names in everyUsers are exceptions.
 func isOwnUsers(name, value string) bool {
 	if slices.Contains(everyUsers, name) {
 		return false

@@ -36,7 +36,7 @@
 // the cut-off command left running are ended first (command.EndLeftovers). Post commands are also
 // run again if the machine was restarted before the health checks had passed, because services that
 // they had started are gone. If the agent or the machine ended three times in one step from pre to
-// health, the release counts as failed, as it may be the cause. See maxCutOff for the other steps.
+// health, the release counts as failed: it may be the cause. See maxCutOff for the other steps.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is undone, or left to the next start.
 //
@@ -184,8 +184,9 @@ type State struct {
 	// Health, while a deployment is under way, is that of the release that it went back to; Recover tries an unhealthy
 	// one again. Otherwise it is what KeepHealth last stored of the running release. The zero Health is healthy.
 	Health Health
-	// Leavable is set if a release runs, and what was at dest before the first one is kept for Leave. Leaving is set while
-	// Leave puts it back. Restored is the release that was left or failed, while dest holds that again.
+	// Leavable is set if a release runs, and what was at dest before the first one is kept for
+	// Leave. Leaving is set while Leave puts it back. Restored is the release that was left or
+	// failed, while dest holds again what was there before it.
 	Leavable, Leaving bool
 	Restored          deployments.Digest
 	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison. It is nil without

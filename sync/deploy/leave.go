@@ -98,8 +98,9 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	return u.runSteps(ctx)
 }
 
-// leave does the step of Leave that puts back what was at dest before the first release. It returns the change of the
-// journal, which keeps the unit on what it runs if that is gone.
+// leave does the step of Leave that puts back what was at dest before the first release, and
+// returns the change of the journal. If what was there is gone, the change keeps the unit on what
+// it runs.
 func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 	if b := u.j.Before; b != nil {
 		first, err := u.need(ctx, b.First)
@@ -148,8 +149,8 @@ func (u *Unit) removeOriginal() error {
 // errLeft is the error that the failure commands of a release see when Leave left it.
 var errLeft = errors.New("the rollout of the release has stopped: dest has again what was there before kedge")
 
-// restore puts back what was at dest before a first release that has failed or was stopped, and returns the journal's
-// change.
+// restore puts back what was at dest before a first release that has failed or was stopped. It
+// returns the change of the journal; nil: there is none.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
 	// Strategy release switches by one rename: a deployment that was stopped before it has changed nothing at dest. A
 	// switch that failed by the disk may have come after it.

@@ -50,8 +50,8 @@ func (w *Watcher) open() {
 }
 
 // Watch makes Run call changed after an event at dest or at its lock file, which each deployment to
-// dest writes, and whenever events may have been lost. A later call for dest replaces changed.
-// Without inotify, changed is never called.
+// dest writes. Run also calls it when events may have been lost. A later call for dest replaces
+// changed. Without inotify, changed is never called.
 func (w *Watcher) Watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
