@@ -1,21 +1,27 @@
-// Package mirror copies a deployments repo from Git to the store. A commit is taken as a whole or not at all.
-// Differences are written in transactions fenced by a lease: of several mirrors one works, and one that lost its lease
-// can't change a record. Without the lease, this package only adds missing folder keys, and writes mirror/hook, which
-// passes a webhook on to the mirror that leads.
+// Package mirror copies a deployments repo from Git to the store. A commit is taken as a whole or
+// not at all. Differences are written in transactions fenced by a lease: of several mirrors one
+// works, and one that lost its lease can't change a record. Two kinds of writes of this package
+// aren't fenced: it adds missing folder keys, and a mirror that doesn't lead writes mirror/hook,
+// which passes a webhook on to the mirror that leads.
 //
-// The mirror is driven by state, not by events: after each wake-up (a push, a poll, a change of the store, the clock)
-// it compares the newest commit with what the store holds, and writes the difference. So the next round finishes a
-// transaction that was interrupted, restores a record that was changed by hand, and is also how a mirror begins that
-// takes over.
+// The mirror is driven by state, not by events. After each wake-up (a push, a poll, a change of the
+// store, the clock) it takes the newest commit if it may, compares the last commit taken with what
+// the store holds, and writes the difference. So the next round finishes a commit that was written
+// in part, even by another mirror, and restores a record that was changed by hand.
 //
-// A commit is not taken if it contains any mistake, or if signers are configured and none has signed it. It isn't taken
-// either if it doesn't descend from the last commit taken (allow_rewind), or removes too many units (max_removed),
-// unless Config.Accept names it. Both settings are read from the last commit taken. Nor is it taken if a release that
-// it introduces does more than its own kedge.yaml allows for the stage (dests, users, commands). Of stages with such
-// bounds the mirror reads the manifests, and the commit waits while one can't be read. With Releases.Trust, a commit
-// also waits while a release that it introduces has no valid signature. Only the newest commit's signature is checked,
-// as it covers the whole tree. Git binds no signature to a branch: whoever may push can push any signed commit that
-// descends from the last.
+// A commit is not taken if it contains any mistake, or if signers are configured and none has
+// signed it. Unless Config.Accept names it, a commit isn't taken either if it doesn't descend from
+// the last commit taken, or removes the records of too many units. Both rules depend on the last
+// commit's settings: allow_rewind and max_removed.
+//
+// Nor is a commit taken if a release does more than the commit's own kedge.yaml allows for the
+// stage (dests, users, commands). To check that, the mirror reads manifests in stages with such
+// bounds: those of releases that the commit introduces, or for whose stage it changes the bounds.
+// The commit waits while one can't be read. With Releases.Trust, the mirror reads them in other
+// stages, too, and the commit also waits while one has no valid signature.
+//
+// Only the newest commit's signature is checked, as it covers the whole tree. Git binds no
+// signature to a branch: whoever may push can push any signed commit that descends from the last.
 package mirror
 
 import (
@@ -54,12 +60,12 @@ type Config struct {
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo;
 	// default: the root.
 	Path string
-	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net). One that can't
-	// be watched is polled each second.
+	// Every is the time between polls, ±20 %; default 15 s (a local repo: 60 s, as a safety net
+	// beside the watch). A local repo that can't be watched is polled at least each second.
 	Every time.Duration
-	// Accept is the full hash of a commit that is taken if it is the branch's head, whatever its history and the
-	// units that it removes: for a repository that was replaced. It has no effect once the store holds a commit
-	// that descends from it.
+	// Accept is the full hash of a commit, for a repository that was replaced. If that commit is
+	// the branch's head, its history and the units that it removes aren't checked; everything else
+	// is. Accept has no effect once the store holds that commit, or one that descends from it.
 	Accept string
 	// Name is shown as the lease's holder; default the host's name.
 	Name string
@@ -69,8 +75,9 @@ type Config struct {
 	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist. What https needs is read from Env: see
 	// git.Config. The authorities in the file that GIT_SSL_CAINFO names are trusted in addition to the system's.
 	SSHKey, KnownHosts string
-	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on, and which commits
-	// were validly signed. Each mirror needs its own. Default: a temporary directory for the objects, which Run removes.
+	// CacheDir is a directory that keeps a remote repo's objects, so that a mirror that starts
+	// while Git is away can go on. It also keeps which commits had a valid signature. Each mirror
+	// needs its own. Default: a temporary directory for the objects, which Run removes.
 	CacheDir string
 	// SignedBy is an allowed_signers file. If it or SignedByPGP is set, a commit that none of their signers has signed is
 	// refused.
@@ -118,16 +125,17 @@ type Mirror struct {
 
 // Default durations; tests have their own.
 const (
-	// A release that is missing, can't be read or has no valid signature is looked for again after defaultReleaseRetry on
-	// average. That time then grows up to maxReleaseRetry: the upload may take long or may never come. A new commit or a
-	// webhook starts over.
+	// defaultReleaseRetry is the average time until the mirror looks again for a release that is
+	// missing, can't be read or has no valid signature. With each try it grows, up to
+	// maxReleaseRetry: the upload may take long or may never come. A new commit or a webhook starts
+	// over.
 	defaultReleaseRetry = 5 * time.Second
 	maxReleaseRetry     = time.Minute
 	// defaultForgetAfter is how long the entry of a node that died stays in status/ for people to see: longer than a
 	// weekend.
 	defaultForgetAfter = 72 * time.Hour
-	// defaultRebuildWait is how long nodes have to report before a lost record is rebuilt from their reports: after
-	// an outage of the store they come back one by one.
+	// defaultRebuildWait is how long nodes have to report before a missing or lost record is
+	// written, or a rollout begins: after an outage of the store they come back one by one.
 	defaultRebuildWait = 5 * time.Second
 )
 
@@ -264,8 +272,8 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live answers an HTTP request: whether this mirror leads, the head as last read, why that may be out of date, the
-// version.
+// live answers GET /live in JSON: whether this mirror leads, the branch's head as last read, why
+// that head may be out of date, and the version.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads, branch := m.leads(), m.branch.state()
 	answer := struct {
