@@ -105,8 +105,9 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	return outcome{}
 }
 
-// readAccepted reads the commit that the store holds, so that the store can be reconciled with it while a newer commit
-// is refused. It tries again with each new head, because a fetch may have brought the commit.
+// readAccepted reads the commit that the store holds, so that the store can be reconciled with it
+// until a newer commit is taken. It tries again with each new head, because a fetch may have
+// brought the commit.
 func (a *acceptor) readAccepted(head string) {
 	taken := a.own.state.LastCommit()
 	if a.commit != nil || taken == "" || a.recalled == head {
@@ -125,8 +126,9 @@ func (a *acceptor) readAccepted(head string) {
 	a.commit = commit
 }
 
-// readAcceptedUnsigned sets unvouched to the commit that the store holds, so that orders are still carried out. It does
-// so only if the commit was refused for nothing but its signature, and reports whether it was.
+// readAcceptedUnsigned sets unvouched to the commit that the store holds, so that orders, pins and
+// rollouts go on. It does so only if the commit was refused for nothing but its signature, and
+// reports whether it was.
 func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
@@ -197,12 +199,13 @@ func (a *acceptor) logRefusal(commit string) {
 
 // candidate is a commit that might follow the one that the store holds.
 type candidate struct {
-	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units, and
-	// units that from no longer names but that still have records.
+	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are
+	// the units of that commit, if it could be read, and all other units that have records by a
+	// mirror.
 	from string
 	had  []deployments.UnitID
-	// otherRepo is the address of the repository that has the commit in from, if that isn't the repository of the commit
-	// in to.
+	// otherRepo is the address of the repository that the commit in from comes from; empty: it is
+	// the repository of the commit in to, or not known.
 	otherRepo string
 	// rules are those of the commit in from or, if from is empty, of the commit in to. A commit must not lift the rules
 	// that it breaks.
@@ -328,9 +331,10 @@ func (a *acceptor) recheckSoon() {
 	}
 }
 
-// inspect checks the releases that a commit introduces. The check runs beside the rounds, as slow storage must not hold
-// up rollouts under way. done reports whether the check has ended; until then err is that of the commit's check before.
-// After an error other than deployments.Problems the check is retried: see releaseRetry.
+// inspect checks the releases that a commit introduces, or for whose stage it changes the bounds.
+// The check runs beside the rounds, as slow storage must not hold up rollouts under way. done
+// reports whether the check has ended; until then err is that of the commit's check before. After
+// an error other than deployments.Problems the check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.compared {
@@ -430,12 +434,15 @@ func concerns(r deployments.Record, release deployments.Pointer) bool {
 	return goal(r, release) == release
 }
 
-// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5). It refuses
-// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the
-// branch. Signatures aren't checked, nor other branches than the given ones, by default main and the one that HEAD
-// names. path is as Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the
-// releases that the push changes. It runs in the receiving repository's environment, where pushed objects are in a
-// quarantine.
+// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in
+// githooks(5). It returns an error for what the mirror would not take: an invalid tree, a history
+// rewritten without allow_rewind, the removal of too many units, the removal of the branch. If
+// releases is set, it also returns the problems that releases.Check finds with the releases that
+// the push changes.
+//
+// Only the given branches are checked, by default main and the one that HEAD names. Signatures
+// aren't checked. path is as Config.Path. CheckPush runs in the receiving repository's environment,
+// where pushed objects are in a quarantine.
 func CheckPush(
 	ctx context.Context,
 	repoDir, path string,

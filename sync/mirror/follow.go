@@ -28,7 +28,7 @@ type follower struct {
 	changed chan struct{} // closed and replaced when now changes
 }
 
-// question asks whether commit to descends from commit from.
+// question asks whether the commit in to descends from the one in from.
 type question struct{ from, to string }
 
 // gap is the state of a question that the repository can't answer, as its history has a gap.
@@ -75,8 +75,9 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// look reads the branch, whose last state is was, and returns its state now. It loads the head's commit if the commit
-// is new or was bad. If Git can't be read, the state stays, with the error as away.
+// look reads the branch and returns its state; was is the state as last read. It loads the head's
+// commit if the commit is new or was bad. If Git can't be read, it returns was with the error as
+// away.
 func (f *follower) look(ctx context.Context, was gitState) gitState {
 	head, err := f.source.Head(ctx)
 	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
@@ -130,9 +131,9 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 	return load(from)
 }
 
-// descends reports whether commit to descends from commit from. If the repository lacks commits between them, the error
-// is git.ErrGap. A later call may have it fetched anew: somebody may have completed the server's, which moves no
-// branch.
+// descends reports whether the commit in to descends from the one in from. If the repository lacks
+// commits between them, the error wraps git.ErrGap. A later call may have the repository fetched
+// anew, as somebody may have completed the history on the server, which moves no branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {
