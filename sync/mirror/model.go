@@ -29,7 +29,7 @@ const maxLogged = 1 << 10
 type gitState struct {
 	head string      // the newest commit's hash; empty: not known yet
 	good *git.Commit // the commit head, if it is valid
-	bad  error       // why head can't be taken
+	bad  error       // why head is invalid, or its signature doesn't count; nil: it is valid
 	away error       // why head may be out of date; nil: it is current
 }
 
@@ -180,8 +180,9 @@ type writtenRecord struct {
 	// adopted record has the same in both.
 	base, version uint64
 	at            time.Time
-	// vouched is set if a commit named the unit that was signed, or that needs no signature. Then the record goes into the
-	// signed snapshot. It stays set if a later commit no longer names the unit and the record is marked as orphaned.
+	// vouched is set if a commit that was signed, or that needs no signature, named the unit. Then
+	// the record goes into the signed snapshot. It stays set if a later commit no longer names the
+	// unit and the record is marked as orphaned.
 	vouched bool
 }
 
@@ -256,9 +257,10 @@ const maxBatch = 300 << 10
 // ours reports whether a mirror wrote a record. A mirror doesn't remove a bare pointer that a person wrote.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow returns the record that a unit's file asks for, given the present record r (zero: none). It is a new
-// generation, open to every node, if r has none or was made to roll out another release (see goal). Otherwise r is
-// kept. In both cases After, Drift and Adopt are the file's, and Orphaned is cleared.
+// follow returns the record that a unit's file asks for, given the present record r (zero: none).
+// It is a new generation, open to every node, if r has generation 0 or was made to roll out another
+// release (see goal). Otherwise r is kept. In both cases After, Drift and Adopt are the file's, and
+// Orphaned is cleared.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{
@@ -272,8 +274,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal returns the release that r was made to roll out: want if r rolls back want's digest, whatever its URL, and
-// r.Target otherwise.
+// goal returns the release that r was made to roll out. That is want if r rolls back, or rolled
+// back, want's digest, whatever its URL. Otherwise it is r.Target.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want

@@ -43,15 +43,18 @@ type inputs struct {
 	fleetSince time.Time
 	// leftSince is as observedFleet.leftSince; nil: no entry vanished, and the mirror has always watched for that.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
-	// lostSince has the time at which a unit's nodes were first seen ahead of the store. It is kept between calls. Once
-	// rebuildWait has passed, in which more nodes may report, the record is rebuilt from the reports. Nil: none is.
-	lostSince   map[deployments.UnitID]time.Time
+	// lostSince has the time at which a unit's nodes were first seen ahead of the store. It is kept
+	// between calls. Once rebuildWait has passed since then, the record is rebuilt from the nodes'
+	// reports. Nil: no record is rebuilt.
+	lostSince map[deployments.UnitID]time.Time
+	// rebuildWait is how long nodes have to report before a missing or lost record is written, or a
+	// rollout begins.
 	rebuildWait time.Duration
 	// ranks is kept between calls, only for speed; nil: it isn't.
 	ranks map[deployments.UnitID]*policy.Ranks
 }
 
-// ranksOf returns a unit's ranks, which reconcile may change.
+// ranksOf returns a unit's ranks, which reconcile may change; nil: none are kept.
 func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	if in.ranks == nil {
 		return nil
@@ -76,8 +79,9 @@ func (in inputs) passed(at time.Time) time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 }
 
-// vanishTimes returns the times at which entries of a unit's nodes vanished that have not come back. following is the
-// time from which the mirror has watched for that without a gap; zero: always. All are by the present clock.
+// vanishTimes returns the times at which entries of a unit's nodes vanished that have not come
+// back. following is the time from which the mirror has watched for that without a gap; zero:
+// always or, while in.blind is set, not yet. All times are by the present clock.
 func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
@@ -178,9 +182,10 @@ const (
 	doWait // until more is known; a new commit waits as a whole
 )
 
-// removed returns the change for a record whose unit Git doesn't name: the record is removed if kedge.yaml sets prune,
-// or else marked as orphaned. It returns doNothing for a record that no mirror wrote, that doesn't parse or that is
-// marked already. It does so, too, while a write of this mirror is in flight.
+// removed returns the change for a record whose unit Git doesn't name: the record is removed if
+// kedge.yaml sets prune, or else marked as orphaned. It returns doNothing for a record that no
+// mirror wrote or that doesn't parse, while a write of this mirror is in flight, and without prune
+// for a record that is marked already.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {
@@ -302,8 +307,9 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	return w, doWrite, step.Recheck
 }
 
-// lost returns the record to go on from if the store lost a unit's record. ok reports whether it did. until is the end
-// of the time that nodes have to report; known is the generation in the store.
+// lost returns the record to go on from if the store lost newer records of a unit. ok reports
+// whether it did. until is the end of the time that nodes have to report. known is the highest
+// generation in the store, its history included.
 func (in inputs) lost(
 	u deployments.Unit,
 	nodes []policy.Node,
@@ -348,8 +354,8 @@ func reasonOf(order deployments.Verb, m policy.Transition) string {
 // square of the number of nodes.
 func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
 
-// onlyMoves reports whether two records differ in their rollout's cutoff, and otherwise only in how far it got within
-// its phase.
+// onlyMoves reports whether the rollouts of two records have different cutoffs, and the records
+// otherwise differ at most in how far the rollout got within its phase.
 func onlyMoves(before, after deployments.Record) bool {
 	if before.Rollout == nil || after.Rollout == nil || before.Rollout.Cutoff == after.Rollout.Cutoff {
 		return false
@@ -392,8 +398,8 @@ func (in inputs) accepted(note string) string {
 	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
 }
 
-// failedBy returns the release that failed before the new generation in w; zero: none. It is the one that the rollout
-// went back from, or the last target if a node has that in quarantine.
+// failedBy returns the release that failed before the new generation in w; zero: none. It is the
+// one that the rollout went back from, or a replaced target that a node has in quarantine.
 func (in inputs) failedBy(w change) deployments.Digest {
 	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
 		return w.after.Rollout.Failed

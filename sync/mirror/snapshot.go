@@ -24,9 +24,9 @@ type snapshots struct {
 	offered []kv.Entry
 }
 
-// offer gives run the records that this mirror wrote or adopted, if they changed since the last call. It leaves out
-// others, and those that no commit named that counts: the snapshot's signature must not vouch for what somebody else
-// wrote.
+// offer gives run the records that this mirror wrote or adopted and that are vouched for (see
+// writtenRecord), if they changed since the last call. The snapshot's signature must not vouch for
+// what somebody else wrote.
 func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	if s.save == nil {
 		return

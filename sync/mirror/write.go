@@ -29,8 +29,8 @@ type writer struct {
 	log     *slog.Logger
 }
 
-// confirm records which writes the store now shows, with their versions, and drops the records of keys that are gone as
-// this mirror removed them.
+// confirm records which writes the store now shows, with their versions. It drops what is kept of
+// keys that this mirror removed, once the store shows that they are gone.
 func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	for id, own := range w.records {
 		c := cells[id]
@@ -55,7 +55,7 @@ func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID
 	}
 }
 
-// unconfirmed reports whether the store has yet to show the write of a record.
+// unconfirmed reports whether the store has yet to show this mirror's write or removal of a record.
 func (w *written) unconfirmed() bool {
 	for _, own := range w.records {
 		if own.version == 0 {
@@ -215,8 +215,9 @@ func (w *writer) writeError(ctx context.Context, words string, now time.Time) {
 	}
 }
 
-// worthWriting reports whether the state next differs enough from the state was, which was written at the time at. It
-// doesn't if only digits in the error differ (ports, counts, times) and sameErrorPause has not passed. It is pure.
+// worthWriting reports whether next differs enough from was, the state that was written at the time
+// at. next doesn't if only digits in the error differ (ports, counts, times) and sameErrorPause has
+// not passed. worthWriting is pure.
 func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
 	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameErrorPause {
 		was.Error = next.Error
