@@ -27,9 +27,9 @@ type deadNodes struct {
 	denied bool               // this mirror's token may not remove entries
 }
 
-// forget removes the entries that forgettable returns: with AutoScaling, those of dead nodes would only grow in number.
-// It does nothing while status/ can't be read, or once the store has denied it. again is the time after which to call
-// forget again even if nothing changes; 0: never.
+// forget removes the entries that forgettable selects: with AutoScaling, the number of dead nodes
+// would only grow. It does nothing while status/ can't be read, or once the store has denied a
+// removal. again is the time after which to call forget again even if nothing changes; 0: never.
 func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
@@ -58,9 +58,10 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable returns the operations that remove entries of nodes that have been dead for as long as after, at most one
-// transaction's. next is when more are due; zero: never. absent is kept between calls. Entries of busy roles stay,
-// because a rollout may count a dead node as failed.
+// forgettable returns the operations that remove the entries of nodes that have been dead for the
+// time after or longer, at most one transaction's. next is when more are due; zero: never. absent
+// is kept between calls, and updated. Entries of busy roles stay, because a rollout may count a
+// dead node as failed.
 func forgettable(
 	entries []kv.Entry,
 	absent map[string]absence,

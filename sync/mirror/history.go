@@ -17,9 +17,9 @@ import (
 	"kedge/sync/git"
 )
 
-// The history records pins and orders in the newest entry of their unit. Pins are compared with what the store shows.
-// So the next round also finds pins that began or ended while another mirror ran, or none. Orders are recorded in the
-// transaction that consumes them.
+// The history records pins and orders in the newest entry of their unit. Pins are compared with
+// what the store shows. So the next round also finds pins that began or ended while another mirror,
+// or no mirror, ran. Orders are recorded in the transaction that consumes them.
 
 const (
 	// pinRoles is how many roles' histories recordPins reads in one round at most. The others wait for the next round,
@@ -40,8 +40,9 @@ type historyKeeper struct {
 
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // releases that were stable and have not failed since
-	// pins has the pins of the newest entry, and open pins of earlier entries that the newest lacks. It lacks them if a
-	// mirror of a version without pins in the history wrote it. Units without pins have no key.
+	// pins has the pins of the newest entry, and open pins of earlier entries that the newest
+	// lacks. It lacks them if its mirror had not read the history, or is of a version without pins
+	// in the history. Units without pins have no key.
 	pins map[deployments.UnitID][]deployments.PastPin
 	read map[deployments.RoleID]bool
 }

@@ -315,12 +315,13 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is how many conflicts in a row are logged. From the second on they are at least 0.8 s apart, however
-// often the store changes. So as many take longer than watchLag, and a late watch doesn't explain them.
+// conflictsLogged is the number of conflicts in a row from which on they are reported. From the
+// second on they are at least 0.8 s apart, however often the store changes. So conflictsLogged of
+// them take longer than watchLag, and a late watch doesn't explain them.
 const conflictsLogged = 9
 
-// reportConflict writes to mirror/state that the store and its watch disagree for the nth time in a row, and logs it
-// now and then.
+// reportConflict writes to mirror/state that the store keeps refusing the mirror's writes, and logs
+// it about once a minute. nth is the number of conflicts in a row.
 func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // about once a minute
 		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+
@@ -334,9 +335,10 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	)
 }
 
-// round takes the branch's head if it is acceptable, writes what reconcile asks for, and does all other work that is
-// due. It does nothing until desired/ is known, and writes nothing while a unit of a new commit has to wait. again is
-// the time after which to run another round even if nothing changes; 0: never.
+// round takes the branch's head if it is acceptable, writes what reconcile asks for, and does all
+// other work that is due. It does nothing until desired/ is known, and writes no record while a
+// unit of a new commit has to wait. again is the time after which to run another round even if
+// nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {

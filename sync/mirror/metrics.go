@@ -73,7 +73,8 @@ func (m *metrics) countCommit(err error) {
 
 func (m *metrics) wrote(ops int) { m.keys.Add(float64(ops)) }
 
-// led exports whether this mirror holds the lease. One that lost it no longer knows what applied exported.
+// led exports whether this mirror holds the lease. If it doesn't, led resets what applied exported,
+// as that may no longer be true.
 func (m *metrics) led(leading bool) {
 	m.leading.Set(oneIf(leading))
 	if !leading {
@@ -102,8 +103,8 @@ type observedUnits struct {
 	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they aren't known
 }
 
-// unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads exports them, so that
-// sums over all mirrors are right. They are counted at each scrape.
+// unitMetrics exports the state of rollouts and what nodes report, as counted at each scrape. Only
+// the mirror that leads exports these metrics, so that sums over all mirrors are right.
 type unitMetrics struct {
 	observed                                              atomic.Pointer[observedUnits] // nil: there's nothing to export
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc

@@ -23,8 +23,9 @@ type Change struct {
 	How string `json:"how,omitempty"`
 }
 
-// Plan returns the changes that tree would make at the time at to the records in now, by unit; pins don't count. A new
-// target is shown as its rollout begins, before any node is admitted. Plan is pure.
+// Plan returns the changes that tree would make at the time at to the records in now, sorted by
+// unit; pins don't count. A new target is shown as its rollout begins, before any node is admitted.
+// Plan is pure.
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}

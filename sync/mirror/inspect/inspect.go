@@ -51,8 +51,8 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// Changed returns the units of the tree to that have another release than in the tree before, or other bounds for their
-// stage. If before is nil, these are all units.
+// Changed returns the units in to that are new, have another release than in before, or whose stage
+// has other bounds than in before. If before is nil, it returns all units in to.
 func Changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
 		return to.Units
@@ -75,7 +75,8 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// Bounded returns the units of stages that s bounds by dests, users or commands, which only manifests tell.
+// Bounded returns the units of stages that s bounds by dests, users or commands. Only a release's
+// manifest shows whether it keeps to such bounds.
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(slices.Clone(units),
 		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).NeedManifest() })

@@ -25,8 +25,8 @@ import (
 // maxBody bounds a webhook's body, in bytes: a push of many commits has some ten KiB.
 const maxBody = 1 << 20
 
-// Pause is the least time between two webhooks that are passed on, so that any number of them costs the store one
-// small write now and then.
+// Pause is the least time between two webhooks that are passed on. So any number of webhooks costs
+// the store at most one small write in that time.
 const Pause = 2 * time.Second
 
 // Config configures a Receiver.
@@ -70,9 +70,10 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	w.WriteHeader(code)
 }
 
-// PassOn passes webhooks on, until ctx ends, to the mirror that holds the lease. Neither a Git server nor a load
-// balancer knows which mirror that is, or tries another. If a mirror is about to lose the lease, its webhooks aren't
-// lost: the next leader polls.
+// PassOn passes webhooks on, until ctx ends, to the mirror that holds the lease; while that is this
+// mirror, it passes on none. Neither a Git server nor a load balancer knows which mirror that is,
+// or tries another. If a mirror is about to lose the lease, its webhooks aren't lost: the next
+// leader polls.
 func (r *Receiver) PassOn(ctx context.Context) {
 	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
