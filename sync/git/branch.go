@@ -11,7 +11,7 @@
 //	a local bare repo, watched            git init --bare, packed, repacked, with alternates, linked work trees
 //	protocol v2: one branch, one          git http-backend, and sshd with AcceptEnv GIT_PROTOCOL, with 20,000
 //	  connection for all polls              other references
-//	protocol v0 over ssh                  sshd without it
+//	protocol v0 over ssh                  sshd without AcceptEnv GIT_PROTOCOL
 //	protocol v0 alone, insisting on       git http-backend behind a front that strips v2 and refuses without multi_ack,
 //	  multi_ack (Azure DevOps, CodeCommit)  as these services document; the services themselves were not tried
 //	GitHub App                            a local server that checks the JWT and makes tokens as GitHub documents it
@@ -40,7 +40,7 @@ type Branch interface {
 	// Head makes the branch's newest commit available to Objects, and returns its hash. The error wraps ErrNoBranch if
 	// the branch doesn't exist, or a *BadCommit if the commit, or its history, is too large to be fetched.
 	Head(ctx context.Context) (string, error)
-	// Objects opens the repository for one reading. The caller closes it.
+	// Objects opens the repository for one reading. The caller closes the result.
 	Objects() (*Objects, error)
 	// Distrust reports that what Objects returned could not be read. The next Head rebuilds the cache of a remote
 	// repository; a local one has none.

@@ -17,7 +17,7 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Commit is the part of a Git commit that the history and people see.
+// Commit is a checked Git commit: its deployments tree, and what the history and people see of it.
 type Commit struct {
 	Hash    string    // the full hash
 	Author  string    // NAME <EMAIL>
@@ -179,7 +179,8 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	return strings.Join(names, " ")
 }
 
-// ancestors returns a commit and its newest ancestors, at most n in all. It stops before a commit that lacks a parent.
+// ancestors returns a commit and its newest ancestors, at most n in all. It stops before a commit
+// whose parent is missing in the repository.
 func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {

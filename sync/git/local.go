@@ -83,10 +83,11 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchUntilError calls changed once, and after each change, but of a lock file, in the directories in which Git puts a
-// new ref into place. These are the branch's directory, its parents, and the Git directory itself, for packed-refs.
-// Git removes and makes directories of branches like a/b as needed, so watchUntilError adds watches after each change.
-// It returns an error when the watch fails, the Git directory is moved or removed, or ctx ends.
+// watchUntilError calls changed once, and after each change, except of a lock file, in the
+// directories in which Git puts a new ref into place. These are the branch's directory, its
+// parents, and the Git directory itself, for packed-refs. Git removes and makes directories of
+// branches like a/b as needed, so watchUntilError adds watches after each change. It returns an
+// error when the watch fails, the Git directory is moved or removed, or ctx ends.
 func (r *localRepo) watchUntilError(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {

@@ -163,7 +163,8 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow returns the hash of the branch's newest commit, and fetches it if new. If refused has it, that is the error.
+// follow returns the hash of the branch's newest commit, and fetches the commit if the cache lacks
+// it. For a commit that was too large before, the error is r.refused.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)

@@ -240,8 +240,9 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	return data, nil
 }
 
-// object returns an object that must be of a kind. One that can't be read is the repository's fault: see failed. One of
-// another kind, or a zero hash, is the commit's. A blob that a filtered repository lacks gives errTooLarge.
+// object returns the object with a hash, which must be of a kind. An object of another kind, or a
+// zero hash, is an error of the commit. A blob that a filtered repository lacks is errTooLarge. Any
+// other object that can't be read is an error of the repository: see failed.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)

@@ -106,7 +106,8 @@ func (o *Origin) Refer(n int, hash string) {
 	WriteFile(o.TB, filepath.Join(o.Bare, "packed-refs"), refs.String())
 }
 
-// Write runs git(1) in Work with in as its standard input, and returns its output: the hash of a new object.
+// Write runs git(1) in Work, gives it the text in on its standard input, and returns its output:
+// the hash of a new object.
 func (o *Origin) Write(in string, args ...string) string {
 	o.TB.Helper()
 	cmd := exec.Command("git", args...)

@@ -150,8 +150,8 @@ type hostKeyError struct{ text string }
 
 func (e *hostKeyError) Error() string { return e.text }
 
-// strict wraps check. If the host isn't in the known_hosts files, or is there with another key, the error says what to
-// do.
+// strict wraps check. If the host isn't in the known_hosts files, or is there with another key, the
+// error names the host, the file and the key that the host has now.
 func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 	return func(host string, remote net.Addr, key ssh.PublicKey) error {
 		err := check(host, remote, key)

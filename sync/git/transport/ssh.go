@@ -45,7 +45,7 @@ type sshSession struct {
 	in     io.WriteCloser
 	out    *bufio.Reader
 	errors boundedBuffer
-	// unwatch keeps the end of the session's context from closing the connection.
+	// unwatch, once called, keeps the end of the session's context from closing the connection.
 	unwatch func() bool
 	hello   *greeting // nil: the server speaks protocol v0
 }
@@ -323,7 +323,8 @@ func (s *sshServer) Close() {
 	s.drop()
 }
 
-// explain returns a Refusal with the server's own words if it ended with some instead of answering, and otherwise err.
+// explain returns a Refusal with the server's error text if the session ended early and there is
+// such a text. Otherwise it returns err.
 func (s *sshServer) explain(session *sshSession, err error) error {
 	if err == nil || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) &&
 		!errors.Is(err, packp.ErrEmptyInput) || session.Session == nil {
