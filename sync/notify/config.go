@@ -39,8 +39,9 @@ type Receiver struct {
 	// Text is the template of the text for slack and teams. {message}, {kind}, {unit}, {link}, {release}, {commit},
 	// {author} and {subject} are replaced, and Slack's markup is escaped. Default: {message} {link}.
 	Text string `yaml:"text"`
-	// Events are the kinds of events that the receiver gets; empty: all. Units are patterns STAGE/ROLE/UNIT;
-	// empty: all.
+	// Events are the kinds of events that the receiver gets; empty: all. Units are patterns
+	// STAGE/ROLE/UNIT of the units whose events it gets; empty: all. An event "refused" is about no
+	// unit, and Units don't hold it back.
 	Events []Kind   `yaml:"events"`
 	Units  []string `yaml:"units"`
 }

@@ -19,7 +19,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// errRefused is wrapped by the error of an answer that a second try hardly changes, such as 404 or a redirect.
+// errRefused is wrapped by errors that a second try hardly changes: of an answer such as 404 or a
+// redirect, and of an invalid URL in url_file.
 var errRefused = errors.New("refused")
 
 // retryAfterError means that the server is busy or failed, so that a later try may succeed.

@@ -97,11 +97,14 @@ type unitNow struct {
 	known     bool
 }
 
-// orphanedMidway is the rolloutState of an orphaned record with a rollout: if Git names the unit again, that goes on.
+// orphanedMidway is the rolloutState of an orphaned record with a rollout, which goes on if Git
+// names the unit again.
 const orphanedMidway = "orphaned-midway"
 
-// rolloutState returns "orphaned" or orphanedMidway, "completed" if the record has no rollout, or else the rollout's
-// phase and its time; empty: the rollout goes on. If the text differs from before, there may be something to notify of.
+// rolloutState returns a text that changes when there may be something to notify of. For an
+// orphaned record it is "orphaned" or orphanedMidway, for one without a rollout "completed". It is
+// empty while a rollout is at its canaries or rolling. In other phases it is the phase and its
+// Since.
 func rolloutState(r deployments.Record) string {
 	switch p := r.Rollout; {
 	case r.Orphaned && p != nil:
@@ -117,8 +120,10 @@ func rolloutState(r deployments.Record) string {
 	}
 }
 
-// eventsSince returns the events that lead a receiver from the state was to u, in order, and the state that it then
-// knows. Only generations in u.history have an event "started". Status is left for the caller to set.
+// eventsSince returns the events about a unit that a receiver lacks, in order. was is the unit's
+// state that the receiver was last notified of, u is its state now. now is what the receiver is
+// notified of after these events, without Status, which the caller sets. Only generations in
+// u.history have an event "started".
 func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
 	now = notified{Generation: r.Generation, Standing: rolloutState(r), Unhealthy: was.Unhealthy,

@@ -1,8 +1,11 @@
-// Package notify sends notifications about rollouts: events over HTTP, and commit statuses at the Git server. The
-// mirror that holds the lease runs it, and it follows the store's state. For each receiver it stores, at
-// mirror/notified/NAME, the last state that the receiver was notified of. An event that a receiver didn't take is sent
-// again with the same ID, even by the next mirror. It is dropped once it was refused three times, or tried for a day.
-// A slow or dead receiver delays no other. When it is back, it gets each unit's latest state, not each step on the way.
+// Package notify sends notifications about rollouts: events over HTTP, and commit statuses at the
+// Git server. The mirror that holds the lease runs a Notifier, which follows the store's state. For
+// each receiver, the Notifier stores at mirror/notified/NAME the last state that the receiver was
+// notified of. An event that a receiver didn't take is sent again with the same ID, even by the
+// next mirror. It is dropped once it was refused three times, or tried for a day.
+//
+// A slow or dead receiver delays no other. When it is back, it gets each unit's latest state, and
+// an event "started" for at most maxPast generations that it missed, but not each step on the way.
 package notify
 
 import (
