@@ -40,10 +40,11 @@ type Bridged struct {
 	Changed bool
 }
 
-// Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest, which
-// old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a mirror
-// runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins. Under a mirror, a unit
-// without a record, or with somebody else's pin that hasn't expired, is an error.
+// Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies
+// the manifest, which old scripts overwrite, to a key that doesn't change. The copy's pointer
+// becomes the unit's record or, if a mirror runs, its pin. A repeated event changes nothing; of two
+// concurrent ones the later wins. Under a mirror, it is an error if the unit has no record, or if
+// somebody else's pin hasn't expired, unless that pin names the same release.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	if err := o.Naming.check(); err != nil {
@@ -105,10 +106,13 @@ func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	return e.Session != "", err
 }
 
-// clockSkew is how long after its end a pin of somebody else is taken to hold on some node, whose clock may be behind.
+// clockSkew is how long after its end a pin of somebody else may still be in force on a node whose
+// clock is behind.
 const clockSkew = time.Minute
 
-// writePin writes a pin, unless the unit is pinned to that release already.
+// writePin writes a pin, unless the unit is pinned to that release already. It returns an error if
+// the unit has no record, or if another pin of somebody else is there that doesn't parse or may
+// still be in force.
 func writePin(
 	ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin,
 ) (changed bool, err error) {

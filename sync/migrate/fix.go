@@ -22,7 +22,8 @@ var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#
 // changed. Everything else stays, including comments and templates. It doesn't change the strategy, as people have to
 // decide whether dest may become a link. It changes
 //
-//   - dest_mode to octal: 755 is written 0755, and a decimal number that is none in octal, such as 493, too
+//   - dest_mode to octal: 755 is written 0755; a number that is no mode in octal, such as 493, is
+//     converted from decimal, here to 0755, too
 //   - symlinks to any, if the archive was inspected, and has links that lead out of its tree
 //   - a checksum by MD5 or SHA-1 to SHA-256, if the archive was inspected, and the checksum has a line of its own
 func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byte, changed []string, err error) {
