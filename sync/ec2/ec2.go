@@ -109,10 +109,11 @@ type Hook struct {
 	actionWait time.Duration
 }
 
-// Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the timeout passes first,
-// so that AutoScaling replaces the instance. An instance that converges while AutoScaling can't be reached is kept. An
-// agent that restarts on an instance in service finds no action to complete, which is no error. Calls that fail are
-// repeated until ctx ends. An error means that, or that the group or AWS's configuration is missing.
+// Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the
+// timeout passes first, so that AutoScaling replaces the instance. An instance that converges while
+// AutoScaling can't be reached is kept. An agent that restarts on an instance in service finds no
+// action to complete, which is no error. Calls that fail are repeated until ctx ends. Run returns
+// an error if ctx ends first, the group isn't known, or AWS's configuration can't be read.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]

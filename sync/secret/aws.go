@@ -20,7 +20,8 @@ type awsConfig struct {
 	config *aws.Config
 }
 
-// configFor returns the configuration for a name, which may be an ARN in another region; an error without any region.
+// configFor returns the configuration for a name, which may be an ARN in another region. If no
+// region is known, that is an error.
 func (c *awsConfig) configFor(ctx context.Context, name string) (aws.Config, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -56,8 +56,9 @@ type known struct {
 	at  time.Time
 }
 
-// New returns a Reader that allows the references in allowed, and those that begin with an entry by whole path segments
-// or up to #FIELD. An invalid entry is an error.
+// New returns a Reader that allows the references that an entry of allowed covers. An entry is a
+// reference, a reference without its #FIELD, or the first whole path segments of references. An
+// invalid entry is an error.
 func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	for _, a := range allowed {
 		if err := deployments.CheckSecretPrefix(a); err != nil {

@@ -1,8 +1,9 @@
 // Package trace sends spans to an OpenTelemetry collector: they show a push's way from the mirror to its last node.
 //
-// KV contains nothing of a trace. The ids of a push's trace and of its root span are derived from the unit, the commit
-// and the release of a pin, so the mirror and every agent know them. Spans are sent as OTLP over HTTP, in JSON, which
-// every collector accepts at port 4318. What can't be sent in time is dropped: a collector never holds up a deployment.
+// KV contains nothing of a trace. The mirror and every agent derive the ids of a push's trace, and
+// of its root span, from the unit, the commit and the release of a pin. Spans are sent as OTLP over
+// HTTP, in JSON, which every collector accepts at port 4318. What can't be sent in time is dropped:
+// a collector never holds up a deployment.
 package trace
 
 import (
