@@ -42,8 +42,8 @@ type Branch interface {
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading. The caller closes the result.
 	Objects() (*Objects, error)
-	// Distrust reports that what Objects returned could not be read. The next Head rebuilds the cache of a remote
-	// repository; a local one has none.
+	// Distrust reports that what Objects returned could not be read, or that its history has a gap.
+	// The next Head rebuilds the cache of a remote repository; a local one has none.
 	Distrust()
 	// Watch calls changed whenever the branch may have moved, until ctx ends. For a remote repository, which can't be
 	// watched, it only waits until ctx ends.

@@ -405,8 +405,8 @@ func (t *workTree) read(name string) ([]byte, error) {
 	return data, err
 }
 
-// prefix puts the directory below in front of the file names in tree, so that they are paths in the whole repository.
-// It does the same in err if that wraps a deployments.Problems.
+// prefix puts the name of a directory, below, in front of the file names in tree, so that they are
+// paths in the whole repository. It does the same in err if err wraps a deployments.Problems.
 func prefix(below string, tree *deployments.Tree, err error) {
 	if below == "." {
 		return

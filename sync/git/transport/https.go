@@ -281,7 +281,7 @@ func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// answers passes on a server's answers, but turns an HTTP error and a page for people into a Refusal.
+// answers passes on a server's answers, but turns an HTTP error and an HTML page into a Refusal.
 type answers struct{ base *http.Transport }
 
 func (a answers) CloseIdleConnections() { a.base.CloseIdleConnections() }

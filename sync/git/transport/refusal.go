@@ -14,7 +14,8 @@ const (
 	maxAnswer = 16 << 10
 )
 
-// Refusal is the error if a server answers with an HTTP error, a page for people or, by ssh, an error text.
+// Refusal is the error if a server answers with an HTTP error, an HTML page or, by ssh, an error
+// text.
 type Refusal struct {
 	Status int           // of HTTP; 0: ssh
 	Words  string        // the server's text, on one line
