@@ -37,7 +37,7 @@ type acceptor struct {
 	commit *git.Commit // the commit that was taken last; nil: none, or it can't be used
 	// unvouched is the commit that was taken last if it can be read but its signature no longer counts: see basis.
 	unvouched *git.Commit
-	recalled  string // the branch's head when commit was last searched
+	recalled  string // the branch's head when readAccepted last tried to read commit
 	compared  string // FROM..TO of the last candidate that was checked
 	refusal   error  // why that candidate is refused; nil: it isn't
 

@@ -176,8 +176,8 @@ type written struct {
 type writtenRecord struct {
 	record deployments.Record
 	value  []byte // nil: the key was removed
-	// base is the version that the write replaced (0: none). version is its own, 0 until the store has shown it. An
-	// adopted record has the same in both.
+	// base is the version that the write replaced (0: none). version is the version that it made; 0
+	// until the store has shown that. An adopted record has the same in both.
 	base, version uint64
 	at            time.Time
 	// vouched is set if a commit that was signed, or that needs no signature, named the unit. Then
