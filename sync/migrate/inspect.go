@@ -99,7 +99,8 @@ func (in *Inspection) refuse(err error) {
 	}
 }
 
-// unpack unpacks the archive as nodes do, but with all kinds of links allowed, and inspects the result.
+// unpack unpacks the archive as nodes do, but sets no owner and allows all kinds of links. Then it
+// inspects the result.
 func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error {
 	dir, err := os.MkdirTemp("", "kedge-inspect-")
 	if err != nil {
@@ -133,7 +134,7 @@ func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error 
 	return nil
 }
 
-// lookInto describes the files of a tree.
+// lookInto counts the files and links of a tree, and lists the links that lead out of it.
 func lookInto(tree string) (*Archive, error) {
 	a := new(Archive)
 	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
