@@ -170,8 +170,9 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 	}
 }
 
-// complete completes the action: with CONTINUE if the instance has converged by then, else with ABANDON. It gives up,
-// without an error, if AutoScaling knows no action for longer than actionWait.
+// complete completes the action: with CONTINUE if the instance has converged by then, else with
+// ABANDON. It gives up, without an error, if AutoScaling knows no action once actionWait has
+// passed.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	began, logged := time.Now(), ""

@@ -195,7 +195,8 @@ func limitsRate(h http.Header) bool {
 // sendTimeout bounds one request.
 const sendTimeout = 10 * time.Second
 
-// secretOr returns value or, if file is set, its trimmed content, which must not be empty. field is file's setting.
+// secretOr returns value or, if file is set, the file's trimmed content, which must not be empty.
+// field is the setting that names the file.
 func secretOr(field, value, file string) (string, error) {
 	if file == "" {
 		return value, nil

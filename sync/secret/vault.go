@@ -21,7 +21,8 @@ import (
 
 const (
 	maxVaultAnswer = 1 << 20
-	// vaultTries bounds how often a path is requested while Vault is away, sealed, without a leader or limits its rate.
+	// vaultTries bounds how often a path is requested while Vault is away, is sealed, has no leader
+	// or limits the rate of requests.
 	vaultTries = 3
 	vaultPause = 200 * time.Millisecond
 )
