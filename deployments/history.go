@@ -20,17 +20,18 @@ type History struct {
 	Author    string    `json:"author"`
 	Subject   string    `json:"subject,omitempty"`
 	Committed time.Time `json:"committed"`
-	// At is when the mirror wrote the entry.
+	// At is when the mirror first wrote the entry.
 	At time.Time `json:"at"`
-	// Failed is the digest of a release that failed. kedge rollback picks it only if it was tried again later, even if no
-	// node has it in quarantine any more. It is the release that this generation rolled back, or the one that this
-	// generation replaced while a node had it in quarantine.
+	// Failed is the digest of the release that this generation rolled back, or that it replaced
+	// while a node had it in quarantine; zero: none. kedge rollback doesn't pick that release, even
+	// if no node has it in quarantine any more, unless a later generation tried it again.
 	Failed Digest `json:"failed,omitzero"`
-	// Claim and Retry are copied from the record: they keep a failed release out of the nodes where it failed even
-	// if the record is lost.
+	// Claim is the record's RequestGeneration, and Retry the record's Retry. They keep a failed
+	// release out of the nodes where it failed even if the record is lost.
 	Claim int64 `json:"claim,omitempty"`
 	Retry int64 `json:"retry,omitempty"`
-	// Pinned is a copy of Record.Pinned: what Git asked for while a unit pin was rolled out instead; nil: none was.
+	// Pinned is a copy of Record.Pinned: what Git asked for while Release was a unit pin's; nil: it
+	// was Git's.
 	Pinned *Pinned `json:"pinned,omitempty"`
 	// Note says what else led to the generation, such as a pin, an order, or a change by hand that was put back.
 	Note string `json:"note,omitempty"`
@@ -66,7 +67,7 @@ func (p PastPin) Same(q PastPin) bool {
 
 // PastOrder is an order as the history keeps it. By and Reason are cut at MaxPastWords.
 type PastOrder struct {
-	// At is when the mirror took it.
+	// At is when the mirror took the order.
 	At time.Time `json:"at"`
 	Order
 	// Refused is why the order changed nothing; empty: it was obeyed.
@@ -88,7 +89,7 @@ func PastWords(s string) string {
 	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), MaxPastWords)
 }
 
-// ParseHistory reads an entry of history/. Fields that it does not know are passed over.
+// ParseHistory parses an entry of history/. Unknown fields are ignored.
 func ParseHistory(value []byte) (History, error) {
 	var h History
 	err := lenientJSON(value, &h)

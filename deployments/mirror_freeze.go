@@ -8,7 +8,7 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// FreezeWindow is a Freeze as mirror/state tells it: the fields that it has in kedge.yaml.
+// FreezeWindow is a Freeze in mirror/state, with the fields and texts that it has in kedge.yaml.
 type FreezeWindow struct {
 	Name     string   `json:"name,omitempty"`
 	Deny     string   `json:"deny,omitempty"`
@@ -21,7 +21,8 @@ type FreezeWindow struct {
 }
 
 const (
-	// maxWindows and maxWindowBytes bound the freeze windows in mirror/state, as its value holds other things as well.
+	// maxWindows bounds the number of freeze windows in mirror/state, and maxWindowBytes about how
+	// many bytes they take, as the value holds other things as well.
 	maxWindows     = 100
 	maxWindowBytes = 32 << 10
 	// maxWindowText bounds a window's name, and its reason, in bytes.
@@ -82,8 +83,9 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 	return f, nil
 }
 
-// Freezes returns the windows in mirror/state. more is how many windows it lacks: those that mirror/state leaves out,
-// those beyond maxWindows, and those that this version can't read.
+// Freezes returns the freeze windows in mirror/state. more is how many windows are missing from all.
+// These are the windows that mirror/state leaves out, those beyond maxWindows, and those that this
+// version can't read.
 func (s MirrorState) Freezes() (all []Freeze, more int) {
 	for _, w := range s.Freeze[:min(len(s.Freeze), maxWindows)] {
 		if f, err := w.Freeze(); err == nil {

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// MirrorState is the JSON at mirror/state: what the mirror that holds the lease did last. Only that mirror writes
-// it, when it changes.
+// MirrorState is the JSON at mirror/state: what the mirror that holds the lease did last. Only that
+// mirror writes it, when the state changes or the store has lost it.
 type MirrorState struct {
 	Holder string `json:"holder"`
 	// Head is the commit that KV holds, Author its author, and At when it was applied.
@@ -16,17 +16,18 @@ type MirrorState struct {
 	At     time.Time `json:"at,omitzero"`
 	// Repo is the address of the repository that Head comes from.
 	Repo string `json:"repo,omitempty"`
-	// Past lists the newest commits that Head descends from, abbreviated, newest first, separated by spaces. So whoever
-	// waits for one of them sees that it was taken.
+	// Past lists the newest commits that Head descends from: 12 digits of each hash, newest first,
+	// separated by spaces. So whoever waits for one of them sees that it was taken.
 	Past string `json:"past,omitempty"`
-	// Refused is a newer commit that was not taken. Error says why, or what else is wrong, as when Git is away.
+	// Refused is the commit at the branch's head if it was not taken. Error says why, or what else
+	// is wrong, for example that Git is away.
 	Refused string `json:"refused,omitempty"`
 	Error   string `json:"error,omitempty"`
 	// Applying is a commit that is being written in several transactions. KV holds Head completely before the
 	// first, and Applying after the last of them. A mirror that takes over goes on with it.
 	Applying string `json:"applying,omitempty"`
-	// Freeze lists the freeze windows of Head's kedge.yaml, for pages and commands that show what is to come.
-	// FreezeMore counts the windows that it leaves out: see FreezeWindows.
+	// Freeze lists the freeze windows of Head's kedge.yaml, for pages and commands that show what
+	// is to come. FreezeMore is how many windows Freeze leaves out: see FreezeWindows.
 	Freeze     []FreezeWindow `json:"freeze,omitempty"`
 	FreezeMore int            `json:"freeze_more,omitempty"`
 	// Rules are the settings that bind the next commit: those of Applying, or else of Head.

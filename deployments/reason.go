@@ -20,7 +20,8 @@ func (f Facts) With(name, value string) Facts {
 	return all
 }
 
-// Reasons of a rollout. A comment beside a reason is MEANING: FACTS, or one of both; it names only the main facts.
+// Reasons of a rollout. Here and in the groups below, a reason's comment gives its meaning and, after
+// a colon, its main facts. Some comments give only one of the two.
 const (
 	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until or opens (never), reason
 	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git
@@ -32,7 +33,7 @@ const (
 	ReasonAborted          Reason = "Aborted"          // by an operator
 	ReasonTooManyFailed    Reason = "TooManyFailed"    // failed, of, node, cause, limit
 	ReasonRetried          Reason = "Retried"          // by an operator
-	ReasonConverged        Reason = "Converged"        // every node runs the target
+	ReasonConverged        Reason = "Converged"        // the rollout has ended on the target
 	ReasonNoLiveNodes      Reason = "NoLiveNodes"      // waits for nodes: known
 	ReasonAllPinned        Reason = "AllPinned"        // pins decide for every node: nodes
 	ReasonNothingToGoBack  Reason = "NothingToGoBackTo"
@@ -45,10 +46,11 @@ const (
 	ReasonNodesMissing     Reason = "NodesMissing"    // known nodes are away, or the list of nodes is short: live, known
 	ReasonUnheard          Reason = "Unheard"         // a node has yet to report on a first release: node
 	ReasonUnaware          Reason = "Unaware"         // a node has yet to notice that it was admitted: node
+	// The record has no room for more replaced targets, so the rollout waits or goes back: stable, paused.
 	ReasonReplacedTooOften Reason = "ReplacedTooOften"
 	ReasonEveryNode        Reason = "EveryNode"    // no rollout: every node at once
 	ReasonFirstRelease     Reason = "FirstRelease" // every node at once
-	ReasonRunsAlready      Reason = "RunsAlready"  // every node runs it, or did so last
+	ReasonRunsAlready      Reason = "RunsAlready"  // every node runs the target, or did when it last reported
 )
 
 // Reasons for which an order changes nothing.
@@ -71,14 +73,14 @@ const (
 	ReasonHeld               Reason = "Held"          // by, until, reason
 	ReasonTarget             Reason = "Target"        // commit, generation
 	ReasonStable             Reason = "Stable"        // not admitted to the target yet
-	ReasonStableFirst        Reason = "StableFirst"   // admitted, and runs what the record doesn't name: release, target
+	ReasonStableFirst        Reason = "StableFirst"   // admitted, but goes to stable first: release, target
 	ReasonNotAdmitted        Reason = "NotAdmitted"
 	ReasonAdmitted           Reason = "Admitted"
 	ReasonRunsTarget         Reason = "RunsTarget"        // not admitted, and runs the target already
 	ReasonRejoined           Reason = "Rejoined"          // was away: keeps what it runs until its turn
 	ReasonAwaitingRollback   Reason = "AwaitingRollback"  // its turn to go back has yet to come
-	ReasonLeaving            Reason = "Leaving"           // goes to what was there before kedge
-	ReasonRestored           Reason = "Restored"          // what was there before kedge serves again
+	ReasonLeaving            Reason = "Leaving"           // goes back to what was at dest before kedge
+	ReasonRestored           Reason = "Restored"          // what was at dest before kedge serves again
 	ReasonStableQuarantined  Reason = "StableQuarantined" // the stable release failed here: release, target
 	ReasonPinPaced           Reason = "PinPaced"          // the mirror rolls the pin out: release, by, until, reason
 	ReasonExpired            Reason = "Expired"           // the pin's until has passed
@@ -88,21 +90,21 @@ const (
 	ReasonSourceNotAllowed   Reason = "SourceNotAllowed" // url
 	ReasonUnsigned           Reason = "Unsigned"
 	ReasonDigestMismatch     Reason = "DigestMismatch"
-	ReasonOlderThanFloor     Reason = "OlderThanFloor"
+	ReasonOlderThanFloor     Reason = "OlderThanFloor"     // made before the node's version floor: created, floor
 	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, floor
 	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer kedge: error
-	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
+	ReasonOldGeneration      Reason = "OldGeneration"      // older than the record acted on last: generation, acted_on
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
 	ReasonSecretUnavailable  Reason = "SecretUnavailable"  // error
 	ReasonDiskFull           Reason = "DiskFull"
-	ReasonObserving          Reason = "Observing"  // the node's configuration says so: differs
+	ReasonObserving          Reason = "Observing"  // the node only observes the unit, by its configuration: differs
 	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
-	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest: unit, dest
+	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest, or a path above or below it: error
 	// Something else, such as stretcher or kedge run, deployed to the dest of a unit: dest, found.
 	ReasonForeignDeployment Reason = "ForeignDeployment"
 	ReasonTooManyUnits      Reason = "TooManyUnits" // the node leaves out units of its role: limit, left_out
 	ReasonGone              Reason = "Gone"         // the node's agent is away
-	ReasonNotInTime         Reason = "NotInTime"    // no answer before the deadline
+	ReasonNotInTime         Reason = "NotInTime"    // the node has not converged before its deadline
 )

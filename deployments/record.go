@@ -5,34 +5,38 @@ import (
 	"time"
 )
 
-// Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may have gone there.
-// The mirror that holds the lease writes it. Where no mirror runs, a person may write a bare pointer instead. It
-// mostly stays under 1 KB: 5,000 watchers take seconds to receive a large value (300 bytes: 0.2 s).
+// Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may
+// have gone there. The mirror that holds the lease writes it. If no mirror runs, a person or kedge
+// bridge may write a bare pointer instead. A record mostly stays under 1 KB: 5,000 watchers take
+// seconds to receive a large value (300 bytes: 0.2 s).
 type Record struct {
 	// Target is the release that Git, or a unit pin, names. Stable is what nodes that aren't admitted run: the
 	// last target that finished its rollout; zero if none has yet.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows with each new target, and each time that a rollout turns back or is tried again. It mostly grows by
-	// one. It orders records, whatever Consul's indexes do, and a node's report names the one that it acts on. A bare
-	// pointer has generation 0.
+	// Generation grows with each new target, and each time that a rollout turns back or is tried
+	// again. It mostly grows by one. It orders records, whatever Consul's indexes do. A node's
+	// report names the generation that the node acts on. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
-	// Retry grows by one with each retry order that the mirror obeys; it is 0 again if the store lost records. It lets a
-	// release be tried once more on the nodes where it failed: see Claim.
+	// Retry grows by one with each retry order that the mirror obeys. It may be 0 again after the
+	// store has lost records. A larger Retry lets a release be tried once more on the nodes where
+	// it failed: see Claim.
 	Retry int64 `json:"retry,omitempty"`
-	// Commit is the full hash of the Git commit that set Target.
+	// Commit is the full hash of the Git commit that set Target or, while Target is a pin's, of the
+	// one that set the target before it.
 	Commit string `json:"commit,omitempty"`
 	// After and Drift are copied from the unit file for agents, which don't read Git.
 	After []string `json:"after,omitempty"`
 	Drift Drift    `json:"drift,omitempty"`
 	// Adopt is a copy of the unit file's adopt: nodes may take over the tree that is at dest if it equals the release.
 	Adopt bool `json:"adopt,omitempty"`
-	// Paced is set if the unit has a rollout and the mirror reads pins. Agents then ignore its unit pins unless they say
-	// hold or at_once: the mirror rolls them out as Target.
+	// Paced is set if the unit has a rollout and isn't orphaned, and the mirror reads pins. Agents
+	// then ignore a unit pin unless it says hold or at_once: the mirror rolls it out as Target.
 	Paced bool `json:"paced,omitempty"`
-	// Joined bounds which nodes the record applies to. Nodes with a higher Report.Joined, as after a restart or an
-	// absence, keep what they run if that is neither Target nor Stable, until the mirror raises Joined, as the budget
-	// has room. 0: it applies to all.
+	// Joined bounds which nodes the record applies to: those whose Report.Joined is not higher, and
+	// those on which nothing serves. A node has a higher one after a restart or an absence. It then
+	// keeps what it runs, unless that is Target, Stable or one of Superseded, until the mirror
+	// raises Joined as the budget has room. 0: the record applies to all nodes.
 	Joined uint64 `json:"joined,omitempty,string"`
 	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: it equals Generation. A
 	// release that failed on a node stays out there until Claim or Retry grows. A negative Claim was lost with the
@@ -41,8 +45,9 @@ type Record struct {
 	// Nodes is how many nodes the unit was known to have when its rollout last moved. If the list of nodes is
 	// shorter later, the rollout waits a while for the rest.
 	Nodes int `json:"nodes,omitempty"`
-	// Orphaned is set if Git no longer names the unit, and pruning is off. Nodes keep what they run, until a unit
-	// that Git names takes its dest.
+	// Orphaned is set if Git no longer names the unit, and pruning is off. The rollout stays where
+	// it is. Nodes keep what they run until a pin says otherwise, or a unit that Git names takes
+	// the dest.
 	Orphaned bool `json:"orphaned,omitempty"`
 	// Pinned is set while Target comes from a unit pin.
 	Pinned *Pinned `json:"pinned,omitempty"`
@@ -70,17 +75,18 @@ type Pinned struct {
 // Progress is how far a rollout has come, and why it stands there.
 type Progress struct {
 	Phase Phase `json:"phase"`
-	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.
+	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none,
+	// math.MaxUint64 all. While a rollout is rolled back, these are the nodes that stay for now.
 	Cutoff uint64 `json:"cutoff,string"`
 	// Early is a second cutoff, for nodes that run one of Superseded: the canaries of a replaced target go first.
 	Early uint64 `json:"early,omitempty,string"`
-	// Fast is set if the rollout needs no gates, as its target is a pin or was stable before.
+	// Fast is set if the rollout needs no gates, as its target is a pin's or was stable before.
 	Fast bool `json:"fast,omitempty"`
 	// Unproven is set if Stable was released to all nodes at once and never became healthy everywhere. Nodes that
 	// are unhealthy because of Stable don't count against the budget.
 	Unproven bool `json:"unproven,omitempty"`
-	// StablePinned is set if Stable is the release of a unit pin, or may be as the store had lost the record. A pin is
-	// temporary: Stable then doesn't raise the nodes' version floors.
+	// StablePinned is set if Stable is the release of a unit pin, or may be one because the store
+	// had lost the record. A pin is temporary: Stable then doesn't raise the nodes' version floors.
 	StablePinned bool `json:"stable_pinned,omitempty"`
 	// Serving is set once a node of a first release has reported that something else serves there: the rollout
 	// then goes through its gates.
@@ -155,7 +161,7 @@ func Phases() []Phase {
 	}
 }
 
-// Pin overrides a record, for all nodes of a unit or for one. Operators write it.
+// Pin overrides a record, for all nodes of a unit or for one. Operators write it, and kedge bridge.
 type Pin struct {
 	// Hold makes nodes keep what they run, whatever it is. Release is then zero.
 	Hold    bool    `json:"hold,omitempty"`

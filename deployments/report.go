@@ -21,11 +21,12 @@ type Report struct {
 	// each time that the report was lost because the node was cut off (see kv.Presence). 0: the first report, which has no
 	// number yet.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Ready is the answer of /ready: since the agent started each unit has had a healthy release in service, and now none
-	// is unhealthy or drained.
+	// Ready is the answer of /ready. It is set if every unit of the node has had a healthy release
+	// in service since the agent started, and none is unhealthy or drained now. A node without
+	// units is ready only if allow_empty is set.
 	Ready bool `json:"ready"`
-	// Reason says what is wrong with the node's role as a whole, with its Facts, as ReasonTooManyUnits. Mostly
-	// empty.
+	// Reason, with its Facts, says what is wrong with the node's role as a whole, such as
+	// ReasonTooManyUnits. It is mostly empty.
 	Reason Reason                `json:"reason,omitempty"`
 	Facts  Facts                 `json:"facts,omitempty"`
 	Units  map[string]UnitReport `json:"units"`
@@ -40,8 +41,9 @@ type UnitReport struct {
 	// Want is the release that policy.Resolve last answered, and Message why, in words, or what the unit waits for.
 	Want    Pointer `json:"want,omitzero"`
 	Message string  `json:"message,omitempty"`
-	// Generation is the generation of the record that Want was resolved from. A converged node that has nothing to
-	// do for a newer record reports its generation only with its next change.
+	// Generation is the highest generation of the record that the node knows of. A converged node
+	// that has nothing to do for a newer record reports it only with the node's next change, or at
+	// once if that record's rollout has Superseded targets.
 	Generation int64 `json:"generation,omitempty"`
 	// Staged is the digest of a release that lies ready on disk, mostly for when the node is admitted to it.
 	Staged Digest `json:"staged,omitzero"`
@@ -69,10 +71,12 @@ type UnitReport struct {
 	Errors []LoggedError `json:"errors,omitempty"`
 	// Since is when State was entered, by the node's clock.
 	Since time.Time `json:"since"`
-	// Drift lists at most five paths of the live tree that differ from the release's index.
+	// Drift lists at most five paths that differ from the release: dest itself, or paths in its
+	// tree.
 	Drift []string `json:"drift,omitempty"`
-	// Compared is how a tree at dest that kedge did not deploy differs from a release. It was compared when the
-	// first release came; a node that only observes repeats it.
+	// Compared is how the tree at dest differs from a release; nil: nothing was compared. A node
+	// that only observes compares now and then. With adopt, any other node compares before the
+	// unit's first release goes live.
 	Compared *Compared `json:"compared,omitempty"`
 	// Fetched and Total are bytes of a download, while State is StateFetching.
 	Fetched int64 `json:"fetched,omitempty"`
@@ -115,7 +119,7 @@ const (
 	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): it tries again by itself
 	StateQuarantined State = "quarantined" // the target failed here, and the node went back if it could
 	StateHeld        State = "held"        // a pin says hold, or the node only observes
-	StateUnhealthy   State = "unhealthy"   // the health checks fail of what it runs, or went back to
+	StateUnhealthy   State = "unhealthy"   // the health checks of what it runs, or went back to, fail
 	StateInvalid     State = "invalid"     // the record, a pin or the manifest is wrong or not allowed: nothing changed
 )
 
