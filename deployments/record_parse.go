@@ -10,8 +10,9 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// FormatLevel is the highest level of the record format that this kedge understands. A change raises the level if an
-// older reader would get it dangerously wrong. Records that use the change name the new level in Record.MinAgent.
+// FormatLevel is the highest level of the record format that this kedge understands. A change of
+// the format raises the level if an older reader would get it dangerously wrong. Records that use
+// the change name the new level in Record.MinAgent.
 const FormatLevel = 1
 
 // ErrTooOld means that a record was written for a newer kedge. The reader keeps what it runs, and reports the
@@ -199,9 +200,9 @@ func ParsePin(value []byte) (Pin, error) {
 	return pin, nil
 }
 
-// looksLikeFields reports whether a text is YAML or JSON with fields, not a bare value. Then its first line that is no
-// comment begins with a brace, or with a name and a colon. The colon is followed by a blank or the line's end, and a
-// URL's colon by a slash.
+// looksLikeFields reports whether a text is YAML or JSON with fields, not a bare value. The first
+// line that is no comment decides. It must begin with a brace, or with a name and a colon that a
+// blank or the line's end follows. (A slash follows the colon of a URL.)
 func looksLikeFields(text string) bool {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)

@@ -5,8 +5,9 @@ import "time"
 // Settings is kedge.yaml: what holds for the whole deployments repo. The mirror reads it from the commit that it
 // mirrors.
 type Settings struct {
-	// Sources are the URLs, or prefixes of URLs, that releases may come from, by stage ("*": every stage without
-	// its own); empty: any. A prefix matches whole path segments: s3://acme-releases/web matches
+	// Sources are the URLs, or prefixes of URLs, that releases may come from, by stage ("*": every
+	// stage without its own). In a stage without a value, they may come from anywhere. A prefix
+	// matches whole path segments: s3://acme-releases/web matches
 	// s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
 	Sources map[string][]string
 	// Dests are the directories in or below which releases may go live. Users are the users that their commands
@@ -18,8 +19,9 @@ type Settings struct {
 	Commands map[string]bool
 	// Prune lets the removal of a unit from Git remove its record. Nodes never undeploy because of it.
 	Prune bool
-	// MaxRemoved is the percentage of units that one commit may remove if Prune is set; one unit is always allowed.
-	// Default 30; 100 switches the check off.
+	// MaxRemoved is the percentage of units that one commit may remove if Prune is set; one unit is
+	// always allowed. Default 30; 100 switches the check off. MaxRemoved and AllowRewind bind the
+	// commit after the one that sets them.
 	MaxRemoved int
 	// AllowRewind accepts a head that doesn't descend from the last one (a force push).
 	AllowRewind bool

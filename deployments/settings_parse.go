@@ -130,7 +130,8 @@ func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]str
 	}
 }
 
-// single returns a function that reads a single value.
+// single returns a function that reads a single value with parse; ok is false if it noted a
+// problem.
 func single[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
 	return func(n ast.Node) (value T, ok bool) {
 		before := len(r.problems)
@@ -147,7 +148,8 @@ func asPrefix(s string) (string, error) {
 	return s, nil
 }
 
-// allows reports whether a stage may name a release at url: by the stage's own sources, or else by those of "*".
+// allows reports whether a stage may name a release at url. The stage's own sources decide, or else
+// those of "*"; without either, any URL is allowed.
 func (s Settings) allows(stage, url string) bool {
 	prefixes, set := OfStage(s.Sources, stage)
 	return !set || FromSource(url, prefixes)
@@ -159,9 +161,9 @@ func FromSource(url string, sources []string) bool {
 	return slices.ContainsFunc(sources, func(s string) bool { return url == s || UnderPrefix(url, s) })
 }
 
-// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1,
-// not s3://acme/webx/1. A URL that could be read as another path lies under no prefix. Such a URL has .., an empty
-// segment, %, \, or a query (but for versionId of s3://).
+// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web
+// covers s3://acme/web/1, not s3://acme/webx/1. A URL that could be read as another path lies under
+// no prefix. Such a URL has an empty segment, ., .., %, \, or a query (but for versionId of s3://).
 func UnderPrefix(url, prefix string) bool {
 	if at, version, found := strings.Cut(url, "?"); found && strings.HasPrefix(url, "s3://") &&
 		s3Version.MatchString(version) {

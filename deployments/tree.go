@@ -80,9 +80,10 @@ const (
 	maxTreeProblems = 1000
 )
 
-// Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every STAGE/ROLE/UNIT.yaml. It ignores
-// dot-files, and files that don't end in .yaml or .yml. A .yaml file in a wrong place is a problem, and so is a link
-// or a submodule that hides units. The error is Problems, with every one that was found and its place, or an error of
+// Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every
+// STAGE/ROLE/UNIT.yaml or .yml. It ignores dot-files, and files with another ending. A .yaml or
+// .yml file in a wrong place is a problem. So are a symbolic link that hides units, and a submodule
+// at STAGE/ROLE. The error is Problems, with each one that was found and its place, or an error of
 // reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
@@ -351,7 +352,7 @@ func (l *loader) readUnit(name string) error {
 	return nil
 }
 
-// checkAfter notes names in after that are no unit of the role, and cycles.
+// checkAfter notes as problems the names in after that are no unit of the role, and cycles.
 func (l *loader) checkAfter() {
 	on := map[UnitID][]afterPlace{}
 	for _, a := range l.afters {

@@ -153,8 +153,10 @@ type Rollout struct {
 	MaxFailures Amount
 	OnFailure   OnFailure
 	Approval    Approval
-	// Deadline is how long an admitted node may take before it counts as failed. It counts from the rollout's last step
-	// or, if later, the start of the node's agent or the end of an outage of the store. Default 10 minutes.
+	// Deadline is how long an admitted node may take before it counts as failed; default 10
+	// minutes. It counts from the rollout's last step, the start of the node's agent or the end of
+	// the store's last outage, whichever is latest. For a node that is gone it counts from its
+	// departure.
 	Deadline time.Duration
 	// FastBack lets a release that was stable lately go without gates. Default true.
 	FastBack bool
