@@ -30,7 +30,8 @@ type Manifest struct {
 	Dest     string
 	DestMode fs.FileMode
 	Strategy Strategy
-	// Excludes and ExcludeFrom are rsync's patterns, and a file of them; for StrategyRsync alone.
+	// Excludes are patterns of rsync, and ExcludeFrom is a file of the tree with such patterns, one
+	// a line. Only StrategyRsync uses them.
 	Excludes    []string
 	ExcludeFrom string
 	// Owner is USER, USER:GROUP or :GROUP, by name or number; empty: the user that the agent runs as.

@@ -22,8 +22,8 @@ const (
 	maxEnv      = 1000
 	maxSecrets  = 100
 
-	// DefaultCommandTimeout is the timeout of commands in kedge's own manifests that give none, stretchersTimeout that in
-	// stretcher's.
+	// DefaultCommandTimeout is the timeout of a command in kedge's own manifests if none is given.
+	// stretchersTimeout is that in stretcher's manifests.
 	DefaultCommandTimeout = 10 * time.Minute
 	stretchersTimeout     = 24 * time.Hour
 	defaultHealthTimeout  = 60 * time.Second
@@ -112,15 +112,18 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 const (
 	// maxOutcomes bounds how many conditions of a template are tried one by one.
 	maxOutcomes = 16
-	// sureOutcomes is how many outcomes are tried of every manifest. Others are, until those tried had maxTried bytes: the
-	// YAML parser takes up to 0.5 s for one.
+	// sureOutcomes is how many outcomes of a manifest are tried in any case. Further ones are tried
+	// until all that were tried had more than maxTried bytes, as the YAML parser takes up to 0.5 s
+	// for one.
 	sureOutcomes = 2
 	maxTried     = 64 << 10
 )
 
-// outcomes returns ways in which a template's n conditions on unknown variables may turn out, besides that all are
-// true. All may be false, or as they are with the placeholder: conditions on the same variable go together then,
-// such as eq and ne. Then each is the only true one, and then the only one that isn't as with the placeholder.
+// outcomes returns ways in which a template's n conditions on unknown variables may turn out, apart
+// from all being true. In the first, all are false. In the second, each is as the placeholder makes
+// it, so that conditions on the same variable agree, such as eq and ne. Then, for each of the first
+// maxOutcomes conditions, that one alone is true. At last, each of these alone differs from what
+// the placeholder makes it.
 func outcomes(n int) []chooser {
 	all := []chooser{
 		func(int, bool) bool { return false },
@@ -172,14 +175,16 @@ type manifestReader struct {
 	timeout time.Duration
 }
 
-// stretchersFields are the fields that stretcher reads. A manifest of only these, not for release, is stretcher's.
+// stretchersFields are the fields that stretcher reads. A manifest with no others, and with a
+// strategy other than release, counts as stretcher's.
 var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
 
-// setTimeouts gives a timeout to each command without one of its own: commands.timeout if that is given. Otherwise,
-// commands of kedge's own manifests get DefaultCommandTimeout, which is noted as a trap. stretcher has no timeouts, so
-// commands of its manifests get stretchersTimeout, which no command reaches that ends at all.
+// setTimeouts gives a timeout to each command that has none: commands.timeout if that is given.
+// Otherwise commands of kedge's own manifests (own is set) get DefaultCommandTimeout, which is
+// noted as a trap. stretcher has no timeouts. Commands of its manifests get stretchersTimeout, as
+// one that runs longer than that will hardly end.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false

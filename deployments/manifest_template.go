@@ -34,20 +34,22 @@ type expansion struct {
 	text string
 	// values are the environment variables that were read, with their values.
 	values []variableValue
-	// spans are the lines that actions wrote. written are the variables that these depend on, by union.
+	// spans are the lines that actions wrote. written are the variables that these depend on, at
+	// most maxNames.
 	spans   []span
 	written []string
 	// conditions counts the conditions that depend on a variable whose value isn't known here.
 	conditions int
 }
 
-// span is a run of lines (from 1) that an action wrote, and the variables that it depends on, by union.
+// span is a run of lines (from 1) that an action wrote. names are the variables that the action
+// depends on, at most maxNames.
 type span struct {
 	first, last int
 	names       []string
 }
 
-// namesAt returns the variables that the actions in a line depend on, by union.
+// namesAt returns the variables that the actions in a line depend on, at most maxNames.
 func (e expansion) namesAt(line int) (names []string) {
 	for _, s := range e.spans {
 		if s.first <= line && line <= s.last {
@@ -64,9 +66,10 @@ type template struct {
 	work int         // the bytes that functions have taken and returned so far, in all expansions; see maxWork
 }
 
-// parseTemplate parses a manifest's text. Templates know stretcher's env, must_env and json_escape, and of
-// text/template if, with, variables and what else functions lists. There are no loops, calls or nested templates, and
-// what functions may take is bounded, so that an unchecked text can't run for long.
+// parseTemplate parses a manifest's text. A template may use stretcher's env, must_env and
+// json_escape. Of text/template it may use if, with, variables, and the other functions in the map
+// functions. There are no loops, calls or nested templates, and what functions may take is bounded,
+// so that an unchecked text can't run for long.
 func parseTemplate(text string) (*template, error) {
 	if !strings.Contains(text, "{{") {
 		return &template{text: text}, nil
@@ -92,11 +95,13 @@ func parseTemplate(text string) (*template, error) {
 	return &template{text: text, tree: tree}, nil
 }
 
-// chooser decides a condition that depends on a variable, by its number: from 0, as they are reached. yes is how the
-// condition turns out with the values that the variables have here.
+// chooser decides how a condition that depends on a variable turns out. Conditions are numbered
+// from 0, in the order in which they are reached. yes is the outcome with the values that the
+// variables have here.
 type chooser func(condition int, yes bool) bool
 
-// expand executes the template's actions. If choose is nil, the variables are known and the conditions are evaluated.
+// expand executes the template's actions. If choose is nil, the variables are known, and each
+// condition is evaluated. Otherwise choose decides the conditions that depend on a variable.
 func (t *template) expand(env func(string) (string, bool), choose chooser) (expansion, error) {
 	if t.tree == nil {
 		return expansion{text: t.text}, nil
@@ -117,7 +122,7 @@ type expander struct {
 	out    strings.Builder
 	line   int // the line that out ends in
 	vars   []templateVariable
-	used   []string // the environment variables that the current evaluation has depended on so far, by union
+	used   []string // environment variables that the current evaluation used so far, at most maxNames
 	result expansion
 	seen   map[variableValue]bool // the entries of result.values
 }
@@ -130,7 +135,7 @@ type variableValue struct{ name, value string }
 type templateVariable struct {
 	name  string
 	value any
-	// from are the environment variables that value depends on, by union.
+	// from are the environment variables that value depends on, at most maxNames.
 	from []string
 }
 
@@ -393,7 +398,8 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 	return value, err
 }
 
-// textSize returns at least the bytes of all values as print writes them, or %f.
+// textSize returns an upper bound of the bytes that print or %f writes for the values, without
+// separators.
 func textSize(values ...any) int {
 	size := 0
 	for _, v := range values {
@@ -417,7 +423,8 @@ func checkResult(size int) error {
 	return nil
 }
 
-// apply calls a function other than and, or. from are the environment variables that each value depends on, by union.
+// apply calls a function other than and, or. from are the environment variables that each value
+// depends on, at most maxNames.
 func (e *expander) apply(name string, values []any, from [][]string) (any, error) {
 	switch name {
 	case "env", "must_env", "json_escape":
@@ -633,8 +640,9 @@ func (e expansion) hide(problems Problems) {
 	}
 }
 
-// gramsOf yields each run of four letters or digits of a text, as if it had no other characters. A comparison by these
-// runs finds a part of a value even if that was quoted, escaped or cut.
+// gramsOf yields each run of four bytes in a text's letters, digits and characters beyond ASCII, as
+// if it had no others. A comparison by these runs finds a part of a value even if that was quoted,
+// escaped or cut.
 func gramsOf(s string) func(yield func(string) bool) {
 	const n = 4
 	plain := strings.Map(func(c rune) rune {

@@ -93,7 +93,7 @@ func maskedValues(values []variableValue, m *Manifest) []string {
 	return masked
 }
 
-// wellKnown reports whether a value is a common word or number, and so no secret.
+// wellKnown reports whether a value is a common word or a short number, and so no secret.
 func wellKnown(value string) bool {
 	if len(value) < 8 && strings.Trim(value, "0123456789.") == "" {
 		return true

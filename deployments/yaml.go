@@ -211,9 +211,10 @@ func (r *reader) err() error {
 	return r.problems
 }
 
-// fields reads a mapping: it calls for each key the function of that name in known. It notes unknown and duplicate
-// keys, and keys without a value. A lax reader passes over those without a value and those that begin with x-. seen
-// has the keys that were read; what names the mapping in errors.
+// fields reads a mapping: for each key it calls the function of that name in known. It notes
+// unknown and duplicate keys, and keys without a value. A lax reader passes over keys without a
+// value, unknown ones that begin with x-, and empty texts of leftOutEmpty. seen has the keys that
+// were read; what names the mapping in errors.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)
@@ -422,7 +423,7 @@ func asInt(least, most int64) func(string) (int, error) {
 	}
 }
 
-// maxDuration bounds every duration that a file can ask for.
+// maxDuration bounds the durations in manifests and in the files of a deployments repo.
 const maxDuration = 365 * 24 * time.Hour
 
 func asDuration(s string) (time.Duration, error) {

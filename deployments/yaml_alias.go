@@ -35,7 +35,8 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	return v
 }
 
-// resolve returns the node that an alias stands for, or n itself, without an anchor. Beyond maxAliases it returns nil.
+// resolve returns the node that an alias stands for, or n itself, both without an anchor. Beyond
+// maxAliases it returns nil.
 func (r *reader) resolve(n ast.Node) ast.Node {
 	for {
 		switch v := n.(type) {
@@ -58,7 +59,8 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 // empty reports whether a resolved node is nil or has no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries returns a mapping's entries, with those that its merge keys (<<) add if the reader is lax; false: n is none.
+// entries returns a mapping's entries, and false if n is no mapping. If the reader is lax, it adds
+// the entries that merge keys (<<) bring.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {
