@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WriteFile replaces path by one rename. The data and the rename are on disk when it returns. A crash may leave a
-// temporary file beside path, named ".", path's name and digits; the owner of the directory removes it.
+// WriteFile creates or replaces path by one rename. The data and the rename are on disk when it
+// returns. A crash may leave a temporary file beside path, named ".", path's name and digits; the
+// owner of the directory removes it.
 func WriteFile(path string, data []byte, perm os.FileMode) error {
 	return WriteFileVia(filepath.Dir(path), path, data, perm)
 }

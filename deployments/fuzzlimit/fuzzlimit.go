@@ -21,8 +21,9 @@ const (
 	Memory = 256 << 20
 )
 
-// Run calls parse, and fails the test if the process meanwhile allocates more than Memory. It panics if that takes
-// longer than Time or Waiting. Whoever can have data parsed must not be able to take more. The failure names input.
+// Run calls parse, and fails the test if the process meanwhile allocates more than Memory. It
+// panics if parse takes longer than Time or Waiting. Nobody whose data is parsed may be able to
+// take more. The failure and the panic name input.
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()

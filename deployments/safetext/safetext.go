@@ -52,7 +52,8 @@ func Prefix(s string, most int) string {
 	return strings.ToValidUTF8(s[:most], "")
 }
 
-// Cut returns s if it has at most most bytes, and else its beginning and "...", within as many bytes.
+// Cut returns s if it has at most most bytes. Otherwise it returns the beginning of s and "...",
+// together at most most bytes.
 func Cut(s string, most int) string {
 	if len(s) <= most {
 		return s

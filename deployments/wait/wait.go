@@ -88,9 +88,10 @@ func (s Signal) Set() {
 	}
 }
 
-// C receives one value for all calls of Set since the last one received.
+// C returns a channel that delivers one value for all calls of Set since the last value was
+// received.
 func (s Signal) C() <-chan struct{} { return s.c }
 
-// Rest returns how long to pause after recurring work of the duration took. The pause is 20 times as long, so that the
-// work takes less than a twentieth of a core, or most if that is shorter.
+// Rest returns how long to pause after recurring work that took the duration took: 20 times as
+// long, but at most most. Below that bound the work takes less than a twentieth of a core.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }
