@@ -170,8 +170,8 @@
 //	users         users that commands run as and that own trees (any)
 //	commands      false: releases may have no commands (true)
 //	prune         true: a unit that is removed loses its record; nodes keep what they run (false)
-//	max_removed   the percentage of units that one commit may remove (30)
-//	allow_rewind  true: a head that doesn't descend from the last one is taken (false)
+//	max_removed   the percentage of units that one commit may remove, with prune; binds the next commit (30)
+//	allow_rewind  true: a head that doesn't descend from the last one is taken; binds the next commit (false)
 //	rollout       what every unit file has that doesn't say otherwise; its fields are as there
 //	drift         as in the unit file, for all
 //	freeze        windows in which no rollout may start, or outside of which none may, a list
@@ -207,7 +207,8 @@
 //	roles              its roles, a list
 //	node               its name (the Consul node's)
 //	state_dir          where the agent keeps its journal and what it last knew (/var/lib/kedge)
-//	listen             the address of /ready, /converged and /live; of /status and /metrics too, if it is a loopback one (none)
+//	listen             the address of /ready, /converged and /live; of /status and /metrics, too, if it is
+//	                   a loopback one (none)
 //	listen_status      the address of /status and /metrics for other machines (none)
 //	sources            URLs, or prefixes of whole path segments, that releases may come from; http:// of other
 //	                   machines must be named (any)
@@ -290,15 +291,15 @@
 // Its fields:
 //
 //	target      the pointer that Git names, or that a unit pin does
-//	stable      what nodes run that are not admitted: the last target that ended its rollout
-//	generation  grows with each new target, and where a rollout turns back or is tried again
+//	stable      what nodes run that are not admitted: the last target that completed its rollout
+//	generation  grows with each new target, and when a rollout turns back or is tried again
 //	retry       grows with each kedge retry
-//	commit      the Git commit that set target
+//	commit      the Git commit that set target or, while that is a pin's, the target before it
 //	after       the unit file's
 //	drift       the unit file's
 //	adopt       the unit file's
 //	paced       true: the mirror rolls out unit pins, apart from hold and at_once
-//	joined      nodes that joined later, and run something else, are not told yet
+//	joined      nodes that joined later, and run something else, keep that for now
 //	claim       the generation that first asked for target under its commit; a release that failed there stays out;
 //	            negative: lost with the store's data, some generation up to that
 //	nodes       how many nodes the unit had when its rollout last moved
@@ -310,11 +311,11 @@
 // Of rollout:
 //
 //	phase               canary, pending-approval, frozen, rolling, paused, rolling-back or rolled-back
-//	cutoff              admits the nodes whose rank is not above it
+//	cutoff              admits the nodes whose rank is not above it; in a rollback these stay for now
 //	early               admits canaries that run a target that was replaced
 //	fast                true: it needs no gates, as it was stable before, or is a pin
 //	serving             true: a first release, and something else serves on a node, so that it goes by its gates
-//	unproven            true: stable never became good everywhere
+//	unproven            true: stable never became healthy everywhere
 //	stable_pinned       true: stable is a pin's release, or may be: it raises no version floor
 //	since               when the phase, or the last step within it, began
 //	reason              why it stands there, as a code
@@ -344,6 +345,8 @@
 //	started  when the agent started, by the node's clock
 //	joined   since when the store has held the report without a gap: larger after each restart; absent in the first one
 //	ready    what /ready says
+//	reason   what is wrong with the role as a whole, as a code; mostly absent
+//	facts    what the reason is about
 //	units    by the unit's own name; see below
 //
 // Of a unit:
@@ -352,8 +355,8 @@
 //	running       the pointer of the release that is live
 //	version       its manifest's
 //	want          the pointer of what should run
-//	message       why want is what should run, in words
-//	generation    the record's from which that was resolved, or one before for which the node had to do something
+//	message       why want is what should run, or what the unit waits for, in words
+//	generation    the highest of the record that the node knows of, or one before for which it had to do something
 //	staged        the digest of a release that lies ready on disk
 //	quarantined   digests that failed on this node
 //	failed        the digest of want, if it failed on this node and what the node went back to does not serve yet
@@ -361,15 +364,15 @@
 //	reason        why the state is what it is, as a code
 //	facts         what the reason is about
 //	pinned        true: a pin decided, not the record
-//	error         the newest trouble, one line of at most 300 bytes
+//	error         what is wrong now, one line of at most 300 bytes
 //	errors        up to three of the newest error lines of the unit's log, newest first: at, text. Only those since
 //	              the agent started: the node's own log has the older ones, and a line costs no write to its disk
 //	              this way, which may be what fails
 //	since         when the state was entered, by the node's clock
-//	drift         up to five paths of the live tree that differ from the release
-//	serves        true where something that kedge did not deploy lies at dest, and no release of the unit runs
+//	drift         up to five paths that differ from the release: dest, or paths in its tree
+//	serves        true: no release of the unit runs, and something else lies at dest, or another unit deploys there
 //	leavable      true while what was at dest before the first release can be put back
-//	compared      how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
+//	compared      how the tree at dest differs from a release: release, dest, differs, paths, missing, adopted
 //	fetched       bytes so far, while it is fetching
 //	total         bytes in all
 //
@@ -398,11 +401,11 @@
 //	failed      the digest that was rolled back, or that was replaced after it had failed on a node
 //	claim       the record's
 //	retry       the record's
-//	pinned      the record's, while a pin had its place
+//	pinned      the record's, if release is a unit pin's
 //	note        what else led to it: an order, a pin, a change by hand that was put back, a rollout that was stopped
 //	pins        the pins that stood in this generation, at most 50, the oldest first; see below
 //	orders      the orders that the mirror took in it, at most 50, the oldest first; see below
-//	truncated   true where there were more pins or orders than the entry keeps
+//	truncated   true: there were more pins or orders than the entry keeps
 //
 // The mirror rewrites the newest entry when it sees that a pin came or ended, and when it takes an order. A pin that
 // stands when the next generation begins stands in that entry, too, and ends there.
@@ -411,11 +414,11 @@
 //
 //	ended    when a pin had been removed or replaced, or its until had come; missing while it stands
 //	node     the one node that a pin was for
-//	hold     true where a pin kept what ran
+//	hold     true: a pin kept what ran
 //	reason   why, as the operator said
 //	by       who, as the operator said
 //	until    when a pin was to end by itself
-//	at_once  true where a pin did not wait for its turn
+//	at_once  true: under a pin, nodes did not wait for their turn
 //	error    why a pin could not be read: it changed nothing
 //	order    promote, pause, resume, abort or retry
 //	refused  why an order changed nothing, as a code
@@ -436,10 +439,10 @@
 //	at           when it was applied
 //	repo         the address of the repository that head is of
 //	past         commits that head descends from, in short and newest first
-//	refused      a newer commit that was not taken
+//	refused      the commit at the branch's head, if it was not taken
 //	error        why, or what else is wrong
 //	applying     a commit that takes several transactions, while they are under way
-//	freeze       the windows of kedge.yaml, whose fields they have: for who shows what is to come
-//	freeze_more  how many windows are left out, where there are many
+//	freeze       the freeze windows, with the fields that they have in kedge.yaml: to show what is to come
+//	freeze_more  how many windows are left out, if there are many
 //	rules        settings of the last commit that bind the next: allow_rewind, max_removed
 package deployments
