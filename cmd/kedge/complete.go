@@ -46,7 +46,8 @@ func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 	return c
 }
 
-// complete returns the names that begin with what was typed; none if the store can't be read in time.
+// complete returns the names of kind want that begin with what was typed. It returns none if the
+// store can't be read within completionTimeout.
 func (a *app) complete(ctx context.Context, want wanted, args []string, typed string) []string {
 	if ctx == nil {
 		ctx = context.Background()
@@ -102,7 +103,7 @@ func (a *app) completions(ctx context.Context, store kv.Store, want wanted, args
 	return units
 }
 
-// values completes a flag from a fixed list.
+// values makes the shell complete a flag's value from the fixed list all.
 func values(c *cobra.Command, flag string, all ...string) {
 	c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(all, cobra.ShellCompDirectiveNoFileComp))
 }

@@ -37,7 +37,7 @@ type agentConfig struct {
 	Sources words `yaml:"sources"`
 	// LocalSources allows releases from this machine and its network link even if Sources does not name them.
 	LocalSources bool `yaml:"local_sources"`
-	// Mirrors are tried before an object's own place.
+	// Mirrors has, by URL prefix, the places from which objects are read before their own place.
 	Mirrors mirrorLists `yaml:"mirrors"`
 
 	Dests      words `yaml:"dests"`
@@ -129,8 +129,8 @@ func checkAddress(address string) error {
 	return nil
 }
 
-// agentDefaults returns the settings that hold if neither file, environment nor flags set them. A zero doesn't mean
-// that a setting is missing: verify_every: 0s is never.
+// agentDefaults returns the settings before file, environment and flags are read. The durations
+// have their defaults, as a zero doesn't mean that one is missing: verify_every: 0s is never.
 func agentDefaults() agentConfig {
 	return agentConfig{
 		SnapshotMaxAge:   72 * time.Hour,

@@ -64,9 +64,10 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain returns the decision for the command's arguments: about unit id on node, in fleet f. If args have no node, it
-// takes the worst one. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it asks the agent of this
-// machine, whose state directory is stateDir.
+// explain returns the decision d that the command's arguments ask for, about the unit id on node,
+// and the fleet f that it was made from. If args name no node, it takes the worst one, and says so
+// unless --json is given. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it
+// asks the agent of this machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {
@@ -120,8 +121,8 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	return f, id, node, d, notFound(f, err)
 }
 
-// notFound adds to err, which says that something isn't in f, that a part of f wasn't read. It returns err unchanged if
-// all was read.
+// notFound returns err, which says that something isn't in f. If a part of f wasn't read, it adds
+// that.
 func notFound(f *fleet.Fleet, err error) error {
 	if unread := f.CheckComplete(); err != nil && unread != nil {
 		return fmt.Errorf("%w; but %w", err, unread)

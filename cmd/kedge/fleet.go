@@ -21,8 +21,8 @@ func (a *app) jsonFlag(c *cobra.Command, what string) {
 	c.Flags().BoolVar(&a.json, "json", false, "print "+what+" as JSON")
 }
 
-// printJSON prints v for a program, indented and with a line end. If v itself is a nil list, that is
-// [], not null.
+// printJSON prints v as indented JSON, with a line end. If v itself is a nil slice, it prints []
+// instead of null.
 func (a *app) printJSON(v any) error {
 	if list := reflect.ValueOf(v); list.Kind() == reflect.Slice && list.IsNil() {
 		v = reflect.MakeSlice(list.Type(), 0, 0).Interface()

@@ -290,8 +290,9 @@ func (a *app) openStore(c open.Config) (kv.Store, error) {
 	return store, err
 }
 
-// openExisting opens the store for a command that a person waits for, without a log, as errors are enough. A missing
-// directory is an error: it was mistyped, and as a new one would look like a fleet without units.
+// openExisting opens the store for a command that a person waits for, without a log, as errors are
+// enough. A missing directory is an error: its name was mistyped, and a new one would look like a
+// fleet without units.
 func (a *app) openExisting() (kv.Store, error) {
 	return a.openStore(open.Config{Existing: true})
 }
@@ -312,7 +313,8 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs message when ctx ends, which asks a daemon to finish and stop; not if cancel was called before.
+// logStop logs message when ctx ends, which asks a daemon to finish and stop. It logs nothing if
+// cancel was called before.
 func logStop(ctx context.Context, log *slog.Logger, message string) (cancel func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }

@@ -16,8 +16,9 @@ import (
 	"kedge/sync/migrate"
 )
 
-// checkManifests prints where a node would treat the named manifests differently from stretcher. It is an error if no
-// node would take one of them; with fix it adapts the others to kedge. With archives it reads their archives, too.
+// checkManifests prints where a node would treat the named manifests differently from stretcher.
+// With archives it reads their archives, too. With fix it adapts the manifests to kedge, but for
+// those that every node would refuse. It returns an error if there is such a manifest.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {

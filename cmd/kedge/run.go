@@ -155,7 +155,8 @@ with it. Wrong flags or files still fail.`,
 	return c
 }
 
-// runOnce waits for the random delay, reads the manifest's URL, and deploys what it names; nothing without an event.
+// runOnce waits for a random part of randomDelay, and deploys the manifest that the argument or
+// standard input names. If standard input has no event, it deploys nothing.
 func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, randomDelay time.Duration) error {
 	if randomDelay > 0 {
 		delay := rand.N(randomDelay)

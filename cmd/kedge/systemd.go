@@ -20,10 +20,11 @@ import (
 	"kedge/sync/agent"
 )
 
-// supervised notifies systemd about an agent. It sends READY once, when node is idle (see Agent.Idle) or timeout has
-// passed. Before that it asks for a longer start timeout; afterwards it sends keep-alives if systemd has a watchdog.
-// Only while the agent's loop runs does it send either, and a line for systemctl status. When ctx ends it sends
-// STOPPING and returns. It returns at once if systemd expects no notifications.
+// supervised notifies systemd about an agent. It sends READY once, when node is idle (see
+// Agent.Idle) or timeout has passed. Before that it asks for a longer start timeout; afterwards it
+// sends keep-alives if systemd has a watchdog. It sends these two, and a line for systemctl status,
+// only while the agent's loop runs. When ctx ends it sends STOPPING and returns. It returns at once
+// if systemd expects no notifications.
 func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return
@@ -107,7 +108,8 @@ func (j journalled) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// forJournal adapts a log's writer and options to the journal if stderr is connected to it; else it returns stderr.
+// forJournal returns the writer for a log to stderr. If stderr is connected to systemd's journal,
+// it returns a journalled, and sets opt to leave out the time; otherwise it returns stderr.
 func forJournal(stderr io.Writer, opt *slog.HandlerOptions) io.Writer {
 	if there, err := journal.StderrIsJournalStream(); err != nil || !there || stderr != os.Stderr {
 		return stderr

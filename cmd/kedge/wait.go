@@ -137,7 +137,7 @@ type WaitOutcome struct {
 	// Outcome is converged, refused, timeout, unreachable, interrupted or failed. With --post-receive it is nothing-pushed
 	// if the push left the branch as it was, or removed it.
 	Outcome string `json:"outcome"`
-	// Commit is the commit that was waited for.
+	// Commit is the commit that was waited for; empty: none was given or pushed.
 	Commit string `json:"commit,omitempty"`
 	// Seconds is how long it took.
 	Seconds float64 `json:"seconds"`

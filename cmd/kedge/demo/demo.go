@@ -87,8 +87,9 @@ const (
 	brokenVersion = "1.2.0"
 )
 
-// New prepares a demo: its directories, its repo, its store, and the web server of all nodes. Neither mirror nor agents
-// run before Live or Walk. Close, which must be called once, or ctx ends the demo.
+// New prepares a demo: its directories, its repo, its store, and the web server of all nodes.
+// Neither mirror nor agents run before Live or Walk. The end of ctx or a call of Close ends the
+// demo. Close must be called once, unless New returns an error.
 func New(ctx context.Context, c Config) (_ *Demo, err error) {
 	if _, err := exec.LookPath("git"); err != nil {
 		return nil, ErrNoGit
@@ -143,8 +144,8 @@ func New(ctx context.Context, c Config) (_ *Demo, err error) {
 	return d, nil
 }
 
-// serveSite stands in for the web servers of all nodes: /NAME/ serves the live release of node NAME. The nodes'
-// health checks request it.
+// serveSite starts a server that stands in for the web servers of all nodes: /NAME/ is the live
+// release of node NAME. The nodes' health checks request it.
 func (d *Demo) serveSite() error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -163,7 +164,7 @@ func (d *Demo) serveSite() error {
 	return nil
 }
 
-// serveWeb shows the fleet to browsers, until the demo ends.
+// serveWeb starts a server that shows the fleet to browsers until the demo ends.
 func (d *Demo) serveWeb() (err error) {
 	if d.web, err = web.New(web.Config{Store: d.store, Listen: "127.0.0.1:0"}); err != nil {
 		return err

@@ -12,7 +12,8 @@ import (
 	"kedge/sync/fleet"
 )
 
-// Live starts the fleet on the first of three releases, and shows it until it is interrupted, which is no error.
+// Live starts the fleet on the first of three releases, and shows it until the demo's context ends
+// or q is typed. Neither is an error.
 func (d *Demo) Live() error {
 	fmt.Fprintf(d.Out, "kedge demo: publishing three releases, starting a mirror and three agents in %s …\n", d.dir)
 	for _, version := range []string{firstVersion, secondVersion, brokenVersion} {
