@@ -47,8 +47,9 @@ func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*M
 	return m, err
 }
 
-// ParseTemplate parses a manifest whose variables aren't known: fields that contain one are not checked. In the result
-// they are empty, or have a placeholder for it. A condition that depends on one may turn out either way.
+// ParseTemplate parses a manifest whose variables aren't known. Fields that contain a variable are
+// not checked: in the result they are empty, or have a placeholder for the variable. A condition
+// that depends on a variable may turn out either way.
 func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	m, _, err := readManifest(data, url, nil)
 	return m, err

@@ -38,7 +38,8 @@ func (r *manifestReader) asURL(s string) (string, error) {
 // parentOf returns a path up to its last slash, included; empty: it has none.
 func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
-// asShown reads a name or version. It is shown to people, and becomes part of a directory's name and of a URL.
+// asShown parses a name or version, which people see, and which becomes part of a directory's name
+// and of a URL.
 func asShown(s string) (string, error) {
 	if len(s) > 128 || !shown.MatchString(s) {
 		return "", fmt.Errorf(
