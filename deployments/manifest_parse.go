@@ -34,11 +34,11 @@ const (
 	defaultCheckTimeout   = 5 * time.Second
 )
 
-// ParseManifest parses the manifest found at url, whose digest the caller has checked. As in stretcher, {{ env "NAME"
-// "default" }} and {{ must_env "NAME" }} are first replaced by what env returns; a nil env has no variables. Relative
-// URLs are made absolute against url. Unknown fields (which stretcher ignores), fields given twice and bad values are
-// Problems with line and column. A field without a value counts as left out, as in stretcher, and so does one that
-// begins with x-.
+// ParseManifest parses the manifest found at url, whose digest the caller has checked. As in
+// stretcher, {{ env "NAME" "default" }} and {{ must_env "NAME" }} are first replaced by what env
+// returns. A nil env has no variables. Relative URLs are made absolute against url. Unknown fields
+// (which stretcher ignores), fields given twice and bad values are Problems with line and column. A
+// field without a value counts as left out, as in stretcher, and so does one that begins with x-.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
 	if env == nil {
 		env = func(string) (string, bool) { return "", false }

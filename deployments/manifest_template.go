@@ -18,11 +18,13 @@ const (
 	maxActions = 2000
 	// maxWidth bounds widths and precisions in a format: a few bytes could ask for megabytes.
 	maxWidth = 1000
-	// maxDollars bounds the dollar signs in a manifest with actions. Both the parser and expand look for a template's
-	// variable among all those before, so that their time grows with the square of this number, to some 0.2 s.
+	// maxDollars bounds the dollar signs in a manifest with actions. Both the parser and expand
+	// look for a template's variable among all those before. So their time grows with the square of
+	// this number, to some 0.2 s.
 	maxDollars = 10_000
-	// maxWork bounds the bytes that a template's functions take and return, added up over all calls: a variable that is
-	// given as an argument twice may double with each action. argumentCost is what an argument counts besides its bytes.
+	// maxWork bounds the bytes that a template's functions take and return, added up over all
+	// calls. A variable that is given as an argument twice may double with each action.
+	// argumentCost is what an argument counts besides its bytes.
 	maxWork      = 8 * MaxManifest
 	argumentCost = 64
 	// maxParseError bounds what is kept of the parser's errors, in bytes. They quote words of any length.

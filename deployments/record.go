@@ -22,8 +22,8 @@ type Record struct {
 	// store has lost records. A larger Retry lets a release be tried once more on the nodes where
 	// it failed: see Claim.
 	Retry int64 `json:"retry,omitempty"`
-	// Commit is the full hash of the Git commit that set Target or, while Target is a pin's, of the
-	// one that set the target before it.
+	// Commit is the full hash of the Git commit that set Target. While Target is a pin's, it is the
+	// commit of the target before the pin.
 	Commit string `json:"commit,omitempty"`
 	// After and Drift are copied from the unit file for agents, which don't read Git.
 	After []string `json:"after,omitempty"`

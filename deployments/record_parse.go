@@ -216,9 +216,9 @@ func looksLikeFields(text string) bool {
 	return false
 }
 
-// ParseUntil parses the time at which a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a
-// zone's name or offset (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without a zone is
-// refused, as the zones of nodes and people differ.
+// ParseUntil parses the time at which a pin ends. That is RFC 3339 (2026-11-24T09:00:00Z), or a
+// date and a time with a zone's name or offset (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00
+// +01:00). A time without a zone is refused, as the zones of nodes and people differ.
 func ParseUntil(s string) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339, s); err == nil {
 		return t, nil

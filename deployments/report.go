@@ -17,13 +17,13 @@ type Report struct {
 	// before it had converged keeps the first time, unless the machine was booted in between.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
-	// Joined is a number that grows each time that the store takes the node's report anew: at each start of the agent, and
-	// each time that the report was lost because the node was cut off (see kv.Presence). 0: the first report, which has no
-	// number yet.
+	// Joined is a number that grows each time that the store takes the node's report anew. It does
+	// so at each start of the agent, and each time that the report was lost because the node was
+	// cut off (see kv.Presence). 0: the first report, which has no number yet.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Ready is the answer of /ready. It is set if every unit of the node has had a healthy release
-	// in service since the agent started, and none is unhealthy or drained now. A node without
-	// units is ready only if allow_empty is set.
+	// Ready is the answer of /ready. Since the agent started, every unit of the node must have had
+	// a healthy release in service, and none may be unhealthy or drained now. A node without units
+	// is ready only if allow_empty is set.
 	Ready bool `json:"ready"`
 	// Reason, with its Facts, says what is wrong with the node's role as a whole, such as
 	// ReasonTooManyUnits. It is mostly empty.
@@ -42,8 +42,8 @@ type UnitReport struct {
 	Want    Pointer `json:"want,omitzero"`
 	Message string  `json:"message,omitempty"`
 	// Generation is the highest generation of the record that the node knows of. A converged node
-	// that has nothing to do for a newer record reports it only with the node's next change, or at
-	// once if that record's rollout has Superseded targets.
+	// that has nothing to do for a newer record reports its generation only with the node's next
+	// change. It reports it at once if the record's rollout has Superseded targets.
 	Generation int64 `json:"generation,omitempty"`
 	// Staged is the digest of a release that lies ready on disk, mostly for when the node is admitted to it.
 	Staged Digest `json:"staged,omitzero"`

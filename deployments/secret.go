@@ -81,8 +81,8 @@ func checkSecretName(source, name string) error {
 	return nil
 }
 
-// CheckSecretPrefix returns an error unless s is a valid entry of a node's allow-list: a reference, or the first
-// whole path segments of references, as in ssm:/prod/.
+// CheckSecretPrefix returns an error unless s is a valid entry of a node's allow-list. An entry is
+// a reference, or the first whole path segments of references, as in ssm:/prod/.
 func CheckSecretPrefix(s string) error {
 	source, name, ok := strings.Cut(s, ":")
 	name, _, _ = strings.Cut(name, "#")

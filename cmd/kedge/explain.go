@@ -64,9 +64,9 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain returns the decision d that the command's arguments ask for, about the unit id on node,
-// and the fleet f that it was made from. If args name no node, it takes the worst one, and says so
-// unless --json is given. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it
+// explain returns the decision d that args ask for, about the unit id on node, and the fleet f from
+// which d was made. If args name no node, explain takes the worst one, and says so unless --json is
+// given. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it
 // asks the agent of this machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,

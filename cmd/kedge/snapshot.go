@@ -62,9 +62,10 @@ var errSnapshotSigners = errors.New(
 	"a snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
 )
 
-// snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The snapshot must be
-// signed by a key in signersFile, and made for this URL, no longer ago than maxAge, and at most snapshotAhead in the
-// future. Otherwise whoever can write the object could put back an old one.
+// snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The
+// snapshot must be signed by a key in signersFile, and made for this URL. It may be at most maxAge
+// old, and at most snapshotAhead in the future. Without these checks whoever can write the object
+// could put back an old one.
 func snapshotReader(
 	url, signersFile string,
 	maxAge time.Duration,

@@ -1,5 +1,5 @@
-// Package durable writes and renames files so that a crash or a power cut leaves them whole: with their old or their
-// new content, under their old or their new name.
+// Package durable writes and renames files so that a crash or a power cut leaves them whole. A file
+// then has its old or its new content, and its old or its new name.
 package durable
 
 import (

@@ -15,7 +15,7 @@ const (
 	Time = 10 * time.Second
 	// Waiting is how long one input may take in wall-clock time. It is generous, as a parser may rarely get a processor on
 	// a busy machine. (go test -fuzz itself ends a worker that takes ten seconds of wall-clock time, with "hung or
-	// terminated" and exit status 2: on a busy machine that is no bug of the parser.)
+	// terminated" and exit status 2. On a busy machine that is no bug of the parser.)
 	Waiting = 5 * time.Minute
 	// Memory is how much may be allocated for one input, in bytes, freed meanwhile or not.
 	Memory = 256 << 20

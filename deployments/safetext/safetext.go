@@ -119,8 +119,8 @@ func JSON(data []byte) []byte {
 	return out
 }
 
-// URLs hides, in all URLs of a text, the user name and password, and the values of query parameters that may be a
-// signature, a token or a key.
+// URLs returns s with the secrets hidden in all of its URLs. These are the user name and password,
+// and the values of query parameters that may be a signature, a token or a key.
 func URLs(s string) string {
 	if !strings.Contains(s, "://") {
 		return s

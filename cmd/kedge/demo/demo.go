@@ -1,6 +1,7 @@
-// Package demo runs the whole system on one machine with nothing installed: a repo to push to, and a mirror and
-// agents as processes of their own. One directory stands in for the store and another for object storage. It shows
-// the fleet and takes keys, or plays an operator's day by itself.
+// Package demo runs the whole system on one machine with nothing installed. It makes a repo to push
+// to, and starts a mirror and agents as processes of their own. One directory stands in for the
+// store and another for object storage. The demo shows the fleet and takes keys, or plays an
+// operator's day by itself.
 package demo
 
 import (
