@@ -63,10 +63,12 @@ func (h *heldPlaces) close() {
 	}
 }
 
-// Release is a release on this node.
+// Release is a release of a unit: its pointer, its manifest and, if it is complete on this node,
+// its directory.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
-	// Manifest was parsed from Raw with that time's environment variables. A release read from disk isn't parsed again.
+	// Manifest was parsed from Raw, with the environment variables of that moment. It is stored,
+	// and not parsed again when the release is read from disk.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
 	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current, Stage, Release.in set it.
@@ -100,8 +102,9 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns a copy of the Releases that checks where dest may lie, and who may own the directories that lead
-// there: see safefs.PlaceOptions. owners checks who files may belong to: see SwitcherConfig.
+// Bounded returns a copy of the Releases with bounds. within says where dest may lie, and owner who
+// may own the directories that lead there: see safefs.PlaceOptions. owners checks who files may
+// belong to: see SwitcherConfig.
 func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
@@ -139,10 +142,11 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	return &held, h.close, nil
 }
 
-// shownTop returns the path DEST.releases, for people and commands. top returns the path through the open directory if
-// enter has opened it, and otherwise the same path.
+// shownTop returns the path DEST.releases, for people and commands.
 func (r *Releases) shownTop() string { return r.dest + ".releases" }
 
+// top returns a path to DEST.releases: through the open directory if enter has opened it, else the
+// path that shownTop returns.
 func (r *Releases) top() string {
 	if r.places == nil {
 		return r.shownTop()
@@ -150,7 +154,7 @@ func (r *Releases) top() string {
 	return r.places.top.Path("")
 }
 
-// private returns the directory, closed to other users, that holds kedge's own files.
+// private returns a path to the directory, closed to other users, that holds kedge's own files.
 func (r *Releases) private() string {
 	if r.places == nil {
 		return filepath.Join(r.shownTop(), privateName)
@@ -158,9 +162,10 @@ func (r *Releases) private() string {
 	return r.places.private.Path("")
 }
 
-// link returns the path of dest, and parent that of its directory.
+// link returns a path to dest.
 func (r *Releases) link() string { return filepath.Join(r.parent(), filepath.Base(r.dest)) }
 
+// parent returns a path to the directory that dest lies in.
 func (r *Releases) parent() string {
 	if r.places == nil {
 		return filepath.Dir(r.dest)
@@ -168,7 +173,7 @@ func (r *Releases) parent() string {
 	return r.places.parent.Path("")
 }
 
-// dirOf returns a release's directory below top.
+// dirOf returns a path to a release's directory, below top.
 func (r *Releases) dirOf(rel *Release) string { return filepath.Join(r.top(), filepath.Base(rel.Dir)) }
 
 // record is the content of .kedge/NAME.json for the release whose directory is NAME. It is written after the index.
@@ -185,8 +190,8 @@ const (
 	healPrefix    = "heal-"    // trees that replace exchanged for others
 	adoptedPrefix = "adopted-" // followed by a time
 	adoptedTime   = "20060102T150405.000000"
-	// unfinishedPrefix begins names of files that a crash in durable.WriteFile or writeFileStats leaves; no version
-	// begins so.
+	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or
+	// writeFileStats leaves. The name of a release never begins with it.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"
@@ -219,8 +224,8 @@ func (r *Releases) readRecord(name string) (*record, error) {
 // errDamaged means that a release's record doesn't parse, or holds no manifest.
 var errDamaged = errors.New("it is damaged")
 
-// readRecord decodes the JSON file at path into to. rel points into to, or to is rel itself. If the file doesn't parse,
-// or holds no manifest, the error wraps errDamaged.
+// readRecord decodes the JSON file at path into to. rel is to itself, or the Release in it. If the
+// file doesn't parse, or holds no manifest, the error wraps errDamaged.
 func readRecord(path string, to any, rel *Release) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -250,7 +255,8 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	return &rec.Release, rec, nil
 }
 
-// names returns the directory names of all releases that have a record, newest staging, healing or switch first.
+// names returns the directory names of all releases that have a record. Those that were staged,
+// healed or switched to last come first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {

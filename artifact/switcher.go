@@ -27,8 +27,9 @@ type Switcher interface {
 	Stage(ctx context.Context, rel *Release, opt StageOptions) error
 	// Switch makes rel, which must be staged, live at dest.
 	Switch(ctx context.Context, rel *Release) error
-	// SwitchBack makes rel live again, however far the deployment of failed has come. It stages rel again if its tree is
-	// gone. dirty says that a superseded deployment may have changed dest, too.
+	// SwitchBack makes rel live again, however far the deployment of failed has come. It stages rel
+	// again if rel's tree is gone. dirty is set if a deployment that was superseded before may have
+	// changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
 	// Keep stores what the strategy needs for Restore to put back what is at dest now. It is called before a deployment
 	// changes anything, while none of the unit's releases runs.
@@ -42,19 +43,25 @@ type Switcher interface {
 	// Compare returns how the tree at dest, whoever put it there, differs from rel, which must be staged. limit is
 	// Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// RecordBefore is called before rel's commands run, and RecordAfter after its post commands. Whatever the commands
-	// changed in the tree in between belongs to the release from then on. With mv, nothing is recorded.
+	// RecordBefore records how rel's tree differs from its archive before rel's commands run, so
+	// that RecordAfter leaves these differences out. With rsync and mv, it records nothing.
 	RecordBefore(ctx context.Context, rel *Release) error
+	// RecordAfter records what rel's commands, up to the post commands, changed in rel's tree. From
+	// then on, these changes belong to the release. With mv, it records nothing.
 	RecordAfter(ctx context.Context, rel *Release) error
-	// Verify returns how the live tree differs from rel: nothing with mv, and with rsync if rel's unpacked tree is gone.
-	// With rsync, it returns at most maxExtra of the paths that rel doesn't have. limit bounds the bytes read in a second
-	// (0: unbounded); rsync ignores it.
+	// Verify returns how rel's tree differs from rel, including what rel's commands changed in it.
+	// With strategy release, it reads the tree in rel's own directory, with rsync that at dest. It
+	// returns nothing with mv, and with rsync if rel's unpacked tree is gone. With rsync, it
+	// returns at most maxExtra of the paths that rel doesn't have. limit bounds the bytes read in a
+	// second (0: unbounded); rsync ignores it.
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Heal makes the live tree equal to rel; with mv it only puts back a missing one. left are the remaining differences:
-	// those that only rel's commands can make again.
+	// Heal makes the tree at dest equal to rel. With mv, it only puts back a tree that is missing.
+	// left are the remaining differences: those that only rel's commands can remove.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes what an interrupted copy left beside dest and, but for rsync and mv, files of stored releases. It
-	// keeps the live release, those in protect, and the newest others: as many as others says, and none in drop.
+	// Prune removes what interrupted copies left beside dest, except complete copies of rel and of
+	// the releases in protect. With strategy release, it also removes stored releases. The live one
+	// and those in protect stay, and as many of the newest others as others says. Releases in drop
+	// are not among these others.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -72,18 +79,20 @@ type SwitcherConfig struct {
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see safefs.PlaceOptions.
 	Within []string
-	// Owners returns an error if an archive's file may not belong to the owner in the archive; nil: any owner is
-	// allowed.
+	// Owners returns an error if a path of an archive may not get the owner that the archive gives
+	// it; nil: any owner is allowed.
 	Owners func(uid, gid int) error
 	// HashAlways makes the Switcher hash each file of the old release before using it. Otherwise a file is trusted if its
 	// inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
-	// Tool runs a system program, such as rsync, in the C locale. It returns at least the beginning and the end of its
-	// output. If all is set, it gets all of the output as it comes, whose lines aren't logged then.
+	// Tool runs a system program, such as rsync, in the C locale. It returns at least the beginning
+	// and the end of the program's output. If all is not nil, Tool writes the whole output to all
+	// as it comes, and doesn't log its lines.
 	Tool func(ctx context.Context, all io.Writer, name string, args ...string) (output []byte, err error)
 }
 
-// NewSwitcher returns the Switcher of m's strategy and dest; without src, one that does nothing.
+// NewSwitcher returns the Switcher of m's strategy and dest. Without src, it returns one that
+// changes nothing.
 func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	switch {
 	case m.Src == "":
