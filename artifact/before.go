@@ -28,9 +28,10 @@ func (t treeSwitcher) forget() error {
 // keptTree returns the path of the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
-// Keep replaces an earlier copy by one of what is at dest, except what rsync leaves alone there: excluded files and
-// mounts. If dest is missing, empty or no directory, or Before isn't configured, nothing is kept. If the disk has no
-// room for the copy, that is an error.
+// Keep replaces an earlier copy by one of what is at dest, except excluded files and mounts, which
+// rsync leaves alone there. It keeps nothing if dest is missing, empty or no directory, if the
+// archive lacks the file of exclude_from, or if Before isn't configured. If the disk has no room
+// for the copy, that is an error.
 func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := s.forget(); s.c.Before == "" || err != nil {
 		return err
@@ -124,8 +125,8 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	return true, durable.SyncFS(dest.Path(""))
 }
 
-// identity returns text that distinguishes a file from every other. If its file system records birth times, that
-// includes a later file with the same inode.
+// identity returns text that distinguishes a file from every other that exists. If its file system
+// records birth times, the text of a later file with the same inode differs, too.
 func identity(path string) (string, error) {
 	var st unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_BTIME, &st)
@@ -137,8 +138,9 @@ func identity(path string) (string, error) {
 
 func (m moveSwitcher) keptIdentity() string { return filepath.Join(m.c.Before, "identity") }
 
-// Keep stores the identity of the directory, or link, at dest, if there is one. A pre command is expected to move it
-// away, as the release can't be moved there otherwise.
+// Keep stores the identity of what lies at dest, for Restore. A pre command is expected to move
+// that away, as the release can't be moved there otherwise. If nothing lies there, or Before isn't
+// configured, Keep stores nothing.
 func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	if err := m.forget(); m.c.Before == "" || err != nil {
 		return err
@@ -164,7 +166,8 @@ func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	return durable.WriteFile(m.keptIdentity(), []byte(id), 0o600)
 }
 
-// Restore moves back what Keep identified if it still lies in dest's parent directory, and removes what took its place.
+// Restore moves back what Keep identified, and removes what took its place. It returns false if
+// what Keep identified no longer lies in dest's parent directory, or if Keep stored nothing.
 func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	if m.c.Before == "" {
 		return false, nil

@@ -147,9 +147,10 @@ func (l linkSwitcher) pruneCopies(rel *Release, protect []deployments.Digest) er
 	return pruneCopies(r.places.parent, rel, protect)
 }
 
-// Switch makes dest lead to rel by one rename, and syncs the directory. A directory, or another tool's link, at dest is
-// exchanged for the new link in one system call (renameat2 RENAME_EXCHANGE), and kept in DEST.releases/. Any other file
-// at dest is an error. If rel's directory is gone, the error wraps ErrNoRelease.
+// Switch makes dest lead to rel by one rename, and syncs dest's parent directory. A directory, or
+// another tool's link, at dest is exchanged for the new link in one system call (renameat2
+// RENAME_EXCHANGE), and kept in DEST.releases/. Any other file at dest is an error. If rel's
+// directory is gone, the error wraps ErrNoRelease.
 func (r *Releases) Switch(rel *Release) error {
 	if err := r.switchTo(rel); err != nil {
 		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
@@ -212,7 +213,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	return r.adopt()
 }
 
-// leadsHere reports whether a path is a link to one of the releases, like dest under kedge.
+// leadsHere reports whether a path is a link to an entry of DEST.releases, as dest is under kedge.
 func (r *Releases) leadsHere(path string) bool {
 	target, err := linkTarget(path, r.dest)
 	return err == nil && filepath.Dir(target) == r.shownTop()
@@ -227,8 +228,10 @@ func linkTarget(link, dest string) (string, error) {
 	return target, err
 }
 
-// adopt renames what was at dest before kedge, a tree or a link, to its permanent name. A switch that exchanges dest
-// with kedge's new link leaves it at the new link's temporary name. An unused link of kedge's there is removed.
+// adopt renames what was at dest before kedge, a tree or a link, to its permanent name in
+// DEST.releases. A switch, which exchanges dest for kedge's new link, leaves that tree or link at
+// the new link's temporary name. A link of kedge's that is still there was not used, and is
+// removed. If nothing is there, adopt does nothing.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
@@ -248,8 +251,9 @@ func (r *Releases) adopt() error {
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// restore puts back what was at dest before kedge, by one exchange, and reports whether dest holds that now. If dest is
-// no link of kedge's, whatever lies there counts as put back.
+// restore puts back what was at dest before kedge, and reports whether dest holds that now. If dest
+// is no link of kedge's, whatever lies there counts as put back. Otherwise restore exchanges dest
+// for the tree or link that was kept last; if none was kept, it returns false.
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)
 	if errors.Is(err, ErrNoRelease) {

@@ -27,7 +27,9 @@ func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
 	return m.put(ctx, parent, r)
 }
 
-// put moves r's tree to dest, or copies it between file systems. If dest exists as well, the error wraps ErrUntouched.
+// put moves r's tree to dest; between file systems, it copies the tree. It first removes a link
+// that strategy release left at dest. If the tree and dest both exist, the error wraps
+// ErrUntouched. If only dest exists, put does nothing, as an earlier call has moved the tree.
 func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release) error {
 	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
 	if err := m.clear(parent, r); err != nil {
@@ -56,8 +58,8 @@ func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release)
 	return durable.Rename(beside, dest)
 }
 
-// copyBeside copies r's tree beside dest. Until it is complete, it lies in a private directory, which others may
-// move but not enter.
+// copyBeside copies r's tree beside dest. Until the copy is complete, it lies in a private
+// directory, which others may move but not enter.
 func (m moveSwitcher) copyBeside(ctx context.Context, parent *safefs.Place, r *Release) error {
 	part := besideName(r) + ".part"
 	private, err := parent.MakePrivate(part)

@@ -55,7 +55,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return s.copy(ctx, r, dest)
 }
 
-// copy has rsync make dest equal to r's tree, and syncs it. Mounts and excluded files stay; exclude excludes more.
+// copy has rsync make dest equal to r's tree, and syncs dest's file system. Mounts and excluded
+// files stay. exclude are further options of rsync that exclude files.
 func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -72,8 +73,8 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place,
 	return durable.SyncFS(dest.Path(""))
 }
 
-// replaceLink replaces the link that the release strategy left at dest, if any, by a whole tree, in one exchange:
-// something is served from there.
+// replaceLink replaces the link that the release strategy left at dest, if any, by a whole tree. It
+// does so in one exchange, as a release is served from there.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r *Release) error {
 	if !s.linked(parent, r) {
 		return nil
@@ -151,8 +152,9 @@ func (s rsyncSwitcher) excludeFrom(r *Release) (string, error) {
 	return file, nil
 }
 
-// rsyncPattern returns an rsync pattern that matches a path of the tree alone, followed by suffix, a pattern. An end of
-// line would end the pattern in a file, so another character in its place matches, too.
+// rsyncPattern returns an rsync pattern that matches the path p of the tree, followed by the
+// pattern suffix. Each line break in p becomes a ?, which matches any character, as a line break
+// would end the pattern in a file.
 func rsyncPattern(p, suffix string) string {
 	pattern := "/" + rsyncEnds.Replace(p) + suffix
 	if !strings.ContainsAny(pattern, "*?[") {
@@ -221,9 +223,9 @@ func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
 	return changeFiles{name + changesSuffix, name + beforeSuffix}
 }
 
-// RecordAfter records what the release's commands changed in dest: rsync compares dest with the tree that it copied
-// there, by size and time, and files of the same size are then compared by content. If either is gone, nothing is
-// recorded.
+// RecordAfter records what the release's commands changed in dest. rsync compares dest with the
+// unpacked tree by size and time. Files of the same size and another time are then compared by
+// content. If dest or the unpacked tree is gone, or Changes isn't configured, nothing is recorded.
 func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	if s.c.Changes == "" || !safefs.Exists(s.tree(r)) {
 		return nil
@@ -271,7 +273,8 @@ func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Pla
 	return err
 }
 
-// withUnread returns the differences in items, with those of unread files as far as these differ from r's tree.
+// withUnread returns the differences in items, and those unread files that differ from r's tree in
+// content, mode or owner.
 func (s rsyncSwitcher) withUnread(ctx context.Context, r *Release, dest *safefs.Place, items *itemized) ([]Difference,
 	error) {
 	tree, err := os.OpenRoot(s.tree(r))
@@ -341,8 +344,9 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	return s.Verify(ctx, r, 0)
 }
 
-// excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's path. It leaves out
-// paths that rsync is to correct: ones whose mode or owner is restored afterwards, and contents that are lost.
+// excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's
+// path. It leaves out paths that rsync is to correct: those of which only the mode or owner is
+// restored afterwards, and files whose changed content is lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
@@ -368,8 +372,8 @@ type itemized struct {
 	line []byte // not ended yet
 	// found are differences at paths of the archive.
 	found []Difference
-	// unread are files that only their time tells from the archive's, as rsync hasn't read them. What is how their mode
-	// or owner differs; empty: not at all.
+	// unread are files of the same size as in the archive and with another time, whose content
+	// rsync hasn't compared. What says how their mode or owner differs; empty: not at all.
 	unread []Difference
 	// extra are the first maxExtra paths that aren't in the archive, of which an application can make any number; more
 	// counts the others. Nothing in extra lies below another path in it.
@@ -401,7 +405,8 @@ func (i *itemized) add(it item) {
 	}
 }
 
-// addExtra adds to extra. rsync prints what it would delete in a directory right before the directory itself.
+// addExtra adds it to extra. If it is a directory, it takes the place of the paths below it: rsync
+// prints these right before the directory.
 func (i *itemized) addExtra(it item) {
 	below := len(i.extra)
 	for it.dir && below > 0 && strings.HasPrefix(i.extra[below-1].Path, it.Path+"/") {
@@ -426,7 +431,7 @@ func (i *itemized) all() []Difference {
 
 // item is what a line of rsync's output says.
 type item struct {
-	Difference // What is empty if the line tells no difference
+	Difference // What is empty if the line is about no difference
 	dir        bool
 	unread     bool // see itemized
 }

@@ -87,7 +87,8 @@ func (t treeSwitcher) clear(parent *safefs.Place, r *Release) error {
 	return os.Remove(parent.Path(filepath.Base(r.Manifest.Dest)))
 }
 
-// Prune removes what interrupted copies left beside dest, but complete ones of r and of the releases in protect.
+// Prune removes what interrupted copies left beside dest, except complete copies of r and of the
+// releases in protect.
 func (t treeSwitcher) Prune(r *Release, _ int, protect, _ []deployments.Digest) error {
 	parent, err := t.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -114,10 +115,12 @@ func pruneCopies(parent *safefs.Place, r *Release, protect []deployments.Digest)
 	return err
 }
 
-// RecordBefore and RecordAfter do nothing for mv: verify can't compare a tree that was moved. rsyncSwitcher has its own
-// RecordAfter, and needs no RecordBefore: its switch leaves no differences.
+// RecordBefore does nothing: verify can't compare a tree that mv has moved, and rsync's switch
+// leaves no differences.
 func (t treeSwitcher) RecordBefore(context.Context, *Release) error { return nil }
-func (t treeSwitcher) RecordAfter(context.Context, *Release) error  { return nil }
+
+// RecordAfter does nothing with mv, for the same reason; rsyncSwitcher has its own.
+func (t treeSwitcher) RecordAfter(context.Context, *Release) error { return nil }
 
 // besideName returns the name under which r's tree is copied beside dest, before it gets dest's name.
 func besideName(r *Release) string { return besidePrefix(r) + r.Pointer.Digest.Short() }
@@ -127,8 +130,9 @@ func besidePrefix(r *Release) string { return "." + filepath.Base(r.Manifest.Des
 // copySuffix matches what follows besidePrefix in the name of a copy, whether or not that is complete.
 var copySuffix = regexp.MustCompile(`^[0-9a-f]{12}(` + regexp.QuoteMeta(partSuffix) + `)?$`)
 
-// tool runs a program that copies files. Its exit status doesn't tell a disk error. If it fails and its output names a
-// full disk or quota, a read-only file system or an I/O error, the error wraps that errno.
+// tool runs a program that copies files. If the program fails, and its output names a full disk or
+// quota, a read-only file system or an I/O error, the error wraps that errno: the exit status
+// doesn't tell these from other errors.
 func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
 	output, err := t.c.Tool(ctx, nil, name, args...)
 	for _, trouble := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {

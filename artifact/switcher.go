@@ -49,11 +49,11 @@ type Switcher interface {
 	// RecordAfter records what rel's commands, up to the post commands, changed in rel's tree. From
 	// then on, these changes belong to the release. With mv, it records nothing.
 	RecordAfter(ctx context.Context, rel *Release) error
-	// Verify returns how rel's tree differs from rel, including what rel's commands changed in it.
-	// With strategy release, it reads the tree in rel's own directory, with rsync that at dest. It
-	// returns nothing with mv, and with rsync if rel's unpacked tree is gone. With rsync, it
-	// returns at most maxExtra of the paths that rel doesn't have. limit bounds the bytes read in a
-	// second (0: unbounded); rsync ignores it.
+	// Verify returns how rel's tree differs from rel. What rel's commands changed is compared with
+	// how they left it. With strategy release, it reads rel's own directory; with rsync, dest. It
+	// returns nothing with mv. With rsync, it returns nothing if rel's unpacked tree is gone, and
+	// at most maxExtra of the paths that rel doesn't have. limit bounds the bytes read in a second
+	// (0: unbounded); rsync ignores it.
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the tree at dest equal to rel. With mv, it only puts back a tree that is missing.
 	// left are the remaining differences: those that only rel's commands can remove.
@@ -91,8 +91,7 @@ type SwitcherConfig struct {
 	Tool func(ctx context.Context, all io.Writer, name string, args ...string) (output []byte, err error)
 }
 
-// NewSwitcher returns the Switcher of m's strategy and dest. Without src, it returns one that
-// changes nothing.
+// NewSwitcher returns the Switcher of m's strategy and dest; without src, one that does nothing.
 func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	switch {
 	case m.Src == "":
