@@ -27,8 +27,8 @@ import (
 const (
 	// maxChanges bounds how many paths made by a release's commands are recorded.
 	maxChanges = 65_536
-	// maxExtra bounds how many paths of a tree that its archive lacks are listed. It isn't less than maxChanges, since all
-	// that commands made are extra at first.
+	// maxExtra bounds how many paths of a tree that its archive lacks are listed. It isn't less than
+	// maxChanges, as all paths that commands made are extra until they are recorded.
 	maxExtra = maxChanges
 	// maxChangeContent bounds, in bytes, a file that commands made and whose content is recorded for healing.
 	// maxChangesContent bounds the content of all these files of a release together.
@@ -150,8 +150,9 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences, nil), false))
 }
 
-// recordAfter records what commands made in the tree at dir: the differences but for unchanged ones of recordBefore. If
-// there are none, it removes both files. left counts the paths beyond maxChanges, which aren't recorded.
+// recordAfter records what commands made in the tree at dir: the differences, except those that
+// recordBefore recorded and that haven't changed since. If there are none, it removes both files.
+// left counts the paths beyond maxChanges, which aren't recorded.
 func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -180,9 +181,9 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 	return left, nil
 }
 
-// describe returns the current state of each path of differences, once for each path. Paths below one that is whole,
-// paths removed meanwhile, and paths that aren't UTF-8, which JSON can't hold, are left out. keep makes it record the
-// new content of small files.
+// describe returns the current state of each path of differences, once for each path. It leaves out
+// paths below one that is whole, paths removed meanwhile, and paths that aren't UTF-8, which JSON
+// can't hold. If keep is set, it records the new content of small files.
 func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })

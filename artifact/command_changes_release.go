@@ -9,7 +9,8 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// heals reports whether staging a release anew would remove any of its tree's differences, or that is unknown.
+// heals reports whether staging a release anew would remove any of these differences of its tree.
+// If that can't be found out, it returns true.
 func (r *Releases) heals(rel *Release, differences []Difference) bool {
 	r, leave, err := r.enter(false)
 	if err != nil {
@@ -25,8 +26,9 @@ func uncompared(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
 
-// RecordBefore records how a release's tree differs from its index before its commands run, so that these differences
-// aren't taken for the commands' own. It does nothing if they are recorded already, or if the index is damaged.
+// RecordBefore records how a release's tree differs from its index before its commands run, so that
+// these differences aren't taken for the commands' own. If they are recorded already, or the index
+// is missing or damaged, it does nothing.
 func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

@@ -25,7 +25,7 @@ type restorer struct {
 	inPlace bool
 }
 
-// openRestorer opens both trees. The live one may be missing.
+// openRestorer opens the tree to restore at dir and the live one, which may be missing or the same.
 func openRestorer(dir, live string) (r *restorer, err error) {
 	r = &restorer{}
 	if r.tree, err = os.OpenRoot(dir); err != nil {
@@ -46,7 +46,8 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreChanges restores in dir what commands made, as they left it, as far as it can. It ends at the first error.
+// restoreChanges restores in the tree at dir what commands made, as far as it can, from the live
+// tree and from the record in made. It ends at the first error.
 func restoreChanges(dir, live string, made []commandChange) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
@@ -61,8 +62,8 @@ func restoreChanges(dir, live string, made []commandChange) error {
 	return nil
 }
 
-// restoreLate is called when the new tree at dir has become live, and the tree that it replaced lies at old. It carries
-// over paths that were added meanwhile to directories of the old tree that the commands made.
+// restoreLate carries over what was added to directories that the commands made while the release
+// was healed. By then the new tree at dir is live, and the tree that it replaced lies at old.
 func restoreLate(dir, old string, made []commandChange) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
@@ -190,9 +191,10 @@ func (r *restorer) attributes(m *commandChange) error {
 	return r.tree.Chmod(m.Path, m.Mode)
 }
 
-// mode sets the mode of a file whose content is as the commands left it, by the record. If it may not, as of another
-// user's file, Verify goes on reporting the mode. A file with another content, or whose content isn't recorded, is left
-// alone: its application may have replaced it, with a mode of its own.
+// mode sets the mode of a file whose content is as the commands left it, by the record. If this
+// process may not do that, as with another user's file, Verify goes on reporting the mode. A file
+// with another content, or whose content isn't recorded, is left alone: its application may have
+// replaced it, with a mode of its own.
 func (r *restorer) mode(m *commandChange) error {
 	now := changeAt(r.tree, m.Path)
 	if m.comesAndGoes() || now.Type != typeFile || now.Mode == m.Mode {
@@ -214,7 +216,8 @@ func (r *restorer) mode(m *commandChange) error {
 	return err
 }
 
-// link makes a link aside and renames it to its place, where something may be read through the one that is wrong.
+// link makes the symbolic link that the commands left. It makes the link under another name and
+// renames it, as something may be read through the link that is wrong.
 func (r *restorer) link(m *commandChange) error {
 	now := changeAt(r.tree, m.Path)
 	if now.Type == typeLink && now.Target == m.Target {
@@ -249,8 +252,8 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry brings the live tree's path p, if it still exists, into the new tree: files and links by hard links.
-// Directories are made anew, with all that is in them.
+// carry brings the live tree's path p, if it still exists, into the new tree. Files and links are
+// hard-linked; directories are made anew, with all that is in them.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -12,9 +12,10 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// compareDest returns how the tree at rel's dest, whoever put it there, differs from the release's tree, which is
-// unpacked at tree. It compares type, content, mode and link, and the owner if the manifest names one. It skips shared
-// paths and mounts. If dest is missing, or no directory, that is the only difference.
+// compareDest returns how the tree at rel's dest, whoever put it there, differs from the release's
+// tree, which is unpacked at tree. place is dest's parent directory. compareDest compares type,
+// content, mode and link, and the owner if the manifest names one. It skips shared paths and
+// mounts. If dest is missing, or no directory, that is the only difference.
 func compareDest(
 	ctx context.Context,
 	place *safefs.Place,

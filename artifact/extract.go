@@ -145,7 +145,8 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// archive unpacks raw, whose first bytes tell its format. Input of no known format is written as one file.
+// archive unpacks raw, whose first bytes tell its format. Input of no known format is written as
+// one file, unless single refuses it.
 func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	content, name, free, err := decompress(raw, name, x.left)
 	if err != nil {
@@ -466,7 +467,9 @@ func namedAsTar(name string) bool {
 		slices.Contains([]string{".tgz", ".tzst", ".tbz", ".tbz2", ".txz", ".tlz", ".tbr"}, ending)
 }
 
-// single writes input that is no archive as one file under its own name, executable if it is a program.
+// single writes input that is no archive as one file under its own name, executable if it is a
+// program. It is an error if the name is empty or that of a tar archive, or if checkSingleFile
+// refuses the file.
 func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
 		return errors.New("it is no archive, and its URL gives it no name")

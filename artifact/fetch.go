@@ -369,7 +369,8 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 	return group.Wait()
 }
 
-// takeChunks copies frames of large files from the old release, if that doesn't have the whole file.
+// takeChunks copies frames of large files from the old release, if the old release doesn't have the
+// whole file.
 func (f *fetch) takeChunks(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))

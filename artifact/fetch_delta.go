@@ -214,8 +214,9 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	}
 }
 
-// patch makes entry i from entry from of the old release (-1: from nothing) by the delta's next patch. If that doesn't
-// match, or entry i is made already, it is skipped. The result is false if no more of the delta can be read.
+// patch makes entry i from entry from of the old release (-1: from nothing) by the delta's next
+// patch. If the patch doesn't match, or entry i is made already, the patch is skipped. The result
+// is false if no more of the delta can be read.
 func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
 	e := &f.index.Entries[i]
 	var src io.ReaderAt = bytes.NewReader(nil)

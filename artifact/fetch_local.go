@@ -22,8 +22,8 @@ type source struct {
 	index *archive.Index
 	// known are the files that need no hashing; never nil.
 	known *knownFiles
-	// files maps the SHA-256 of a file's content to the first entry that has it. chunks maps that of the content of a
-	// large file's frame to where it lies.
+	// files maps the SHA-256 of a file's content to the first entry that has it. chunks maps the
+	// SHA-256 of a large file's frame, decoded, to where that content lies.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
 	// matches has, for each entry of the index that was passed to match, the entry of this release with the same content,
@@ -199,7 +199,8 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks copies into a large file the frames that the old release has, too. A file that is then whole is ready.
+// takeChunks copies into the large file of entry i the frames that the old release has, too. If the
+// file is whole then, it is marked as ready.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.Entries[i]
 	var to *os.File
@@ -342,8 +343,9 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.Sum, failure
 }
 
-// linkKnown makes entry i a hard link to the old release's file n if share allows it and that is known to be unchanged.
-// It reports whether it did. It opens neither file: that halves the system calls.
+// linkKnown makes entry i a hard link to the old release's file n, and reports whether it did. It
+// does so only if share allows it, and file n is known to be unchanged. It opens neither file,
+// which halves the system calls.
 func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool, error) {
 	if !share.link || w.partly(i) {
 		return false, nil

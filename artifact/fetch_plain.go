@@ -24,11 +24,12 @@ import (
 	"kedge/deployments"
 )
 
-// extractFrom empties dir, and calls extract, with one source of the archive after the other until one succeeds. It
-// goes on to the next if a source can't deliver the archive, or delivers one of another size or checksum. After any
-// other error, of the archive itself or of this machine, no other source is tried. If a spool has filled the disk, it
-// is removed, and the archive streamed once more. Mirrors are used only if the manifest's checksum is at least as long
-// as SHA-256: shorter hashes are not collision-resistant.
+// extractFrom empties dir, and calls extract, with one source of the archive after the other until
+// one succeeds. It goes on to the next if a source can't deliver the archive, or delivers one of
+// another size or checksum. After any other error, of the archive itself or of this machine, no
+// other source is tried. If a spool has filled the disk, the spool is removed, and the archive
+// streamed once more. Mirrors are used only if the manifest's checksum is at least as long as
+// SHA-256: shorter hashes are not collision-resistant.
 func extractFrom(
 	ctx context.Context,
 	objects *object.Client,

@@ -9,8 +9,9 @@ import (
 	"kedge/deployments"
 )
 
-// ReadManifest returns the bytes of the manifest that p points to, if need be from an older version of the object. If
-// none with p's digest is found, the error wraps deployments.ErrDigest.
+// ReadManifest returns the bytes of the manifest that p points to, if need be from an older version
+// of the object. If the object exists, but neither it nor one of its last maxVersions versions has
+// p's digest, the error wraps deployments.ErrDigest. So it does if older versions can't be read.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
 	if err != nil && !errors.Is(err, deployments.ErrDigest) {
@@ -44,8 +45,9 @@ func hasDigest(want deployments.Digest) func([]byte) error {
 // maxVersions bounds how many older versions of a manifest are read.
 const maxVersions = 20
 
-// olderVersion returns p's manifest from an older version of the object at p.URL: some publishers overwrite one key
-// with each release. If none of the last maxVersions has p's digest, the error is deployments.ErrDigest.
+// olderVersion returns p's manifest from an older version of the object at p.URL: some publishers
+// overwrite one key with each release. If none of the last maxVersions has p's digest, or the
+// storage keeps none, the error is deployments.ErrDigest.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {

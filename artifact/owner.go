@@ -12,9 +12,9 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// eachWrongOwner calls f for each path of root's tree ("." is its top) whose user isn't uid or whose group isn't gid.
-// Negative numbers stand for any. It leaves out paths in skip, but "." itself, or below them, and directories deeper
-// than any release's.
+// eachWrongOwner calls f for each path of root's tree ("." is its top) whose user isn't uid or
+// whose group isn't gid; a negative number stands for any. It leaves out the paths in skip and what
+// lies below them, but never ".". It also leaves out directories deeper than any release's.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {

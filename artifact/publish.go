@@ -28,8 +28,10 @@ type PublishOptions struct {
 	// Manifest has all fields but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and Version are
 	// required.
 	Manifest deployments.Manifest
-	// Template, if not nil, is text that the manifest begins with, byte for byte but for newlines at its end, including
-	// variables ({{ env }}). Manifest must have its fields; of others only Name, Version, Created and Dest are used.
+	// Template, if not nil, is text that the manifest begins with, byte for byte but for newlines
+	// at its end, including variables ({{ env }}). Manifest must have what Template sets. Of what
+	// Template lacks, Publish adds Name, Version, Created and Dest from Manifest, and strategy
+	// release.
 	Template []byte
 	// Since are pointers of earlier releases to make deltas from, newest first. If one can't be used, that is an error.
 	Since []deployments.Pointer
@@ -57,7 +59,9 @@ type Published struct {
 	Archive int64               `json:"archive"` // bytes of the archive
 	Index   int64               `json:"index"`   // bytes of its index
 	// Again is set if this version was published already, with the same bytes.
-	Again  bool             `json:"again,omitempty"`
+	Again bool `json:"again,omitempty"`
+	// Deltas has an element for each earlier release that a delta was made from. It is empty if
+	// there is none, or if an earlier run of Publish had made the deltas.
 	Deltas []PublishedDelta `json:"deltas"`
 }
 
@@ -82,10 +86,11 @@ const (
 // MaxSignature bounds a manifest's signature, in bytes.
 const MaxSignature = 16 << 10
 
-// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and
-// options give the same bytes, if Find finds the same releases. An object that exists with other bytes is an error
-// (object.ErrExists), but for a signature that Signed accepts. After an interruption Publish can be run again: it takes
-// the time of the release from the first run's manifest. Therefore the signature, which covers it, is uploaded last.
+// Publish packs Dir, and uploads archive, index, deltas, manifest and signature. The same tree and
+// options give the same bytes, if Find finds the same releases. An object that exists with other
+// bytes is an error (object.ErrExists), except a signature that Signed accepts. After an
+// interruption Publish can be run again: it takes the time of the release from the first run's
+// manifest. Therefore the signature, which covers that time, is uploaded last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -301,7 +306,8 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	return text, nil
 }
 
-// put uploads an object that has the same bytes in every run.
+// put uploads an object that must have the same bytes in every run. If it exists with others, the
+// error says that a release is immutable.
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 	err := p.upload(name, body, size)
 	if errors.Is(err, object.ErrExists) {

@@ -111,7 +111,8 @@ func (s *sharer) share(p string) error {
 	return s.tree.Lchown(p, s.uid, s.gid)
 }
 
-// makeAbove makes the directories above a shared path that the archive lacks.
+// makeAbove makes dir, which lies above a shared path, and the directories above dir, if the
+// archive lacks them.
 func (s *sharer) makeAbove(dir string) error {
 	if _, err := s.tree.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -221,7 +221,8 @@ func (r *Releases) setMode(rel *Release) error {
 	return os.Chmod(dir, rel.Manifest.DestMode)
 }
 
-// prepare makes the staging directory, and closes it and the private directory to other users.
+// prepare makes the staging directory if it is missing, and closes it and the private directory to
+// other users.
 func (r *Releases) prepare(staging string) error {
 	for _, dir := range []string{r.private(), staging} {
 		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -314,7 +315,8 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	return b
 }
 
-// Unpack puts a manifest's tree into the empty directory dir, verified and synced. An error may leave a part there.
+// Unpack puts a manifest's tree into the empty directory dir, verified and synced. After an error,
+// dir may hold a part of the tree.
 func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
 	return unpack(ctx, objects, m, dir, opt, nil)
 }

@@ -21,10 +21,11 @@ import (
 	"kedge/deployments"
 )
 
-// verifyTree compares a tree with its index, and returns the differences, sorted by path. It doesn't compare owners, as
-// an index has none. It reads each file that has the size in the index, at most limit bytes a second (0: no limit). It
-// skips the paths in skip, and what lies below them. stats has, by entry, the stat of each file whose content was right
-// and didn't change just before or during the read; else zero.
+// verifyTree compares a tree with its index, and returns the differences, sorted by path. It
+// doesn't compare owners, as an index has none. It reads each file whose size is the index's, at
+// most limit bytes a second (0: no limit). It skips the paths in skip, and what lies below them.
+// stats has, by entry, the stats of files whose content was right and that didn't change just
+// before or during the read; all others are zero.
 func verifyTree(
 	ctx context.Context,
 	dir string,
@@ -211,8 +212,8 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 	return nil
 }
 
-// unreadable reports whether err is the fault of the tree, such as a mode or a damaged block, and not of the machine.
-// Healing mends that.
+// unreadable reports whether err is the fault of the tree, such as a file's mode or a damaged
+// block, and not of the machine. Healing mends that.
 func unreadable(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }

@@ -14,10 +14,11 @@ import (
 	"kedge/deployments"
 )
 
-// Verify returns how a release's tree differs from its index. A release that came without an index has a list of
-// hashes, taken when it was staged, in its place. If the index is missing or damaged, that is the only difference, as
-// no other can be known. Verify reads each file that has its size in the index, at most limit bytes a second (0: no
-// bound). It skips shared paths and mounts. What the release's own commands made is compared with how they left it.
+// Verify returns how a release's tree differs from its index or, if it was published without one,
+// from the list of hashes taken when it was staged. If that is missing or damaged, this is the only
+// difference, as no other can be known. Verify reads each file whose size is right, at most limit
+// bytes a second (0: no bound). It skips shared paths and mounts. What the release's own commands
+// made is compared with how they left it.
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	found, _, err := r.differences(ctx, rel, verification{limit: limit})
 	if err != nil {

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown.
+// Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown, and may grow.
 type Progress struct {
 	Phase       string // "fetch", "pack", "delta", "upload"
 	Done, Total int64
