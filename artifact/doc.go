@@ -3,27 +3,38 @@
 //
 // # Fetching
 //
-// With strategy release, a node first takes what it can from the release that it runs, hashed unless it is known to be
-// unchanged. The rest comes from a delta, if one was published for that release. What that lacks comes from the
-// archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight connections. Frames are hashed before
-// they are decoded, and files written by as many workers as there are cores, straight into a private directory. Every
-// 64 MiB the file system is synced in the background: the sync before the switch, which alone counts, then has little
-// left to do. There is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by
-// frame. With the other strategies, it starts again. A delta of more than 4 MiB is fetched after the index, once it is
-// known that the disk holds it beside the tree. If cut, it is resumed, and read once its hash is right.
+// An archive with an index is fetched in parts. With strategy release, a node first takes what it
+// can from the release that it runs. It hashes each file there unless that is known to be
+// unchanged. The rest comes from a delta, if one was published for that release. What the delta
+// lacks comes from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on
+// eight connections. Frames are hashed before they are decoded. Files are written by as many
+// workers as there are cores, straight into a private directory. Every 64 MiB the file system is
+// synced in the background: the sync before the switch, which alone counts, then has little left to
+// do.
 //
-// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If this was killed, or the
-// storage went away, the next try fetches archives of 16 MiB or more to a file beside the tree. Each further try goes
-// on where that ended. The object must have the ETag of before, its server keep to Range, and the disk have room for
-// archive and tree. Otherwise the archive is streamed again. The file is unpacked once all of it has the manifest's
-// checksum. It is removed when the release is whole or refused, or another archive is fetched like this.
+// There is no journal. With strategy release, the fetch after one that was cut finds what there is
+// by hashing it: files whole, large ones also by frame. With the other strategies, it starts again.
+// A delta of more than 4 MiB is fetched after the index, once it is known that the disk holds the
+// delta beside the tree. If it is cut, the next fetch resumes it. It is read once its hash is
+// right.
 //
-// If the node's configuration names mirrors, each object is asked for there first. What comes is used only if its hash
-// is right, so any place may give it. An archive whose checksum is shorter than SHA-256 is read only from its own URL.
+// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If this
+// was killed, or the storage went away, the next try fetches an archive of 16 MiB or more to a file
+// beside the tree. Each further try goes on where that file ends. For this, the object must have
+// the ETag of before, its server must keep to Range, and the disk must have room for archive and
+// tree. Otherwise the archive is streamed again. The file is unpacked once all of it has the
+// manifest's checksum. It is removed when the release is whole or refused, or when another archive
+// is fetched like this.
 //
-// A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing. That
-// this is the content whose hash the index gives the file is up to who packed it: publish takes both from the same
-// bytes. An index that says two things was pinned as it is, and verifying the release names the file.
+// If the node's configuration names mirrors, each object is asked for there first; a mirror that
+// failed within the last minute is asked last. What comes is used only if its hash is right, so any
+// place may give it. An archive without an index whose checksum is shorter than SHA-256 is read
+// only from its own URL.
+//
+// A file made of frames is not hashed a second time: the index names each frame, and a frame
+// decodes to one thing. That this is the content whose hash the index gives the file is up to who
+// packed it: publish takes both from the same bytes. If an index contradicts itself in this,
+// verifying the release names the file.
 //
 // Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. Seen at most, with GOGC=50
 // as in the agent: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.

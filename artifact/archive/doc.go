@@ -17,13 +17,15 @@
 //   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
 //     same compression, whatever the number of cores.
 //
-// A reader asks no more of frames than these 4 MiB, and that they lie in the index as below: how content is cut, and
-// how hard it is compressed, is up to who packs. Earlier versions made frames of 192 to 512 KiB for small files; they
-// read today's archives, and agents of today read theirs.
+// A reader requires only that frames keep to these 4 MiB, and that the index describes them as
+// below. How content is cut, and how hard it is compressed, is up to who packs. Earlier versions
+// made frames of 192 to 512 KiB for small files; they read today's archives, and agents of today
+// read theirs.
 //
-// Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs
-// a few files only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with
-// the former compression; one stream of zstd -3 has 159.4 MB.
+// Frames make an archive larger, as the encoder forgets at each what came before. They save bytes
+// if a node has no delta and needs only a few files. 561 MB in 44,567 files make 159.1 MB in frames
+// of these sizes, and 169.7 MB in the former ones with the former compression; one stream of zstd
+// -3 has 159.4 MB.
 //
 // # The index
 //
@@ -49,10 +51,11 @@
 //	  SHA-256     of the frame as it lies in the archive
 //	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
 //
-// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. Unless
-// the manifest allows any, a symbolic link's target is relative, its ".." come first and do not climb above the top.
-// A path has at most 4,096 bytes, in at most 128 parts of at most 255 bytes. All paths together have at most 64 MiB
-// more than 32 times the index. A tree has at most 64 TiB, an index 4,194,304 entries and 512 MiB. A reader refuses
+// The top directory has no entry. Every other directory has one, before what is in it; no path
+// leads through a link. Unless the manifest allows any, a symbolic link's target is relative, its
+// ".." come first and do not climb above the top. A path has at most 4,096 bytes, in at most 128
+// parts of at most 255 bytes. All paths together have at most 64 MiB plus 32 times the size of the
+// index. A tree has at most 64 TiB, an index 4,194,304 entries and 512 MiB. A reader refuses
 // everything else before it makes a file.
 //
 // # The delta
