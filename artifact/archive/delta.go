@@ -170,7 +170,8 @@ func (d *Delta) section(n int) (*patchSection, error) {
 	return &patchSection{cursor{rest: parts[0]}, cursor{rest: parts[1]}, parts[2], cursor{rest: parts[3]}}, nil
 }
 
-// apply appends the section's n bytes to out, which is empty.
+// apply makes the section's n bytes from src, the old file, and appends them to out, which is
+// empty.
 func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 	ops, runs, differ, extra := &s.ops, &s.runs, s.differ, &s.extra
 	src.at = 0

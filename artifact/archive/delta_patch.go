@@ -162,7 +162,8 @@ func (s *sectionMaker) follow(scan, to, shift int) int {
 	return max(1, n/2)
 }
 
-// reach returns where in new[begin:scan] to stop writing changed bytes of old: most bytes before that are equal.
+// reach returns the place in new[begin:scan] up to which changed bytes of old are written. More
+// bytes before that place are equal than differ.
 func (s *sectionMaker) reach(begin, scan, shift int) int {
 	cut := begin
 	score, best := 0, 0

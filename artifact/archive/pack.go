@@ -402,8 +402,8 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 }
 
-// read reads a part of a file into raw, and returns the file's mtime. The error is ErrChanging if the file's size isn't
-// the entry's, or if the file changes meanwhile.
+// read reads a part of a file into raw, and returns the file's mtime. The error is ErrChanging if
+// the path isn't a regular file of the entry's size, or if the file changes meanwhile.
 func (w *packWorker) read(e *Entry, part part) (written unix.Timespec, err error) {
 	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

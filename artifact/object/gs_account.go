@@ -50,7 +50,8 @@ func (a *gsAccount) get(ctx context.Context) (string, error) {
 	return token.AccessToken, nil
 }
 
-// exchange gets a token for a claim signed with the key in a service account's file; ErrDenied: the server refuses.
+// exchange gets a token for a claim signed with the key in a service account's file. If the server
+// refuses, the error wraps ErrDenied.
 func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	data, err := inputfile.Read("the service account's key", file)
 	if err != nil {

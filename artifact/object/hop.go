@@ -55,10 +55,11 @@ func WithRedirect(ctx context.Context, allowed func(url string) error) context.C
 	return context.WithValue(ctx, boundsKey{}, allowed)
 }
 
-// checkRedirect returns an error if a redirect leads from https to plain http, or where mayRead, Config.Redirect or
-// WithRedirect refuse the URL. At most maxRequests-1 are followed. One from another machine to this one is refused, as
-// it could reach a service that listens on this machine only. One to another host loses all headers but ownHeaders. The
-// error doesn't show the URL that led there, which may contain a signature.
+// checkRedirect returns an error if a redirect leads from https to plain http, or if mayRead,
+// Config.Redirect or WithRedirect refuses its URL. It also refuses the redirect after maxRequests-1
+// others. A redirect from another machine to this one is refused, as it could reach a service that
+// listens on this machine only. A request that is redirected to another host loses all headers but
+// ownHeaders. The error doesn't show the URL that led there, which may contain a signature.
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")
 	if r.URL.Host != via[0].URL.Host {
@@ -89,8 +90,9 @@ func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// httpClient returns a client that counts requests and checks each hop's address. If mayLeadHere accepts the first URL,
-// that, and redirects on its host, may lead to this machine; others only if the first names this machine.
+// httpClient returns a client that counts requests and checks each hop's address. If mayLeadHere
+// accepts the first URL, that URL, and redirects on its host, may lead to this machine. Redirects
+// to other hosts may do so only if the first URL also names this machine.
 func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) *http.Client {
 	guarded, proxies := t.Clone(), &proxies{}
 	guarded.Proxy = proxies.of(t.Proxy)

@@ -65,10 +65,10 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 // maxUncounted bounds how much is read, in bytes, of an object whose size the server doesn't announce.
 const maxUncounted = 16 << 30
 
-// firstByte is the Range of an object's first byte. sizeIn returns the object's size from the Content-Range of
-// that answer.
+// firstByte is the Range of an object's first byte.
 const firstByte = "bytes=0-0"
 
+// sizeIn returns an object's size from the Content-Range of the answer to a request for firstByte.
 func sizeIn(contentRange string) (int64, error) {
 	size, ok := strings.CutPrefix(contentRange, "bytes 0-0/")
 	n, err := strconv.ParseInt(size, 10, 64)

@@ -95,7 +95,8 @@ func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most 
 	return page, aws.ToString(out.NextContinuationToken), nil
 }
 
-// list returns one page, of any most objects or all. It doesn't follow symbolic links, and skips unfinished puts.
+// list returns one page: all objects or, if there are more than most, any of them, as many as most
+// says. It doesn't follow symbolic links, and skips unfinished puts.
 func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int) (page []Listed, _ string, err error) {
 	s.requests.Add(1)
 	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {

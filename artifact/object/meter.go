@@ -20,8 +20,8 @@ type metered struct {
 	ctx    context.Context
 	r      io.ReadCloser
 	stall  *time.Timer
-	left   time.Duration // time for what lacks of the next stallLeast bytes
-	since  int           // how many of these bytes have come
+	left   time.Duration // time left for the rest of the current stallLeast bytes
+	since  int           // how many of the current stallLeast bytes have come
 
 	limited time.Duration // how long the bandwidth limit has held it up
 }

@@ -107,8 +107,9 @@ type Source struct {
 // IsMirror reports whether s is a mirror, not the object's own place.
 func (s Source) IsMirror() bool { return s.mirror != "" }
 
-// Places returns the places of an object in the order to try them: its mirrors, its own place, then mirrors that
-// failed lately. A mirror may return any bytes: use it only with the object's digest or signature.
+// Places returns the places of an object in the order to try them: its mirrors, its own place, then
+// mirrors that failed within mirrorPause. A mirror may return any bytes: use them only after
+// checking the object's digest or signature.
 func (c *Client) Places(url string) []Source {
 	own := Source{Client: c, URL: url}
 	if c.mirrors == nil {

@@ -115,8 +115,9 @@ type PutOptions struct {
 // store is one kind of storage. Each method makes one try, but for the parts of a multipart upload.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
-	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. If the server ignores Range, r gives
-	// the whole object, and before is how many bytes come before these.
+	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. If the server
+	// ignores Range, r gives the whole object. before is how many bytes of r come before the
+	// requested ones.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
 	// put writes an object. If one exists, the error is errOccupied, unless body.replace or Config.UnconditionalPut is
 	// set: then the object is replaced atomically.
@@ -233,8 +234,9 @@ func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	return o, nil
 }
 
-// ReadAll reads a whole small object in one request. If it has more than max bytes, the error is ErrTooLarge. It is
-// ErrUnavailable after six StallTimeouts and the time that max bytes take at LeastRate.
+// ReadAll reads a whole small object. If it has more than max bytes, the error is ErrTooLarge. If
+// reading takes longer than six StallTimeouts and the time for max bytes at LeastRate, the error is
+// ErrUnavailable.
 func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -275,7 +277,8 @@ func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadClose
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
-// ReadRange opens a stream of n bytes from offset on, as Read does. If the server ignores Range, it drops those before.
+// ReadRange opens a stream of n bytes from offset on, and resumes it as Read does. If the server
+// ignores Range, the bytes before offset are read and dropped.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
 }

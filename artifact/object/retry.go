@@ -31,8 +31,9 @@ func (e *transientError) Unwrap() error { return e.err }
 // retry is the signature of Client.retry, for stores that call it.
 type retry func(ctx context.Context, what string, try func() error) error
 
-// retry calls try until it succeeds, fails permanently, or has failed too often (Client.tries), or ctx has ended. what
-// names the call in the log. A transient error becomes ErrUnavailable. If ctx ends in a pause, its cause is the error.
+// retry calls try until it succeeds, fails permanently, or has failed Client.tries times, or until
+// ctx has ended. what names the call in the log. A transient error becomes ErrUnavailable. If ctx
+// ends in a pause, the cause of ctx is the error.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
@@ -95,8 +96,8 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	return r, nil
 }
 
-// resuming is an object's body. If a connection breaks, it requests the bytes that are missing on another. Its count
-// of tries begins anew with every stallLeast bytes that have come.
+// resuming is an object's body. If a connection breaks, it requests the missing bytes on another.
+// It counts its tries anew each time that stallLeast bytes have come.
 type resuming struct {
 	client *Client
 	ctx    context.Context
@@ -106,7 +107,7 @@ type resuming struct {
 	offset int64
 	left   int64
 	body   *metered
-	// limited is how long the bandwidth limit has delayed it.
+	// limited is how long the bandwidth limit has delayed reads.
 	limited time.Duration
 	tries   int
 	since   int // bytes since tries began

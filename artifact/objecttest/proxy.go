@@ -114,9 +114,10 @@ func (p *Proxy) Play(choose func(Request) Fault) {
 // Counted returns the number of requests since Play, and the bytes of the bodies sent.
 func (p *Proxy) Counted() (requests, sent int64) { return p.requests.Load(), p.sent.Load() }
 
-// Endpoint returns the proxy's URL. Client reads and writes through the proxy; change edits its configuration.
+// Endpoint returns the proxy's URL.
 func (p *Proxy) Endpoint() string { return p.proxy.URL }
 
+// Client returns a client that reads and writes through the proxy. change edits its configuration.
 func (p *Proxy) Client(change ...func(*object.Config)) *object.Client {
 	c := p.server.config(p.Endpoint())
 	for _, f := range change {
@@ -139,7 +140,7 @@ func (w *counted) Write(data []byte) (int, error) {
 
 func (w *counted) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Status answers as S3 does: with an XML error of this code.
+// Status answers as S3 does with this HTTP status: with an XML error of this code.
 func Status(status int, code string) Fault {
 	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 		w.Header().Set("Content-Type", "application/xml")

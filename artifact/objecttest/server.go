@@ -125,9 +125,11 @@ func (s *Server) Stop() {
 	<-s.done
 }
 
-// Endpoint returns the server's URL; Dir returns the directory of its objects.
+// Endpoint returns the server's URL.
 func (s *Server) Endpoint() string { return "http://" + s.address }
-func (s *Server) Dir() string      { return filepath.Join(s.dir, bucket) }
+
+// Dir returns the directory of the server's objects.
+func (s *Server) Dir() string { return filepath.Join(s.dir, bucket) }
 
 // URL returns the URL of an object, or of a prefix, in the bucket.
 func (s *Server) URL(path string) string { return "s3://" + bucket + "/" + path }

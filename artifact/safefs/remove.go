@@ -20,9 +20,10 @@ var ErrMounted = errors.New("it is a mount point, which is left alone with its c
 // maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
 const maxOpenLevels = 64
 
-// RemoveTree removes the tree at path, even if its owner may not write into its directories. It follows no symbolic
-// link, and never crosses a mount point, including bind mounts of the same file system. Mount points and the
-// directories above them stay; the error names the first of these mount points. A missing tree is no error.
+// RemoveTree removes the tree at path, even if its owner may not write into its directories. It
+// follows no symbolic link, and never crosses a mount point, including bind mounts of the same file
+// system. Mount points and the directories above them stay. The error names the first three paths
+// that could not be removed, and wraps ErrMounted for a mount point. A missing tree is no error.
 func RemoveTree(path string) error {
 	_, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG) {
@@ -272,7 +273,7 @@ func NoMounts(dir string) error {
 	return err
 }
 
-// Exists reports whether something can be seen at path, be it a dangling symbolic link.
+// Exists reports whether something can be seen at path, even if it is a dangling symbolic link.
 func Exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil

@@ -305,7 +305,8 @@ func MountTmpfs(t testing.TB, dir, options string) {
 	})
 }
 
-// BindMount mounts a directory that holds one file on path, which it makes, and returns the file.
+// BindMount makes a directory at path, mounts on it another directory that holds one file, and
+// returns that file.
 func BindMount(t *testing.T, path string) (file string) {
 	t.Helper()
 	data := t.TempDir()
