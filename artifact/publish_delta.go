@@ -199,9 +199,10 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 // errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes the delta from an earlier release, and uploads it. d is nil if a delta is of no use, or if done has from,
-// the digest of the earlier release's index. Of a release that was published with an index, only those files are
-// fetched that files of this one are patched from.
+// delta makes the delta from an earlier release, and uploads it if nodes that run that release then
+// fetch fewer bytes. Otherwise, or if done has from, d is nil. from is the digest of the earlier
+// release's index. Of a release that was published with an index, only those files are fetched that
+// files of this one are patched from.
 func (p *publisher) delta(
 	e earlier,
 	made archive.Packed,

@@ -22,7 +22,7 @@ const (
 	sectionSize = 4 << 20 // bytes that one section of a patch produces, but for the last
 )
 
-// Delta is an open delta, read up to its first file.
+// Delta is an open delta. ReadDelta has read it up to its first file.
 type Delta struct {
 	raw    io.Closer
 	zstd   *zstd.Decoder

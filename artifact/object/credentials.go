@@ -9,8 +9,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 )
 
-// credentialsPatience is how long retrieving AWS credentials may take before that is logged. An instance's own take
-// some milliseconds.
+// credentialsPatience is how long retrieving AWS credentials may take before that is logged.
+// Retrieving those of an instance's role takes some milliseconds.
 const credentialsPatience = time.Second
 
 // slowCredentials is a provider of AWS credentials that logs if retrieving them takes longer than credentialsPatience,

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// gsStore implements gs://, by the XML API with a bearer token, or without one at an endpoint of its own.
+// gsStore implements gs://, by the XML API with a bearer token. At an endpoint other than Google's,
+// it may do without a token.
 type gsStore struct {
 	http     *http.Client
 	endpoint string // empty: Google's
@@ -29,8 +30,10 @@ func (s *gsStore) address(u *url.URL) string {
 	return cmp.Or(s.endpoint, gsEndpoint) + "/" + u.Host + "/" + (&url.URL{Path: key(u)}).EscapedPath()
 }
 
-// header returns a header with the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS is
-// exchanged for, or the instance's own. Another endpoint than Google's never gets the instance's, and may get none.
+// header returns the Authorization header with the first of these tokens: that in
+// GOOGLE_OAUTH_ACCESS_TOKEN, one for the account of GOOGLE_APPLICATION_CREDENTIALS, or the
+// instance's own. An endpoint other than Google's never gets the instance's token; if there is no
+// other, the result is empty.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
 	var err error

@@ -16,7 +16,8 @@ import (
 	"kedge/deployments/inputfile"
 )
 
-// headersVariable names the file of headers for https, and http to this machine: lines of HOST[:PORT] NAME: VALUE.
+// headersVariable is the environment variable that names a file of headers, for https and for http
+// to this machine. Its lines are HOST[:PORT] NAME: VALUE.
 const headersVariable = "KEDGE_HTTP_HEADERS_FILE"
 
 // ownHeaders are what kedge sends itself: a redirect carries them to any host, and no file may set them.

@@ -103,7 +103,8 @@ func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n in
 	return body, before, explainDenial(u, err)
 }
 
-// explainDenial adds to an ErrDenied of plain http why no password was sent, if one is configured.
+// explainDenial adds to an ErrDenied that plain http to another machine gets no configured
+// passwords or headers. It returns every other error unchanged.
 func explainDenial(u *url.URL, err error) error {
 	if !errors.Is(err, ErrDenied) || isConfidential(u) {
 		return err

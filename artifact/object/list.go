@@ -62,8 +62,9 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 }
 
-// lister is a store that can be listed, page by page. A page has at most most objects, whose URLs are their paths after
-// the prefix. next is the after of the next page; empty: there is none.
+// lister is a store that can be listed, page by page. list returns at most as many objects as most
+// says. Their URLs are only the paths after the prefix. next is what to pass as after for the next
+// page; empty: there is none.
 type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }

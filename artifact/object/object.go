@@ -46,8 +46,9 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides AWS's own configuration from the environment; nil: nothing is overridden.
 	S3 *S3Config
-	// UnconditionalPut is set for an S3 without conditional PUT. Put may then overwrite an object that another process
-	// writes at the same time. It needs the rights to read the object and, if that is missing, to list the bucket.
+	// UnconditionalPut is set for an S3 without conditional PUT. Put may then overwrite an object
+	// that another process writes at the same time. It needs the rights to read the object and, for
+	// a missing object, to list the bucket.
 	UnconditionalPut bool
 	// GSEndpoint is the endpoint of gs://; empty: Google's own.
 	GSEndpoint string
