@@ -4,7 +4,7 @@
 // # Fetching
 //
 // An archive with an index is fetched in parts. With strategy release, a node first takes what it
-// can from the release that it runs. It hashes each file there unless that is known to be
+// can from the release that it runs. Each file that it takes is hashed first, unless it is known to be
 // unchanged. The rest comes from a delta, if one was published for that release. What the delta
 // lacks comes from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on
 // eight connections. Frames are hashed before they are decoded. Files are written by as many

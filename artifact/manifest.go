@@ -11,7 +11,8 @@ import (
 
 // ReadManifest returns the bytes of the manifest that p points to, if need be from an older version
 // of the object. If the object exists, but neither it nor one of its last maxVersions versions has
-// p's digest, the error wraps deployments.ErrDigest. So it does if older versions can't be read.
+// p's digest, the error wraps deployments.ErrDigest. The same holds if older versions can't be
+// listed or read.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
 	if err != nil && !errors.Is(err, deployments.ErrDigest) {

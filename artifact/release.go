@@ -63,8 +63,7 @@ func (h *heldPlaces) close() {
 	}
 }
 
-// Release is a release of a unit: its pointer, its manifest and, if it is complete on this node,
-// its directory.
+// Release is a release: its pointer, its manifest and, if it was found on this node, its directory.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
 	// Manifest was parsed from Raw, with the environment variables of that moment. It is stored,
@@ -88,7 +87,7 @@ type StageOptions struct {
 	resumes bool
 }
 
-// Difference is one path of a live tree that differs from its release.
+// Difference is one path at which a tree differs from a release.
 type Difference struct {
 	Path string `json:"path"` // relative to the tree, which itself is "."
 	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type", "index"

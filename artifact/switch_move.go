@@ -120,7 +120,8 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 	return nil, nil
 }
 
-// Heal unpacks a tree that is missing at dest again, as it was published. It leaves an existing one as it is.
+// Heal unpacks again, as it was published, a tree that is missing at dest. It leaves an existing one as it
+// is.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if safefs.Exists(r.Manifest.Dest) {
 		return nil, nil
