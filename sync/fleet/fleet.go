@@ -19,18 +19,22 @@ import (
 	"kedge/policy"
 )
 
-// Fleet is the state of all units, sorted, as the JSON of kedge status.
+// Fleet is the state of the units that were read, sorted by ID. Its JSON is that of kedge status.
 type Fleet struct {
 	At     time.Time                `json:"at"`
 	Mirror *deployments.MirrorState `json:"mirror,omitempty"`
-	// MirrorRunning is set while a mirror holds the lease. Without one, pushed commits and orders have to wait.
+	// MirrorRunning is set while a mirror holds the lease. Without one, pushed commits, orders, and
+	// pins of units with a rollout have to wait.
 	MirrorRunning bool   `json:"mirror_running"`
 	Units         []Unit `json:"units"`
-	// Agents counts the live nodes by the version of their agent.
+	// Agents counts the live nodes by the version that their agents report. A node of several roles
+	// counts once.
 	Agents map[string]int `json:"agents,omitempty"`
 	// Unassigned are live nodes of a stage and role that has no unit.
 	Unassigned []Unassigned `json:"unassigned"`
-	// Errors says, by key, what is wrong with a value and, by prefix, why a part of the store could not be read.
+	// Errors has errors by key, by prefix and by role. A key has what is wrong with its value. A
+	// prefix, which ends in "/", has why it can't be read or may be out of date. A role's prefix
+	// that ends in "/*" has what is wrong with some of its keys.
 	Errors map[string]string `json:"errors,omitempty"`
 	// incomplete are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer
 	// came in time.
@@ -45,9 +49,10 @@ var (
 	ErrLate    = errors.New("no answer came in time for the keys")
 )
 
-// CheckComplete returns an error if f may be incomplete, as more is stored than is read (ErrTooMuch), or as no
-// answer came in time (ErrLate). It wraps either or both, and names the prefixes; f.Errors says more about each. What
-// the token may not read, and a store that is away, are no errors here.
+// CheckComplete returns an error if f may be incomplete: more is stored than is read (ErrTooMuch),
+// or no answer came in time (ErrLate). The error wraps one or both, and names the prefixes;
+// f.Errors says more about each. If the token may not read something, or the store is away, that
+// alone is no error.
 func (f *Fleet) CheckComplete() error {
 	more := slices.DeleteFunc(slices.Clone(f.incomplete), func(prefix string) bool { return prefix == f.late })
 	unread := fmt.Errorf("%w below %s", ErrTooMuch, strings.Join(more, ", "))
@@ -71,14 +76,16 @@ type Unit struct {
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
 	// Order is an operator's order, such as retry, that the mirror has yet to take.
 	Order string `json:"order,omitempty"`
-	// GitAhead counts, for each release that a pin names or holds, the releases that Git has named since it last
-	// named that one; 0: Git still names it. It has no entry for a release that the history doesn't know.
+	// GitAhead has, for each release that a pin in force names or holds, how often Git has changed
+	// the release since it last named that one; 0: Git still names it. A release that neither the
+	// record nor the history names has no entry.
 	GitAhead map[deployments.Pointer]int `json:"git_ahead,omitempty"`
-	// Nodes are sorted by name: the nodes that report on the unit, and live nodes of its role that have yet to
-	// report on it.
+	// Nodes are the nodes that report on the unit, and live nodes that should run it and have yet
+	// to report on it. They are sorted by name. If some are left out, Fleet.Errors says so.
 	Nodes []Node `json:"nodes"`
-	// Converged counts the live nodes that run what they should, Live the live nodes, and Gone those whose session
-	// has ended.
+	// Converged counts the live nodes that do what they should, as Node.Converged says. Live counts
+	// the live nodes, even those left out of Nodes. Gone counts the listed nodes whose session has
+	// ended.
 	Converged int `json:"converged"`
 	Live      int `json:"live"`
 	Gone      int `json:"gone"`
@@ -99,7 +106,8 @@ type Unassigned struct {
 // mirrorStopped reports whether a mirror has run, and none runs now.
 func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunning }
 
-// Pinned reports whether the unit has a pin that hasn't expired. Nodes may have pins of their own.
+// Pinned reports whether the unit has a valid pin that hasn't expired. Nodes may have pins of their
+// own.
 func (u *Unit) Pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
 // orphaned reports whether the unit was removed from Git, though its record stays.
@@ -122,9 +130,10 @@ type Node struct {
 	Name string `json:"node"`
 	// Gone is set if the node's session has ended. Its last report is kept.
 	Gone bool `json:"gone,omitempty"`
-	// Report has no State if the node has yet to report on the unit.
+	// Report has no State if the node has yet to report on the unit, or its report can't be used.
 	Report deployments.UnitReport `json:"report"`
-	// Converged is set if the node runs what it should by policy.Resolve, as far as the store shows.
+	// Converged is set if the node, by its last report, does what policy.Resolve decides, as far as
+	// the store shows.
 	Converged bool                `json:"converged"`
 	Want      deployments.Pointer `json:"want,omitzero"`
 	Message   string              `json:"message"`
@@ -140,8 +149,9 @@ func (f Filter) takes(id deployments.UnitID) bool {
 		(f.Unit == "" || f.Unit == id.Unit)
 }
 
-// prefix returns the narrowest prefix to read for the filter that has a folder key: that of a role, or else kind.
-// Without a folder key, a missing key wouldn't be known to be absent.
+// prefix returns the prefix of a kind to read for the filter. It is a role's prefix if the filter
+// names stage and role, or else the whole kind. Both have folder keys, without which a missing key
+// isn't known to be absent.
 func (f Filter) prefix(kind string) string {
 	if f.Stage == "" || f.Role == "" {
 		return kind
@@ -169,9 +179,10 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 	return all
 }
 
-// kinds are the prefixes that a Fleet is read from; in addition, the history of pinned units is read. Their order keeps
-// the Fleet consistent. A mirror deletes an order in the transaction that obeys it. It writes its state together with,
-// or after, the records that the state is about. A node reports after it has read its record.
+// kinds are the prefixes that a Fleet is read from; in addition, the history of pinned units is
+// read. Read reads them in this order, which keeps its Fleet consistent. A mirror deletes an order
+// in the transaction that obeys it. It writes its state together with, or after, the records that
+// the state is about. A node reports after it has read its record.
 var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
 // Read reads the fleet once, from the leader.
@@ -179,10 +190,10 @@ var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.Pin
 // If a part of the store can't be read, as the token may not or no mirror has run yet, Errors says so. It is an error
 // if that holds for every part, unless the store is known to be empty.
 //
-// If all orders, all pins, or all reports are too many for one read, Read reads them by role, if the role has a record.
-// Any other part that holds too much is left out. So is one part, also a role's, for which no answer comes in time, if
-// the store then answers another request. CheckComplete names such parts. A second late part is an error, as is any
-// other failure.
+// If all orders, pins or reports are too many for one read, Read reads them role by role, for roles
+// that have a record. Any other part that holds too much is left out. So is the first part, a kind
+// or a role, for which no answer comes in time, if the store then answers another request.
+// CheckComplete names all these parts. A second late part is an error, as is any other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	r := reading{store: store, failed: map[string]error{}}
 	ofKinds := map[string]error{}
@@ -229,7 +240,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 type reading struct {
 	store   kv.Store
 	entries []kv.Entry
-	// failed has, by prefix, why a part is left out.
+	// failed has, by prefix, why a part is left out, isn't read as a whole, or may not be read.
 	failed map[string]error
 	// late is set once a part is left out because no answer came in time.
 	late bool
@@ -255,8 +266,9 @@ func answers(ctx context.Context, store kv.Store) bool {
 	return err == nil || errors.Is(err, kv.ErrNotFound) || errors.Is(err, kv.ErrDenied)
 }
 
-// lateError means that the answer for a prefix didn't come in time, though the store answers. Mostly a gigabyte is
-// stored there, and Consul takes longer to make the answer than the request may last.
+// lateError means that the answer for a prefix didn't come in time, though the store answers. The
+// usual cause is a gigabyte of keys there: Consul then takes longer to make the answer than the
+// request may last.
 type lateError struct {
 	prefix string
 	err    error
@@ -268,8 +280,10 @@ func (e *lateError) Error() string {
 }
 func (e *lateError) Unwrap() error { return e.err }
 
-// byRole reads the entries of a kind role by role, if they are too many to be read at once. It reads only roles that
-// have a record, and up to kv.MaxList bytes. Records themselves aren't read by role, as nothing else names the roles.
+// byRole reads the entries of a kind role by role, if they are too many to be read at once. It
+// reads only roles that have a record. A role is left out if the kind's entries would exceed
+// kv.MaxList bytes with it. An error ends the whole Read. Records themselves aren't read by role,
+// as nothing else names the roles.
 func (r *reading) byRole(ctx context.Context, kind string) error {
 	records := r.entries
 	if kind == kv.ControlPrefix {
@@ -354,10 +368,11 @@ const (
 	longestPause = 5 * time.Second
 )
 
-// Watch calls f with the fleet now, after changes, when pins expire, and at least hourly, until ctx ends. It returns
-// ctx's error, or that of a store that can't be watched. There are at most ten calls a second, and less if a large
-// fleet would take more than a twentieth of a core: see longestPause. While the store is away, the fleet stays as it
-// was last known, and Errors says why.
+// Watch calls f with the fleet until ctx ends. The first call comes once every part was read or
+// can't be; others follow after changes, when pins expire, and at least hourly. Watch returns ctx's
+// error, or that of a store that can't be watched. It calls f at most ten times a second, and less
+// often if that would take more than a twentieth of a core: see longestPause. While the store is
+// away, the fleet stays as it was last known, and Errors says why.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}
