@@ -94,10 +94,11 @@ type assembly struct {
 	// pins, orders and histories are joined to their units at the end.
 	pins   []keyed
 	orders map[deployments.UnitID]kv.Entry
-	// reportOnly maps each unit that only reports name to a node that names it.
+	// reportOnly maps each unit that reports name but that has no record to a node whose report
+	// names it.
 	reportOnly map[deployments.UnitID]string
 	histories  map[deployments.UnitID][]deployments.History
-	// hidden counts the live nodes of each role that aren't listed.
+	// hidden counts the live nodes of each role that units don't list, as there are too many.
 	hidden   map[deployments.RoleID]int
 	parsePin func(kv.Entry) (deployments.Pin, error)
 }
@@ -127,11 +128,13 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 	return u
 }
 
-// maxReportOnly bounds, for each role, the units that are shown though only reports name them, and those that only pins
-// name. Such units were removed from Git, or invented: a token can write any number of them.
+// maxReportOnly bounds, for each role, how many units without a record are shown because reports
+// name them, and how many because only pins do. Such units were removed from Git, or invented: a
+// token can write any number of them.
 const maxReportOnly = 20
 
-// noteReported adds a unit to reportOnly, with a node whose report names it, unless the unit is known already.
+// noteReported adds a unit to reportOnly, with a node whose report names it, unless the unit has a
+// record.
 func (a *assembly) noteReported(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.reportOnly == nil {
@@ -186,8 +189,8 @@ func (a *assembly) takePins() {
 	}
 }
 
-// maxUnitErrors is the length of Unit.Error, in bytes, from which no further errors of node pins are added.
-// Fleet.Errors has each of them under its key, too.
+// maxUnitErrors bounds Unit.Error, in bytes: once it is that long, no more errors of node pins are
+// added. Fleet.Errors has each of them under its key, too.
 const maxUnitErrors = 4 << 10
 
 // badRole adds an error about a role's reports, unless the role has the same error already.

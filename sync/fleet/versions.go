@@ -10,8 +10,9 @@ import (
 	"kedge/deployments"
 )
 
-// Versions returns a function that names releases by version, with the beginning of the digest if another one has the
-// same version. It knows those of the record, the unit's pin and the nodes, and those that it has named before.
+// Versions returns a function that names releases by version; "-" for the zero pointer. The
+// beginning of the digest follows if another release that the function knows has the same version.
+// It knows those of the record, the unit's pin and the nodes, and those that it has named before.
 func (u *Unit) Versions() func(deployments.Pointer) string {
 	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
@@ -52,7 +53,8 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 	}
 }
 
-// reportedVersions returns the version of each running release, as reported by the first node that has one, shortened.
+// reportedVersions returns the versions of the releases that nodes run, each as the first node that
+// has a version reports it, cut to maxVersion.
 func (u *Unit) reportedVersions() map[deployments.Digest]string {
 	versions := map[deployments.Digest]string{}
 	for i := range u.Nodes {
@@ -70,7 +72,8 @@ const maxVersion = 24
 // maxReleases is how many running releases a row names.
 const maxReleases = 3
 
-// runs returns the maxReleases most common of the releases that live nodes run, with the number of nodes.
+// runs returns the releases that most live nodes run, at most maxReleases, each with its number of
+// nodes; "-": no live node is listed.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	counts := map[string]int{}
 	wanted := true
@@ -111,7 +114,8 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	return Text{strings.Join(names, ", ") + more, tone}
 }
 
-// Release returns a release's name for people: its version and the beginning of its digest.
+// Release returns a release's name for people: its version and the beginning of its digest; "-" for
+// the zero pointer.
 func (u *Unit) Release(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
@@ -119,7 +123,8 @@ func (u *Unit) Release(p deployments.Pointer) string {
 	return u.version(p) + " " + p.Digest.Short()[:8]
 }
 
-// version returns a release's version, as reported by a node that runs it, or else as in its URL's path.
+// version returns a release's version, as reported by a node that runs it, or else as in its URL's
+// path; "-" for the zero pointer.
 func (u *Unit) version(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
@@ -131,7 +136,8 @@ func (u *Unit) version(p deployments.Pointer) string {
 	return Clean(cmp.Or(versions[p.Digest], p.Version()), maxVersion)
 }
 
-// reportedVersions returns the versions of the releases that nodes run, each as its first node reports it.
+// reportedVersions returns the versions of the releases that nodes run, each as the first node that
+// has a version reports it.
 func reportedVersions(nodes []Node) map[deployments.Digest]string {
 	versions := map[deployments.Digest]string{}
 	for i := range nodes {

@@ -13,7 +13,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Note is one remark about a fleet, a unit or a node.
+// Note is one remark about a fleet, a unit or a node. About is what it is about, in a few words,
+// and may be empty.
 type Note struct {
 	About, Says Text
 }
@@ -118,7 +119,8 @@ func (f *Fleet) Faults() (all []Note) {
 	return all
 }
 
-// CommitTaken reports whether a mirror has ever taken a commit.
+// CommitTaken reports whether the mirror's state names a commit that a mirror has taken. It returns
+// false, too, if that state can't be read.
 func (f *Fleet) CommitTaken() bool { return f.Mirror != nil && f.Mirror.Head != "" }
 
 // MirrorNotes returns notes on the mirror: its state, the agents' versions if they differ, its error, and freeze
@@ -333,8 +335,9 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, problem
 }
 
-// Next returns what an operator can do about a unit whose rollout waits or has stopped, or whose nodes fail; empty:
-// nothing. For a pinned unit that is so unless its rollout is paused or rolled back.
+// Next returns what an operator can do about a unit whose rollout waits or has stopped, that is
+// orphaned, or whose nodes fail; empty: nothing. For a pinned unit it is empty, too, unless the
+// mirror rolls out the pin and that rollout is paused or rolled back.
 func (u *Unit) Next(now time.Time) string {
 	switch p := rollout(u, now); {
 	case u.Record == nil:
@@ -405,8 +408,9 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// gitStory returns in words how many releases Git is ahead of the release that pin names. For a hold pin it takes the
-// releases that the live nodes selected by holds run, and the largest number. It is empty if the number is unknown.
+// gitStory returns in words how many releases Git is ahead of the release that pin names; empty:
+// unknown. For a hold pin it returns the largest such number among the releases that live nodes
+// run. It counts only nodes for which holds returns true.
 func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	pinned := []deployments.Pointer{pin.Release}
 	if pin.Hold {
@@ -427,7 +431,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	return "Git is " + count(moved, "release") + " ahead"
 }
 
-// AuthorName returns an author's name without the address.
+// AuthorName returns an author's name without the mail address that may follow it.
 func AuthorName(author string) string {
 	name, _, _ := strings.Cut(message.OneLine(author), " <")
 	return name
@@ -440,7 +444,7 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// brief formats a duration in its largest unit.
+// brief formats a duration in one unit: whole seconds, minutes, hours (up to 47) or days.
 func brief(d time.Duration) string {
 	switch d = max(0, d); {
 	case d < time.Minute:
