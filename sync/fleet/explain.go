@@ -21,7 +21,7 @@ type Decision struct {
 	Trace   []Step
 }
 
-// Step is one line of a Decision's chain.
+// Step is one step of a Decision's Trace, in words.
 type Step = deployments.StepStatus
 
 // Explain returns the decision that says what a node should run of a unit, with the steps that led to it. It is an
@@ -47,8 +47,8 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	return d, nil
 }
 
-// Named returns the unit on a node whose own name is unit, as app in web-1/app. It is an error if the node has no such
-// unit, or several in different roles.
+// Named returns the ID of a node's unit by the last part of the ID: prod/web/app for app. It is an
+// error if the node has no such unit, or several in different roles, or if no unit has the node.
 func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	var found, others []string
 	var id deployments.UnitID
@@ -184,8 +184,9 @@ func gitStep(f *Fleet) Step {
 	return s
 }
 
-// turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted by rank, and go
-// back in reverse order. It is empty if the node has no place: it is gone, pinned, or told to go back, as all may be.
+// turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted
+// by rank, and go back in reverse order. The text is empty if the node is gone or pinned, if it may
+// go back already, or if the rollback is complete.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -237,7 +238,8 @@ func ordinal(n int) string {
 	return fmt.Sprintf("%d%s", n, suffix)
 }
 
-// nodeStep returns what the node reports about the decision: it may be gone, behind, or not allowed to follow.
+// nodeStep returns the step that says what the node reports about the decision: it may be gone,
+// behind, or not allowed to follow.
 func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
 	s := Step{What: "node", Blocks: true}

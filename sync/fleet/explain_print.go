@@ -25,8 +25,8 @@ type NodeExplanation struct {
 	Gone   bool
 }
 
-// ExplainNode puts a decision of Explain or Local in words. Pointers that occur in the texts are in full: Unit.Names
-// shortens them.
+// ExplainNode puts a decision of Explain or Local in words. It is an error if f lacks the unit's
+// node. Notes and Trace may contain whole pointers: Unit.Names shortens them.
 func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (NodeExplanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
@@ -60,7 +60,7 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 	return t, nil
 }
 
-// WriteExplain writes all steps of a decision, and what the node reports.
+// WriteExplain writes a decision in words: its summary, notes and steps, and what the node reports.
 func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d Decision, opt TableOptions) error {
 	t, err := ExplainNode(f, id, node, d)
 	if err != nil {
@@ -153,8 +153,8 @@ func summarize(u *Unit, n *Node, d Decision) string {
 
 func anyStep(Step) bool { return true }
 
-// mentions reports whether d's trace has a step that contains text, or what follows its first colon. It looks only at
-// steps for which some returns true.
+// mentions reports whether d's trace has a step that contains text, or the part of text after its
+// first colon. It examines only steps for which some returns true.
 func mentions(d Decision, text string, some func(Step) bool) bool {
 	text = message.OneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix

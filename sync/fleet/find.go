@@ -62,8 +62,8 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	return releases, nil
 }
 
-// FindRelease returns the one release of a unit, among those of Releases, that has the given version. It is an error if
-// none or several have it.
+// FindRelease returns the one release of a unit, among those of Releases, that has the given
+// version. It is an error if none or several have it.
 func FindRelease(
 	ctx context.Context,
 	store kv.Store,
@@ -129,7 +129,8 @@ func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 	return of, err
 }
 
-// WriteNode writes what a node runs: a line for each unit, followed by what is wrong with it.
+// WriteNode writes a node's units: for each a line with its state and what it runs, followed by
+// what is wrong with it.
 func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(of.Units) == 0 {

@@ -12,7 +12,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// FreezeAhead is how far ahead freeze windows are announced.
+// FreezeAhead is how far ahead FreezeOf and the dashboard announce freeze windows.
 const FreezeAhead = 7 * 24 * time.Hour
 
 // Freezes returns the freeze windows in the mirror's state, and how many more there are that it can't return.
@@ -46,13 +46,14 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	return join(says+" until "+timeAhead(v.WindowEnds, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
 }
 
-// statusAhead is how soon a freeze must begin to be announced above the table of all units.
+// statusAhead is how far ahead deny windows are announced above the table of all units.
 const statusAhead = 24 * time.Hour
 
 // maxFreezeNotes bounds the lines about freezes above the table of all units.
 const maxFreezeNotes = 3
 
-// freezeNotes returns notes on freeze windows, what freezes now first: see freezeRank.
+// freezeNotes returns notes on at most maxFreezeNotes freeze windows, and how many more there are.
+// Windows that freeze rollouts now come first: see freezeRank.
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
 		rank freezeRank
@@ -149,8 +150,8 @@ func patternsOf(w deployments.Freeze) []string {
 	return w.Units
 }
 
-// covers reports whether each unit that one of the patterns in names names is also named by one of those in all. It
-// compares a pattern with one other at a time.
+// covers reports whether the patterns in all match every unit that those in names match. It returns
+// false for a pattern in names that only several patterns of all match together.
 func covers(all, names []string) bool {
 	split := make([][]string, len(all))
 	for i, pattern := range all {

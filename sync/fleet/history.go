@@ -18,15 +18,16 @@ import (
 type histories map[deployments.UnitID]versioned
 
 type versioned struct {
-	record  uint64 // version of the record when it was read: a generation is written together with its record
+	record  uint64 // version of the record when entries were read: a generation is written together with its record
 	entries []kv.Entry
 }
 
 // historyWithin bounds how long reading a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of returns the histories of the units that have a record and a pin, or a pin of a node, in entries. If one can't be
-// read now, it returns the last known one, if any: histories are only shown, and decide nothing.
+// of returns the history entries of the units that have, in entries, a record and a pin of the unit
+// or of a node. If a history can't be read now, it returns the last known one, if any: histories
+// are only shown, and decide nothing.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)
 	defer cancel()
@@ -125,7 +126,7 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running returns the releases that live nodes run, of those nodes for which the function which returns true.
+// running returns the releases that live nodes run. The function which selects the nodes.
 func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {

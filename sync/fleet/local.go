@@ -12,9 +12,10 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Local is Explain without the store: it takes the decision from s, the status of a node's own agent, as of the time
-// at. It also returns the unit's ID, and a Fleet of this unit on this node. The steps named store say how current the
-// agent's view was. unit is ROLE/UNIT, or UNIT if only one role has a unit of that name. Any other name is an error.
+// Local is Explain without the store: it takes the decision from s, the status of a node's own
+// agent, read at the time at. It also returns the unit's ID, and a Fleet of this unit on this node.
+// The steps named store say how current the agent's view was. unit is ROLE/UNIT, or UNIT if only
+// one role has a unit of that name. Any other name is an error.
 func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {

@@ -23,8 +23,9 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	return writePin(ctx, store, id, pin, func(value []byte) kv.Op { return kv.Put(key, value) })
 }
 
-// ReplacePin writes a unit's pin as Pin does, unless somebody else was faster: then it returns kv.ErrConflict. version
-// is that of the pin that it replaces; 0: there is none.
+// ReplacePin writes a unit's pin as Pin does, unless somebody has changed it meanwhile: then it
+// returns a kv.ErrConflict. version is the entry version of the pin that it replaces; 0: there is
+// none.
 func ReplacePin(ctx context.Context, store kv.Store, id deployments.UnitID, version uint64, pin deployments.Pin) error {
 	return writePin(ctx, store, id, pin, func(value []byte) kv.Op {
 		if version == 0 {
@@ -88,8 +89,9 @@ func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error 
 	return fmt.Errorf("%s has no record, only nodes' reports: add %[1]s.yaml to Git", id)
 }
 
-// Unpin removes the pin of a unit or, if node isn't empty, of that node. It reports whether there was one; false, too,
-// if the token may not read pins.
+// Unpin removes the pin of a unit or, if node isn't empty, of that node. It reports whether there
+// was one; this may be false, too, if the token may not read pins. If the pin changes meanwhile,
+// the error is a kv.ErrConflict.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -164,8 +166,9 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 	return value, nil
 }
 
-// History returns the unit's generations that the mirror keeps, newest first. An entry that doesn't parse has only
-// its generation, and a Note that says so. A pin is listed once, in the generation in which it began.
+// History returns the unit's generations that the mirror keeps, newest first. An entry that doesn't
+// parse has only its generation, and a Note that says so. A pin is listed once, in the oldest
+// generation that has it.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err
@@ -203,9 +206,11 @@ type RollbackOptions struct {
 	AtOnce     bool
 }
 
-// Rollback pins a unit to the last good release before the one that its pin, or else its record, names, and returns the
-// pin. It chooses among the releases of the record and of the history. A release isn't good if a node has it in
-// quarantine, or if it failed and was not tried again later.
+// Rollback pins a unit to the last good release before the current one, and returns the pin. The
+// current one is that of the unit's pin, if one is in force that isn't a hold, or else the record's
+// target. Rollback chooses among the releases of the record and of the history. A release isn't
+// good if a node has it in quarantine, or if it failed and was not tried again later. If no release
+// is good, that is an error.
 func Rollback(
 	ctx context.Context,
 	store kv.Store,
@@ -323,7 +328,7 @@ func noUnit(f *Fleet, name string) error {
 	return fmt.Errorf("no unit %s: there are %s%s", name, firstFew(known), f.refusal())
 }
 
-// firstFew formats the first few of many names.
+// firstFew lists at most ten names, and says how many more there are.
 func firstFew(names []string) string {
 	const shown = 10
 	more := ""
@@ -334,8 +339,9 @@ func firstFew(names []string) string {
 	return strings.Join(names, ", ") + more
 }
 
-// Missing returns an error if f has no units because the store doesn't know what filter names; f was read with this
-// filter. It is nil if something matches, if that is unknown, or if filter is empty.
+// Missing returns an error if f has no units because the store has none that filter selects; f was
+// read with this filter. It returns nil if f has units, if filter is empty, or if a part of the
+// store can't be read.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) || len(f.incomplete) > 0 {
 		return nil

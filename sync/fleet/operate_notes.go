@@ -13,8 +13,9 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// PinNotes returns what an operator should know before pinning or unpinning a unit or, if node isn't empty, that node.
-// pin is the new pin, nil to unpin. The result is nil, too, if the fleet can't be read.
+// PinNotes returns what an operator should know before pinning or unpinning a unit or, if node
+// isn't empty, that node. pin is the new pin, nil to unpin. The result is nil if there is nothing
+// to know, or if the fleet can't be read.
 func PinNotes(
 	ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin *deployments.Pin,
 ) (notes []string) {
@@ -109,8 +110,9 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	return says
 }
 
-// RunsAlreadyNote says that every live node of a unit runs a release already; empty: not every one does, or that is
-// unknown, as of nodes that aren't listed.
+// RunsAlreadyNote returns a text that says that every live node of a unit runs a release already.
+// It is empty if some node doesn't, if no node is live, or if that is unknown, as for nodes that
+// aren't listed.
 func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || len(f.incomplete) > 0 || f.Units[0].Live == 0 {
@@ -141,8 +143,8 @@ func (u *Unit) allRun(release deployments.Pointer) bool {
 	return same >= u.Live
 }
 
-// rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
-// was. If a pin was rolled out since, this was before the pin.
+// rolledBackFrom returns the release of Git that was rolled back, and the one that it was rolled
+// back to; zero: none was. If the record's target is a pin's, these are from before the pin.
 func rolledBackFrom(r *deployments.Record) (failed, stable deployments.Pointer) {
 	switch {
 	case r == nil:

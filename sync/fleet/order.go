@@ -173,9 +173,10 @@ func ordersIn(ctx context.Context, store kv.Store, id deployments.UnitID, genera
 	return h.Orders
 }
 
-// ordersSince returns the orders that the mirror took since was, the oldest first, up to those of a record that has
-// reached a generation. The mirror notes an order in the transaction that takes it, mostly in the generation that the
-// order met or began. The record may have moved on since then.
+// ordersSince returns the orders that the mirror took since was, oldest first. It reads the history
+// from the generation of was to the generation reached, at most HistoryKept of them. The mirror
+// notes an order in the transaction that takes it, mostly in the generation that the order met or
+// began. The record may have moved on since then.
 func ordersSince(
 	ctx context.Context,
 	store kv.Store,
@@ -203,9 +204,10 @@ func newOrders(known, all []deployments.PastOrder) []deployments.PastOrder {
 	})
 }
 
-// refusalOf returns why the mirror refused an order, by the orders that it took since that was written. It is empty if
-// the mirror obeyed the order, or if none of these is it. Those that read alike can't be told apart: if the mirror
-// obeyed one of them, that counts.
+// refusalOf returns why the mirror refused an order; taken are the orders that it took since that
+// one was written. The result is empty if the mirror obeyed the order, or if taken lacks it. Orders
+// with the same verb, author and reason can't be told apart: if the mirror obeyed one of them, the
+// result is empty.
 func refusalOf(order deployments.Order, taken []deployments.PastOrder) (reason deployments.Reason) {
 	order.By, order.Reason = deployments.PastWords(order.By), deployments.PastWords(order.Reason)
 	for _, o := range taken {

@@ -152,7 +152,7 @@ func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	p.raw(strings.TrimRight(line, " "))
 }
 
-// width returns a text's width in columns, without escape sequences.
+// width returns a text's width in columns, one for each character. Escape sequences have none.
 func width(s string) (n int) {
 	escape := false
 	for _, r := range s {
@@ -168,7 +168,7 @@ func width(s string) (n int) {
 	return n
 }
 
-// clip cuts text at n columns.
+// clip cuts text to n columns, with … at its end if anything was cut.
 func clip(text string, n int) string {
 	if utf8.RuneCountInString(text) <= n {
 		return text

@@ -16,14 +16,15 @@ type TableOptions struct {
 	// Width is the terminal's width in columns; 0: no terminal, so no line is cut or wrapped.
 	Width int
 	Color bool
-	// Nodes shows every node; otherwise only maxNodes live ones of a unit that are not converged, or have a note.
+	// Nodes shows every node; otherwise at most maxNodes live ones of a unit that are not
+	// converged, or have a note.
 	Nodes bool
 	// Fine is how many units were left out of the fleet because they need no attention.
 	Fine int
 }
 
-// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, followed
-// by the nodes that need attention.
+// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and
+// rollout, followed by the nodes that need attention. The errors that no unit shows come last.
 func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 	p := &printer{opt: opt}
 	for _, n := range f.MirrorNotes() {
@@ -78,7 +79,8 @@ func header(columns []string) (row []Text) {
 	return row
 }
 
-// withBars adds a bar before each count of nodes, if the terminal has room.
+// withBars returns rows with a bar before each count of converged nodes. It returns rows unchanged
+// if the terminal has no room for the bars, or if the output is no terminal.
 func (p *printer) withBars(rows [][]Text, units []Unit) [][]Text {
 	if p.opt.Width == 0 {
 		return rows
@@ -97,7 +99,8 @@ func (p *printer) withBars(rows [][]Text, units []Unit) [][]Text {
 	return barred
 }
 
-// bar draws n of all. It is full only if n is all, and empty only if n is 0.
+// bar draws n of all, in eight characters. It is full only if n is all, and empty only if n is 0.
+// If all is 0, it is blank.
 func bar(n, all int) string {
 	const long = 8
 	full := 0
@@ -158,7 +161,8 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	}
 }
 
-// maxNodes is how many nodes of a unit are shown, unless all are asked for.
+// maxNodes is how many nodes of a unit are shown unless all are asked for, and how many of its
+// nodes' pins.
 const maxNodes = 20
 
 // WriteHistory writes a unit's generations, one per line, each followed by its notes.

@@ -260,8 +260,9 @@ func (f *Fleet) refusal() string {
 	return fmt.Sprintf("; the mirror refused %s: %s", short(f.Mirror.Refused), message.OneLine(f.Mirror.Error))
 }
 
-// checkHead returns what is missing as long as the mirror has not taken w.commit. missing is empty once the mirror has
-// taken it, or if there is no commit to wait for. It is an error if the mirror refused the commit.
+// checkHead returns what is missing until the mirror has taken w.commit and written its records.
+// missing is empty after that, or if there is no commit to wait for. It is an error if the mirror
+// refused the commit.
 func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil

@@ -11,10 +11,11 @@ import (
 	"kedge/kv"
 )
 
-// wasTaken reports in taken whether an entry of the history names w.commit. read is false if ctx ended before that was
-// known. The history of a large fleet is more than is read at once. It is then read by role, and by unit if a role has
-// too much, for units that have records. Otherwise removed units count, too. wasTaken retries until all was read, and
-// calls unread with the error of a read of records, or of one unit, that brings too much.
+// wasTaken reports in taken whether an entry of the history names w.commit. read is false if ctx
+// ended before that was known. A history that is too large for one read is read by role, and by
+// unit if a role has too much; then units without a record are left out. wasTaken retries until all
+// was read. It calls unread with the error if the records, or the history of one unit, are too
+// large.
 func (w *waiter) wasTaken(ctx context.Context, store kv.Store, unread func(error)) (taken, read bool) {
 	names := func(past []kv.Entry) bool {
 		return slices.ContainsFunc(past, func(e kv.Entry) bool {
