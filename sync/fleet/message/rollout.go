@@ -59,8 +59,9 @@ func Progress(p *deployments.Progress) string {
 	return strings.TrimSuffix(phase+": "+text, ": ")
 }
 
-// RolloutHint returns what an operator can do about a rollout or an orphaned unit, with the command to type. It is
-// empty if the rollout goes on by itself, or if there is none.
+// RolloutHint returns what an operator can do about a rollout or an orphaned unit, with the command
+// to type. It is empty if there is no rollout, or if the rollout is admitting nodes or rolling
+// back, unless a freeze holds it up.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {
@@ -72,8 +73,9 @@ func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target, r.Stable.IsZero() && !p.Serving)
 }
 
-// rolloutHint is RolloutHint for a rollout of a record that isn't orphaned. byPin is set if the rollout is a pin's,
-// first if there is nothing to go back to, so that to abort it would only pause it.
+// rolloutHint is RolloutHint for a rollout p, without the record. byPin is set if its target is a
+// pin's release. first is set if there is nothing to go back to: to abort the rollout would only
+// pause it.
 func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin, first bool) string {
 	switch {
 	case p.Reason == deployments.ReasonOrphaned:

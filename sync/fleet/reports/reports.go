@@ -1,5 +1,5 @@
-// Package reports parses what the nodes of a store report, within bounds: a token may write all reports of a role,
-// and those of a thief are as many as the store takes.
+// Package reports parses what the nodes of a store report, within bounds: a token may write all
+// reports of a role, and a stolen one as many as the store takes.
 package reports
 
 import (
@@ -17,7 +17,8 @@ import (
 // store. kv.MaxList has room for some 30 units on each of 10,000 nodes.
 const MaxRole = 500_000
 
-// ErrTooMuch is the error of a report that wasn't read, as other reports of its role fill MaxRole.
+// ErrTooMuch is the error of a report that wasn't parsed, as other reports of its role fill
+// MaxRole.
 var ErrTooMuch = errors.New("too much in the reports of one role")
 
 // Report is a node's entry in status/, parsed.
