@@ -9,7 +9,7 @@ package web
 import "github.com/a-h/templ"
 import templruntime "github.com/a-h/templ/runtime"
 
-// swatch is the colour of a release beside its name.
+// swatch draws a small square in the colour of a class, to stand beside a name.
 func swatch(class string) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
@@ -75,7 +75,7 @@ func swatch(class string) templ.Component {
 	})
 }
 
-// shares is a bar of which releases run, by how many nodes run each.
+// shares draws the releases that live nodes run as a bar, each as wide as its number of nodes.
 func shares(all []share, live int) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
@@ -271,7 +271,7 @@ func shares(all []share, live int) templ.Component {
 	})
 }
 
-// rollout is how far a rollout is.
+// rollout draws how far a rollout has come, as a bar and in numbers.
 func rollout(p *progress) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context

@@ -266,7 +266,7 @@ func document(r *rendered) templ.Component {
 	})
 }
 
-// away tells that the store can't be read now.
+// away says why the page may be out of date or incomplete; nothing if why is empty.
 func away(why string) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
@@ -315,7 +315,7 @@ func away(why string) templ.Component {
 	})
 }
 
-// nothing is all there is on a page that shows nothing.
+// nothing is the content of an error page: a text, and faults that may be the reason.
 func nothing(text string, faults []fleet.Note) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context

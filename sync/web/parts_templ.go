@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// ago is a time that lies back; browsers put in its place how far.
+// ago shows a past time. The page's script replaces it by how long ago that is.
 func ago(t time.Time) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
@@ -68,7 +68,7 @@ func ago(t time.Time) templ.Component {
 	})
 }
 
-// until is a time to come; browsers put in its place how long that takes.
+// until shows a future time. The page's script replaces it by how long it is until then.
 func until(t time.Time) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
@@ -193,7 +193,7 @@ func commit(c commitView) templ.Component {
 	})
 }
 
-// notes are a list of what is told about what.
+// notes lists notes: what each is about, and what it says.
 func notes(all []fleet.Note) templ.Component {
 	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
 		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
