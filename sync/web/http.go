@@ -103,8 +103,8 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first returns the current snapshot. Right after the start it waits up to firstRead for the first read of the store;
-// nil: there was none.
+// first returns the current snapshot. Right after the start it waits up to firstRead for the first
+// read of the store; nil: there was none in that time.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
@@ -144,7 +144,8 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // the client may be gone
 }
 
-// nodes answers with the nodes of a unit's map, cell by cell, for the tooltips: their names, states and releases.
+// nodes answers with the name, the state and the release of each node of a unit's map, for
+// tooltips. There are at most maxCells, in the order of the map's cells.
 func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 	s := w.first(r.Context())
 	if s == nil {
@@ -184,8 +185,9 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 	_ = document(page).Render(r.Context(), rw) // the client is gone
 }
 
-// unitHistory is a unit's history, newest first, and the record's generation and retry when it was read. It is out of
-// date from expires on at the latest: the mirror rewrites the newest entry after pins and orders.
+// unitHistory is a unit's history, newest first, and the record's generation and retry when it was
+// read. From expires on it may be out of date: the mirror rewrites the newest entry after pins and
+// orders.
 type unitHistory struct {
 	generation, retry int64
 	expires           time.Time
@@ -196,9 +198,11 @@ type unitHistory struct {
 // maxHistories bounds the cached histories.
 const maxHistories = 64
 
-// history returns a unit's history, from the cache unless that has expired, or the record's Generation or Retry has
-// changed. While the store is unavailable, an expired one serves on. If there is none, the result has err, as after any
-// other error of reading. A unit without a record has none. away is set if the store is known to be unavailable.
+// history returns a unit's history, from the cache unless that has expired, or the record's
+// Generation or Retry has changed. If the store can't be reached, an expired history serves on. If
+// none is cached, or after any other error, the result has err. For a unit without a record it is
+// empty. away is set if the store is known to be unavailable: if an expired history is there,
+// history then waits only awayWithin for a newer one.
 func (w *Web) history(ctx context.Context, u *fleet.Unit, away bool) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}

@@ -21,10 +21,12 @@ const (
 	// maxRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
 	maxRate      = 4500
 	longestPause = 4 * time.Second
-	// beat is how long a stream sends nothing at most, except while a page is rendered: then it sends a heartbeat. A page
-	// that hears nothing for 4.5 s shows that it may be out of date.
+	// beat is the longest time for which a stream sends nothing, except while a page is rendered.
+	// After that it sends a heartbeat. A page that hears nothing for 4.5 s shows that it may be out
+	// of date.
 	beat = 2 * time.Second
-	// refresh is how often a page that shows elapsed times is rendered again without a change, and a unit's history read.
+	// refresh is the time after which a followed page is rendered again without a change, and a
+	// unit's history is read again. Pages may show elapsed times.
 	refresh = 10 * time.Second
 	// maxRecent is how many renderings are kept, so that a page that reconnects gets only what it lacks.
 	maxRecent = 64
@@ -41,8 +43,9 @@ type patch struct {
 	Reload bool `json:"reload,omitempty"`
 }
 
-// patchOf returns the patch that turns rendering before into after. If before is nil, it has the whole page. If the
-// renderings differ in code or in fixed elements, it only tells the browser to reload.
+// patchOf returns the patch that turns the rendering before into after. If before is nil, the patch
+// has the whole page. If the renderings differ in code or in fixed elements, it only tells the
+// browser to reload.
 func patchOf(before, after *rendered) patch {
 	p := patch{HTML: map[string]string{}, Lists: map[string][]string{}}
 	if before == nil {
@@ -82,7 +85,8 @@ func pauseAfter(event string) time.Duration {
 	return min(max(eventPause, time.Duration(len(event))*time.Second/maxRate), longestPause)
 }
 
-// remember keeps a rendering for browsers that show it.
+// remember keeps a rendering that a browser may show, so that later only the difference is sent.
+// The newest maxRecent stay.
 func (w *Web) remember(r *rendered) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -95,7 +99,7 @@ func (w *Web) remember(r *rendered) {
 	w.recent = w.recent[max(0, len(w.recent)-maxRecent):]
 }
 
-// remembered returns a rendering that a browser shows; nil: it is no longer kept.
+// remembered returns the rendering of a page that has the given tag; nil: it is no longer kept.
 func (w *Web) remembered(key, tag string) *rendered {
 	w.mu.Lock()
 	defer w.mu.Unlock()

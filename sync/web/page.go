@@ -51,13 +51,14 @@ func (r *rendered) add(id string, c templ.Component) {
 	r.html[id] = markup(c)
 }
 
-// addTo renders an element of a list.
+// addTo renders an element, and appends it to a list.
 func (r *rendered) addTo(list, id string, c templ.Component) {
 	r.lists[list] = append(r.lists[list], id)
 	r.html[id] = markup(c)
 }
 
-// markup returns a component's HTML, without characters that change a line's direction.
+// markup returns a component's HTML, without control characters and those that change a line's
+// direction. Line breaks stay.
 func markup(c templ.Component) string {
 	var b strings.Builder
 	if err := c.Render(context.Background(), &b); err != nil { // a strings.Builder never fails
@@ -76,7 +77,7 @@ func (r *rendered) list(name string) templ.Component {
 	return templ.Raw(b.String())
 }
 
-// close computes the tag.
+// close sets r.tag, a hash of the page's elements, code and title, and returns r.
 func (r *rendered) close() *rendered {
 	h := fnv.New64a()
 	for _, id := range r.fixed {
@@ -95,8 +96,8 @@ func (r *rendered) close() *rendered {
 // maxPages bounds the cached pages of one snapshot.
 const maxPages = 128
 
-// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It caches the page in s,
-// until it expires, if the page stays the same as long as s does.
+// render returns the page at a path for snapshot s; s is nil if the store wasn't read yet. It
+// caches the page in s, until the page expires, if the page stays the same as long as s does.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
@@ -124,7 +125,8 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 	return r
 }
 
-// draw renders a page. It reports whether the page stays the same as long as the snapshot does, or until r.expires.
+// draw renders the page at path into r. It reports whether the page stays the same as long as the
+// snapshot does, or until r.expires.
 func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f filter) bool {
 	segments := strings.FieldsFunc(path, func(c rune) bool { return c == '/' })
 	if path == "-/overrides" {
@@ -197,7 +199,8 @@ func (s *snapshot) at(now time.Time) *snapshot {
 	return later
 }
 
-// stale returns why the snapshot may be out of date; empty: it isn't.
+// stale returns why the snapshot may be out of date or incomplete; empty: it isn't, as far as is
+// known.
 func (s *snapshot) stale() string {
 	return fleet.Clean(cmp.Or(s.IncompleteText(), s.storeError), 2*maxText)
 }
@@ -205,7 +208,8 @@ func (s *snapshot) stale() string {
 // waitForMirror says what waits while no mirror runs.
 const waitForMirror = "commits, orders, and pins of units with a rollout, wait until one does"
 
-// problems returns the problems that belong to no unit: of the store, of the mirror, of faulty keys.
+// problems returns the problems that belong to no unit: of the mirror, of faulty keys, of nodes
+// that no unit is for. It leaves out what stale says.
 func (s *snapshot) problems() (all []problem) {
 	for _, n := range s.faults() {
 		tone := "bad"
@@ -231,7 +235,8 @@ func (s *snapshot) problems() (all []problem) {
 	return all
 }
 
-// missing makes the page of an error: a text and an HTTP status.
+// missing makes r an error page with a text and an HTTP status. s is nil if the store wasn't read
+// yet.
 func (r *rendered) missing(code int, s *snapshot, text string) {
 	r.code = code
 	if s == nil {

@@ -1,8 +1,9 @@
 // Package web is the dashboard: what kedge status, explain and history print, as pages that follow the store live.
 //
-// It is read-only: its one form searches, it takes only GET and HEAD, and needs a token that may list keys and no more.
-// It asks nobody who they are, so whoever reaches its port sees the fleet; Config.Hosts says why a web site that its
-// users visit does not. All that it shows was written by others, and is escaped, cleaned and bounded.
+// It is read-only: its forms only search, it takes only GET and HEAD, and needs a token that may
+// list keys and no more. It asks nobody who they are, so whoever reaches its port sees the fleet.
+// Config.Hosts says why a web site that its users visit does not see it. All that it shows was
+// written by others, and is escaped, cleaned and bounded.
 //
 // A page is whole without scripts. With them it follows the store, by server-sent events that have what changed.
 //
@@ -89,7 +90,7 @@ func New(c Config) (*Web, error) {
 	}, nil
 }
 
-// Addr returns the address that it listens on.
+// Addr returns the address that the dashboard listens on.
 func (w *Web) Addr() string { return w.listener.Addr().String() }
 
 // Run watches the store and answers requests until ctx ends; then it returns nil. An error of the HTTP server ends it,
@@ -152,8 +153,8 @@ func (w *Web) show(f *fleet.Fleet) {
 	})
 }
 
-// replace makes the result of change the current snapshot. change gets the old one, or nil if there is none. If it
-// returns nil, the old one stays.
+// replace makes the result of change the current snapshot. change gets the old one, or nil if there
+// is none. If change returns nil, the old one stays.
 func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -167,8 +168,9 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// copied returns a copy of a snapshot; nil if s is nil. With it, pages are rendered anew after a change that isn't in
-// the fleet. That is: the store went away or came back, or the units' newest changes were read.
+// copied returns a copy of a snapshot, without its rendered pages; nil if s is nil. Pages are then
+// rendered anew though the fleet is the same: the store went away or came back, or the units'
+// newest changes were read.
 func (s *snapshot) copied() *snapshot {
 	if s == nil {
 		return nil
@@ -185,8 +187,9 @@ func (w *Web) latest() (*snapshot, <-chan struct{}) {
 	return w.current, w.changed
 }
 
-// readChanges waits for changes of the fleet, and then reads what began each unit's current generation, unless it is
-// cached; of at most maxChanges units each time.
+// readChanges waits for changes of the fleet until ctx ends. After each it reads what began the
+// units' current generations, of at most maxChanges units that the cache lacks. Pages are then
+// rendered anew.
 func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 	for {
 		select {
@@ -216,7 +219,8 @@ func (w *Web) noteRequest() {
 	w.used = time.Now()
 }
 
-// probe checks that the store answers, while pages are requested or followed.
+// probe checks every probeEvery, until ctx ends, that the store answers, and makes storeError say
+// so if it doesn't. It pauses while no page is requested or followed.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {
@@ -280,7 +284,8 @@ func (w *Web) probeStore(ctx context.Context) error {
 	return nil
 }
 
-// source returns the store's name for people: of Consul the datacenter, once known, and the prefix.
+// source returns the store's name for people: of Consul the datacenter, once known, and the prefix;
+// of any other store its String.
 func (w *Web) source() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
