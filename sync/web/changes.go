@@ -37,7 +37,8 @@ const (
 	changesAtOnce = 4
 )
 
-// of returns what began the unit's current generation. It has only the Commit if the history has not been read yet.
+// of returns what began the unit's current generation. It has only the Commit if the history has
+// not been read yet, and nothing if the unit has no record.
 func (c *changeCache) of(u *fleet.Unit) change {
 	if u.Record == nil {
 		return change{}

@@ -21,7 +21,9 @@ type chart struct {
 // chartWidth and chartHeight are the size of a chart's drawing, in SVG units.
 const chartWidth, chartHeight = 1000, 100
 
-// chartOf draws two or more samples up to now, rounded to the minute so that the chart seldom changes by time alone.
+// chartOf returns the chart of a unit's samples up to now, which is rounded down to the minute so
+// that the chart seldom changes by time alone. The chart is empty if there are fewer than two
+// samples, or all are of the same time.
 func chartOf(u *unit, samples []sample, now time.Time) chart {
 	if len(samples) < 2 {
 		return chart{}
@@ -56,8 +58,9 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	return c
 }
 
-// pastClass returns the class of a release that live nodes run or ran. One that none runs any more keeps the class that
-// it had: the target, the stable release, and the one that was rolled back, unless another has that now.
+// pastClass returns the class of a release that live nodes run or ran; vn for none. One that no
+// node runs any more keeps the class of the target or of the stable release. The one that was
+// rolled back gets v2 if no other has it. All others share othersClass.
 func (u *unit) pastClass(d deployments.Digest) string {
 	if class := u.classes[d]; class != "" {
 		return class

@@ -191,7 +191,7 @@ func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	return rows[from:to], p
 }
 
-// maxOptions bounds the options of a selection.
+// maxOptions bounds the options of a selection, the chosen one aside.
 const maxOptions = 100
 
 // options returns the first maxOptions distinct values of a field, and the chosen one, sorted.

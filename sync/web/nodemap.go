@@ -8,7 +8,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// nodeMap draws each node of a unit as a cell, sorted by name.
+// nodeMap draws each node of a unit, at most maxCells, as a cell. They are sorted by name.
 type nodeMap struct {
 	ID      deployments.UnitID
 	Columns int
@@ -19,7 +19,7 @@ type nodeMap struct {
 	Left int
 }
 
-// mapRow is one row of a nodeMap, drawn as SVG paths: each path has the cells of one look.
+// mapRow is one row of a nodeMap, drawn as SVG paths: each path has the cells of one class.
 type mapRow struct {
 	Key      string
 	Columns  int
@@ -27,7 +27,7 @@ type mapRow struct {
 	Versions []mapPath
 }
 
-// mapPath is what has one colour in a row of a map, or in a chart, as an SVG path.
+// mapPath is an SVG path in the colour of its class: cells of a map's row, or an area of a chart.
 type mapPath struct{ Class, Path string }
 
 // maxCells bounds the cells of a map.
@@ -104,7 +104,7 @@ func (m nodeMap) describe() string {
 	return "Nodes: " + strings.Join(parts, ", ")
 }
 
-// healthLabel returns the label of a health's class.
+// healthLabel returns the label of the health with a class; for any other class, the class itself.
 func healthLabel(class string) string {
 	for h := range healths {
 		if h.String() == class {

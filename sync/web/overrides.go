@@ -32,7 +32,8 @@ type pinRow struct {
 	Until   time.Time
 	Expired bool
 	AtOnce  bool
-	// Nodes is how many live nodes it is for; 1 for a node's own pin, even if that node is gone.
+	// Nodes is how many live nodes the unit has, for a pin of the unit, even if some have pins of
+	// their own. For a node's pin it is 1, even if that node is gone.
 	Nodes        int
 	UnpinCommand string
 }
@@ -56,7 +57,8 @@ type frozenRow struct {
 // maxOverrides bounds the pins, the orders and the frozen rollouts that are listed.
 const maxOverrides = 80
 
-// overridesOf lists what overrides Git. Pins that end first come first.
+// overridesOf returns the page of what overrides Git. Its pins are sorted by their end; those
+// without an end come last.
 func (s *snapshot) overridesOf(commitURL string) overrides {
 	v := overrides{Mirror: s.mirror(commitURL), Faults: s.faults()}
 	for _, u := range s.all() {
@@ -106,10 +108,10 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	return r
 }
 
-// maxFaults bounds the listed errors that belong to no unit.
+// maxFaults bounds the errors and other notes of Fleet.Faults that are listed.
 const maxFaults = 20
 
-// faults returns the first maxFaults errors that belong to no unit.
+// faults returns the first maxFaults notes of Fleet.Faults, with their texts cut.
 func (s *snapshot) faults() []fleet.Note {
 	all := s.Faults()
 	all = all[:min(len(all), maxFaults)]

@@ -44,7 +44,8 @@ type counted struct {
 	Count int
 }
 
-// mirrorView is the mirror's state; if Known isn't set, no state can be read.
+// mirrorView is the mirror's state. If Known isn't set, there is none or it can't be read, and only
+// Running is meaningful.
 type mirrorView struct {
 	Holder  string
 	Running bool
@@ -62,7 +63,7 @@ type commitView struct {
 	URL         templ.SafeURL
 }
 
-// foundNode is a node that a search found.
+// foundNode is a node of a unit that a search found.
 type foundNode struct {
 	Name  string
 	ID    deployments.UnitID
@@ -95,8 +96,8 @@ const (
 	maxFound    = 12
 )
 
-// overviewOf returns the page of the units that pass a filter; false: path isn't / and no unit has the filter's stage
-// and role.
+// overviewOf returns the page of the units that pass a filter. The result is false if path isn't /
+// and no unit has the filter's stage and role.
 func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview, bool) {
 	v := overview{Path: path, Filter: f, Totals: s.totals(commitURL)}
 	v.Stages = options(s.all(), f.Stage, func(id deployments.UnitID) string { return id.Stage })
@@ -119,7 +120,8 @@ func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview
 	return v, known
 }
 
-// problems returns the worst problems of some units, and how many more there are.
+// problems returns the worst problems of some units, at most maxProblems, and how many more there
+// are.
 func problems(units []*unit) (worst []problem, more int) {
 	for _, tone := range []string{"bad", "warn"} {
 		for _, u := range units {
@@ -135,8 +137,9 @@ func problems(units []*unit) (worst []problem, more int) {
 	return worst, more
 }
 
-// found returns at most maxFound nodes whose names contain one of the words of a query. It passes over units whose
-// STAGE/ROLE/UNIT contains one. Words like stage:prod don't count, except node:NAME.
+// findNodes returns at most maxFound nodes whose names contain one of the words of a query. It
+// passes over units whose STAGE/ROLE/UNIT contains one. Words like stage:prod don't count, except
+// node:NAME.
 func findNodes(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {

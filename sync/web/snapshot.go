@@ -99,17 +99,19 @@ const maxShares = 5
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
-	// target is the release that the unit is meant to reach: its pin's, or the record's target if there is no pin or it
-	// holds. Nodes may have to run another one, such as stable once the target was rolled back.
+	// target is the release that the unit is meant to reach. It is that of the unit's pin, or the
+	// record's target if there is no pin, or if the pin has expired or is a hold. Nodes may have to
+	// run another one, such as stable once the target was rolled back.
 	target deployments.Pointer
-	// shares has the number of live nodes for each release that has a colour, and for none, most common first. One share
-	// for all other releases follows.
+	// shares has the number of live nodes for each release that has a colour, and for none, most
+	// common first. One share for all other releases together follows.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int
 	// states counts live nodes that aren't converged, by their state in words.
 	states map[string]int
-	// trouble is the error of the first failing or retrying node that has one, and troubled that node.
+	// trouble is the error of the first failing or retrying node that has one, and troubled that
+	// node's name.
 	trouble, troubled string
 	pinned            bool
 	progress          *progress
@@ -163,8 +165,8 @@ func stateOf(n *fleet.Node) string {
 	return fleet.Clean(text, 24)
 }
 
-// colour sets u.shares and u.classes from counts. The target gets the class v0, the stable release v1, the most common
-// others v2 and on, and nodes that run nothing vn. All other releases share vx.
+// colour sets u.shares and u.classes from counts. The target gets the class v0, the stable release
+// v1, the most common others v2 to v4, and nodes that run nothing vn. All other releases share vx.
 func (u *unit) colour(counts map[deployments.Digest]*share) {
 	all := make([]*share, 0, len(counts))
 	for _, c := range counts {
@@ -218,8 +220,9 @@ func (u *unit) class(n *fleet.Node) string {
 type progress struct {
 	Phase deployments.Phase
 	Label string
-	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed are parts of them. If nodes go
-	// back, Converged are those that have left the target.
+	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed count
+	// some of them. While nodes go back, and afterwards, Converged counts converged nodes that
+	// don't run the target.
 	Admitted, Converged, Failed, Of int
 	Since                           time.Time
 	// ExpectedEnd is when the phase is expected to end, according to the mirror or estimated from the trend; zero:
@@ -252,7 +255,8 @@ var phaseLabels = map[deployments.Phase]string{
 	deployments.PhaseRolledBack: "rolled back",
 }
 
-// progressOf returns how far the rollout of u has come, or if it was rolled back; nil: its record has none.
+// progressOf returns how far the rollout in u's record has come, even after it was rolled back;
+// nil: there is none.
 func progressOf(u *unit, now time.Time) *progress {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return nil
@@ -304,8 +308,8 @@ type problem struct {
 	Next string
 }
 
-// rolloutReason returns why a unit's rollout is in its phase. It leaves out the phase's name, which pages show before
-// it.
+// rolloutReason returns why a unit's rollout is in its phase; empty: there is no rollout or no
+// reason. It leaves out the phase's name at the beginning, as pages show it before.
 func (u *unit) rolloutReason() string {
 	why := fleet.Clean(u.RolloutReason(), maxText)
 	if u.progress == nil {

@@ -94,8 +94,8 @@ func (t *trends) of(id deployments.UnitID) []sample {
 // minTrend is how long nodes must have been changing before their pace is used for an estimate.
 const minTrend = 15 * time.Second
 
-// ends estimates when the number of nodes that run the release reaches of, by its pace in samples. The time is zero if
-// there is no estimate.
+// ends estimates the time at which the release runs on as many nodes as the argument of says, by
+// its pace in samples. The time is zero if there is no estimate.
 func ends(samples []sample, release deployments.Digest, of int) time.Time {
 	if len(samples) < 3 {
 		return time.Time{}

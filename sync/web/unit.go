@@ -76,7 +76,7 @@ type historyRow struct {
 	Failed     bool
 }
 
-// maxNotes bounds the notes of a unit, as each pinned node has one.
+// maxNotes bounds the notes on the page of a unit or a node, as each pinned node has one.
 const maxNotes = 30
 
 // unitOf returns the page of one unit.
@@ -195,7 +195,7 @@ func releasesOf(u *unit) (lines []releaseLine) {
 	return lines
 }
 
-// stepsOf returns the phases of a unit's rollout, whose progress is p; none: p is nil.
+// stepsOf returns the phases of a unit's rollout, whose progress is p; nil if p is nil.
 func stepsOf(u *unit, p *progress) []step {
 	if p == nil {
 		return nil

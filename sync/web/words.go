@@ -12,7 +12,7 @@ import (
 
 func itoa(n int) string { return strconv.Itoa(n) }
 
-// plural returns a noun in the number of n; plural2 puts the number before it.
+// plural returns a noun, in the singular if n is 1; plural2 puts the number before it.
 func plural(n int, noun string) string {
 	if n == 1 {
 		return noun
@@ -49,7 +49,8 @@ func when(condition bool, class string) string {
 	return ""
 }
 
-// current returns the attribute that marks the link to the current page.
+// current returns the attribute that marks the link to the current page if is is set; otherwise
+// nil.
 func current(is bool) templ.Attributes {
 	if is {
 		return templ.Attributes{"aria-current": "page"}
@@ -76,7 +77,8 @@ type rect struct{ class, x, width string }
 // box returns the SVG view box of a bar or line with n parts.
 func box(n int) string { return fmt.Sprintf("0 0 %d 1", max(1, n)) }
 
-// boxes returns the parts of a bar of shares: the target first, so that it grows from the left, and no release last.
+// boxes returns the parts of a bar of shares: the target first, so that it grows from the left, and
+// nodes that run nothing last.
 func boxes(all []share) (rects []rect) {
 	all = slices.Clone(all)
 	slices.SortStableFunc(all, func(a, b share) int {
