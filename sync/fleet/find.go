@@ -160,8 +160,9 @@ func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	return err
 }
 
-// WorstNode returns the node of a unit that is most likely of interest: the first live one that hasn't converged,
-// else the first live one, else the first. A unit without nodes is an error.
+// WorstNode returns the node of a unit that is most likely of interest: the first live one that
+// hasn't converged. If all live nodes have, it returns the first of them, and if none is live, the
+// first node. A unit without nodes is an error.
 func WorstNode(f *Fleet, id deployments.UnitID) (string, error) {
 	worst, rank := "", 0
 	for _, u := range f.Units {

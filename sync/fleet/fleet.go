@@ -76,9 +76,9 @@ type Unit struct {
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
 	// Order is an operator's order, such as retry, that the mirror has yet to take.
 	Order string `json:"order,omitempty"`
-	// GitAhead has, for each release that a pin in force names or holds, how often Git has changed
-	// the release since it last named that one; 0: Git still names it. A release that neither the
-	// record nor the history names has no entry.
+	// GitAhead has an entry for each release that a pin in force names or holds. Its value is how
+	// often Git has changed the release since it last named that one; 0: Git still names it. A
+	// release that neither the record nor the history names has no entry.
 	GitAhead map[deployments.Pointer]int `json:"git_ahead,omitempty"`
 	// Nodes are the nodes that report on the unit, and live nodes that should run it and have yet
 	// to report on it. They are sorted by name. If some are left out, Fleet.Errors says so.

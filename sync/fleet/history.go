@@ -65,9 +65,10 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 	return all
 }
 
-// gitAhead returns, for each release that a pin of u names or holds, how many times Git has changed the release since
-// it last named that one. A release that neither the record nor history names has no entry. history is that of u, in
-// any order. Without a record the result is nil.
+// gitAhead returns Unit.GitAhead. Its key is a release that a pin in force names or holds, its
+// value how often Git has changed the release since it last named that one. A release that neither
+// the record nor history names has no entry. history is that of u, in any order. Without a record
+// the result is nil.
 func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil

@@ -1,5 +1,5 @@
-// Package reports parses what the nodes of a store report, within bounds: a token may write all
-// reports of a role, and a stolen one as many as the store takes.
+// Package reports parses what the nodes of a store report, within bounds. A token may write all
+// reports of a role, and a stolen one writes as many as the store takes.
 package reports
 
 import (
@@ -42,9 +42,10 @@ type sized struct {
 	size   int
 }
 
-// Read returns the reports among a view's entries, in the order of the entries. If those of a role exceed MaxRole, it
-// prefers live nodes to dead ones and, among either, short reports to long ones: a few huge reports must not displace
-// those of all other nodes. A report that it leaves out has ErrTooMuch as its Err.
+// Read returns the reports among a view's entries, in the order of the entries. If those of a role
+// exceed MaxRole, it prefers live nodes to dead ones and, among either, short reports to long ones.
+// So a few huge reports don't displace those of all other nodes. A report that it leaves out has
+// ErrTooMuch as its Err.
 func (r *Reader) Read(entries []kv.Entry) []Report {
 	all := make([]Report, 0, len(entries))
 	for _, e := range entries {
