@@ -21,7 +21,7 @@ type chart struct {
 // chartWidth and chartHeight are the size of a chart's drawing, in SVG units.
 const chartWidth, chartHeight = 1000, 100
 
-// chartOf returns the chart of a unit's samples up to now, which is rounded down to the minute so
+// chartOf returns the chart of a unit's samples up to now. It rounds now down to the minute, so
 // that the chart seldom changes by time alone. The chart is empty if there are fewer than two
 // samples, or all are of the same time.
 func chartOf(u *unit, samples []sample, now time.Time) chart {

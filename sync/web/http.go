@@ -201,7 +201,7 @@ const maxHistories = 64
 // history returns a unit's history, from the cache unless that has expired, or the record's
 // Generation or Retry has changed. If the store can't be reached, an expired history serves on. If
 // none is cached, or after any other error, the result has err. For a unit without a record it is
-// empty. away is set if the store is known to be unavailable: if an expired history is there,
+// empty. away is set if the store is known to be unavailable. If an expired history is cached,
 // history then waits only awayWithin for a newer one.
 func (w *Web) history(ctx context.Context, u *fleet.Unit, away bool) *unitHistory {
 	if u.Record == nil {

@@ -99,9 +99,9 @@ const maxShares = 5
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
-	// target is the release that the unit is meant to reach. It is that of the unit's pin, or the
-	// record's target if there is no pin, or if the pin has expired or is a hold. Nodes may have to
-	// run another one, such as stable once the target was rolled back.
+	// target is the release that the unit is meant to reach: that of its pin if one is in force
+	// that isn't a hold, or else the record's target. Nodes may have to run another one, such as
+	// stable once the target was rolled back.
 	target deployments.Pointer
 	// shares has the number of live nodes for each release that has a colour, and for none, most
 	// common first. One share for all other releases together follows.

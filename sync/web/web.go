@@ -7,8 +7,9 @@
 //
 // A page is whole without scripts. With them it follows the store, by server-sent events that have what changed.
 //
-// Pages are made in three steps: fleet.Fleet, what snapshot.go counts of it, and a view (overview.go, unit.go, node.go,
-// overrides.go) that a template of the same name puts in HTML. After a change of a template: go generate ./sync/web.
+// Pages are made in three steps: fleet.Fleet, what snapshot.go counts of it, and a view. A view is
+// made by overview.go, unit.go, node.go or overrides.go, and put in HTML by a template of the same
+// name. After a change of a template: go generate ./sync/web.
 package web
 
 import (
