@@ -60,8 +60,9 @@ type Key struct {
 // UnitID returns the unit that the key is for. For a status key, its Unit is empty.
 func (k Key) UnitID() deployments.UnitID { return k.Role.Unit(k.Unit) }
 
-// ParseKey parses a key of a unit or of a node, relative to the store's prefix. Folder keys, keys below MirrorPrefix
-// and keys with a part that deployments.CheckSegment refuses are errors.
+// ParseKey parses a key of a unit or of a node, relative to the store's prefix. Every other key is
+// an error, such as a folder key, a key below MirrorPrefix, or one with a part that
+// deployments.CheckSegment refuses.
 func ParseKey(key string) (Key, error) {
 	parts := strings.Split(key, "/")
 	k := Key{Kind: parts[0] + "/"}

@@ -13,7 +13,7 @@
 //	history/STAGE/ROLE/UNIT/GENERATION  the mirror
 //	mirror/lease, mirror/state          the mirror that holds the lease
 //	mirror/notified/RECEIVER            the mirror: which events a receiver has had
-//	mirror/hook                         any other mirror, to which a webhook came
+//	mirror/hook                         a mirror without the lease, to which a webhook came
 //
 // A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. It can't end as
 // editors' temporary files do. A value is what its writer put, byte for byte; readers ignore the newlines and
@@ -22,10 +22,11 @@
 // # What a reader may rely on
 //
 // Absence is the dangerous answer. Consul lists nothing to a token that may not read, and a server that is isolated or
-// behind can answer with less than there is. So a Watch takes a key for absent only if its folder key is in the same
-// answer: pins/prod/web/, with an empty value, see EnsureFolders. Whatever looks like a step back is first confirmed by
-// the leader. The directory needs neither. During an error a View keeps what was last known, and Err says what is
-// wrong. Watch never gives up: it tries again, with Consul after a backoff with jitter.
+// behind can answer with less than there is. So a Watch takes a key for absent only if the answer has the folder key of
+// the watched prefix, and Consul left nothing out of it. The folder key of pins/prod/web/ is that prefix itself, with
+// an empty value: see EnsureFolders. Whatever looks like a step back is first confirmed by the leader. The directory
+// needs neither folder keys nor that. During an error a View keeps what was last known, and Err says what is wrong.
+// Watch never gives up: it tries again, with Consul after a backoff with jitter.
 //
 // # What a writer may rely on
 //
@@ -66,8 +67,9 @@ type Entry struct {
 	// Key is relative to the store's prefix: desired/prod/web/app.
 	Key   string
 	Value []byte
-	// Version changes with every write of another value, and is never 0. Use it for Op.Version, and to see changes:
-	// versions of two keys don't compare, nor those from before and after a restore.
+	// Version changes with every write of another value, and is never 0. It is for Op.Version, and
+	// for noticing changes. Versions of two keys can't be compared, nor versions from before and
+	// after a restore.
 	Version uint64
 	// Session is the live session that holds the entry for its writer; empty: none. See Presence and Lease.
 	Session string
@@ -75,8 +77,9 @@ type Entry struct {
 
 // View is what a watch currently knows of a prefix.
 type View struct {
-	// Entries are sorted by key, without folder keys. They are the last certain state, and what later answers added: an
-	// error, a stale answer or a lost permission never removes any.
+	// Entries are sorted by key, without folder keys. They are the last certain state, with what
+	// later answers added or changed. An error, a stale answer or a lost permission never removes
+	// any.
 	Entries []Entry
 	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: none are needed, or no answer yet.
 	Folders []string
@@ -86,7 +89,8 @@ type View struct {
 	// ErrNoFolder, too, means that the answer lacks the folder key. An ErrUnavailable that is ErrTooLarge, too, means
 	// that there is more below the prefix than MaxListBytes.
 	Err error
-	// Since is when Err last became nil or not nil.
+	// Since is when Err last changed from nil to an error or back; before that, when the first view
+	// was made.
 	Since time.Time
 }
 
@@ -124,16 +128,17 @@ type Store interface {
 	// ErrDenied. Servers before Consul 1.4 answer both with ErrNotFound: where absence is dangerous, use Watch or List.
 	Get(ctx context.Context, key string) (Entry, error)
 
-	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/" or
-	// is empty. With Consul, a list that lacks keys which the token may not read, or that has no key at all, is ErrDenied.
-	// If it lacks prefix's folder key, that is ErrNoFolder, too. It is also ErrEmpty if nothing was left out, and the
-	// token may read the folder key. More than MaxListBytes is ErrUnavailable and ErrTooLarge.
+	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/"
+	// or is empty. With Consul, a list is ErrDenied if the token may not read all of its keys, or if it has neither an
+	// entry nor prefix's folder key. Without the folder key that error is ErrNoFolder, too. It is also ErrEmpty if
+	// nothing was left out, and the token may read the folder key. More than MaxListBytes is ErrUnavailable and
+	// ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
-	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of entries,
-	// folders or the kind of Err. One call ends before the next begins. If the first reads fail, the first view has Err
-	// and isn't Synced. Changes that come together may be seen as one: Watch tells state, not events. It returns ctx's
-	// error, or an error at once if no store could watch the prefix.
+	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of
+	// entries, folders or the kind of Err. One call ends before the next begins. If the first reads fail, the first
+	// view has Err and isn't Synced. Changes that come together may be seen as one: Watch tells state, not events. It
+	// returns ctx's error or, if prefix is invalid, an error at once.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
 	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a lease,
@@ -220,22 +225,26 @@ type LeaseHolder struct {
 	Holder string `json:"holder"`
 }
 
-// Presence writes entries that show whether their writer lives: their Session is set as long as it does. With Consul it
-// stays set for up to a minute longer or, if the token may register no service, until the node is gone.
+// Presence writes entries that show whether their writer lives: they have a Session as long as it
+// does. With Consul they keep the Session for up to a minute longer. Without a heartbeat, as when
+// the token may register no service, they keep it until the node is gone, unless the session has a
+// TTL.
 type Presence interface {
-	// Join is Put, and returns in since a number that grows with each Join to any entry of the store. With Consul it stays
-	// the same if the presence holds that value already. A list that shows the entry with the higher number shows the
-	// other, too. lost is closed once the session of the entries was lost, or a restored snapshot changed them. The
-	// numbers are void then, and each entry has to join again. An entry that is deleted, or taken by another process,
-	// doesn't close lost.
+	// Join writes and holds an entry, as Put does. It returns in since a number that grows with each Join to any entry
+	// of the store. With Consul the number stays the same if the presence holds that value already. A list that shows
+	// an entry also shows all entries of lower numbers that still exist. lost is closed once the session of the entries
+	// was lost, or a restored snapshot changed them. The numbers are void then, and each entry has to join again. An
+	// entry that is deleted, or taken by another process, doesn't close lost.
 	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
-	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes back
-	// soon. Until another Put of key, the presence doesn't restore it any more.
+	// KeepAtClose makes Close leave key in place, held by nobody, as if its writer had died. It is
+	// for a process that comes back soon. Until another Put or Join of key, the presence doesn't
+	// restore it any more.
 	KeepAtClose(key string)
 	// Put writes key and holds it, even if an earlier process held it. If its session or entry is lost later, as when the
 	// node was thought dead or a snapshot was restored, the presence restores both. An entry that another process has
 	// taken stays with that process; with Consul, it is restored after that process ended.
 	Put(ctx context.Context, key string, value []byte) error
-	// Close deletes the entries that it holds, but those of KeepAtClose: a node that leaves in good order isn't dead.
+	// Close deletes the entries that the presence holds, except those of KeepAtClose. So a node
+	// that leaves in good order doesn't look dead.
 	Close(ctx context.Context) error
 }
