@@ -105,9 +105,9 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 	return &change{Key: op.Key, Value: op.Value}, nil
 }
 
-// commit makes all of the changes or none. The caller holds the lock. Several changes count as made once the journal is
-// in place: the next process that takes the lock finishes them, even after an error, which is then ErrUnavailable. A
-// single change needs none.
+// commit makes all of the changes or none. The caller holds the lock. Several changes count as made
+// once the journal is in place. If commit then fails, with ErrUnavailable, the next process that
+// takes the lock finishes them. A single change needs no journal.
 func (d *Store) commit(changes []change) error {
 	if err := d.prepare(changes); err != nil {
 		return err

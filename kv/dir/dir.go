@@ -151,8 +151,9 @@ type scanned struct {
 // empty, and may be slow on a busy machine.
 const steadyAfter = 500 * time.Millisecond
 
-// scan reads every key below prefix at one moment. A missing folder has no keys. If visit is not nil, it is called with
-// DIR and each directory below it that is read, before that.
+// scan reads every key below prefix, while no commit runs. A missing folder has no keys. If visit
+// is not nil, scan calls it with DIR and each directory below it that is read, before reading that
+// directory.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
 	err := d.reading(ctx, func() error {

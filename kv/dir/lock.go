@@ -15,7 +15,8 @@ import (
 	"kedge/kv"
 )
 
-// writing runs f under the exclusive lock, after completing the commit of a process that was killed.
+// writing runs f under the exclusive lock, after completing a commit in which a process was killed
+// or failed.
 func (d *Store) writing(ctx context.Context, f func() error) error {
 	unlock, err := d.lock(ctx, unix.LOCK_EX)
 	if err != nil {
@@ -28,8 +29,8 @@ func (d *Store) writing(ctx context.Context, f func() error) error {
 	return d.classify(ctx, f())
 }
 
-// reading runs f under the shared lock, so that no commit runs meanwhile. It first completes the commit of a process
-// that was killed, as writing does.
+// reading runs f under the shared lock, so that no commit runs meanwhile. It first completes an
+// interrupted commit, as writing does.
 func (d *Store) reading(ctx context.Context, f func() error) error {
 	for {
 		unlock, err := d.lock(ctx, unix.LOCK_SH)
@@ -112,7 +113,8 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// classify wraps an error of the file system in the kv error that callers branch on.
+// classify wraps an error of the file system in the kv error that callers branch on. The end of ctx
+// stays unwrapped.
 func (d *Store) classify(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return err

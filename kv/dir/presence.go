@@ -121,8 +121,8 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// dropTakenAndListLost returns the entries whose stored value or holder changed since Put, and forgets those that
-// others have taken.
+// dropTakenAndListLost returns the held entries that have no live holder any more, or not the value
+// that was put. It forgets entries that another process has taken.
 func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 	lost := map[string][]byte{}
 	for key, value := range p.held {

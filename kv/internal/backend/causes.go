@@ -9,8 +9,9 @@ const maxCauses = 8
 // refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is ready.
 type Causes map[string]bool
 
-// FirstOfKind reports whether err is the first of its kind since the last success, and of one of the first maxCauses
-// kinds. A nil err is a success, and of no kind. Numbers in err's text, such as ports and times, are ignored.
+// FirstOfKind reports whether err is the first of its kind since the last success, and of one of
+// the first maxCauses kinds. A nil err is a success: all kinds are forgotten, and the result is
+// false. Numbers in err's text, such as ports and times, are ignored.
 func (c *Causes) FirstOfKind(err error) bool {
 	if err == nil {
 		*c = nil

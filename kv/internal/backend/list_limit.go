@@ -24,7 +24,7 @@ func (e *TooMuchError) Is(target error) bool {
 	return target == kv.ErrUnavailable || target == kv.ErrTooLarge
 }
 
-// ListLimit holds the entries of a list to kv.MaxListBytes bytes. Make it with NewListLimit.
+// ListLimit bounds the entries of a list by kv.MaxListBytes. Make it with NewListLimit.
 type ListLimit struct {
 	prefix string
 	left   int

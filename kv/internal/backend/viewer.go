@@ -31,7 +31,8 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 // View returns the current view, which the caller must not change.
 func (v *Viewer) View() kv.View { return v.view }
 
-// Set replaces the view's entries by sorted ones of an answer that proves that other keys are absent, and clears Err.
+// Set replaces the view's entries by those of an answer which proves that all other keys are
+// absent, and clears Err. The entries must be sorted by key.
 func (v *Viewer) Set(entries []kv.Entry) {
 	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
 	v.view.Synced = true
