@@ -66,8 +66,9 @@ func (s *Store) txnOps(op kv.Op) api.TxnOps {
 
 func kvOp(op *api.KVTxnOp) *api.TxnOp { return &api.TxnOp{KV: op} }
 
-// txn runs a transaction. A failed check is ErrConflict or, for the first of ops if fenced is set, ErrLeaseLost. txn
-// makes the request itself, as the client's own call loses the status of an answer that is neither 200 nor 409.
+// txn runs a transaction. A failed check is ErrConflict or, for the first of ops if fenced is set,
+// ErrLeaseLost; a missing permission is ErrDenied. txn makes the request itself, as the client's
+// own call loses the status of an answer that is neither 200 nor 409.
 func (s *Store) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
 	// Decoding the answer ensures that a page by something other than Consul isn't taken for a success.
 	var done api.TxnResponse

@@ -1,11 +1,12 @@
 // Package consul implements kv's contract by Consul.
 //
-// Blocking reads of watches and presences are stale ones, which any server answers. Reads that something is decided by
-// are consistent ones. Each request carries the current token: a token file is read again when it changes, and after a
+// Blocking reads of watches and presences are stale ones, which any server answers. Reads that decide something are
+// consistent ones. Each request carries the current token: a token file is read again when it changes, and after a
 // refusal. A lease is a session that is renewed every third of its TTL and, if possible, tied to a heartbeat.
 //
-// A presence is a session tied to its node's health and to a check of the process, so that a fleet's liveness costs no
-// writes. If the Consul agent's node has another name, or no serfHealth check, the session has a TTL of 30 s instead.
+// A presence is a session tied to its node's health and, if possible, to a check of the process, so that a fleet's
+// liveness costs no writes. If the Consul agent's node has another name, or no serfHealth check, the session has a TTL
+// of 30 s instead.
 package consul
 
 import (
@@ -192,8 +193,8 @@ type listing struct {
 	meta     *api.QueryMeta
 }
 
-// read lists a prefix once. An answer without even a folder key is no proof of absence. If there is more than a
-// ListLimit takes, the error is a TooMuchError.
+// read lists a prefix once. An answer without the prefix's folder key is no proof of absence. If
+// there is more than a ListLimit takes, the error is a TooMuchError.
 func (s *Store) read(
 	ctx context.Context,
 	prefix string,
@@ -235,7 +236,8 @@ func (s *Store) read(
 	return l, err
 }
 
-// absenceError returns the error of an answer by which a key that it lacks may exist all the same.
+// absenceError returns the error for an answer that doesn't prove that the keys it lacks are
+// absent.
 func (s *Store) absenceError(prefix string, l listing) *absentError {
 	return &absentError{prefix: prefix, folder: s.prefix + prefix, keysLeftOut: l.folder && l.filtered}
 }

@@ -22,7 +22,8 @@ const (
 	// PresenceService is the service of a presence's process; its check shows that the process lives. The token needs
 	// service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
 	PresenceService = "kedge-agent"
-	// heartbeatMargin is how long before its check expires a holder that is cut off gives up its lease.
+	// heartbeatMargin is how long before the end of its check's TTL a holder that is cut off gives
+	// up its lease.
 	heartbeatMargin = time.Second
 )
 
@@ -34,8 +35,8 @@ type heartbeatKind struct {
 }
 
 var (
-	// leaseHeartbeat exists as a session's own TTL is at least 10 s, and Consul may wait twice that: long without a
-	// mirror.
+	// leaseHeartbeat frees a dead holder's lease within seconds. By the session's own TTL, which is
+	// at least 10 s and which Consul may double, the fleet would be without a mirror for longer.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
 	// presenceHeartbeat has a TTL longer than an agent's restart takes, so that its node doesn't count as dead meanwhile.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
@@ -52,7 +53,7 @@ type heartbeat struct {
 	beaten time.Time // when the last heartbeat that succeeded was sent
 }
 
-// left returns how much longer the holder may rely on the check.
+// left returns for how much longer the holder may rely on the check; 0 or less: no more.
 func (h *heartbeat) left() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -96,7 +97,8 @@ const (
 	// one of several agents. A single such heartbeat means an agent that restarted without its data, or a process that
 	// was suspended for so long that the agent removed the service.
 	maxStrayed = 2
-	// strayWindow is within which time that must happen. Behind a balancer it takes a minute or so.
+	// strayWindow is the time within which maxStrayed heartbeats must reach such agents. Behind a
+	// balancer that takes a minute or so.
 	strayWindow = 10 * time.Minute
 )
 
@@ -120,12 +122,14 @@ func (s *strays) several() bool {
 	return elapsed(s.times[0]) < strayWindow
 }
 
-// errStrayed means that no session can depend on the check, as heartbeats don't reach it.
+// errStrayed means that a lease can't depend on a heartbeat's check, as heartbeats don't always
+// reach that check's agent.
 var errStrayed = errors.New(
 	"heartbeats seem to reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
-// keep sends heartbeats until ctx ends. It registers the service again if the Consul agent doesn't know it.
+// keep sends heartbeats until ctx ends. If the Consul agent doesn't know the service, keep
+// registers it again, and adds the heartbeat to Store.strayed.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	lost := false // the service isn't known to have been registered since the last heartbeat that strayed
@@ -172,8 +176,9 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// newSession creates a session that also ends with the heartbeat. For the time in while it tries again if a check is
-// missing, as the Consul agent delays telling the servers of a new check.
+// newSession creates a session that ends with the heartbeat, and with the node's health. If a check
+// is missing, newSession tries again for the duration while, as the Consul agent delays telling the
+// servers of a new check.
 func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {
@@ -190,6 +195,6 @@ func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while ti
 	}
 }
 
-// missesCheck reports whether newSession failed as the servers don't know the check. Consul's error for that has the
-// status of a failure of its own.
+// missesCheck reports whether newSession failed because the servers don't know the check. Consul
+// answers that with the same status as a failure of its own, so the text decides.
 func missesCheck(err error) bool { return strings.Contains(err.Error(), "heck") }

@@ -20,9 +20,10 @@ const (
 	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: practically not at all. Consul's
 	// default of 15 s protects writes that aren't fenced; kedge's are.
 	leaseLockDelay = time.Millisecond
-	// maxUnbeaten is how often Lease tries again to start the heartbeat of an agent that is unavailable, within some 10 s
-	// and while nobody holds the lease. After that it does without, as an agent with a full disk, say, takes no service
-	// but answers otherwise.
+	// maxUnbeaten is how many times Lease tries to start its heartbeat at a Consul agent that is
+	// unavailable, within some 10 s and while nobody holds the lease. After that it does without a
+	// heartbeat. An agent with a full disk, for example, registers no service but answers
+	// otherwise.
 	maxUnbeaten = 8
 )
 
@@ -199,8 +200,9 @@ type lease struct {
 
 func (l *lease) Context() context.Context { return l.ctx }
 
-// left returns how long neither the session's TTL nor its heartbeat's check can end it; 0 or less if they may have.
-// Consul counts from the request's arrival, so this returns less.
+// left returns for how long neither the session's TTL nor its heartbeat's check can end the
+// session; 0 or less: they may have ended it. Consul counts from the request's arrival, so the true
+// time is longer.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)
@@ -268,8 +270,8 @@ func (l *lease) keep() {
 	}
 }
 
-// check renews the session, and verifies that the key is still locked by it: anyone who may write the key can unlock
-// it. The error is ErrLeaseLost if the session or the lock is gone.
+// check renews the session, and verifies that the session still locks the key, which anyone who may
+// write the key can unlock. The error is ErrLeaseLost if the session or the lock is gone.
 func (l *lease) check(timeout time.Duration) error {
 	err := l.store.renewSession(l.ctx, l.session, timeout)
 	if errors.Is(err, kv.ErrNotFound) {

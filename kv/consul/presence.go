@@ -93,8 +93,9 @@ func (p *presence) KeepAtClose(key string) {
 	delete(p.held, key)
 }
 
-// Join puts an entry and returns the index of its last write, an earlier one if the entry was as it is to be. The index
-// of the session would not order nodes as their entries do.
+// Join puts an entry and returns the index of the entry's last write. That write is an earlier one
+// if the entry was held with this value already. The index of the session would not order nodes as
+// their entries do. If other processes keep taking the entry, the error is ErrConflict.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -152,8 +153,9 @@ func (p *presence) wakeKeep() {
 	p.wake.Set()
 }
 
-// moveToNodeSession moves the entries from a session with a TTL to one that depends on the node's health. After an
-// error either session may hold them; repair moves the rest. Entries that another process has taken stay there.
+// moveToNodeSession moves the entries from a session with a TTL to one that depends on the node's
+// health. After an error either session may hold them; repair moves the rest. Entries that another
+// process has taken stay with that process.
 func (p *presence) moveToNodeSession(ctx context.Context) error {
 	if p.session == "" {
 		return nil // the next session is opened by the usual choice
@@ -239,7 +241,8 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 
 func (p *presence) sessionName() string { return "kedge presence of " + p.name }
 
-// swap takes an entry over from another session; ErrConflict: that one doesn't hold it, or this presence's is gone.
+// swap takes an entry, whose value is old, over from another session, and writes value. The error
+// is ErrConflict if that session doesn't hold the entry, or if this presence's session is gone.
 func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
 	s := p.store
 	ops := api.TxnOps{
@@ -278,10 +281,10 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endOtherSessions destroys the sessions of this name that aren't in mine, mostly of killed processes, but keeps the
-// newest ones, as many as keep says. Such a session may live as long as the node. So may its entries that this process
-// doesn't write, such as those of a role that the node had before. A process of this name that is still alive opens a
-// new session.
+// endOtherSessions destroys the sessions of this name that aren't in mine, except the newest ones,
+// as many as keep says. Most are sessions of killed processes. Such a session may live as long as
+// the node. So may those of its entries that this process doesn't write, such as those of a role
+// that the node had before. If a process of this name is still alive, it opens a new session.
 func (p *presence) endOtherSessions(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
@@ -368,7 +371,8 @@ func (p *presence) heartbeatSession(ctx context.Context, while time.Duration) (i
 	return p.heart.newSession(ctx, *p.newSession(), while)
 }
 
-// lacksHeartbeat notes why a session has no heartbeat, and has addHeartbeat try again if it may get one.
+// lacksHeartbeat notes why a session has no heartbeat. If the session may get one later,
+// addHeartbeat will try again.
 func (p *presence) lacksHeartbeat(ctx context.Context, session string, err error) {
 	p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
 	if ctx.Err() == nil && p.noBeat.FirstOfKind(err) {
@@ -479,7 +483,7 @@ func (p *presence) Close(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// deleteHeld deletes an entry that a session holds; ErrConflict: it doesn't.
+// deleteHeld deletes an entry that a session holds; ErrConflict: the session doesn't hold it.
 func (p *presence) deleteHeld(ctx context.Context, key, session string) error {
 	s := p.store
 	ops := api.TxnOps{

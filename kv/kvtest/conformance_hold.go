@@ -203,7 +203,7 @@ func testPresence(t *testing.T, b Backend) {
 	}
 }
 
-// An entry that is left behind looks like that of a process that died.
+// testPresenceLeaves tests that an entry left behind looks like that of a process that died.
 func testPresenceLeaves(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "status/prod/web/")

@@ -237,7 +237,8 @@ func (c *Consul) Restore(snapshot []byte) {
 	}
 }
 
-// WaitReady returns once every running node answers, knows the leader and accepts a write.
+// WaitReady returns once every running node answers, knows the leader, accepts a write and has a
+// health check in the catalog.
 func (c *Consul) WaitReady() {
 	c.tb.Helper()
 	for _, n := range c.Nodes() {
