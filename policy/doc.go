@@ -1,5 +1,5 @@
 // Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when
-// rollouts may not start (FreezeAt), what releases may do (Bounds), and whose signatures count (Signers).
+// rollouts may not start (FreezeAt), what releases may do (Bounds), and whose signatures count (Signers, Keyring).
 //
 // # Phases
 //
@@ -15,8 +15,9 @@
 //	rolling-back      every node is back on stable                 rolled-back
 //	rolled-back       retry                                        frozen, canary or rolling
 //
-// Rolling ends without failed nodes that are tolerated, nodes with another pin, and nodes away for a deadline;
-// rolling-back ends without nodes past theirs.
+// Rolling doesn't wait for failed nodes that are tolerated, nodes with another pin, and nodes away for a deadline.
+// Rolling-back doesn't wait for nodes past their deadline. A first release leaves canary, pending-approval and rolling
+// at once if nothing else serves on any live node: the rollout ends, and all nodes take the release.
 //
 // From canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back; with
 // on_failure: pause, or under a unit pin, to paused. Abort leads to rolling-back, pause to paused. If there is nothing
@@ -28,21 +29,22 @@
 // Who holds what, and what its theft gives:
 //
 //   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what
-//     it runs where the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources;
+//     it runs if the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources;
 //     TestBounds in sync/deploy). A node with signers uses nothing of a manifest that none of them signed
 //     (TestVerifyManifest). Without either, such a token is the fleet's root.
 //   - A token that writes pins/ and control/ can fill them with junk. Nodes, the mirror and whoever looks at status
 //     spend time in proportion to it, and show a bounded part (TestJunkPins in sync/agent, TestFloodOfPins,
 //     TestFloodOfOrders and TestJunkOrders in sync/mirror, TestAssembleBoundsPinsAndOrders in sync/fleet).
-//   - Such a token, the storage and a name server could have an agent ask services that trust this machine, its Consul
-//     or a cloud's metadata. An agent connects to its own and link-local addresses only by URLs that its sources name,
-//     whatever spells them or leads there (TestLocalSources; TestNothingIsFetchedFromThisMachine,
+//   - Such a token, the storage and a name server could make an agent send requests to services that trust its machine,
+//     such as the Consul agent or the cloud's metadata service. An agent connects to its machine's own and to
+//     link-local addresses only by URLs that its sources name, unless local_sources allows all. Other spellings of an
+//     address, names and redirects don't get around that (TestLocalSources; TestNothingIsFetchedFromThisMachine,
 //     TestRedirectsByNameStayOutside and TestRedirectsOfS3 in artifact/object).
 //   - Who may fire an event that kedge bridge follows chooses a manifest, of those that --sources allows, that becomes
 //     a record or a pin (TestBridge in sync/migrate).
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest
-//     those of all the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds
-//     are what is left.
+//     those of all the rest, so that what was replaced is refused. Against such a key together with a token as above,
+//     only Signers and Bounds help.
 //   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of
 //     its own, name the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one
 //     gives what was desired within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
@@ -57,21 +59,21 @@
 //     (TestConformance and TestEndlessAnswers in kv/consul).
 //   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as
 //     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
-//     no setting of a record and no removal from it, and signs no snapshot. What it writes meanwhile comes into a later
-//     one only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
+//     no setting of a record and no removal from that commit, and signs no snapshot. What the mirror writes meanwhile
+//     gets into a later snapshot only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
 //     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). Of a record that another mirror wrote, target, after,
-//     drift and adopt are compared with the commit; how far its rollout is comes into the snapshot as it stands.
-//   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what
+//     drift and adopt are compared with the commit. Its rollout's progress gets into the snapshot as it stands.
+//   - A Git push without a signing key reaches no node if the mirror has signers: the commit is refused, and what
 //     stood stays (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which
 //     also plays a good signature on another commit, and an old signed commit brought back by force;
 //     TestMovedSignatures plays good ones in other places of a commit). With or without a key, what such a push holds
 //     is refused once and for all, in bounded time (TestCommitsThatAreAtFault). It can still hold the mirror up: a
 //     remote repo is fetched before its commit can be judged, and the largest object in it must fit the mirror's
 //     memory.
-//   - A Git push that the mirror takes names any release: of a stage that kedge.yaml bounds by dests, users or
-//     commands, only one whose manifest keeps to them, as far as the commit leaves them as they were; who reviews
-//     changes decides who may change kedge.yaml (TestReleasesBeyondTheirStagesBounds in sync/mirror,
-//     TestBoundsNeedManifest). Pins don't come that way: only nodes bound those.
+//   - A Git push that the mirror takes names any release. For a stage that kedge.yaml bounds by dests, users or
+//     commands, the mirror takes only a release whose manifest keeps to these bounds. The same push may change the
+//     bounds: who reviews changes decides who may change kedge.yaml (TestReleasesBeyondTheirStagesBounds in
+//     sync/mirror, TestBoundsNeedManifest). Pins don't come that way: only nodes bound those.
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
 //   - A signed manifest of an older release stays good, but a node with signers refuses what was made before its
@@ -95,17 +97,17 @@
 //
 // # Budget
 //
-// TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in
-// flight than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target
-// that admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in
-// mid-switch count: an agent begins a switch once the store holds its report of it, so that none can die unnoticed in
-// its first steps (TestASwitchIsSaidBeforeItBegins in sync/agent). A node on which a release failed counts until what
-// it went back to is healthy, for a deadline at most, whatever it should run by then.
+// TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in flight
+// than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target that
+// admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in mid-switch are
+// counted: an agent begins a switch once the store holds its report of it, so that none can die unnoticed in its first
+// steps (TestASwitchIsSaidBeforeItBegins in sync/agent). A node on which a release failed counts until what it went
+// back to is healthy, or its deadline has passed, whatever it should run by then.
 //
 // Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
 // rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when
 // it joined (Report.Joined) follows the record as soon as it is back.
 //
-// A node that came back with a release that the record doesn't name goes to stable first, unless that failed on it.
-// If the target then fails, it is back on what later records name, and waits for its turn as others do.
+// A node that came back with a release that the record doesn't name goes to stable first, unless that failed on it. If
+// the target then fails, the node is back on stable, which later records name, and waits for its turn as others do.
 package policy
