@@ -6,7 +6,8 @@ import (
 	"kedge/deployments"
 )
 
-// admission decides between a record's target, its stable release, and what the node runs now.
+// admission decides between a record's target, its stable release, what the node runs now, and what
+// was at dest before the first release.
 func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
 	p, facts := r.Rollout, origin(r)
 	run := func(action Action, from Source, target deployments.Pointer) {

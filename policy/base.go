@@ -23,8 +23,8 @@ type Base struct {
 	Record deployments.Record
 	// Floor is the highest generation that is known to have been used.
 	Floor int64
-	// Restored is set if the mirror undoes a change by hand with its own record. Rebuilt is set if Record was made
-	// from what the nodes report.
+	// Restored is set if the mirror undoes another writer's change with its own record. Rebuilt is
+	// set if Record was made from what the nodes report.
 	Restored, Rebuilt bool
 }
 
@@ -33,9 +33,10 @@ type Base struct {
 // can't be held back.
 func joinedNone() uint64 { return 1 }
 
-// WithGeneration returns next, the record that follows the base, with a generation that nodes don't take for an older
-// one. It is below neither stored's nor any that nodes have acted on; Claim and Retry are set to match. stored is the
-// valid record in the store, or nil.
+// WithGeneration returns next, the record that follows the base, with a generation that nodes don't
+// take for an older one. It is at least that of stored, unless that is an AbsurdGeneration, and at
+// least any that nodes have acted on. Claim and Retry are set to match. stored is the valid record
+// in the store, or nil.
 func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
 	if more := next.Generation - b.Record.Generation; more > 0 {
 		next.Generation = b.Floor + more
@@ -90,7 +91,8 @@ func actedOn(nodes []Node) (highest int64) {
 	return highest
 }
 
-// generationOf returns the newest generation that a node reports to have acted on; 0 if that is an AbsurdGeneration.
+// generationOf returns the newest generation that a node reports to have acted on; 0 if that is an
+// AbsurdGeneration or higher.
 func generationOf(u *deployments.UnitReport) int64 {
 	generation := u.Generation
 	if held, err := strconv.ParseInt(u.Facts["acted_on"], 10, 64); err == nil {

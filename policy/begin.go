@@ -100,8 +100,9 @@ func begin(in *inputs, st state, target deployments.Pointer) state {
 	return launch(in, next)
 }
 
-// launch starts a new rollout. It ends it at once if nodes run the target already. Outside of a freeze it does so, too,
-// if the unit has no rollout: all nodes go at once.
+// launch starts a new rollout, or ends it at once. It ends the rollout if nodes run the target
+// already. It does so, too, if the unit has no rollout, unless a freeze holds the target up: all
+// nodes then go at once.
 func launch(in *inputs, st state) state {
 	revert := st.r.Stable == st.r.Target
 	was := in.Record

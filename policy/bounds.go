@@ -37,11 +37,12 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 	return b
 }
 
-// NeedManifest reports whether nothing but a release's manifest shows if it keeps to the bounds. It is false if they
-// bound only sources: by the pointer alone one can check the manifest's own place, though not what it fetches.
+// NeedManifest reports whether a release's manifest has to be read, as nothing else shows if the
+// release keeps to the bounds. It is false if they bound only sources. The pointer then shows where
+// the manifest lies, though not what the manifest fetches.
 func (b Bounds) NeedManifest() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
-// CheckSource returns an error if the bounds forbid to fetch from a URL.
+// CheckSource returns an error if the bounds forbid fetching from a URL.
 func (b Bounds) CheckSource(source string) error {
 	inSources := deployments.FromSource(source, b.Sources)
 	if !inSources && deployments.IsPlainHTTP(source) {

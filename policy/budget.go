@@ -76,7 +76,8 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 	return st, admitted, moved
 }
 
-// isAdmitted reports whether a node that its rank admits runs the target, or may go to it.
+// isAdmitted reports whether the node is admitted by its rank, and either runs the target or may go
+// to it.
 func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
@@ -157,8 +158,9 @@ func readmitReturned(in *inputs, st state) state {
 	return st
 }
 
-// superseded returns the Progress.Superseded of the record that follows was: was's target, and the targets that it had
-// superseded. It leaves out targets that no node runs or may begin.
+// superseded returns the Progress.Superseded of the record that follows was: was's target, and the
+// targets that it had superseded. It leaves out targets that no node runs or may yet begin. If
+// there is no stable release, it also leaves out targets beyond MaxSuperseded that none may begin.
 func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
 	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
 		Generation: was.Generation}
@@ -207,10 +209,11 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// nextJoined returns Record.Joined for a new record, which applies to all known nodes but those that have to wait for
-// room in the budget. A node waits if it joined after the last record or has no Joined, and may serve something that
-// the record doesn't name. It would leave that for stable as soon as the record applied to it. Joined stays while nodes
-// are missing from the list. No node waits if it was 0.
+// nextJoined returns Record.Joined for a new record, which applies to all known nodes but those
+// that have to wait for room in the budget. A node waits if it joined after the last record or has
+// no Joined, and may serve something that the record doesn't name. It would leave that for stable
+// as soon as the record applied to it. Record.Joined stays while nodes are missing from the list.
+// If Record.Joined was 0, no known node waits.
 func nextJoined(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {

@@ -14,7 +14,9 @@ import (
 // FreezeState says whether a unit's rollouts may start.
 type FreezeState struct {
 	Frozen bool
-	// By is the name of the window that decides, Reason that window's reason.
+	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen
+	// because no allow window is open, By is the name of the first one, and says that it is not
+	// open.
 	By, Reason string
 	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
 	// unit as none is open, when the next one opens. Either is zero if that isn't within five years, or isn't known.
@@ -45,7 +47,7 @@ func (v FreezeState) Facts() deployments.Facts {
 // freezes the unit, even if an allow window is open. A unit that allow windows cover is frozen while all of them are
 // closed. Windows open by the wall clock of their zone. They stay open for their duration in elapsed time, so that a
 // change of the clocks makes none longer or shorter. A window for the unit whose cron line doesn't parse freezes it,
-// too: better late than at the wrong time. Load refuses such a window.
+// too: better late than at the wrong time. deployments.Load refuses such a window.
 func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
@@ -116,8 +118,9 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 // mostChanges bounds how many changes NextFreeze examines.
 const mostChanges = 100
 
-// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that time. It
-// returns now for a unit that is already frozen, and the zero time if it finds none among the next mostChanges changes.
+// NextFreeze returns the first time in [now, end) at which a unit is frozen, and the state at that
+// time. It returns now for a unit that is already frozen. The time is zero if NextFreeze finds none
+// among the next mostChanges changes.
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
 	for range mostChanges {

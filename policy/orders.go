@@ -43,8 +43,9 @@ func refusal(order string, r deployments.Record) cause {
 	return cause{}
 }
 
-// MarkOrphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the unit file is
-// back; then Next continues it. Meanwhile nodes follow pins at once, as the budget is unknown.
+// MarkOrphaned returns a record with the mark that its unit was removed from Git. Its rollout stays
+// where it is until the unit file is back; then Next continues it. Meanwhile nodes follow pins at
+// once, as the budget is unknown.
 func MarkOrphaned(r deployments.Record) deployments.Record {
 	r.Orphaned, r.Paced = true, false
 	if r.Rollout == nil || r.Rollout.Reason == deployments.ReasonOrphaned {
@@ -100,8 +101,9 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 	return st, st.why, cause{}
 }
 
-// retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target failed are admitted once
-// more, in their turn. If no rollout is under way, one begins if any node is unconverged; otherwise nodes try at once.
+// retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target
+// failed are admitted once more, in their turn. If no rollout is under way, one begins if any node
+// is unconverged. Otherwise the nodes on which the target failed try it again at once.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

@@ -35,7 +35,8 @@ func awaitedBegan(st state, v summary) bool {
 	})
 }
 
-// limit returns how many failed nodes the rollout tolerates: max_failures, and those that resume has accepted.
+// limit returns how many failed nodes the rollout tolerates: max_failures, and those that resume
+// accepted or an earlier rollout left.
 func limit(in *inputs, st state, v summary) int {
 	limit := st.p.Tolerated
 	if u := in.Unit.Rollout; u != nil {
@@ -205,9 +206,11 @@ func pendingApproval(in *inputs, st state) (state, bool) {
 	return wakeLate(in, st, v, false), false
 }
 
-// rolling admits the remaining nodes, as many at a time as the budget allows. It ends when every known node has
-// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing for shortList. If most
-// are away or missing, maxAway counts instead.
+// rolling admits the remaining nodes, as many at a time as the budget allows. Without canaries, and
+// unless Fast is set, all nodes bake in the end. The rollout ends when every known node has
+// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing
+// for shortList. If most are away or missing, maxAway counts instead. If nodes failed, none runs
+// the target, and there is something to go back to, rolling stops the rollout.
 func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
@@ -265,5 +268,6 @@ func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// maxAway is how long a rollout waits at least before it ends while more than half of its nodes are away.
+// maxAway is how long a rollout waits at least before it ends while more than half of its nodes are
+// away or missing from the list.
 const maxAway = time.Hour

@@ -81,8 +81,8 @@ const (
 // Decision is Resolve's answer, with its reason.
 type Decision struct {
 	Action Action `json:"action"`
-	// Target is the release to run; zero for ActKeep, ActHold and ActLeave, and perhaps for ActStage. Stage is a release
-	// to stage as well; zero but for ActStage.
+	// Target is the release to run. It is zero for ActKeep, ActHold and ActLeave, and may be for
+	// ActStage. Stage is a release to stage as well; zero unless Action is ActStage.
 	Target deployments.Pointer `json:"target,omitzero"`
 	Stage  deployments.Pointer `json:"stage,omitzero"`
 	Source Source              `json:"source"`
@@ -111,9 +111,11 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 	}{plain(d), invalid})
 }
 
-// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's unless it is Paced,
-// else the record's. That is the target if the node is admitted, and otherwise stable or, until its turn, what the node
-// runs (FromRunning). Resolve has no side effects, and the same inputs give the same Decision.
+// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's
+// unless it is Paced, else the record's. The record's is the target if the node is admitted, and
+// otherwise stable or, until its turn, what the node runs (FromRunning). If a first release is
+// rolled back, it is what was at dest before (ActLeave). Resolve has no side effects, and the same
+// inputs give the same Decision.
 //
 // The value that decides changes nothing if it doesn't parse (ActKeep with Invalid), even if one of lower precedence is
 // valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
@@ -316,7 +318,9 @@ func progressFacts(r deployments.Record) deployments.Facts {
 	return facts
 }
 
-// checkBounds takes a release that the bounds forbid out of the decision. It adds quarantines unless Target is gone.
+// checkBounds takes releases that the bounds forbid out of the decision. If Target is forbidden,
+// nothing is to change. If only Stage is, nothing is staged. Unless Target was forbidden,
+// checkBounds then calls quarantine.
 func (d *Decision) checkBounds(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {
@@ -344,8 +348,9 @@ func (d *Decision) checkBounds(f ResolveInputs) {
 	d.quarantine(f)
 }
 
-// quarantine adds to the trace which releases failed on the node, among those that it should run or stage and the
-// record's target. It leaves out the one that runs. If none is left, the step is empty.
+// quarantine adds to the trace which releases failed on the node, among those that it should run or
+// stage and the record's target. It leaves out the release that runs. If none failed and there is a
+// Target, it adds an empty step.
 func (d *Decision) quarantine(f ResolveInputs) {
 	quarantineStep := func(p deployments.Pointer, namedBy string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}

@@ -43,8 +43,9 @@ func turnBack(in *inputs, st state, why cause) state {
 	return st
 }
 
-// rollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends once no live node has to go
-// back but those past their deadline, and none is unlisted. If all known nodes are gone or pinned, it waits.
+// rollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends once no
+// live node has to go back and no node is in flight, apart from nodes past their deadline, and none
+// is unlisted. If all known nodes are gone or pinned, it waits.
 func rollingBack(in *inputs, st state) (state, bool) {
 	v := summarize(in, st)
 	if v.live == 0 && v.gone+v.pinned > 0 {

@@ -27,16 +27,19 @@ type Transition struct {
 // Next is called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing,
 // and Reason says so.
 //
-// A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it goes to as many nodes
-// at a time as max_unavailable leaves room for. A unit pin, and with fast_back a target that was stable before, skip
-// the gates and keep the budget. A pin with at_once goes to all nodes. While a pin is invalid, the record stays.
+// A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it
+// goes to as many nodes at a time as max_unavailable leaves room for. A unit pin, and with
+// fast_back a target that was stable before, skip the gates and keep the budget. A pin with at_once
+// goes to all nodes. While a pin is invalid, the record stays as it is, if there is one.
 //
-// Three kinds of nodes are in flight, each node until its deadline. Live nodes that were admitted, are changing, or are
-// out of service by the target count until they converge. Nodes that may still act on an earlier record count until
-// their reports name the newest generation. Nodes that left on their way to the target, or in the middle of a switch,
-// count until they are back. The record doesn't apply to a node that comes back before there is room for it: see
-// Record.Joined. Pinned and held nodes don't count. If all are pinned or held, the rollout waits, unless their pins
-// name the target, too.
+// Three kinds of nodes are in flight, each node until its deadline, or for longer while it can't
+// reach the storage. Live nodes that were admitted, are changing, or are out of service by the
+// target count until they converge. Nodes that may still act on an earlier record count until their
+// reports name the newest generation. Nodes that left on their way to the target, or in the middle
+// of a switch, count until they are back. The record doesn't apply to a node that comes back before
+// there is room for it: see Record.Joined. Pinned and held nodes don't count. If all nodes are
+// pinned or held, the rollout waits, unless it is that of a unit pin and one of them follows it by
+// itself: see followsPin.
 func Next(s Situation) Transition {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now

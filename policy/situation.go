@@ -220,7 +220,8 @@ func (st state) enter(in *inputs, phase deployments.Phase) state {
 	return st
 }
 
-// roll moves the rollout on from its canaries to the other nodes.
+// roll enters PhaseRolling: nodes other than the canaries may be admitted, and no bake is under
+// way.
 func (st state) roll(in *inputs) state {
 	st = st.enter(in, deployments.PhaseRolling)
 	st.p.Promoted, st.p.HealthySince = true, time.Time{}

@@ -22,19 +22,23 @@ type summary struct {
 	awayUntil time.Time
 	// nodes are the live nodes that take part, by rank.
 	nodes []place
-	// inflight are nodes that are changing, or may begin to at any time. pending are the nodes in flight that the rollout
-	// told to change: it admitted them or, in a rollback, admits them no longer. missing nodes are pending, too.
+	// inflight are nodes that are changing, may begin to at any time, or are out of service.
+	// pending are the nodes in flight that the rollout told to change: it admitted them or, in a
+	// rollback, admits them no longer. missing nodes are pending, too.
 	inflight, pending int
-	// failed are nodes on which the target failed, or that are late; failure is the cause on one of them.
+	// failed are nodes on which the target failed, that are late, or that left on their way to the
+	// target and are past their deadline; failure is the cause on the first of them.
 	failed  int
 	failure deployments.Facts
-	// overdue are nodes in flight whose deadline has passed. late are the pending ones among them, apart from stuck ones.
-	// due is when the next deadline passes; zero: never.
+	// overdue are nodes in flight whose deadline has passed, except pending ones that can't reach
+	// the storage. late are the pending ones among them, apart from stuck ones. due is when the
+	// next deadline passes; zero: never.
 	overdue, late int
 	firstLate     *Node
 	due           time.Time
-	// stuck is a node that was told to change, is past its deadline, and still serves its old release. It reports that it
-	// is healthy, or that it can't reach the storage: that is no failure of the release.
+	// stuck is a node that was told to change, is past its deadline, and still serves its old
+	// release; nil: none. It reports that it is healthy, or that it can't reach the storage: that
+	// is no failure of the release.
 	stuck *Node
 	// setback is set if a pending node runs a release and is not overdue, or if a canary is missing. In the rolling phase,
 	// a node that started since the bake began is no setback.
@@ -131,7 +135,8 @@ func applies(r *deployments.Record, joined uint64, idle bool) bool {
 // servesNothing reports whether a node runs no release of the unit, and nothing else is known to serve at dest.
 func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
 
-// destUnknown reports whether something may serve on a node because its agent has yet to examine dest.
+// destUnknown reports whether it isn't known if something serves on a node, as no release runs
+// there and the agent has yet to examine dest.
 func destUnknown(u *deployments.UnitReport) bool { return servesNothing(u) && u.Want.IsZero() }
 
 // pinned reports whether a pin, not the record, decides for a node, or the node only observes.
@@ -245,9 +250,10 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// countGone counts a node that is gone. A node that left on its way to the target, or in the middle of a switch, is in
-// flight until its deadline. A node on its way counts as failed then, or at once if the target failed on it. If a
-// converged canary is gone, another one is admitted only after the same deadline.
+// countGone counts a node that is gone. A node that left on its way to the target, or in the middle
+// of a switch, is in flight until its deadline; in a rollback, only the latter is. A node on its
+// way counts as failed then, or at once if the target failed on it. If a converged canary is gone,
+// another one is admitted only after the same deadline.
 func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
@@ -328,7 +334,7 @@ func unreached(u *deployments.UnitReport) bool {
 		(u.State == deployments.StateRetrying || u.State == deployments.StateFetching)
 }
 
-// waitsFor returns the reason for which the stuck node waits.
+// waitsFor returns the reason why the rollout waits for the stuck node.
 func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
 	u := &v.stuck.Report
 	if unreached(u) {
@@ -363,7 +369,7 @@ func busy(u *deployments.UnitReport) bool {
 	return false
 }
 
-// brokenByStable reports whether a node is out of service because of the release that the record would have it keep.
+// brokenByStable reports whether a node is out of service because of the record's stable release.
 func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateSwitching, deployments.StateUnhealthy, deployments.StateQuarantined:
