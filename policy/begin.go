@@ -124,10 +124,11 @@ func launch(in *inputs, st state) state {
 	}
 }
 
-// firstRelease ends the rollout of a unit's first release once every live node without a pin has reported that nothing
-// else serves at dest. (There must be one; a node that refuses the release counts as if it had.) All nodes then take
-// the release at once. If a node reports that something serves, firstRelease sets Serving, and the rollout goes on
-// within its budget. ended reports whether it ended the rollout.
+// firstRelease ends the rollout of a unit's first release once every live node without a pin has
+// reported that nothing else serves at dest. All nodes then take the release at once. There must be
+// such a node. One that refuses the release counts as if it had reported that. If a node reports
+// that something serves, firstRelease sets Serving, and the rollout goes on within its budget.
+// ended reports whether firstRelease ended the rollout.
 func firstRelease(in *inputs, st state) (next state, ended bool) {
 	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
 		return st, false

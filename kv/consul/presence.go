@@ -61,7 +61,7 @@ type presence struct {
 	leaving         []string        // sessions that may still hold entries, as moveTo failed
 	beatless        string          // the session that addHeartbeat is to replace; empty: none
 	addBeat         *time.Timer     // calls addHeartbeat; nil: it was never needed
-	addPause        *wait.Backoff   // the time until then
+	addPause        *wait.Backoff   // the pauses before addBeat
 	noBeat          backend.Causes  // why there was no heartbeat
 	sweep           *time.Timer     // ends the sessions of earlier processes; nil: open made no node session yet
 	gone            chan struct{}   // closed, and made anew, when the session is lost

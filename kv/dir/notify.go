@@ -88,7 +88,7 @@ func (c *subscription) watchDir(dir string) error {
 	return w.Add(dir)
 }
 
-// end cancels the subscription. With the last one it closes the watcher.
+// end cancels the subscription. If it was the last one, end closes the watcher.
 func (c *subscription) end() {
 	n := c.n
 	n.mu.Lock()
