@@ -200,7 +200,8 @@ func TestListsOfAVerificationAreBounded(t *testing.T) {
 	}
 	other := strconv.Itoa(os.Getuid() + 1)
 	found, err := verifyOwner(t.Context(), dir, other, nil, v.made)
-	if err != nil || len(found) != 4 || slices.ContainsFunc(found, func(d Difference) bool { return v.made.covers(d.Path) }) {
+	theirs := func(d Difference) bool { return v.made.covers(d.Path) }
+	if err != nil || len(found) != 4 || slices.ContainsFunc(found, theirs) {
 		t.Errorf("paths with a wrong owner: %v, %v; want the top and three files", found, err)
 	}
 }

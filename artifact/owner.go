@@ -66,8 +66,8 @@ func applyOwner(ctx context.Context, dir, owner string) error {
 	return nil
 }
 
-// verifyOwner returns the paths below dir whose owner isn't owner, at most maxExtra. It skips the paths in skip and made,
-// and what lies below them.
+// verifyOwner returns the paths of the tree at dir whose owner isn't owner, at most maxExtra. It skips
+// the paths in skip and made, and what lies below them. An empty owner gives none.
 func verifyOwner(ctx context.Context, dir, owner string, skip []string, made pathSet) (found []Difference, err error) {
 	if owner == "" {
 		return nil, nil
