@@ -15,6 +15,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
+	"kedge/deployments/tooltest"
 )
 
 // largeDelta is a release with a delta of more than a few MiB, from one that a node has. Its archive is larger still.
@@ -132,7 +133,7 @@ func (c *cutting) Write(data []byte) (int, error) {
 // A disk that holds the tree, but not the delta beside it, gets the parts of the archive.
 func TestALargeDeltaNeedsRoom(t *testing.T) {
 	t.Parallel()
-	treetest.NeedRoot(t)
+	tooltest.NeedRoot(t)
 	old, new := largeDelta(t)
 	disk := t.TempDir()
 	treetest.MountTmpfs(t, disk, "size=14m")

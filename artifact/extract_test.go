@@ -30,6 +30,7 @@ import (
 	"kedge/artifact/treetest"
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
+	"kedge/deployments/tooltest"
 )
 
 // tarOf makes a tar; a regular entry's content is in its Linkname.
@@ -91,7 +92,7 @@ func unpackBytes(t testing.TB, name string, data []byte) (dir string, err error)
 	if err := os.WriteFile(path, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	dir = t.TempDir()
+	dir = treetest.TempDir(t)
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: deployments.DigestOf(data).String()}
 	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
 }
@@ -208,7 +209,7 @@ func TestAnOldTar(t *testing.T) {
 // manifest says another.
 func TestOwnersOfAnArchive(t *testing.T) {
 	t.Parallel()
-	treetest.NeedRoot(t)
+	tooltest.NeedRoot(t)
 	var headers []tar.Header
 	for _, h := range []tar.Header{
 		{Typeflag: tar.TypeDir, Name: "./", Mode: 0o700}, {Typeflag: tar.TypeDir, Name: "dir/", Mode: 0o2775},

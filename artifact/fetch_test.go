@@ -25,6 +25,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // twoReleases publishes a sample and its successor: two files edited, one added, one renamed, one removed. Each call
@@ -217,6 +218,9 @@ func TestWhatMustNotBeLinked(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if name == "another owner" {
+				tooltest.NeedRoot(t)
+			}
 			dir, want, got := t.TempDir(), t.TempDir(), t.TempDir()
 			tree := treetest.Tree{"file": {Mode: 0o644, Data: treetest.Noise(1, 400_000)}}
 			tree.Write(t, dir)

@@ -17,6 +17,7 @@ import (
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 var manyModes = treetest.Tree{
@@ -48,7 +49,10 @@ func TestModesWhateverTheUmask(t *testing.T) {
 	for _, umask := range []string{"000", "022", "077", "777"} {
 		t.Run(umask, func(t *testing.T) {
 			t.Parallel()
-			dest := filepath.Join(t.TempDir(), "app")
+			if umask == "777" { // with which only root can go on in a directory that it has made
+				tooltest.NeedRoot(t)
+			}
+			dest := filepath.Join(treetest.TempDir(t), "app")
 			plan, err := json.Marshal(benchPlan{Dest: dest, Pointer: out.Pointer})
 			if err != nil {
 				t.Fatal(err)
@@ -117,6 +121,7 @@ func withoutPrivileges(f func() error) error {
 // Of another's file no access can go unnoted, which is no reason not to read it.
 func TestAnothersFileIsTaken(t *testing.T) {
 	t.Parallel()
+	tooltest.NeedRoot(t)
 	dir := t.TempDir()
 	treetest.Tree{"file": {Mode: 0o644, Data: "content"}}.Write(t, dir)
 	p := publishTree(t, dir)
@@ -175,7 +180,7 @@ func TestLinksWithoutPrivileges(t *testing.T) {
 // What can't be read differs: else one bad block, or a chmod, would end the check of all the rest, and healing with it.
 func TestVerifyNamesWhatCannotBeRead(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
+	dir := treetest.TempDir(t)
 	writeVersion(t, dir, "1")
 	index, err := indexOfTree(t.Context(), dir)
 	if err != nil {

@@ -11,11 +11,13 @@ import (
 	"kedge/artifact/archive"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // mountXFS gives a directory on a file system of its own, one that can clone files.
 func mountXFS(t testing.TB) string {
 	t.Helper()
+	tooltest.NeedRoot(t)
 	dir := quickDir(t)
 	image, mounted := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
 	if err := os.Mkdir(mounted, 0o755); err != nil {

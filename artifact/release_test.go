@@ -23,6 +23,7 @@ import (
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // killPlan is what a child process does until it is killed.
@@ -327,7 +328,7 @@ func TestModeAfterAKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n := 0; ; n++ {
-		dest := filepath.Join(t.TempDir(), "app")
+		dest := filepath.Join(treetest.TempDir(t), "app")
 		plan := killPlan{Dest: dest, Pointers: []deployments.Pointer{out.Pointer}, KillAt: n}
 		killed := runPlan(t, plan, 0)
 		plan.KillAt = -1
@@ -590,14 +591,7 @@ func TestAManifestWithoutATree(t *testing.T) {
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	small := t.TempDir()
-	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size=1m"); err != nil {
-		t.Fatalf("a small file system is needed to fill, which takes root: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(small, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	treetest.MountTmpfs(t, small, "size=1m")
 	tree := t.TempDir()
 	if err := os.WriteFile(filepath.Join(tree, "large"), []byte(treetest.Noise(1, 3<<20)), 0o644); err != nil {
 		t.Fatal(err)
@@ -631,12 +625,7 @@ func TestFullDisk(t *testing.T) {
 
 func TestOwnerAndMode(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root: left out with -short")
-		}
-		t.Fatal("giving files away takes root")
-	}
+	tooltest.NeedRoot(t)
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
 	treetest.Relink(t, filepath.Join(tree, "link"), "VERSION")

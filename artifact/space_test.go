@@ -13,12 +13,13 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // Directories take space, too: a small index can name more of them than a disk holds.
 func TestDirectoriesTakeSpace(t *testing.T) {
 	t.Parallel()
-	treetest.NeedRoot(t)
+	tooltest.NeedRoot(t)
 	disk := t.TempDir()
 	treetest.MountTmpfs(t, disk, "size=64m,nr_inodes=0")
 	x := &archive.Index{}

@@ -20,6 +20,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // plainServer serves an archive without an index.
@@ -264,7 +265,7 @@ func TestOnlyFilesAreSpools(t *testing.T) {
 // A disk that holds the tree, but not the archive beside it, has it streamed again.
 func TestASpoolNeedsRoom(t *testing.T) {
 	t.Parallel()
-	treetest.NeedRoot(t)
+	tooltest.NeedRoot(t)
 	content := treetest.Random(9, minSpooled)
 	for name, c := range map[string]struct {
 		disk    string

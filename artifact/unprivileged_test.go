@@ -11,18 +11,14 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // An agent that isn't root may not write into directories that are read-only, not even to remove them or to move
 // them. Killed at any step it comes to the same end all the same.
 func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root: left out with -short")
-		}
-		t.Fatal("to be somebody else takes root")
-	}
+	tooltest.NeedRoot(t)
 	home, err := os.MkdirTemp("", "kedge-unprivileged-")
 	if err != nil {
 		t.Fatal(err)

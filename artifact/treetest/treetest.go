@@ -18,6 +18,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/deployments/tooltest"
 )
 
 // Tree describes a tree for a test: what lies at each path.
@@ -263,22 +265,25 @@ func MakeDeep(t *testing.T, top string, levels int) {
 	unix.Close(fd)
 }
 
-// NeedRoot fails a test that doesn't run as root, and skips it with -short.
-func NeedRoot(t *testing.T) {
+// TempDir is t.TempDir for trees with directories that only root could empty as they are.
+func TempDir(t testing.TB) string {
 	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if testing.Short() {
-		t.Skip("takes root: left out with -short")
-	}
-	t.Fatal("to be somebody else takes root")
+	dir := t.TempDir()
+	t.Cleanup(func() {
+		filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+			if d != nil && d.IsDir() && err == nil {
+				os.Chmod(p, 0o700)
+			}
+			return nil
+		})
+	})
+	return dir
 }
 
-// OpenHome makes a directory that everybody may enter, removed with the test. It calls NeedRoot.
+// OpenHome makes a directory that everybody may enter, removed with the test. It needs root.
 func OpenHome(t *testing.T) string {
 	t.Helper()
-	NeedRoot(t)
+	tooltest.NeedRoot(t)
 	home, err := os.MkdirTemp("", "kedge-place-")
 	if err != nil {
 		t.Fatal(err)
@@ -290,9 +295,10 @@ func OpenHome(t *testing.T) string {
 	return home
 }
 
-// MountTmpfs mounts a file system in memory on dir, for the time of the test.
+// MountTmpfs mounts a file system in memory on dir, for the time of the test. It needs root.
 func MountTmpfs(t testing.TB, dir, options string) {
 	t.Helper()
+	tooltest.NeedRoot(t)
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
 		t.Fatalf("mounting a small file system: %v", err)
 	}
@@ -306,9 +312,10 @@ func MountTmpfs(t testing.TB, dir, options string) {
 }
 
 // BindMount makes a directory at path, mounts on it another directory that holds one file, and
-// returns that file.
+// returns that file. It needs root.
 func BindMount(t *testing.T, path string) (file string) {
 	t.Helper()
+	tooltest.NeedRoot(t)
 	data := t.TempDir()
 	file = filepath.Join(data, "precious")
 	WriteFile(t, file, "data")

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 )
 
@@ -22,12 +23,7 @@ import (
 // with the least token, S3, and a mirror.
 func TestBoot(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root: left out with -short")
-		}
-		t.Fatal("booting a machine in a container takes root: run the tests as root, as CI does")
-	}
+	tooltest.NeedRoot(t)
 	machines := map[string]func(*testing.T, *machine){
 		"boot-day":    testBootDay,
 		"boot-ends":   testBootEnds,

@@ -329,7 +329,7 @@ func TestPublishRunVerify(t *testing.T) {
 	template := filepath.Join(dir, "manifest.yaml")
 	if err := os.WriteFile(
 		template,
-		[]byte("# kept as it is\nowner: '{{ env `NOBODY_SETS_THIS` `0` }}'\n"),
+		fmt.Appendf(nil, "# kept as it is\nowner: '{{ env `NOBODY_SETS_THIS` `%d` }}'\n", os.Getuid()),
 		0o644,
 	); err != nil {
 		t.Fatal(err)

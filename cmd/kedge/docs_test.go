@@ -180,12 +180,7 @@ for i in $(seq 300); do grep -qE ' starts|is at http' %s && break; kill -0 $! ||
 // Consul that denies by default, S3, Git, and daemons; below directories that the page's reader would write to.
 func TestDocs(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root for mounts of its own: left out with -short")
-		}
-		t.Fatal("running the manual's commands takes root: run the tests as root, as CI does")
-	}
+	tooltest.NeedRoot(t)
 	w := newWorld(t, "web-1")
 	root, err := filepath.Abs("../..")
 	if err != nil {

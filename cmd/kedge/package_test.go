@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // madeVersion is the version of the packages that the tests make.
@@ -72,12 +73,7 @@ func debWithVersion(t *testing.T, deb, version string) string {
 // and after it, costs the application nothing; nor does the package's removal.
 func TestPackage(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root: left out with -short")
-		}
-		t.Fatal("booting a machine in a container takes root: run the tests as root, as CI does")
-	}
+	tooltest.NeedRoot(t)
 	w := newWorld(t, "boot-package")
 	w.startMirror("mirror-1")
 	m := newMachine(t, w, "", "boot-package", "ready_timeout: 40s")

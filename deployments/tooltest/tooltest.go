@@ -1,4 +1,4 @@
-// Package tooltest finds the real programs that tests run: servers and tools that .ci/tools builds.
+// Package tooltest finds what tests need of the machine: root, and the real programs that .ci/tools builds.
 package tooltest
 
 import (
@@ -27,4 +27,17 @@ func Path(tb testing.TB, name string) string {
 		tb.Fatalf("the tests need a real %s: %v; run .ci/tools, or set KEDGE_TOOLS", name, err)
 	}
 	return path
+}
+
+// NeedRoot fails a test that doesn't run as root, as it mounts something or acts as several users. It
+// skips the test with -short.
+func NeedRoot(tb testing.TB) {
+	tb.Helper()
+	switch {
+	case os.Geteuid() == 0:
+	case testing.Short():
+		tb.Skip("needs root: left out with -short")
+	default:
+		tb.Fatal("the test needs root: run the tests as root, as CI does")
+	}
 }

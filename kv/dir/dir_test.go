@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 	"kedge/kv/dir"
 	"kedge/kv/kvtest"
@@ -223,6 +224,7 @@ func TestDeniedCommitLeavesNothing(t *testing.T) {
 	if err := os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.Chmod(filepath.Join(path, "theirs"), 0o700) }) // so that it can be removed
 	child := kvtest.StartChild(t, "denied", path)
 	child.Expect(t, "done")
 	if err := child.Wait(); err != nil {
@@ -236,9 +238,7 @@ func TestDeniedCommitLeavesNothing(t *testing.T) {
 // In a sticky directory, which all may write, only a file's owner may replace or remove it.
 func TestCommitDeniedByStickyDirectory(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to make files of two users")
-	}
+	tooltest.NeedRoot(t)
 	path := storePath(t)
 	// The child becomes another user, from whom the test's own directory is closed.
 	if err := os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755); err != nil {

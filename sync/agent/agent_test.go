@@ -12,7 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/treetest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/sync/agent/statedir"
@@ -441,6 +443,7 @@ func TestRenamedUnitEndsWhatItBegan(t *testing.T) {
 // While the state can't be written nothing is deployed, and the node reports why; then it continues by itself.
 func TestReadOnlyState(t *testing.T) {
 	t.Parallel()
+	tooltest.NeedRoot(t)
 	w := newWorld(t)
 	one, two := w.publish("app", "1"), w.publish("app", "2")
 	w.put(kv.DesiredKey(app), one.String())
@@ -491,14 +494,7 @@ func TestStartsOnAFullDisk(t *testing.T) {
 	if err := os.Mkdir(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Mount("tmpfs", state, "tmpfs", 0, "size=256k"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(state, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	treetest.MountTmpfs(t, state, "size=256k")
 	a := w.start()
 	a.awaitRunning(app, one)
 	a.stop()

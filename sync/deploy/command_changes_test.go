@@ -13,6 +13,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // madeBy is what commands of real releases do to their trees: links in the place of directories, files made from
@@ -236,12 +237,7 @@ func TestDriftOfBeforeIsNotTheCommands(t *testing.T) {
 // drift, in what commands made neither.
 func TestMountsInWhatCommandsMade(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		if testing.Short() {
-			t.Skip("needs root, to mount")
-		}
-		t.Fatal("needs root, to mount")
-	}
+	tooltest.NeedRoot(t)
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()

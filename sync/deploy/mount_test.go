@@ -9,18 +9,14 @@ import (
 	"testing"
 
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // mounted bind-mounts a directory of the same device at path, as an operator does for uploads, and returns what checks
 // that its file is still there.
 func (w *world) mounted(path string) (intact func()) {
 	w.t.Helper()
-	if os.Getuid() != 0 {
-		if testing.Short() {
-			w.t.Skip("needs root, to mount")
-		}
-		w.t.Fatal("needs root, to mount")
-	}
+	tooltest.NeedRoot(w.t)
 	data := w.t.TempDir()
 	precious := filepath.Join(data, "precious")
 	err := os.WriteFile(precious, []byte("data"), 0o600)

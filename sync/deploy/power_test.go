@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 // lossyDisk is a file system in an image, of which a power cut leaves what had reached the device. A unit's state
@@ -130,6 +131,7 @@ func (d *lossyDisk) written() syscall.Timespec {
 // moments. After each, what the disk holds is whole, and the next start goes on to the same end.
 func TestPowerCuts(t *testing.T) {
 	t.Parallel()
+	tooltest.NeedRoot(t)
 	for _, kind := range []string{"ext4", "xfs"} {
 		for name, random := range map[string]int{"every step": 0, "random": 40} {
 			t.Run(kind+" "+name, func(t *testing.T) {

@@ -11,21 +11,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact/treetest"
 	"kedge/deployments"
 )
 
 // mountSrv mounts a tmpfs of its own for dest.
 func (w *world) mountSrv(options string) {
 	w.t.Helper()
-	srv := w.path("srv")
-	if err := unix.Mount("tmpfs", srv, "tmpfs", 0, options); err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() {
-		if err := unix.Unmount(srv, unix.MNT_DETACH); err != nil {
-			w.t.Error(err)
-		}
-	})
+	treetest.MountTmpfs(w.t, w.path("srv"), options)
 }
 
 // Releases that fail, one after the other, don't fill the disk: the room for the next comes from them.
