@@ -302,7 +302,12 @@ func flip(t testing.TB, path string, at int64) {
 		at += int64(len(data))
 	}
 	data[at] ^= 0x40
-	if err := os.WriteFile(path, data, 0o600); err != nil {
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Only root could write to a file whose mode forbids it.
+	if err := errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, data, 0o600), os.Chmod(path, info.Mode())); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -38,13 +38,17 @@ func TestSimulation(t *testing.T) {
 		}
 		return
 	}
+	many := *howMany
+	if testing.Short() && many == histories {
+		many /= 5
+	}
 	var next, events, largest, ends, broken atomic.Uint64
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	kinds := map[string]int{}
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
-			for seed := next.Add(1); seed <= uint64(*howMany) && broken.Load() < 5; seed = next.Add(1) {
+			for seed := next.Add(1); seed <= uint64(many) && broken.Load() < 5; seed = next.Add(1) {
 				w := play(seed, false, *late)
 				events.Add(uint64(w.events))
 				ends.Add(uint64(w.ended))
@@ -68,7 +72,7 @@ func TestSimulation(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("%d histories, %d events, %d rollouts that ended, fleets of up to %d nodes",
-		*howMany, events.Load(), ends.Load(), largest.Load())
+		many, events.Load(), ends.Load(), largest.Load())
 	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
 		t.Logf("%8d %s", kinds[kind], kind)
 	}
