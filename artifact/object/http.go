@@ -39,6 +39,13 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	if err != nil {
 		return Object{}, explainDenial(u, err)
 	}
+	ignoresRange := r.StatusCode != http.StatusPartialContent
+	if r.Header.Get("Content-Range") == firstByteOf+"*" {
+		r.Body.Close()
+		if r, err = send(ctx, s.http, http.MethodGet, u.String(), h, nil); err != nil {
+			return Object{}, explainDenial(u, err)
+		}
+	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusPartialContent {
 		if r.ContentLength < 0 {
@@ -52,7 +59,9 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 			}
 		}
 		o, err := objectOf(r)
-		o.Ranges = err == nil && o.Size <= 1
+		if ignoresRange {
+			o.Ranges = err == nil && o.Size <= 1
+		}
 		return o, err
 	}
 	io.CopyN(io.Discard, r.Body, 1) // so that the connection is reused
@@ -68,9 +77,13 @@ const maxUncounted = 16 << 30
 // firstByte is the Range of an object's first byte.
 const firstByte = "bytes=0-0"
 
+// firstByteOf begins the Content-Range of the answer to a request for firstByte. The size follows, or a * if the
+// server doesn't know it.
+const firstByteOf = "bytes 0-0/"
+
 // sizeIn returns an object's size from the Content-Range of the answer to a request for firstByte.
 func sizeIn(contentRange string) (int64, error) {
-	size, ok := strings.CutPrefix(contentRange, "bytes 0-0/")
+	size, ok := strings.CutPrefix(contentRange, firstByteOf)
 	n, err := strconv.ParseInt(size, 10, 64)
 	if !ok || err != nil || n < 1 {
 		return 0, fmt.Errorf(

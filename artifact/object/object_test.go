@@ -240,6 +240,34 @@ func TestServerThatIgnoresRange(t *testing.T) {
 	check(t, r, err, data[5000:5100])
 }
 
+// A server that honours Range may not know the size of what it generates: Stat reads the object to learn the size.
+func TestServerThatHonoursRangeAndKnowsNoSize(t *testing.T) {
+	t.Parallel()
+	data := content(10_000)
+	url, _ := faulty(t, data, func(_ int, w http.ResponseWriter, r *http.Request) bool {
+		var from, to int
+		if n, _ := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); n < 2 {
+			w.(http.Flusher).Flush() // so that no Content-Length is sent
+			w.Write(data)
+			return true
+		}
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/*", from, to))
+		w.WriteHeader(http.StatusPartialContent)
+		w.Write(data[from : to+1])
+		return true
+	})
+	c := object.New(object.Config{})
+	o, err := c.Stat(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o.Size != int64(len(data)) || !o.Ranges {
+		t.Errorf("got %+v", o)
+	}
+	r, err := c.ReadRange(t.Context(), o, 5000, 100)
+	check(t, r, err, data[5000:5100])
+}
+
 // What is read over there may stall as what is wanted may.
 func TestAServerThatIgnoresRangeAndStalls(t *testing.T) {
 	t.Parallel()
