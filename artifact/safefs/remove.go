@@ -95,7 +95,11 @@ func (r *remover) remove(dir int, name, path string, level int) {
 		r.addError(path, err)
 		return
 	}
+	notRemoved := err
 	fd, err := openBelow(dir, name)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) { // no directory: unlinkat said why it stays
+		err = notRemoved
+	}
 	if err != nil {
 		r.addError(path, err)
 		return

@@ -66,6 +66,16 @@ func TestRemovingEndsAfterManyFailures(t *testing.T) {
 	}
 }
 
+// The error of an immutable file says that, and nothing of what was tried next.
+func TestRemovingAnImmutableFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	treetest.MakeImmutable(t, filepath.Join(dir, "file"))
+	if err := RemoveTree(dir); !errors.Is(err, unix.EPERM) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // Only what is missing counts as removed: any other reason why it can't be seen is an error.
 func TestWhatCanNotBeSeenIsNotRemoved(t *testing.T) {
 	t.Parallel()

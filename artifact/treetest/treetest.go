@@ -346,3 +346,32 @@ func BindMount(t *testing.T, path string) (file string) {
 	})
 	return file
 }
+
+// MakeImmutable makes a file that not even root can remove until the test ends. It calls NeedRoot, and skips the test
+// if the file system has no such files.
+func MakeImmutable(t *testing.T, file string) {
+	t.Helper()
+	NeedRoot(t)
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	const immutable = unix.STATX_ATTR_IMMUTABLE // the same bit as FS_IMMUTABLE_FL
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags|immutable)
+	}
+	if errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EOPNOTSUPP) {
+		f.Close()
+		t.Skip("the file system has no immutable files")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+}
