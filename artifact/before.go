@@ -214,15 +214,12 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes the failed release at aside. If something is mounted in it, discard only logs that: a mount shall not
-// prevent the restore.
+// discard removes the failed release at aside. It only logs what something is mounted on: a mount shall not prevent the
+// restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
-	if errors.Is(err, safefs.ErrMounted) {
-		if m.c.Log != nil {
-			m.c.Log.Warn("left a failed release beside dest, as something is mounted in it", "error", err)
-		}
-		return nil
+	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {
+		m.c.Log.Warn("left a failed release beside dest, as something is mounted in it", "error", err)
 	}
-	return err
+	return safefs.ExceptMounts(err)
 }

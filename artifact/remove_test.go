@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/artifact/object"
 	"kedge/artifact/safefs"
 	"kedge/artifact/treetest"
@@ -76,5 +78,23 @@ func TestAMountDoesNotPreventARestore(t *testing.T) {
 	treetest.BindMount(t, filepath.Join(aside, "log"))
 	if err := (moveSwitcher{}).discard(aside); err != nil {
 		t.Error(err)
+	}
+}
+
+// A mount in a release that failed doesn't hide that other files of it can't be removed.
+func TestAMountHidesNoOtherFailure(t *testing.T) {
+	aside := filepath.Join(t.TempDir(), "failed")
+	if err := os.MkdirAll(filepath.Join(aside, "log"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	treetest.BindMount(t, filepath.Join(aside, "log"))
+	for _, name := range []string{"a", "b", "c", "d"} {
+		treetest.MakeImmutable(t, filepath.Join(aside, name))
+	}
+	if err := safefs.RemoveTree(aside); !errors.Is(err, safefs.ErrMounted) || !errors.Is(err, unix.EPERM) {
+		t.Errorf("removing it: %v", err)
+	}
+	if err := (moveSwitcher{}).discard(aside); !errors.Is(err, unix.EPERM) || errors.Is(err, safefs.ErrMounted) {
+		t.Errorf("discarding it: %v", err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -23,7 +24,8 @@ const maxOpenLevels = 64
 // RemoveTree removes the tree at path, even if its owner may not write into its directories. It
 // follows no symbolic link, and never crosses a mount point, including bind mounts of the same file
 // system. Mount points and the directories above them stay. The error names the first three paths
-// that could not be removed, and wraps ErrMounted for a mount point. A missing tree is no error.
+// that could not be removed, and one more if these are all mount points, or none is. It wraps
+// ErrMounted if any is; ExceptMounts returns the others. A missing tree is no error.
 func RemoveTree(path string) error {
 	_, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG) {
@@ -62,18 +64,38 @@ func EmptyDir(dir string) error {
 	return errors.Join(r.errs...)
 }
 
+// ExceptMounts returns the failures in an error of RemoveTree that aren't ErrMounted; nil: there are none.
+func ExceptMounts(err error) error {
+	joined, many := err.(interface{ Unwrap() []error })
+	if !many {
+		if errors.Is(err, ErrMounted) {
+			return nil
+		}
+		return err
+	}
+	var others []error
+	for _, e := range joined.Unwrap() {
+		others = append(others, ExceptMounts(e))
+	}
+	return errors.Join(others...)
+}
+
 // remover removes one tree.
 type remover struct {
 	top   int // descriptor of the tree's top; -1: not open yet
 	moved int
-	// failed counts the failures, of which errs has the first few. A directory in which it rose is not empty.
+	// failed counts the failures, of which errs has the first few, and at least one of a mount point and one of another
+	// kind if there are such. A directory in which it rose is not empty.
 	failed int
 	errs   []error
 }
 
 func (r *remover) addError(path string, err error) {
 	r.failed++
-	if len(r.errs) < 3 {
+	firstOfKind := !slices.ContainsFunc(r.errs, func(e error) bool {
+		return errors.Is(e, ErrMounted) == errors.Is(err, ErrMounted)
+	})
+	if len(r.errs) < 3 || firstOfKind {
 		r.errs = append(r.errs, PathError("remove", path, err))
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -63,6 +64,35 @@ func TestRemovingEndsAfterManyFailures(t *testing.T) {
 		case <-time.After(20 * time.Second):
 			t.Fatalf("%s does not end", name)
 		}
+	}
+}
+
+// The error wraps ErrMounted, and the other failures can be told from it, whichever come first and however many.
+func TestMountsAndOtherFailuresAreBothTold(t *testing.T) {
+	t.Parallel()
+	other := errors.New("other")
+	for _, mountsFirst := range []bool{false, true} {
+		var r remover
+		for i := range 10 {
+			err := other
+			if (i < 5) == mountsFirst {
+				err = ErrMounted
+			}
+			r.addError(strconv.Itoa(i), err)
+		}
+		err := errors.Join(r.errs...)
+		if !errors.Is(err, ErrMounted) || !errors.Is(err, other) {
+			t.Errorf("mounts first %v: got %v", mountsFirst, err)
+		}
+		if left := ExceptMounts(err); errors.Is(left, ErrMounted) || !errors.Is(left, other) {
+			t.Errorf("mounts first %v: without the mounts: %v", mountsFirst, left)
+		}
+	}
+	if err := ExceptMounts(other); !errors.Is(err, other) {
+		t.Errorf("got %v", err)
+	}
+	if err := errors.Join(ExceptMounts(nil), ExceptMounts(ErrMounted)); err != nil {
+		t.Errorf("got %v", err)
 	}
 }
 
