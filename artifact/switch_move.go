@@ -113,8 +113,6 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	return m.discard(aside)
 }
 
-func (m moveSwitcher) IsLive(r *Release) bool { return safefs.Exists(r.Manifest.Dest) }
-
 // Verify returns nothing: the tree was moved, and the running release may write into it.
 func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {
 	return nil, nil

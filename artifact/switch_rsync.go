@@ -42,16 +42,16 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err := s.replaceLink(ctx, parent, r); err != nil {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
-	if s.c.Changes != "" {
-		if err := s.changeFiles(r).remove(); err != nil { // rsync removes what the commands made
-			return err
-		}
-	}
 	dest, err := s.dest(parent, r, true)
 	if err != nil {
 		return err
 	}
 	defer dest.Close()
+	if s.c.Changes != "" {
+		if err := s.changeFiles(r).remove(); err != nil { // rsync removes what the commands made
+			return err
+		}
+	}
 	return s.copy(ctx, r, dest)
 }
 
@@ -107,9 +107,18 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
+// errNoDirectory means that strategy rsync can't write to dest. What lies there stays, as kedge didn't put it there.
+var errNoDirectory = errors.New("neither a directory nor a link to one")
+
 // dest opens r's dest in parent; create makes a missing one. A link is followed if only trusted users can have made it.
+// The error wraps ErrUntouched and errNoDirectory if something else than a directory lies there.
 func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
-	return parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
+	dest, err := parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
+	if errors.Is(err, unix.ENOTDIR) {
+		return nil, fmt.Errorf("%w: %s is %w, as sync_strategy rsync needs: move it away (%w)",
+			ErrUntouched, r.Manifest.Dest, errNoDirectory, err)
+	}
+	return dest, err
 }
 
 func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
@@ -180,8 +189,6 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 	return s.Switch(ctx, r)
 }
 
-func (s rsyncSwitcher) IsLive(r *Release) bool { return safefs.Exists(r.Manifest.Dest) }
-
 // Verify asks rsync what it would change, and leaves out what r's commands made. It returns nothing if r's unpacked
 // tree is gone. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
@@ -191,6 +198,9 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	if errors.Is(err, errNoDirectory) {
+		return []Difference{{Path: ".", What: "type"}}, nil
 	}
 	if err != nil {
 		return nil, err

@@ -24,6 +24,11 @@ type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
 
+func (t treeSwitcher) IsLive(r *Release) bool {
+	info, err := os.Stat(r.Manifest.Dest)
+	return err == nil && info.IsDir()
+}
+
 // partSuffix follows the name of a tree that isn't whole yet.
 const partSuffix = ".part"
 
