@@ -54,15 +54,11 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err != nil {
 		return err
 	}
-	mounts, err := safefs.MountsBelow(dest.Path(""))
+	mounts, err := excludeMounts(dest)
 	if err != nil {
-		return fmt.Errorf("looking for mounts in dest: %w", err)
+		return err
 	}
-	for _, m := range mounts {
-		if m != "." {
-			args = append(args, "--exclude", rsyncPattern(m, "/***"))
-		}
-	}
+	args = append(args, mounts...)
 	part := filepath.Join(s.c.Before, "part")
 	if err := os.MkdirAll(part, 0o700); err != nil {
 		return err

@@ -2,8 +2,10 @@ package artifact
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -65,6 +67,44 @@ func TestMountOnWhatCommandsMade(t *testing.T) {
 				t.Fatalf("the mount has the mode that the commands set: %v, %v", info, err)
 			}
 			w.wantDrift()
+		})
+	}
+}
+
+// A mount on a directory of the archive hides what lies there, and what commands do in it is not the release's.
+func TestMountOnADirectoryOfTheArchive(t *testing.T) {
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			dir, file := treetest.File{Mode: fs.ModeDir | 0o700}, treetest.File{Mode: 0o644, Data: "content"}
+			const odd, like = `top/up l*\ads`, `top/up lo\ads`
+			w := deployWithCommands(t, strategy,
+				treetest.Tree{"data": dir, "data/file": file, "data/sub": dir, "data/sub/file": file,
+					"single": file, "top": dir, odd: dir, odd + "/file": file, like: dir, like + "/file": file},
+				func(in func(p string) string) error {
+					precious := treetest.BindMount(t, in("data"))
+					treetest.WriteFile(t, filepath.Join(filepath.Dir(precious), "file"), "theirs")
+					return os.WriteFile(in("made"), []byte("made"), 0o644)
+				})
+			w.wantDrift()
+			treetest.BindMount(t, w.in(odd))
+			precious := treetest.BindMount(t, t.TempDir())
+			if err := unix.Mount(precious, w.in("single"), "", unix.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			w.wantDrift()
+			treetest.WriteFile(t, w.in(like+"/file"), "tampered")
+			want := []Difference{{like + "/file", "content"}}
+			w.wantDrift(want...)
+			if strategy == deployments.StrategyRsync {
+				if found, err := w.Compare(t.Context(), w.rel, 0); err != nil || !slices.Equal(found, want) {
+					t.Errorf("compared: %v, %v", found, err)
+				}
+				for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeFiles(w.rel).made) {
+					if m.Path != "made" {
+						t.Errorf("recorded as the commands': %s", m.Path)
+					}
+				}
+			}
 		})
 	}
 }

@@ -146,6 +146,20 @@ func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	return args, nil
 }
 
+// excludeMounts returns options by which rsync neither reads, compares nor deletes the mounts below dest.
+func excludeMounts(dest *safefs.Place) (args []string, err error) {
+	mounts, err := safefs.MountsBelow(dest.Path(""))
+	if err != nil {
+		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
+	}
+	for _, m := range mounts {
+		if m != "." {
+			args = append(args, "--exclude", rsyncPattern(m, ""))
+		}
+	}
+	return args, nil
+}
+
 // excludeFrom returns the path of the manifest's exclude_from in r's tree; empty: it names none. If the file is
 // missing, the error wraps ErrUntouched.
 func (s rsyncSwitcher) excludeFrom(r *Release) (string, error) {
@@ -189,8 +203,8 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 	return s.Switch(ctx, r)
 }
 
-// Verify asks rsync what it would change, and leaves out what r's commands made. It returns nothing if r's unpacked
-// tree is gone. rsync can't bound its reading speed, so limit is ignored.
+// Verify asks rsync what it would change, and leaves out mounts and what r's commands made. It returns nothing if r's
+// unpacked tree is gone. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
 	if !safefs.Exists(s.tree(r)) {
 		return nil, nil
@@ -267,13 +281,18 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	return err
 }
 
-// itemize adds to items what rsync would change in dest. With quick, rsync compares files by size and time, else by
-// content.
+// itemize adds to items what rsync would change in dest, except in mounts. With quick, rsync compares files by size and
+// time, else by content.
 func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, items *itemized, quick bool) error {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return err
 	}
+	mounts, err := excludeMounts(dest)
+	if err != nil {
+		return err
+	}
+	args = append(mounts, args...) // rsync goes by the first pattern that matches
 	if quick {
 		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
 		args = append(args, "--modify-window=-1") // nanoseconds: commands may run in the second of the unpacking

@@ -335,7 +335,7 @@ func BindMount(t *testing.T, path string) (file string) {
 			t.Error(err)
 		}
 		for line := range strings.Lines(string(mounts)) {
-			at := strings.ReplaceAll(strings.Fields(line)[4], `\040`, " ")
+			at := strings.NewReplacer(`\040`, " ", `\134`, `\`).Replace(strings.Fields(line)[4])
 			if !strings.HasPrefix(at, root+"/") {
 				continue
 			}
