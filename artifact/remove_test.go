@@ -109,6 +109,22 @@ func TestMountOnADirectoryOfTheArchive(t *testing.T) {
 	}
 }
 
+// A file that is mounted on another one in dest, which the archive lacks, doesn't keep rsync from switching.
+func TestRsyncBesideAMountedFile(t *testing.T) {
+	w := deployWithCommands(t, deployments.StrategyRsync, treetest.Tree{"file": {Mode: 0o644, Data: "content"}},
+		func(func(string) string) error { return nil })
+	treetest.WriteFile(t, w.in("single"), "")
+	precious := treetest.BindMount(t, t.TempDir())
+	if err := unix.Mount(precious, w.in("single"), "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Switch(t.Context(), w.rel); err != nil {
+		t.Error(err)
+	}
+	w.wantFile("single", 0o644, "data")
+	w.wantDrift()
+}
+
 // What was at dest before is put back even if something is mounted in the release that failed; a log may be missing.
 func TestAMountDoesNotPreventARestore(t *testing.T) {
 	aside := filepath.Join(t.TempDir(), "failed")

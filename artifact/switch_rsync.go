@@ -140,7 +140,8 @@ func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	}
 	for _, m := range mounts {
 		if m != "." {
-			args = append(args, "--filter", "P "+rsyncPattern(m, "/***")) // what lies there is not deleted
+			// Neither a mounted file nor what lies in a mounted directory is deleted.
+			args = append(args, "--filter", "P "+rsyncPattern(m, ""), "--filter", "P "+rsyncPattern(m, "/**"))
 		}
 	}
 	return args, nil
