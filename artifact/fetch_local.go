@@ -284,7 +284,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		if w.link(from, e) == nil {
 			var after unix.Stat_t
 			if unix.Fstat(from, &after) == nil && statOf(&f.info).sameContent(statOf(&after)) {
-				old.known.linked(f.entry, &after)
+				old.known.recordLink(f.entry, &after)
 				w.stats[i] = statOf(&after)
 			}
 			w.ready[i] = true
@@ -364,7 +364,7 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 	if after == nil {
 		return false, err
 	}
-	old.known.linked(n, after)
+	old.known.recordLink(n, after)
 	w.stats[i] = statOf(after)
 	w.ready[i] = true
 	return true, nil

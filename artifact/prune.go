@@ -113,7 +113,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 			left = errors.Join(left, safefs.RemoveTree(filepath.Join(r.private(), name)))
 		}
 	}
-	if err := files.renew(); err != nil {
+	if err := files.saveNewCtimes(); err != nil {
 		r.log.Warn("could not record the files of the live release, which will be read once more", "dest", r.dest,
 			"error", err)
 	}
@@ -131,14 +131,14 @@ func (r *Releases) remove(name string) error {
 	if err := safefs.RemoveTree(trash); err != nil {
 		return err
 	}
-	r.at("trash")
+	r.reachStep("trash")
 	if err := makeMovable(dir); err != nil {
 		return err
 	}
 	if err := os.Rename(dir, trash); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	r.at("trashed")
+	r.reachStep("trashed")
 	for _, suffix := range []string{statsSuffix, changesSuffix, beforeSuffix, recordSuffix, indexSuffix} {
 		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

@@ -70,7 +70,7 @@ type Release struct {
 	// and not parsed again when the release is read from disk.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current, Stage, Release.in set it.
+	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current, Stage, withDirIn set it.
 	Dir string `json:"-"`
 }
 
@@ -101,10 +101,10 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns a copy of the Releases with bounds. within says where dest may lie, and owner who
-// may own the directories that lead there: see safefs.PlaceOptions. owners checks who files may
+// WithBounds returns a copy of the Releases with bounds. within says where dest may lie, and owner
+// who may own the directories that lead there: see safefs.PlaceOptions. owners checks who files may
 // belong to: see SwitcherConfig.
-func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
+func (r *Releases) WithBounds(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
 	return &bounded
@@ -196,8 +196,9 @@ const (
 	privateName      = ".kedge"
 )
 
-// in returns a copy of rel whose Dir is the release's path in DEST.releases, whether or not that directory exists.
-func (rel *Release) in(r *Releases) *Release {
+// withDirIn returns a copy of rel whose Dir is the release's path in DEST.releases, whether or not that directory
+// exists.
+func (rel *Release) withDirIn(r *Releases) *Release {
 	at := *rel
 	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))
 	return &at
@@ -349,7 +350,8 @@ func (r *Releases) readIndex(name string, rec *record) ([]byte, error) {
 	return data, nil
 }
 
-func (r *Releases) at(name string) {
+// reachStep calls step, if that is set.
+func (r *Releases) reachStep(name string) {
 	if r.step != nil {
 		r.step(name)
 	}

@@ -69,7 +69,7 @@ func (r *Releases) stage(
 	if err := r.changeFiles(nameOf(m.Version, p.Digest)).remove(); err != nil { // of an earlier tree
 		return nil, err
 	}
-	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
+	return r.stageAnew(ctx, p, m, raw, r.base(opt.Base), opt, false)
 }
 
 // Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the time.
@@ -81,15 +81,15 @@ func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 		return fmt.Errorf("heal %s: %w", rel.Dir, err)
 	}
 	defer leave()
-	if _, err := r.renew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}, true); err != nil {
+	if _, err := r.stageAnew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}, true); err != nil {
 		return fmt.Errorf("heal %s: %w", rel.Dir, err)
 	}
 	return nil
 }
 
-// renew stages a release, even if it is there already. If heals is set, it restores what the release's commands
+// stageAnew stages a release, even if it is there already. If heals is set, it restores what the release's commands
 // made.
-func (r *Releases) renew(
+func (r *Releases) stageAnew(
 	ctx context.Context,
 	p deployments.Pointer,
 	m *deployments.Manifest,
@@ -102,13 +102,13 @@ func (r *Releases) renew(
 	if err := r.prepare(staging); err != nil {
 		return nil, err
 	}
-	r.at("fetch")
+	r.reachStep("fetch")
 	opt.resumes = true
 	tree, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
 	if err != nil {
 		return nil, errors.Join(err, abandon(err, m, staging))
 	}
-	r.at("fetched")
+	r.reachStep("fetched")
 	if err := r.linkShared(staging, m); err != nil {
 		return nil, err
 	}
@@ -120,7 +120,7 @@ func (r *Releases) renew(
 	if err != nil {
 		return nil, err
 	}
-	r.at("synced")
+	r.reachStep("synced")
 	dir := filepath.Join(r.top(), name)
 	var made []commandChange
 	if heals {
@@ -149,18 +149,18 @@ func (r *Releases) renew(
 	if err := durable.WriteFile(filepath.Join(r.private(), name+indexSuffix), tree.index, 0o600); err != nil {
 		return nil, err
 	}
-	r.at("index")
+	r.reachStep("index")
 	if err := durable.WriteFile(filepath.Join(r.private(), name+recordSuffix), rec, 0o600); err != nil {
 		return nil, err
 	}
-	r.at("record")
-	r.noteFiles(name, sum, stats, base)
+	r.reachStep("record")
+	r.saveStagedStats(name, sum, stats, base)
 	if !replaced {
 		if err := os.Rename(staging, dir); err != nil {
 			return nil, err
 		}
 	}
-	r.at("installed")
+	r.reachStep("installed")
 	rel := &Release{Pointer: p, Manifest: m, Raw: raw, Dir: filepath.Join(r.shownTop(), name)}
 	if err := r.setMode(rel); err != nil {
 		return nil, err
@@ -195,9 +195,9 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (s
 	return stats, err
 }
 
-// noteFiles records the stats of a staged release, unless hashAlways is set. If files of base were hard-linked, which
-// changes their ctimes, it records those of base again. A failure is only logged: the files are hashed the next time.
-func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
+// saveStagedStats records the stats of a staged release, unless hashAlways is set. If files of base were hard-linked,
+// which changes their ctimes, it records those of base again. A failure is only logged: the files are hashed the next time.
+func (r *Releases) saveStagedStats(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
 	}
@@ -254,7 +254,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
 		return false, fmt.Errorf("%s is there already, and can't be exchanged (%w): move it away, and try again", dir, err)
 	}
-	r.at("replaced")
+	r.reachStep("replaced")
 	old := r.displaced(staging)
 	if err := safefs.RemoveTree(old); err != nil {
 		return false, err
@@ -284,7 +284,7 @@ func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest,
 			return fmt.Errorf("keeping the owners of the live tree: %w", err)
 		}
 	}
-	r.at("made")
+	r.reachStep("made")
 	return durable.SyncFS(staging)
 }
 

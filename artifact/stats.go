@@ -53,8 +53,8 @@ func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
 	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)
 }
 
-// linked records that a verified file got another hard link, which changed its ctime.
-func (k *knownFiles) linked(entry int, after *unix.Stat_t) {
+// recordLink records that a verified file got another hard link, which changed its ctime.
+func (k *knownFiles) recordLink(entry int, after *unix.Stat_t) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.stats != nil {
@@ -178,7 +178,8 @@ type keptStats struct {
 }
 
 // keepStats returns the recorded stats of those files of the live release that are unchanged. It is called before
-// other releases are removed, and renew afterwards. If no stats can be used, it returns nil, and renew does nothing.
+// other releases are removed, and saveNewCtimes afterwards. If no stats can be used, it returns nil, and saveNewCtimes
+// does nothing.
 func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if live == nil {
 		return nil
@@ -206,8 +207,8 @@ func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	return k
 }
 
-// renew records the files' new ctimes after other links to them were removed.
-func (k *keptStats) renew() error {
+// saveNewCtimes records the files' new ctimes after other links to them were removed.
+func (k *keptStats) saveNewCtimes() error {
 	if k == nil {
 		return nil
 	}

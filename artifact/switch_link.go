@@ -92,7 +92,7 @@ func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]
 func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference, err error) {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if errors.Is(err, ErrNoRelease) {
-		found = rel.in(l.releases)
+		found = rel.withDirIn(l.releases)
 		if err := l.releases.Heal(ctx, found); err != nil {
 			return nil, err
 		}
@@ -184,12 +184,12 @@ func (r *Releases) switchTo(rel *Release) error {
 		return err
 	}
 	link := filepath.Join(r.private(), linkName)
-	r.at("link")
+	r.reachStep("link")
 	if err := os.Symlink(target, link); err != nil {
 		return err
 	}
 	info, err := os.Lstat(r.link())
-	r.at("switch")
+	r.reachStep("switch")
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.link())):
@@ -206,7 +206,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(link))
 	}
-	r.at("switched")
+	r.reachStep("switched")
 	if err := durable.SyncDir(r.parent()); err != nil {
 		return err
 	}
@@ -289,11 +289,11 @@ func (r *Releases) restore() (bool, error) {
 		return false, nil
 	}
 	last := kept[len(kept)-1]
-	r.at("restore")
+	r.reachStep("restore")
 	if err := unix.Renameat2(unix.AT_FDCWD, last, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE); err != nil {
 		return false, fmt.Errorf("putting back what was at %s before kedge: %w", r.dest, err)
 	}
-	r.at("restored")
+	r.reachStep("restored")
 	r.log.Info("put back what was at dest before kedge", "dest", r.dest)
 	return true, errors.Join(durable.SyncDir(r.parent()), os.Remove(last), durable.SyncDir(r.top()))
 }

@@ -98,7 +98,7 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	case m.Src == "":
 		return commandsOnly{}
 	case m.Strategy == deployments.StrategyRelease:
-		releases := Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner, c.Owners)
+		releases := Open(m.Dest, c.Objects, c.Log).WithBounds(c.Within, m.Owner, c.Owners)
 		releases.hashAlways = c.HashAlways
 		return linkSwitcher{releases}
 	case m.Strategy == deployments.StrategyMv:
