@@ -9,9 +9,9 @@ import (
 	"kedge/artifact/safefs"
 )
 
-// heals reports whether staging a release anew would remove any of these differences of its tree.
-// If that can't be found out, it returns true.
-func (r *Releases) heals(rel *Release, differences []Difference) bool {
+// stagingWouldMend reports whether staging a release anew would remove any of these differences of
+// its tree. If that can't be found out, it returns true.
+func (r *Releases) stagingWouldMend(rel *Release, differences []Difference) bool {
 	r, leave, err := r.enter(false)
 	if err != nil {
 		return true

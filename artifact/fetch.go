@@ -44,8 +44,8 @@ func (b *base) decode() (x *archive.Index, err error) {
 	return b.decoded, err
 }
 
-// filled is a tree that was put into a directory.
-type filled struct {
+// fetchedTree is a tree that was put into a directory.
+type fetchedTree struct {
 	index   []byte
 	decoded *archive.Index // nil: index isn't decoded yet
 	// stats has, by entry of the index, the stats of files that were hard-linked to verified ones, from after linking.
@@ -63,7 +63,7 @@ func fetchIndexed(
 	base *base,
 	dir string,
 	opt StageOptions,
-) (tree filled, err error) {
+) (tree fetchedTree, err error) {
 	if m.Index == nil {
 		return tree, fmt.Errorf("fetch %s: the manifest names no index", deployments.ShownURL(m.Src))
 	}
@@ -76,7 +76,7 @@ func fetchIndexed(
 	if err := dropDeltas(dir, ""); err != nil {
 		return tree, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
-	return filled{f.encoded, f.index, f.tree.stats}, nil
+	return fetchedTree{f.encoded, f.index, f.tree.stats}, nil
 }
 
 // fetch is the state of one fetch of an indexed archive: of a release to unpack, or of an old one for a delta.

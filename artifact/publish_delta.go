@@ -269,8 +269,8 @@ func fetchPatched(
 	if m.Index == nil {
 		plain := *m
 		plain.Owner, plain.Immutable = "", false // not needed, and the owner may not exist on this machine
-		filled, err := fill(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
-		return filled.index, err
+		tree, err := fetchInto(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
+		return tree.index, err
 	}
 	newX, err := new.decode()
 	if err != nil {

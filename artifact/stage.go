@@ -104,9 +104,9 @@ func (r *Releases) stageAnew(
 	}
 	r.reachStep("fetch")
 	opt.resumes = true
-	tree, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
+	tree, err := fetchInto(ctx, r.objects, m, base, staging, opt, r.owners)
 	if err != nil {
-		return nil, errors.Join(err, abandon(err, m, staging))
+		return nil, errors.Join(err, removeIfUseless(err, m, staging))
 	}
 	r.reachStep("fetched")
 	if err := r.linkShared(staging, m); err != nil {
@@ -173,7 +173,7 @@ func (r *Releases) stageAnew(
 
 // syncTree syncs a staged tree to the disk, and collects its files' stats meanwhile. With hashAlways there are no
 // stats.
-func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (stats []fileStat, err error) {
+func (r *Releases) syncTree(ctx context.Context, staging string, tree fetchedTree) (stats []fileStat, err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return durable.SyncFS(staging) })
 	if !r.hashAlways {
@@ -333,14 +333,14 @@ func unpack(
 	if m.Src == "" {
 		return errors.New("unpack: the manifest has commands only, and no tree")
 	}
-	if _, err := fill(ctx, objects, m, nil, dir, opt, owners); err != nil {
+	if _, err := fetchInto(ctx, objects, m, nil, dir, opt, owners); err != nil {
 		return fmt.Errorf("unpack into %s: %w", dir, err)
 	}
 	return durable.SyncFS(dir)
 }
 
-// fill puts m's tree into dir, and sets its owner. The tree isn't synced yet.
-func fill(
+// fetchInto puts m's tree into dir, and sets its owner. The tree isn't synced yet.
+func fetchInto(
 	ctx context.Context,
 	objects *object.Client,
 	m *deployments.Manifest,
@@ -348,7 +348,7 @@ func fill(
 	dir string,
 	opt StageOptions,
 	owners func(uid, gid int) error,
-) (tree filled, err error) {
+) (tree fetchedTree, err error) {
 	if _, _, err := safefs.LookupOwner(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
 		return tree, err
 	}
@@ -365,10 +365,10 @@ func fill(
 	return tree, applyOwner(ctx, dir, m.Owner) // which changes no linked file: each has that owner already
 }
 
-// abandon removes a staged tree, and what was fetched of its deltas, if the next try can't use them. That is so if m
-// has no index, the disk is full, or the release is wrong, missing or changed. Otherwise the verified parts of the
-// tree are kept.
-func abandon(err error, m *deployments.Manifest, staging string) error {
+// removeIfUseless removes a staged tree, and what was fetched of its deltas, if the next try can't
+// use them. That is so if m has no index, the disk is full, or the release is wrong, missing or
+// changed. Otherwise the verified parts of the tree are kept.
+func removeIfUseless(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
 		slices.ContainsFunc([]error{

@@ -103,7 +103,7 @@ func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference
 		return nil, err
 	}
 	left, err = l.releases.Verify(ctx, found, 0)
-	if err != nil || len(left) > 0 && l.releases.heals(found, left) {
+	if err != nil || len(left) > 0 && l.releases.stagingWouldMend(found, left) {
 		if err := l.releases.Heal(ctx, found); err != nil {
 			return nil, err
 		}
