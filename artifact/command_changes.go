@@ -38,7 +38,7 @@ const (
 
 // commandChange is a path of a live tree that the release's own commands made, changed or removed. From then on it
 // belongs to the release: verify reports it only if it changes again, and healing restores it as far as it can. In
-// changeFiles.before, it is a path that differed before the commands ran.
+// changeRecord.before, it is a path that differed before the commands ran.
 type commandChange struct {
 	Path string `json:"path"` // "." is the tree itself
 	// What is the difference from the archive: see Difference.
@@ -51,12 +51,13 @@ type commandChange struct {
 	Target string      `json:"target,omitempty"`
 	// Sum is set if the path is a file of the archive whose content was changed: it is the new content's digest.
 	Sum *deployments.Digest `json:"sum,omitempty"`
-	// Content is the content of a small file. Kept is set if it was recorded.
-	Content []byte `json:"content,omitempty"`
-	Kept    bool   `json:"kept,omitempty"`
-	// Inode and Changed, the mtime in nanoseconds, tell whether something has written to the path since it was recorded.
-	Inode   uint64 `json:"inode,omitempty"`
-	Changed int64  `json:"changed,omitempty"`
+	// Content is the content of a small file. ContentKept is set if it was recorded.
+	Content     []byte `json:"content,omitempty"`
+	ContentKept bool   `json:"kept,omitempty"`
+	// Inode and Mtime, in nanoseconds, tell whether something has written to the path since it was
+	// recorded.
+	Inode uint64 `json:"inode,omitempty"`
+	Mtime int64  `json:"changed,omitempty"`
 }
 
 type fileType string
@@ -86,8 +87,8 @@ func (m *commandChange) comesAndGoes() bool {
 	return false
 }
 
-// changeFiles are the two files that record what a release's commands made.
-type changeFiles struct {
+// changeRecord is the pair of files that record what a release's commands made.
+type changeRecord struct {
 	made string
 	// before records the differences from before the commands ran, which the commands didn't make. It exists until the
 	// commands are done.
@@ -99,12 +100,12 @@ const (
 	beforeSuffix  = ".before"
 )
 
-func (r *Releases) changeFiles(name string) changeFiles {
-	return changeFiles{filepath.Join(r.private(), name+changesSuffix), filepath.Join(r.private(), name+beforeSuffix)}
+func (r *Releases) changeRecord(name string) changeRecord {
+	return changeRecord{filepath.Join(r.private(), name+changesSuffix), filepath.Join(r.private(), name+beforeSuffix)}
 }
 
 // remove removes both files, if they exist.
-func (f changeFiles) remove() error {
+func (f changeRecord) remove() error {
 	var err error
 	for _, p := range []string{f.made, f.before} {
 		if failed := os.Remove(p); failed != nil && !errors.Is(failed, fs.ErrNotExist) {
@@ -137,7 +138,7 @@ func writeChanges(file string, made []commandChange) error {
 
 // recordBefore records the differences of a tree before its release's commands run, without those that commands caused
 // earlier. If there is a record already, the commands may have run, and been cut off: it is kept.
-func (f changeFiles) recordBefore(dir string, differences []Difference) error {
+func (f changeRecord) recordBefore(dir string, differences []Difference) error {
 	if safefs.Exists(f.before) {
 		return nil
 	}
@@ -153,7 +154,7 @@ func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 // recordAfter records what commands made in the tree at dir: the differences, except those that
 // recordBefore recorded and that haven't changed since. If there are none, it removes both files.
 // left counts the paths beyond maxChanges, which aren't recorded.
-func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
+func (f changeRecord) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return 0, err
@@ -166,7 +167,7 @@ func (f changeFiles) recordAfter(dir string, differences []Difference) (left int
 	made := describe(root, differences, true)
 	made = slices.DeleteFunc(made, func(m commandChange) bool {
 		was, there := before[m.Path]
-		return there && was.Inode == m.Inode && was.Changed == m.Changed
+		return there && was.Inode == m.Inode && was.Mtime == m.Mtime
 	})
 	left = max(0, len(made)-maxChanges)
 	if made = made[:len(made)-left]; len(made) == 0 {
@@ -235,7 +236,7 @@ func changeAt(root *os.Root, p string) commandChange {
 		m.Target, _ = root.Readlink(p)
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		m.UID, m.GID, m.Inode, m.Changed = int(st.Uid), int(st.Gid), st.Ino, st.Mtim.Nano()
+		m.UID, m.GID, m.Inode, m.Mtime = int(st.Uid), int(st.Gid), st.Ino, st.Mtim.Nano()
 	}
 	return m
 }
@@ -255,7 +256,7 @@ func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 		return
 	}
 	*kept += len(data)
-	m.Content, m.Kept = data, true
+	m.Content, m.ContentKept = data, true
 }
 
 var errTooLarge = errors.New("it is too large")
@@ -413,8 +414,13 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid returns withoutChanges of the differences of the tree at dir.
-func overlaid(dir string, made []commandChange, differences []Difference, mounts []string) ([]Difference, error) {
+// withoutChangesAt returns withoutChanges of the differences of the tree at dir.
+func withoutChangesAt(
+	dir string,
+	made []commandChange,
+	differences []Difference,
+	mounts []string,
+) ([]Difference, error) {
 	if len(made) == 0 {
 		return differences, nil
 	}

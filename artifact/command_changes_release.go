@@ -17,7 +17,7 @@ func (r *Releases) stagingWouldMend(rel *Release, differences []Difference) bool
 		return true
 	}
 	defer leave()
-	gone := unrestorable(readChanges(r.changeFiles(filepath.Base(rel.Dir)).made), differences)
+	gone := unrestorable(readChanges(r.changeRecord(filepath.Base(rel.Dir)).made), differences)
 	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
 }
 
@@ -35,7 +35,7 @@ func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 		return fmt.Errorf("recording the tree of %s before its commands: %w", rel.Dir, err)
 	}
 	defer leave()
-	files := r.changeFiles(filepath.Base(rel.Dir))
+	files := r.changeRecord(filepath.Base(rel.Dir))
 	if safefs.Exists(files.before) {
 		return nil
 	}
@@ -60,7 +60,7 @@ func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 	found, more, err := r.differences(ctx, rel, verification{quick: true, raw: true})
 	if err == nil && !uncompared(found) {
 		var left int
-		left, err = r.changeFiles(filepath.Base(rel.Dir)).recordAfter(r.dirOf(rel), found)
+		left, err = r.changeRecord(filepath.Base(rel.Dir)).recordAfter(r.dirOf(rel), found)
 		if left += more; err == nil && left > 0 {
 			r.log.Warn("the release's commands made more paths than kedge records: the others count as drift",
 				"dir", rel.Dir, "recorded", maxChanges, "left_out", left)

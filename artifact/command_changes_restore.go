@@ -86,7 +86,7 @@ func restoreLate(dir, old string, made []commandChange) error {
 func (m *commandChange) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
-		return m.Kept
+		return m.ContentKept
 	case m.Type == typeDir && m.whole():
 		return false // its content isn't known
 	}
@@ -134,7 +134,7 @@ func (r *restorer) restore(m *commandChange) error {
 		}
 		return r.mode(m)
 	}
-	if m.Type != typeFile || !m.Kept {
+	if m.Type != typeFile || !m.ContentKept {
 		return nil // lost: verify reports it
 	}
 	if err := r.clear(m.Path); err != nil {
@@ -202,7 +202,7 @@ func (r *restorer) mode(m *commandChange) error {
 	}
 	if m.Sum == nil { // asLeft has compared nothing
 		info, err := r.tree.Lstat(m.Path)
-		if err != nil || !m.Kept || info.Size() != int64(len(m.Content)) {
+		if err != nil || !m.ContentKept || info.Size() != int64(len(m.Content)) {
 			return nil
 		}
 		if data, err := r.tree.ReadFile(m.Path); err != nil || !bytes.Equal(data, m.Content) {

@@ -117,7 +117,7 @@ func TestTouchedFilesAreTheArchives(t *testing.T) {
 				os.WriteFile(in("changed"), []byte("CONTENT"), 0o644))
 		})
 	var recorded []string
-	for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeFiles(w.rel).made) {
+	for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeRecord(w.rel).made) {
 		recorded = append(recorded, m.Path+" "+m.What)
 	}
 	if got := strings.Join(recorded, ", "); got != "changed content, private mode" {

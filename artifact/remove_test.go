@@ -99,7 +99,7 @@ func TestMountOnADirectoryOfTheArchive(t *testing.T) {
 				if found, err := w.Compare(t.Context(), w.rel, 0); err != nil || !slices.Equal(found, want) {
 					t.Errorf("compared: %v, %v", found, err)
 				}
-				for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeFiles(w.rel).made) {
+				for _, m := range readChanges(w.Switcher.(rsyncSwitcher).changeRecord(w.rel).made) {
 					if m.Path != "made" {
 						t.Errorf("recorded as the commands': %s", m.Path)
 					}

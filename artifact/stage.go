@@ -66,7 +66,7 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.changeFiles(nameOf(m.Version, p.Digest)).remove(); err != nil { // of an earlier tree
+	if err := r.changeRecord(nameOf(m.Version, p.Digest)).remove(); err != nil { // of an earlier tree
 		return nil, err
 	}
 	return r.stageAnew(ctx, p, m, raw, r.base(opt.Base), opt, false)
@@ -127,7 +127,7 @@ func (r *Releases) stageAnew(
 		if err := safefs.NoMounts(dir); err != nil { // nothing can be taken from a tree with a mount
 			return nil, err
 		}
-		made = readChanges(r.changeFiles(name).made)
+		made = readChanges(r.changeRecord(name).made)
 		if err := r.restoreChanges(staging, dir, m, made); err != nil {
 			return nil, err
 		}

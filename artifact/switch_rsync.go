@@ -48,7 +48,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	}
 	defer dest.Close()
 	if s.c.Changes != "" {
-		if err := s.changeFiles(r).remove(); err != nil { // rsync removes what the commands made
+		if err := s.changeRecord(r).remove(); err != nil { // rsync removes what the commands made
 			return err
 		}
 	}
@@ -221,7 +221,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 		return nil, err
 	}
 	defer dest.Close()
-	made := readChanges(s.changeFiles(r).made)
+	made := readChanges(s.changeRecord(r).made)
 	items := &itemized{skip: wholePaths(made)}
 	if err := s.itemize(ctx, r, dest, items, false); err != nil {
 		return nil, err
@@ -230,7 +230,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if err != nil {
 		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
 	}
-	return overlaid(dest.Path(""), made, items.all(), mounts)
+	return withoutChangesAt(dest.Path(""), made, items.all(), mounts)
 }
 
 // open is dest for callers that haven't opened dest's parent directory, which must exist.
@@ -243,9 +243,9 @@ func (s rsyncSwitcher) open(r *Release, create bool) (*safefs.Place, error) {
 	return s.dest(parent, r, create)
 }
 
-func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
+func (s rsyncSwitcher) changeRecord(r *Release) changeRecord {
 	name := filepath.Join(s.c.Changes, r.Pointer.Digest.String())
-	return changeFiles{name + changesSuffix, name + beforeSuffix}
+	return changeRecord{name + changesSuffix, name + beforeSuffix}
 }
 
 // RecordAfter records what the release's commands changed in dest. rsync compares dest with the
@@ -274,7 +274,7 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	if err := os.MkdirAll(s.c.Changes, 0o700); err != nil {
 		return err
 	}
-	left, err := s.changeFiles(r).recordAfter(dest.Path(""), found)
+	left, err := s.changeRecord(r).recordAfter(dest.Path(""), found)
 	if left += items.more; err == nil && left > 0 && s.c.Log != nil {
 		s.c.Log.Warn("the release's commands made more paths than kedge records: the others count as drift",
 			"dest", r.Manifest.Dest, "recorded", maxChanges, "left_out", left)
@@ -336,7 +336,7 @@ func (s rsyncSwitcher) withUnread(ctx context.Context, r *Release, dest *safefs.
 // Heal makes dest equal to r's tree, except what r's commands made, which it restores as far as it can. left are the
 // remaining differences.
 func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
-	made := readChanges(s.changeFiles(r).made)
+	made := readChanges(s.changeRecord(r).made)
 	if len(made) == 0 {
 		return nil, s.SwitchBack(ctx, r, nil, false)
 	}
@@ -386,7 +386,7 @@ func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []com
 	var patterns strings.Builder
 	for i := range made {
 		m := &made[i]
-		if !m.whole() && m.Type != typeLink && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
+		if !m.whole() && m.Type != typeLink && (m.Sum == nil || !m.ContentKept && !live.asLeft(m)) {
 			continue // rsync corrects it first
 		}
 		patterns.WriteString(rsyncPattern(m.Path, "") + "\n")

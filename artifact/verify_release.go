@@ -74,7 +74,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	var made []commandChange
 	if !how.raw {
-		made = readChanges(r.changeFiles(name).made)
+		made = readChanges(r.changeRecord(name).made)
 		v.made = wholePaths(made)
 	}
 	if err := v.verify(ctx, dir); err != nil {
@@ -93,7 +93,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 		return nil, 0, err
 	}
 	found = append(found, owners...)
-	if found, err = overlaid(dir, made, found, mounts); err != nil {
+	if found, err = withoutChangesAt(dir, made, found, mounts); err != nil {
 		return nil, 0, err
 	}
 	if !how.quick {
