@@ -153,7 +153,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 		return err
 	}
 	if f.large != nil && f.old != nil {
-		if err := f.openLarge(ctx, base, dir); err != nil {
+		if err := f.openLargeDelta(ctx, base, dir); err != nil {
 			return err
 		}
 	}
@@ -167,7 +167,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if n, first := f.spoiled.sum(); n > 0 {
 		f.fallBack("the old release or the delta has wrong content", "dir", base.dir, "files", n, "first", first)
 	}
-	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
+	if err := f.fetchFrames(ctx, f.tree.selectMissingFrames(nil)); err != nil {
 		return err
 	}
 	if f.only != nil {
@@ -184,7 +184,7 @@ func (f *fetch) makeFiles(ctx context.Context) error {
 			return err
 		}
 	}
-	missing := f.tree.missing(f.old) // before takeLocal changes what this reads
+	missing := f.tree.selectMissingFrames(f.old) // before takeLocal changes what this reads
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return f.takeLocal(ctx) })
 	if f.delta != nil {

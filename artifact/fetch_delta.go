@@ -64,10 +64,11 @@ func dropDeltas(dir, keep string) error {
 	return err
 }
 
-// openLarge fetches the large delta to a file beside dir, and sets delta, if the disk has room for the delta and the
-// tree. It resumes what an earlier call began. If the delta can't be used, that is no error, as the archive has
-// everything. An error means that ctx has ended, or that a useless delta can't be removed.
-func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
+// openLargeDelta fetches the large delta to a file beside dir, and sets delta, if the disk has room
+// for the delta and the tree. It resumes what an earlier call began. If the delta can't be used,
+// that is no error, as the archive has everything. An error means that ctx has ended, or that a
+// useless delta can't be removed.
+func (f *fetch) openLargeDelta(ctx context.Context, base *base, dir string) error {
 	file := deltaFile(dir, *f.large)
 	err := dropDeltas(dir, file)
 	if err == nil {

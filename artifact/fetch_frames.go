@@ -195,7 +195,7 @@ func (f *fetch) readSpan(
 // first frame that it could neither send nor skip; s.to if there is none.
 func (f *fetch) tryReadSpan(
 	ctx context.Context,
-	o place,
+	o archiveCopy,
 	s span,
 	wanted []bool,
 	buffers chan []byte,

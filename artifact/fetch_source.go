@@ -16,18 +16,18 @@ type archiveSource struct {
 	size    int64
 
 	mu   sync.Mutex
-	now  place
+	now  archiveCopy
 	left []object.Source // sources to try when now fails
 }
 
-// place is one source's copy of an archive.
-type place struct {
+// archiveCopy is one source's copy of an archive.
+type archiveCopy struct {
 	object.Object
 	source object.Source
 }
 
 // IsMirror reports whether p is a mirror's copy, not the one at the archive's own URL.
-func (p place) IsMirror() bool { return p.source.IsMirror() }
+func (p archiveCopy) IsMirror() bool { return p.source.IsMirror() }
 
 // openArchive opens the archive at the first source that has it.
 func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
@@ -38,7 +38,7 @@ func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
 	return a, nil
 }
 
-func (a *archiveSource) current() place {
+func (a *archiveSource) current() archiveCopy {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.now
@@ -47,7 +47,7 @@ func (a *archiveSource) current() place {
 // nextSource makes the next source that has the archive the current one, after reading from the place in from has
 // failed with err. It does nothing if another goroutine has already replaced that place. An error means that no source
 // is left, or that ctx has ended.
-func (a *archiveSource) nextSource(ctx context.Context, from place, err error) error {
+func (a *archiveSource) nextSource(ctx context.Context, from archiveCopy, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.now.source != from.source {
@@ -75,7 +75,7 @@ func (a *archiveSource) open(ctx context.Context) error {
 			failed = fmt.Errorf("the mirror ignores Range requests, with which parts of an archive are read: %w",
 				object.ErrUnavailable)
 		default:
-			a.now = place{o, s}
+			a.now = archiveCopy{o, s}
 			return nil
 		}
 		if ctx.Err() != nil {

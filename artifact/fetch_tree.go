@@ -33,7 +33,7 @@ type builder struct {
 	// ready says for each entry whether it is made and verified, or isn't wanted; for a directory, whether its mode is
 	// final. The goroutine that makes an entry sets its element; others read it once that goroutine has ended.
 	ready []bool
-	// fetching says which entries writeFrame makes; missing sets it.
+	// fetching says which entries writeFrame makes; selectMissingFrames sets it.
 	fetching []bool
 	// chunks says for each frame whether its content is already in its file. partial is set if any element of chunks was
 	// set.
@@ -142,7 +142,7 @@ func (b *builder) makeDirs(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		b.ready[i] = e.Mode == e.Mode.Perm()|0o700 && b.gets(e.Mode)
+		b.ready[i] = e.Mode == e.Mode.Perm()|0o700 && b.getsAllBits(e.Mode)
 	}
 	if n := len(b.made); n > 0 {
 		close(b.made[n-1])
@@ -192,8 +192,8 @@ func (b *builder) probeWithheld() error {
 	return nil
 }
 
-// gets reports whether a new file or directory surely gets all permission bits of mode.
-func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
+// getsAllBits reports whether a new file or directory surely gets all permission bits of mode.
+func (b *builder) getsAllBits(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
 // sweep removes everything but the directories and regular files that the index has at the same paths. It returns the
 // entries of these files, and gives these directories the mode 0700.
@@ -272,9 +272,9 @@ func hashesTo(f io.ReaderAt, at int64, want archive.Frame) bool {
 	return n == len(data) && deployments.DigestOf(data) == want.Content
 }
 
-// missing returns which frames have content that neither the tree nor old has. It also sets fetching, so that
-// writeFrame writes only the files with such content.
-func (b *builder) missing(old *source) []bool {
+// selectMissingFrames returns which frames have content that neither the tree nor old has. It also
+// sets fetching, so that writeFrame writes only the files with such content.
+func (b *builder) selectMissingFrames(old *source) []bool {
 	wanted := make([]bool, len(b.index.Frames))
 	for _, i := range b.files {
 		e := &b.index.Entries[i]
@@ -390,7 +390,7 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 // create creates a file, which must not exist, with its mode whatever the umask.
 func (w *treeWorker) create(e *archive.Entry) (fd int, err error) {
 	fd, err = w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.Mode.Perm()))
-	if err != nil || w.gets(e.Mode) {
+	if err != nil || w.getsAllBits(e.Mode) {
 		return fd, err
 	}
 	if err := unix.Fchmod(fd, archive.UnixMode(e.Mode)); err != nil {
@@ -424,7 +424,7 @@ func (w *treeWorker) discard(i int) error {
 
 // writeChunk writes a part of a large file at an offset. After the last part it sets the file's mode, and closes it.
 func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
-	l, err := w.openLarge(i)
+	l, err := w.openLargeFile(i)
 	if err != nil {
 		return err
 	}
@@ -442,7 +442,8 @@ func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	return errors.Join(l.file.Chmod(w.index.Entries[i].Mode), l.file.Close())
 }
 
-func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
+// openLargeFile returns the large file of entry i, which all workers open once.
+func (w *treeWorker) openLargeFile(i int) (*largeOpen, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if l, ok := w.open[i]; ok {

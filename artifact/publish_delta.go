@@ -314,14 +314,14 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 		b.ready[job.Entry] = true
 	}
 	old.match(x)
-	byDelta = costOf(x, b.missing(old))
+	byDelta = costOf(x, b.selectMissingFrames(old))
 	byDelta.Bytes += delta
 	byDelta.Requests++
 	clear(b.ready)
 	for n := range x.Frames {
 		_, b.chunks[n] = old.chunks[x.Frames[n].Content]
 	}
-	byRanges = costOf(x, b.missing(old))
+	byRanges = costOf(x, b.selectMissingFrames(old))
 	byRanges.Bytes += int64(len(newIndex))
 	byRanges.Requests++
 	return byRanges, byDelta, nil

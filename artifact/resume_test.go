@@ -107,7 +107,7 @@ func TestAFrameIsWrittenAfterAFailure(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b.missing(nil)
+		b.selectMissingFrames(nil)
 		w := b.worker()
 		raw := slices.Concat(make([]byte, 512), content, make([]byte, 6144-512-len(content)))
 		if err := w.writeFrame(ctx, 0, raw); !errors.Is(err, context.Canceled) {
