@@ -141,7 +141,7 @@ func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	if err := m.forget(); m.c.Before == "" || err != nil {
 		return err
 	}
-	parent, err := m.place(r)
+	parent, err := m.openParent(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -175,7 +175,7 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	parent, err := m.place(r)
+	parent, err := m.openParent(r)
 	if err != nil {
 		return false, err
 	}

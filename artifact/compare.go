@@ -102,7 +102,7 @@ func (s rsyncSwitcher) Compare(ctx context.Context, rel *Release, limit int64) (
 }
 
 func (m moveSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
-	place, err := m.place(rel)
+	place, err := m.openParent(rel)
 	if errors.Is(err, fs.ErrNotExist) {
 		return []Difference{{Path: ".", What: "missing"}}, nil
 	}

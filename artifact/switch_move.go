@@ -16,7 +16,7 @@ import (
 type moveSwitcher struct{ treeSwitcher }
 
 func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
-	parent, err := m.place(r)
+	parent, err := m.openParent(r)
 	if err != nil {
 		return err
 	}
@@ -32,7 +32,7 @@ func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
 // ErrUntouched. If only dest exists, put does nothing, as an earlier call has moved the tree.
 func (m moveSwitcher) put(ctx context.Context, parent *safefs.Place, r *Release) error {
 	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
-	if err := m.clear(parent, r); err != nil {
+	if err := m.removeReleaseLink(parent, r); err != nil {
 		return fmt.Errorf("removing the link at dest: %w", err)
 	}
 	staged := safefs.Exists(tree) || safefs.Exists(beside)
@@ -80,7 +80,7 @@ func (m moveSwitcher) copyBeside(ctx context.Context, parent *safefs.Place, r *R
 }
 
 func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty bool) error {
-	parent, err := m.place(r)
+	parent, err := m.openParent(r)
 	if err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if _, err := s.excludeFrom(r); err != nil { // before a missing dest is made, as this error says that dest is untouched
 		return err
 	}
-	parent, err := s.place(r)
+	parent, err := s.openParent(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("dest's parent directory %s does not exist: create it beforehand, or in a pre command",
 			filepath.Dir(r.Manifest.Dest))
@@ -42,7 +42,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err := s.replaceLink(ctx, parent, r); err != nil {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
-	dest, err := s.dest(parent, r, true)
+	dest, err := s.openDest(parent, r, true)
 	if err != nil {
 		return err
 	}
@@ -76,7 +76,7 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place,
 // replaceLink replaces the link that the release strategy left at dest, if any, by a whole tree. It
 // does so in one exchange, as a release is served from there.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r *Release) error {
-	if !s.linked(parent, r) {
+	if !s.hasReleaseLink(parent, r) {
 		return nil
 	}
 	part := besideName(r) + ".part"
@@ -110,9 +110,10 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 // errNoDirectory means that strategy rsync can't write to dest. What lies there stays, as kedge didn't put it there.
 var errNoDirectory = errors.New("neither a directory nor a link to one")
 
-// dest opens r's dest in parent; create makes a missing one. A link is followed if only trusted users can have made it.
-// The error wraps ErrUntouched and errNoDirectory if something else than a directory lies there.
-func (s rsyncSwitcher) dest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
+// openDest opens r's dest in parent; create makes a missing one. A link is followed if only trusted
+// users can have made it. The error wraps ErrUntouched and errNoDirectory if something else than a
+// directory lies there.
+func (s rsyncSwitcher) openDest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
 	dest, err := parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 	if errors.Is(err, unix.ENOTDIR) {
 		return nil, fmt.Errorf("%w: %s is %w, as sync_strategy rsync needs: move it away (%w)",
@@ -233,14 +234,14 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	return withoutChangesAt(dest.Path(""), made, items.all(), mounts)
 }
 
-// open is dest for callers that haven't opened dest's parent directory, which must exist.
+// open is openDest for callers that haven't opened dest's parent directory, which must exist.
 func (s rsyncSwitcher) open(r *Release, create bool) (*safefs.Place, error) {
-	parent, err := s.place(r)
+	parent, err := s.openParent(r)
 	if err != nil {
 		return nil, err
 	}
 	defer parent.Close()
-	return s.dest(parent, r, create)
+	return s.openDest(parent, r, create)
 }
 
 func (s rsyncSwitcher) changeRecord(r *Release) changeRecord {

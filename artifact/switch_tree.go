@@ -36,14 +36,14 @@ func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }
 
-// place opens the directory that r's dest lies in.
-func (t treeSwitcher) place(r *Release) (*safefs.Place, error) {
+// openParent opens the directory that r's dest lies in.
+func (t treeSwitcher) openParent(r *Release) (*safefs.Place, error) {
 	return safefs.OpenPlace(r.Manifest.Dest, safefs.PlaceOptions{Within: t.c.Within, Owner: r.Manifest.Owner})
 }
 
 func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) error {
 	// An unsafe place is reported before anything is fetched. A pre command may make a missing directory.
-	switch place, err := t.place(r); {
+	switch place, err := t.openParent(r); {
 	case err == nil:
 		place.Close()
 	case !errors.Is(err, fs.ErrNotExist):
@@ -78,15 +78,16 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	return durable.SyncFS(dir)
 }
 
-// linked reports whether the release strategy left a link at dest: writing through it would change a release.
-func (t treeSwitcher) linked(parent *safefs.Place, r *Release) bool {
+// hasReleaseLink reports whether the release strategy left a link at dest: writing through it would
+// change a release.
+func (t treeSwitcher) hasReleaseLink(parent *safefs.Place, r *Release) bool {
 	target, err := linkTarget(parent.Path(filepath.Base(r.Manifest.Dest)), r.Manifest.Dest)
 	return err == nil && filepath.Dir(target) == r.Manifest.Dest+".releases"
 }
 
-// clear removes a link that the release strategy left at dest.
-func (t treeSwitcher) clear(parent *safefs.Place, r *Release) error {
-	if !t.linked(parent, r) {
+// removeReleaseLink removes a link that the release strategy left at dest.
+func (t treeSwitcher) removeReleaseLink(parent *safefs.Place, r *Release) error {
+	if !t.hasReleaseLink(parent, r) {
 		return nil
 	}
 	return os.Remove(parent.Path(filepath.Base(r.Manifest.Dest)))
@@ -95,7 +96,7 @@ func (t treeSwitcher) clear(parent *safefs.Place, r *Release) error {
 // Prune removes what interrupted copies left beside dest, except complete copies of r and of the
 // releases in protect.
 func (t treeSwitcher) Prune(r *Release, _ int, protect, _ []deployments.Digest) error {
-	parent, err := t.place(r)
+	parent, err := t.openParent(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
