@@ -57,7 +57,7 @@ type extractor struct {
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
 	count    int             // entries, and directories without an entry
-	holds    bool            // set once the tree has something but its top directory
+	nonEmpty bool            // set once the tree has something but its top directory
 	names    int             // bytes of the names kept in the maps below
 	links    map[string]bool // symbolic links made so far
 	// top has the attributes of the tree itself; nil: the archive has no entry for it.
@@ -213,7 +213,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return err
 		}
 	}
-	if !x.holds {
+	if !x.nonEmpty {
 		return errors.New("the archive is empty: nothing would be left at dest")
 	}
 	inner := slices.Sorted(maps.Keys(x.dirs)) // sorted, a directory comes before its content
@@ -295,7 +295,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		x.top = a
 		return nil
 	}
-	x.holds = true
+	x.nonEmpty = true
 	if err := x.parents(path.Dir(name)); err != nil {
 		return err
 	}

@@ -255,8 +255,9 @@ type oldFile struct {
 	info      unix.Stat_t
 }
 
-// holds reports whether an open file has e's content. It hashes the file unless it is known to be unchanged.
-func (r *sourceReader) holds(f oldFile, e *archive.Entry) bool {
+// hasContent reports whether an open file has e's content. It hashes the file unless it is known to
+// be unchanged.
+func (r *sourceReader) hasContent(f oldFile, e *archive.Entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true
 	}
@@ -270,7 +271,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 	e, from := &w.index.Entries[i], f.fd
 	if w.partly(i) {
 		// It is hashed first, so that frames from an interrupted fetch are given up only for the complete file.
-		if !old.holds(f, e) {
+		if !old.hasContent(f, e) {
 			return nil
 		}
 		if err := w.discard(i); err != nil {
@@ -278,7 +279,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		}
 	}
 	if share.mayLink(f.info, e) {
-		if !old.holds(f, e) {
+		if !old.hasContent(f, e) {
 			return nil
 		}
 		if w.link(from, e) == nil {

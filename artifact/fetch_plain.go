@@ -158,7 +158,7 @@ func openPlain(
 		if s.found && s.fits(dir) {
 			return s.fetch(ctx, from, o, m.Checksum, meter)
 		}
-		if err := s.mark(); err != nil {
+		if err := s.createEmpty(); err != nil {
 			return nil, err
 		}
 	}

@@ -32,9 +32,9 @@ const (
 // disk has room, a try that finds the spool appends to it, from where the last try ended. It unpacks the spool once
 // that is complete and has the right checksum.
 type spool struct {
-	path string // empty: the archive gets no spool
-	size int64  // of the archive
-	had  int64  // bytes in the file
+	path    string // empty: the archive gets no spool
+	size    int64  // of the archive
+	fetched int64  // bytes in the file
 	// found is set if the file exists, as an earlier try was cut off.
 	found bool
 }
@@ -53,7 +53,7 @@ func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 	}
 	info, err := os.Lstat(s.path)
 	if s.found = err == nil && info.Mode().IsRegular(); s.found {
-		s.had = min(info.Size(), s.size)
+		s.fetched = min(info.Size(), s.size)
 	}
 	return s, nil
 }
@@ -87,12 +87,12 @@ func spooled(dir string) bool {
 func (s spool) fits(dir string) bool {
 	var st unix.Statfs_t
 	err := unix.Statfs(dir, &st)
-	return err == nil && 2*s.size-s.had <= int64(st.Bavail)*st.Bsize
+	return err == nil && 2*s.size-s.fetched <= int64(st.Bavail)*st.Bsize
 }
 
-// mark creates the spool, or truncates it, so that the next try fetches into it. It does nothing for an archive
-// without a spool.
-func (s spool) mark() error {
+// createEmpty creates the spool, or truncates it, so that the next try fetches into it. It does
+// nothing for an archive without a spool.
+func (s spool) createEmpty() error {
 	if s.path == "" {
 		return nil
 	}
@@ -132,7 +132,7 @@ func (s spool) fetch(
 	if err == nil && !matches(sum, checksum) {
 		if err = wrongChecksum(sum, checksum); had > 0 { // what was there may have been spoiled by a loss of power
 			meter.Add(-s.size)
-			if err := errors.Join(file.Close(), s.mark()); err != nil {
+			if err := errors.Join(file.Close(), s.createEmpty()); err != nil {
 				return nil, err
 			}
 			return s.fetch(ctx, from, o, checksum, meter)
