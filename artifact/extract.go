@@ -48,8 +48,9 @@ type extractor struct {
 	ctx    context.Context
 	root   *os.Root
 	owners bool // entries get the archive's owners
-	// allowed returns an error if an entry may not belong to a user and group; nil: any owner is allowed.
-	allowed func(uid, gid int) error
+	// checkOwner returns an error if an entry may not belong to a user and group; nil: any owner is
+	// allowed.
+	checkOwner func(uid, gid int) error
 	// uids and gids cache looked-up users and groups; -1: unknown here.
 	uids, gids map[string]int
 	manifest   *deployments.Manifest
@@ -75,9 +76,9 @@ type attributes struct {
 	time     time.Time
 }
 
-// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take precedence over numbers
-// if they are known here, and a directory keeps set-group-id and the sticky bit. If allowed refuses the owner, its
-// error is returned.
+// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take
+// precedence over numbers if they are known here, and a directory keeps set-group-id and the sticky
+// bit. If checkOwner refuses the owner, its error is returned.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -96,8 +97,8 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	if gid := idCached(x.gids, h.Gname, safefs.LookupGID); gid >= 0 {
 		a.gid = gid
 	}
-	if x.allowed != nil {
-		return a, x.allowed(a.uid, a.gid)
+	if x.checkOwner != nil {
+		return a, x.checkOwner(a.uid, a.gid)
 	}
 	return a, nil
 }

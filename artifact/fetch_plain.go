@@ -36,7 +36,7 @@ func extractFrom(
 	m *deployments.Manifest,
 	dir string,
 	opt StageOptions,
-	owners func(uid, gid int) error,
+	checkOwner func(uid, gid int) error,
 ) error {
 	var own error
 	try := func(s object.Source) error {
@@ -44,14 +44,14 @@ func extractFrom(
 			own = err
 			return nil
 		}
-		err := extract(ctx, s, m, dir, opt, owners)
+		err := extract(ctx, s, m, dir, opt, checkOwner)
 		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // the tree alone may have room
 			if own = errors.Join(dropSpools(dir, ""), safefs.EmptyDir(dir)); own != nil {
 				return nil
 			}
 			streams := opt
 			streams.resumes = false
-			err = extract(ctx, s, m, dir, streams, owners)
+			err = extract(ctx, s, m, dir, streams, checkOwner)
 		}
 		for _, fault := range []error{
 			deployments.ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
@@ -84,7 +84,7 @@ func extract(
 	m *deployments.Manifest,
 	dir string,
 	opt StageOptions,
-	owners func(uid, gid int) error,
+	checkOwner func(uid, gid int) error,
 ) error {
 	src := deployments.ShownURL(from.URL)
 	o, err := from.Stat(ctx, from.URL)
@@ -115,10 +115,10 @@ func extract(
 		dirs:     map[string]*attributes{},
 		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, and stretcher's users rely on it; an owner in the manifest takes precedence.
-		owners:  os.Geteuid() == 0 && m.Owner == "",
-		allowed: owners,
-		uids:    map[string]int{},
-		gids:    map[string]int{},
+		owners:     os.Geteuid() == 0 && m.Owner == "",
+		checkOwner: checkOwner,
+		uids:       map[string]int{},
+		gids:       map[string]int{},
 	}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, sum), 256<<10)
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {

@@ -43,12 +43,12 @@ type PublishOptions struct {
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is stored beside it as
 	// manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
-	// Signed returns an error unless a signature is of these bytes and by the key of Sign. It is called if another
-	// signature is stored already. An interrupted publish may have left it, with a key whose signatures differ each time
-	// (ECDSA). Nil: only an equal signature is accepted.
-	Signed   func(manifest, signature []byte) error
-	Progress func(meter.Progress) // may be nil
-	Log      *slog.Logger         // nil: discard
+	// CheckSignature returns an error unless a signature is of these bytes and by the key of Sign. It
+	// is called if another signature is stored already. An interrupted publish may have left it, with
+	// a key whose signatures differ each time (ECDSA). Nil: only an equal signature is accepted.
+	CheckSignature func(manifest, signature []byte) error
+	Progress       func(meter.Progress) // may be nil
+	Log            *slog.Logger         // nil: discard
 }
 
 // Published is the result of Publish.
@@ -88,7 +88,7 @@ const MaxSignature = 16 << 10
 
 // Publish packs Dir, and uploads archive, index, deltas, manifest and signature. The same tree and
 // options give the same bytes, if Find finds the same releases. An object that exists with other
-// bytes is an error (object.ErrExists), except a signature that Signed accepts. After an
+// bytes is an error (object.ErrExists), except a signature that CheckSignature accepts. After an
 // interruption Publish can be run again: it takes the time of the release from the first run's
 // manifest. Therefore the signature, which covers that time, is uploaded last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
@@ -234,12 +234,12 @@ func (p *publisher) sign(manifest []byte) error {
 	if !errors.Is(err, object.ErrExists) {
 		return err
 	}
-	if p.opt.Signed != nil {
+	if p.opt.CheckSignature != nil {
 		there, readErr := p.objects.ReadAll(p.ctx, p.url+signatureName, MaxSignature)
 		if readErr != nil {
 			return fmt.Errorf("this version is signed already, and that signature can't be read: %w", readErr)
 		}
-		wrong := p.opt.Signed(manifest, there)
+		wrong := p.opt.CheckSignature(manifest, there)
 		if wrong == nil {
 			return nil
 		}

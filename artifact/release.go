@@ -42,8 +42,8 @@ type Releases struct {
 	// within and owner are those of safefs.PlaceOptions: where dest must lie, and who may own the directories to it.
 	within []string
 	owner  string
-	// owners is SwitcherConfig.Owners.
-	owners func(uid, gid int) error
+	// checkOwner is SwitcherConfig.CheckOwner.
+	checkOwner func(uid, gid int) error
 	// hashAlways is SwitcherConfig.HashAlways.
 	hashAlways bool
 	// step is called before and after changes on disk. Tests kill the process in it. May be nil.
@@ -102,11 +102,11 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 }
 
 // WithBounds returns a copy of the Releases with bounds. within says where dest may lie, and owner
-// who may own the directories that lead there: see safefs.PlaceOptions. owners checks who files may
-// belong to: see SwitcherConfig.
-func (r *Releases) WithBounds(within []string, owner string, owners func(uid, gid int) error) *Releases {
+// who may own the directories that lead there: see safefs.PlaceOptions. checkOwner checks who files
+// may belong to: see SwitcherConfig.
+func (r *Releases) WithBounds(within []string, owner string, checkOwner func(uid, gid int) error) *Releases {
 	bounded := *r
-	bounded.within, bounded.owner, bounded.owners = within, owner, owners
+	bounded.within, bounded.owner, bounded.checkOwner = within, owner, checkOwner
 	return &bounded
 }
 

@@ -104,7 +104,7 @@ func (r *Releases) stageAnew(
 	}
 	r.reachStep("fetch")
 	opt.resumes = true
-	tree, err := fetchInto(ctx, r.objects, m, base, staging, opt, r.owners)
+	tree, err := fetchInto(ctx, r.objects, m, base, staging, opt, r.checkOwner)
 	if err != nil {
 		return nil, errors.Join(err, removeIfUseless(err, m, staging))
 	}
@@ -321,19 +321,20 @@ func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest
 	return unpack(ctx, objects, m, dir, opt, nil)
 }
 
-// unpack is Unpack with a check of owners, for the strategies rsync and mv: see SwitcherConfig.Owners.
+// unpack is Unpack with a check of owners, for the strategies rsync and mv: see
+// SwitcherConfig.CheckOwner.
 func unpack(
 	ctx context.Context,
 	objects *object.Client,
 	m *deployments.Manifest,
 	dir string,
 	opt StageOptions,
-	owners func(uid, gid int) error,
+	checkOwner func(uid, gid int) error,
 ) error {
 	if m.Src == "" {
 		return errors.New("unpack: the manifest has commands only, and no tree")
 	}
-	if _, err := fetchInto(ctx, objects, m, nil, dir, opt, owners); err != nil {
+	if _, err := fetchInto(ctx, objects, m, nil, dir, opt, checkOwner); err != nil {
 		return fmt.Errorf("unpack into %s: %w", dir, err)
 	}
 	return durable.SyncFS(dir)
@@ -347,7 +348,7 @@ func fetchInto(
 	base *base,
 	dir string,
 	opt StageOptions,
-	owners func(uid, gid int) error,
+	checkOwner func(uid, gid int) error,
 ) (tree fetchedTree, err error) {
 	if _, _, err := safefs.LookupOwner(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
 		return tree, err
@@ -355,7 +356,7 @@ func fetchInto(
 	if m.Index != nil {
 		tree, err = fetchIndexed(ctx, objects, m, base, dir, opt)
 	} else {
-		if err = extractFrom(ctx, objects, m, dir, opt, owners); err == nil {
+		if err = extractFrom(ctx, objects, m, dir, opt, checkOwner); err == nil {
 			tree.index, err = indexOfTree(ctx, dir)
 		}
 	}

@@ -69,7 +69,7 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 		return fmt.Errorf("making a directory to unpack into: %w", err)
 	}
 	opt.resumes = true
-	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
+	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.CheckOwner); err != nil {
 		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), safefs.RemoveTree(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {

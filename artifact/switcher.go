@@ -80,9 +80,9 @@ type SwitcherConfig struct {
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see safefs.PlaceOptions.
 	Within []string
-	// Owners returns an error if a path of an archive may not get the owner that the archive gives
-	// it; nil: any owner is allowed.
-	Owners func(uid, gid int) error
+	// CheckOwner returns an error if a path of an archive may not get the owner that the archive
+	// gives it; nil: any owner is allowed.
+	CheckOwner func(uid, gid int) error
 	// HashAlways makes the Switcher hash each file of the old release before using it. Otherwise a file is trusted if its
 	// inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
@@ -98,7 +98,7 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	case m.Src == "":
 		return commandsOnly{}
 	case m.Strategy == deployments.StrategyRelease:
-		releases := Open(m.Dest, c.Objects, c.Log).WithBounds(c.Within, m.Owner, c.Owners)
+		releases := Open(m.Dest, c.Objects, c.Log).WithBounds(c.Within, m.Owner, c.CheckOwner)
 		releases.hashAlways = c.HashAlways
 		return linkSwitcher{releases}
 	case m.Strategy == deployments.StrategyMv:

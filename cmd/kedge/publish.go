@@ -103,7 +103,7 @@ as it is: another level takes another version.`,
 				return err
 			}
 			if key != "" {
-				if opt.Sign, opt.Signed, err = manifestSigner(key); err != nil {
+				if opt.Sign, opt.CheckSignature, err = manifestSigner(key); err != nil {
 					return err
 				}
 				if m.Created, err = createdAt(created, time.Now()); err != nil {

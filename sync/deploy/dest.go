@@ -21,7 +21,7 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
 		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Changes: u.changesDir(), Before: before,
 		RsyncVerbose: u.c.RsyncVerbose,
-		Within:       u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
+		Within:       u.c.Bounds.Dests, CheckOwner: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
 		Tool: func(ctx context.Context, all io.Writer, name string, args ...string) ([]byte, error) {
 			log := u.log
 			if all != nil {
