@@ -214,7 +214,7 @@ type packing struct {
 // running is the hash of a large file so far, and the file's mtime when its first part was read.
 type running struct {
 	hash.Hash
-	written unix.Timespec
+	mtime unix.Timespec
 }
 
 // offset is where in a section a file's content begins.
@@ -373,7 +373,7 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	if part.from == 0 {
 		job.offsets = append(job.offsets, offset{part.entry, int64(begin)})
 	}
-	written, err := w.read(e, part)
+	mtime, err := w.read(e, part)
 	if err != nil {
 		return err
 	}
@@ -386,9 +386,9 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	select {
 	case run := <-job.before:
 		if part.from == 0 {
-			run.written = written
+			run.mtime = mtime
 		}
-		if run.written != written {
+		if run.mtime != mtime {
 			return safefs.PathError("read", e.Path, safefs.ErrChanging)
 		}
 		run.Write(data)
@@ -404,29 +404,29 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 
 // read reads a part of a file into raw, and returns the file's mtime. The error is ErrChanging if
 // the path isn't a regular file of the entry's size, or if the file changes meanwhile.
-func (w *packWorker) read(e *Entry, part part) (written unix.Timespec, err error) {
+func (w *packWorker) read(e *Entry, part part) (mtime unix.Timespec, err error) {
 	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return written, err
+		return mtime, err
 	}
 	defer unix.Close(fd)
 	var before, after unix.Stat_t
 	if err := unix.Fstat(fd, &before); err != nil {
-		return written, safefs.PathError("stat", e.Path, err)
+		return mtime, safefs.PathError("stat", e.Path, err)
 	}
 	if before.Mode&unix.S_IFMT != unix.S_IFREG || before.Size != e.Size {
-		return written, safefs.PathError("read", e.Path, safefs.ErrChanging)
+		return mtime, safefs.PathError("read", e.Path, safefs.ErrChanging)
 	}
 	w.raw.Grow(int(part.n))
 	data := w.raw.AvailableBuffer()[:part.n]
 	if err := safefs.ReadAll(fd, data, part.from); err != nil {
-		return written, safefs.PathError("read", e.Path, err)
+		return mtime, safefs.PathError("read", e.Path, err)
 	}
 	if err := unix.Fstat(fd, &after); err != nil {
-		return written, safefs.PathError("stat", e.Path, err)
+		return mtime, safefs.PathError("stat", e.Path, err)
 	}
 	if after.Size != before.Size || after.Mtim != before.Mtim {
-		return written, safefs.PathError("read", e.Path, safefs.ErrChanging)
+		return mtime, safefs.PathError("read", e.Path, safefs.ErrChanging)
 	}
 	w.raw.Write(data) // no copy: it is the buffer's own memory
 	return before.Mtim, nil

@@ -71,7 +71,7 @@ func (m Mirrors) allows(url string) bool {
 
 // mirrors are a client's mirrors, and which of them failed lately.
 type mirrors struct {
-	of Mirrors
+	byPrefix Mirrors
 	// client reads from mirrors, with shorter timeouts than the client that they belong to.
 	client *Client
 
@@ -92,8 +92,8 @@ func newMirrors(c Config, origin *Client) *mirrors {
 		return redirect(url)
 	}
 	client := New(c)
-	client.tries, client.limit = mirrorTries, origin.limit
-	return &mirrors{of: of, client: client, failed: map[string]time.Time{}}
+	client.maxTries, client.limit = mirrorTries, origin.limit
+	return &mirrors{byPrefix: of, client: client, failed: map[string]time.Time{}}
 }
 
 // Source is one of the places that may have an object. Client reads it at URL.
@@ -115,7 +115,7 @@ func (c *Client) Places(url string) []Source {
 	if c.mirrors == nil {
 		return []Source{own}
 	}
-	prefixes, urls := c.mirrors.of.of(url)
+	prefixes, urls := c.mirrors.byPrefix.of(url)
 	var first, last []Source
 	c.mirrors.mu.Lock()
 	defer c.mirrors.mu.Unlock()

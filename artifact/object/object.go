@@ -82,7 +82,7 @@ type Client struct {
 	limit    *rate.Limiter // nil: none
 	stall    time.Duration
 	least    int64
-	tries    int          // of a call, without progress
+	maxTries int          // of a call, without progress
 	mirrors  *mirrors     // nil: there are none
 	http     *http.Client // of http:// and https://
 	google   *http.Client
@@ -141,10 +141,10 @@ const (
 // New returns a client; it does no I/O.
 func New(c Config) *Client {
 	client := &Client{
-		log:   c.Log,
-		stall: cmp.Or(c.StallTimeout, stallTimeout),
-		least: cmp.Or(c.LeastRate, minRate),
-		tries: maxTries,
+		log:      c.Log,
+		stall:    cmp.Or(c.StallTimeout, stallTimeout),
+		least:    cmp.Or(c.LeastRate, minRate),
+		maxTries: maxTries,
 	}
 	if client.log == nil {
 		client.log = slog.New(slog.DiscardHandler)

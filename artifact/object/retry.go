@@ -31,15 +31,15 @@ func (e *transientError) Unwrap() error { return e.err }
 // retry is the signature of Client.retry, for stores that call it.
 type retry func(ctx context.Context, what string, try func() error) error
 
-// retry calls try until it succeeds, fails permanently, or has failed Client.tries times, or until
-// ctx has ended. what names the call in the log. A transient error becomes ErrUnavailable. If ctx
-// ends in a pause, the cause of ctx is the error.
+// retry calls try until it succeeds, fails permanently, or has failed Client.maxTries times, or
+// until ctx has ended. what names the call in the log. A transient error becomes ErrUnavailable. If
+// ctx ends in a pause, the cause of ctx is the error.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
 		err := try()
 		var transient *transientError
-		if err == nil || !errors.As(err, &transient) || n == c.tries || ctx.Err() != nil {
+		if err == nil || !errors.As(err, &transient) || n == c.maxTries || ctx.Err() != nil {
 			return withoutTransient(err)
 		}
 		c.log.Debug("trying again", "what", what, "error", err)
@@ -121,9 +121,9 @@ type pace struct {
 	took  time.Duration // without the bandwidth limit's delays
 }
 
-// slow counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed, it reports whether the rate
-// over this time was too low, and starts p anew. Otherwise it returns false.
-func (c *Client) slow(p *pace, n int, took time.Duration) bool {
+// tooSlowAfter counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed, it
+// reports whether the rate over this time was too low, and starts p anew. Otherwise it returns false.
+func (c *Client) tooSlowAfter(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)
 	if p.took += took; p.took < minStalls*c.stall {
 		return false
@@ -155,7 +155,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 	}
 	began, limited := time.Now(), r.limited
 	n, err := r.read(p)
-	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
+	if err == nil && r.left > 0 && r.client.tooSlowAfter(&r.pace, n, time.Since(began)-(r.limited-limited)) {
 		err = unavailableError{
 			fmt.Errorf("%s: the answer comes slower than %d bytes a second", deployments.ShownURL(r.object.URL), r.client.least),
 		}
@@ -188,7 +188,7 @@ func (r *resuming) read(p []byte) (int, error) {
 		if err := r.ctx.Err(); err != nil {
 			return n, err
 		}
-		if r.tries++; r.tries == r.client.tries {
+		if r.tries++; r.tries == r.client.maxTries {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
