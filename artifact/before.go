@@ -210,8 +210,8 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes the failed release at aside. It only logs what something is mounted on: a mount shall not prevent the
-// restore.
+// discard removes the failed release at aside. It only logs what something is mounted on: a mount
+// shall not prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
 	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {

@@ -43,9 +43,10 @@ type PublishOptions struct {
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is stored beside it as
 	// manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
-	// CheckSignature returns an error unless a signature is of these bytes and by the key of Sign. It
-	// is called if another signature is stored already. An interrupted publish may have left it, with
-	// a key whose signatures differ each time (ECDSA). Nil: only an equal signature is accepted.
+	// CheckSignature returns an error unless a signature is of these bytes and by the key of Sign.
+	// It is called if another signature is stored already. An interrupted publish may have left it,
+	// with a key whose signatures differ each time (ECDSA). Nil: only an equal signature is
+	// accepted.
 	CheckSignature func(manifest, signature []byte) error
 	Progress       func(meter.Progress) // may be nil
 	Log            *slog.Logger         // nil: discard

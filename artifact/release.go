@@ -70,7 +70,8 @@ type Release struct {
 	// and not parsed again when the release is read from disk.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current, Stage, withDirIn set it.
+	// Dir is the absolute path of the release's directory in DEST.releases; only Find, Current,
+	// Stage, withDirIn set it.
 	Dir string `json:"-"`
 }
 
@@ -196,8 +197,8 @@ const (
 	privateName      = ".kedge"
 )
 
-// withDirIn returns a copy of rel whose Dir is the release's path in DEST.releases, whether or not that directory
-// exists.
+// withDirIn returns a copy of rel whose Dir is the release's path in DEST.releases, whether or not
+// that directory exists.
 func (rel *Release) withDirIn(r *Releases) *Release {
 	at := *rel
 	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))

@@ -71,7 +71,8 @@ func TestMountOnWhatCommandsMade(t *testing.T) {
 	}
 }
 
-// A mount on a directory of the archive hides what lies there, and what commands do in it is not the release's.
+// A mount on a directory of the archive hides what lies there, and what commands do in it is not
+// the release's.
 func TestMountOnADirectoryOfTheArchive(t *testing.T) {
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
 		t.Run(string(strategy), func(t *testing.T) {
@@ -109,7 +110,8 @@ func TestMountOnADirectoryOfTheArchive(t *testing.T) {
 	}
 }
 
-// A file that is mounted on another one in dest, which the archive lacks, doesn't keep rsync from switching.
+// A file that is mounted on another one in dest, which the archive lacks, doesn't keep rsync from
+// switching.
 func TestRsyncBesideAMountedFile(t *testing.T) {
 	w := deployWithCommands(t, deployments.StrategyRsync, treetest.Tree{"file": {Mode: 0o644, Data: "content"}},
 		func(func(string) string) error { return nil })

@@ -87,8 +87,8 @@ func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// stageAnew stages a release, even if it is there already. If heals is set, it restores what the release's commands
-// made.
+// stageAnew stages a release, even if it is there already. If heals is set, it restores what the
+// release's commands made.
 func (r *Releases) stageAnew(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -195,8 +195,9 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree fetchedTre
 	return stats, err
 }
 
-// saveStagedStats records the stats of a staged release, unless hashAlways is set. If files of base were hard-linked,
-// which changes their ctimes, it records those of base again. A failure is only logged: the files are hashed the next time.
+// saveStagedStats records the stats of a staged release, unless hashAlways is set. If files of base
+// were hard-linked, which changes their ctimes, it records those of base again. A failure is only
+// logged: the files are hashed the next time.
 func (r *Releases) saveStagedStats(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return

@@ -177,9 +177,9 @@ type keptStats struct {
 	stats []fileStat
 }
 
-// keepStats returns the recorded stats of those files of the live release that are unchanged. It is called before
-// other releases are removed, and saveNewCtimes afterwards. If no stats can be used, it returns nil, and saveNewCtimes
-// does nothing.
+// keepStats returns the recorded stats of those files of the live release that are unchanged. It is
+// called before other releases are removed, and saveNewCtimes afterwards. If no stats can be used,
+// it returns nil, and saveNewCtimes does nothing.
 func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if live == nil {
 		return nil

@@ -107,7 +107,8 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r 
 	return errors.Join(durable.SyncDir(parent.Path("")), safefs.RemoveTree(parent.Path(part)))
 }
 
-// errNoDirectory means that strategy rsync can't write to dest. What lies there stays, as kedge didn't put it there.
+// errNoDirectory means that strategy rsync can't write to dest. What lies there stays, as kedge
+// didn't put it there.
 var errNoDirectory = errors.New("neither a directory nor a link to one")
 
 // openDest opens r's dest in parent; create makes a missing one. A link is followed if only trusted
@@ -148,7 +149,8 @@ func (s rsyncSwitcher) args(r *Release, dest *safefs.Place) ([]string, error) {
 	return args, nil
 }
 
-// excludeMounts returns options by which rsync neither reads, compares nor deletes the mounts below dest.
+// excludeMounts returns options by which rsync neither reads, compares nor deletes the mounts below
+// dest.
 func excludeMounts(dest *safefs.Place) (args []string, err error) {
 	mounts, err := safefs.MountsBelow(dest.Path(""))
 	if err != nil {
@@ -205,8 +207,9 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 	return s.Switch(ctx, r)
 }
 
-// Verify asks rsync what it would change, and leaves out mounts and what r's commands made. It returns nothing if r's
-// unpacked tree is gone. rsync can't bound its reading speed, so limit is ignored.
+// Verify asks rsync what it would change, and leaves out mounts and what r's commands made. It
+// returns nothing if r's unpacked tree is gone. rsync can't bound its reading speed, so limit is
+// ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
 	if !safefs.Exists(s.tree(r)) {
 		return nil, nil
@@ -283,8 +286,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	return err
 }
 
-// itemize adds to items what rsync would change in dest, except in mounts. With quick, rsync compares files by size and
-// time, else by content.
+// itemize adds to items what rsync would change in dest, except in mounts. With quick, rsync
+// compares files by size and time, else by content.
 func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, items *itemized, quick bool) error {
 	args, err := s.args(r, dest)
 	if err != nil {

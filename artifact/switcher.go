@@ -36,8 +36,8 @@ type Switcher interface {
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
-	// IsLive reports whether dest holds rel. With rsync and mv, it only reports whether dest is a directory or a link to
-	// one; without src, it returns true.
+	// IsLive reports whether dest holds rel. With rsync and mv, it only reports whether dest is a
+	// directory or a link to one; without src, it returns true.
 	IsLive(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE: dest with rsync and mv; empty if there is none.
 	Dir(rel *Release) string

@@ -77,8 +77,8 @@ const maxUncounted = 16 << 30
 // firstByte is the Range of an object's first byte.
 const firstByte = "bytes=0-0"
 
-// firstByteOf begins the Content-Range of the answer to a request for firstByte. The size follows, or a * if the
-// server doesn't know it.
+// firstByteOf begins the Content-Range of the answer to a request for firstByte. The size follows,
+// or a * if the server doesn't know it.
 const firstByteOf = "bytes 0-0/"
 
 // sizeIn returns an object's size from the Content-Range of the answer to a request for firstByte.

@@ -240,7 +240,8 @@ func TestServerThatIgnoresRange(t *testing.T) {
 	check(t, r, err, data[5000:5100])
 }
 
-// A server that honours Range may not know the size of what it generates: Stat reads the object to learn the size.
+// A server that honours Range may not know the size of what it generates: Stat reads the object to
+// learn the size.
 func TestServerThatHonoursRangeAndKnowsNoSize(t *testing.T) {
 	t.Parallel()
 	data := content(10_000)

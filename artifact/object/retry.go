@@ -121,8 +121,9 @@ type pace struct {
 	took  time.Duration // without the bandwidth limit's delays
 }
 
-// tooSlowAfter counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed, it
-// reports whether the rate over this time was too low, and starts p anew. Otherwise it returns false.
+// tooSlowAfter counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed,
+// it reports whether the rate over this time was too low, and starts p anew. Otherwise it returns
+// false.
 func (c *Client) tooSlowAfter(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)
 	if p.took += took; p.took < minStalls*c.stall {

@@ -64,7 +64,8 @@ func EmptyDir(dir string) error {
 	return errors.Join(r.errs...)
 }
 
-// ExceptMounts returns the failures in an error of RemoveTree that aren't ErrMounted; nil: there are none.
+// ExceptMounts returns the failures in an error of RemoveTree that aren't ErrMounted; nil: there
+// are none.
 func ExceptMounts(err error) error {
 	joined, many := err.(interface{ Unwrap() []error })
 	if !many {
@@ -84,8 +85,8 @@ func ExceptMounts(err error) error {
 type remover struct {
 	top   int // descriptor of the tree's top; -1: not open yet
 	moved int
-	// failed counts the failures, of which errs has the first few, and at least one of a mount point and one of another
-	// kind if there are such. A directory in which it rose is not empty.
+	// failed counts the failures, of which errs has the first few, and at least one of a mount
+	// point and one of another kind if there are such. A directory in which it rose is not empty.
 	failed int
 	errs   []error
 }

@@ -67,7 +67,8 @@ func TestRemovingEndsAfterManyFailures(t *testing.T) {
 	}
 }
 
-// The error wraps ErrMounted, and the other failures can be told from it, whichever come first and however many.
+// The error wraps ErrMounted, and the other failures can be told from it, whichever come first and
+// however many.
 func TestMountsAndOtherFailuresAreBothTold(t *testing.T) {
 	t.Parallel()
 	other := errors.New("other")

@@ -347,8 +347,8 @@ func BindMount(t *testing.T, path string) (file string) {
 	return file
 }
 
-// MakeImmutable makes a file that not even root can remove until the test ends. It calls NeedRoot, and skips the test
-// if the file system has no such files.
+// MakeImmutable makes a file that not even root can remove until the test ends. It calls NeedRoot,
+// and skips the test if the file system has no such files.
 func MakeImmutable(t *testing.T, file string) {
 	t.Helper()
 	NeedRoot(t)
