@@ -294,8 +294,8 @@ func (a *Agent) progress(u *unit, s deployments.State, p meter.Progress) {
 	a.reportDue.Set()
 }
 
-// choose returns the next job for the goal. If there is none, again is when to choose again; zero: when woken. verifies
-// tells whether live trees are checked in the background.
+// choose returns the next job for the goal. If there is none, again is when to choose again, which
+// is after now; zero: when woken. verifies tells whether live trees are checked in the background.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
 		return job{}, wait
@@ -304,16 +304,17 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return u.observeOnly(now)
 	}
 	s, g := u.state(), u.goal
-	if u.future != nil {
-		again = u.floorAgain
-	}
 	run := g.run
 	if u.refused[run].err != nil {
 		run = deployments.Pointer{}
 	}
 	failed := !run.IsZero() && u.quarantined(run)
-	raises := s.Confirmed && !s.Unfinished && s.Running == u.nextFloor && !u.nextFloor.IsZero() &&
-		(u.floorRelease != u.nextFloor || u.future != nil && !now.Before(u.floorAgain))
+	raises := s.Confirmed && !s.Unfinished && s.Running == u.nextFloor && !u.nextFloor.IsZero()
+	if raises && u.floorRelease == u.nextFloor { // only a release ahead of the clock raises the floor again
+		if raises = u.future != nil && !now.Before(u.floorAgain); u.future != nil && !raises {
+			again = u.floorAgain
+		}
+	}
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
 	// An interrupted deployment is finished first, as storage may be away; but not if the release before it is
 	// wanted, which is on disk.
