@@ -96,3 +96,33 @@ func move(t *testing.T, w *world) {
 		t.Fatal(err)
 	}
 }
+
+// A unit that moves away from a dest, which another unit took over meanwhile, leaves the watch of
+// that dest to the other unit.
+func TestForeignDeploymentWhereAnotherUnitWas(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	shared := func(m *deployments.Manifest) { m.Dest = w.path("srv", "shared") }
+	one, two := w.publish("app", "1", shared), w.publish("app2", "2", shared)
+	heir := unitID("app2")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(func(c *Config) { c.VerifyEvery = time.Hour }) // the kernel tells
+	a.awaitUnit(app, "live", func(u deployments.UnitReport) bool { return u.State == deployments.StateConverged })
+	w.desire(heir, deployments.Record{Target: two, Generation: 1})
+	w.delete("desired/prod/web/app")
+	a.awaitUnit(heir, "live", func(u deployments.UnitReport) bool { return u.State == deployments.StateConverged })
+	steadily(t, "the old name doesn't count", func() (bool, string) {
+		return !strings.Contains(w.log.String(), "something else"), w.log.String()
+	})
+	moved := w.publish("app", "3")
+	w.desire(app, deployments.Record{Target: moved, Generation: 2})
+	a.awaitRunning(app, moved)
+
+	if err := os.Remove(w.path("srv", "shared")); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitUnit(heir, "told", func(u deployments.UnitReport) bool { return len(u.Drift) > 0 })
+	if u := a.unit(app); len(u.Drift) > 0 {
+		t.Errorf("the unit that moved away: %+v", u)
+	}
+}

@@ -124,18 +124,19 @@ func (a *Agent) watchDest(u *unit) {
 	u.dest, u.mark = dest, mark
 	a.mu.Unlock()
 	if was != "" && was != dest {
-		a.drift.Forget(was)
+		a.drift.Forget(was, u.id)
 	}
 	if dest != "" {
-		a.drift.Watch(dest, func() { a.checkLink(u) })
+		a.drift.Watch(dest, u.id, func() { a.checkLink(u) })
 	}
 }
 
-// checkLink records drift if dest is no longer as the last deployment left it, unless the unit itself is changing it.
+// checkLink records drift if dest is no longer as the last deployment left it, unless the unit
+// itself, or another one that takes dest over, is changing it.
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.changing() || !u.destChanged() {
+	if u.changing() || a.replaced(u) || a.contested(u) || !u.destChanged() {
 		return
 	}
 	u.drift = []string{u.dest}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"kedge/deployments"
 	"kedge/sync/deploy"
 )
 
@@ -18,19 +19,22 @@ import (
 // done.
 const eventDelay = 50 * time.Millisecond
 
-// Watcher watches the directories of the units' dests, and calls a function when a dest may have changed: see Watch.
+// Watcher watches the directories of the units' dests, and calls functions when a dest may have
+// changed: see Watch.
 type Watcher struct {
 	log *slog.Logger
 
 	mu      sync.Mutex
 	watcher *fsnotify.Watcher // nil: not opened yet, or unavailable
 	opened  chan struct{}     // closed once opening has been tried
-	changed map[string]func() // by the path of a dest or of its lock file
+	// changed has the functions of the units at a dest, by the path of the dest or of its lock
+	// file.
+	changed map[string]map[deployments.UnitID]func()
 }
 
 // New returns a Watcher. Events are handled by Run.
 func New(log *slog.Logger) *Watcher {
-	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
+	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]map[deployments.UnitID]func(){}}
 }
 
 // open opens the fsnotify watcher when it is first needed, as the kernel by default allows each
@@ -49,13 +53,18 @@ func (w *Watcher) open() {
 	close(w.opened)
 }
 
-// Watch makes Run call changed after an event at dest or at its lock file, which each deployment to
-// dest writes. Run also calls it when events may have been lost. A later call for dest replaces
-// changed. Without inotify, changed is never called.
-func (w *Watcher) Watch(dest string, changed func()) {
+// Watch makes Run call changed after an event at a unit's dest or at its lock file, which each
+// deployment to dest writes. Run also calls it when events may have been lost. A later call for the
+// same dest and unit replaces changed. Without inotify, changed is never called.
+func (w *Watcher) Watch(dest string, unit deployments.UnitID, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.changed[dest], w.changed[deploy.LockFile(dest)] = changed, changed
+	for _, path := range []string{dest, deploy.LockFile(dest)} {
+		if w.changed[path] == nil {
+			w.changed[path] = map[deployments.UnitID]func(){}
+		}
+		w.changed[path][unit] = changed
+	}
 	if w.open(); w.watcher == nil {
 		return
 	}
@@ -66,12 +75,16 @@ func (w *Watcher) Watch(dest string, changed func()) {
 	}
 }
 
-// Forget ends the watch of a dest. A call that is due after eventDelay is still made.
-func (w *Watcher) Forget(dest string) {
+// Forget ends a unit's watch of a dest; that of another unit goes on. A call that is due after
+// eventDelay is still made.
+func (w *Watcher) Forget(dest string, unit deployments.UnitID) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.changed, dest)
-	delete(w.changed, deploy.LockFile(dest))
+	for _, path := range []string{dest, deploy.LockFile(dest)} {
+		if delete(w.changed[path], unit); len(w.changed[path]) == 0 {
+			delete(w.changed, path)
+		}
+	}
 	for other := range w.changed {
 		if filepath.Dir(other) == filepath.Dir(dest) {
 			return
@@ -112,16 +125,17 @@ func (w *Watcher) Run(ctx context.Context) {
 			return
 		case e := <-w.watcher.Events:
 			w.mu.Lock()
-			changed := w.changed[e.Name]
-			w.mu.Unlock()
-			if changed != nil {
+			for _, changed := range w.changed[e.Name] {
 				time.AfterFunc(eventDelay, changed)
 			}
+			w.mu.Unlock()
 		case err := <-w.watcher.Errors:
 			w.log.Warn("events about dests may have been lost: looking at every dest now", "error", err)
 			w.mu.Lock()
-			for _, changed := range w.changed { // events may have been missed
-				time.AfterFunc(eventDelay, changed)
+			for _, units := range w.changed { // events may have been missed
+				for _, changed := range units {
+					time.AfterFunc(eventDelay, changed)
+				}
 			}
 			w.mu.Unlock()
 		}
