@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math"
@@ -331,4 +332,31 @@ func TestRefusedByThisNode(t *testing.T) {
 	}
 	w.put(kv.DesiredKey(app), one.String())
 	a.awaitRunning(app, one)
+}
+
+// A manifest that can't be parsed on this node is refused, not read again and again: its bytes are
+// pinned. An agent that was restarted, with other variables perhaps, reads it once more.
+func TestManifestThatIsNotValidHere(t *testing.T) { // not parallel, as it changes the environment
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	text, err := os.ReadFile(strings.TrimPrefix(two.URL, "file://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = append(text, "\ncommands: {env: {COLOR: '{{ must_env `KEDGETEST_COLOR` }}'}}\n"...)
+	write(t, strings.TrimPrefix(two.URL, "file://"), string(text))
+	two.Digest = sha256.Sum256(text)
+
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 2})
+	u := a.awaitState(app, deployments.StateInvalid)
+	if u.Running != one || !strings.Contains(u.Error, "KEDGETEST_COLOR") || !strings.Contains(u.Error, "manifest.yaml") {
+		t.Errorf("the report: %+v", u)
+	}
+	a.stop()
+	t.Setenv("KEDGETEST_COLOR", "blue")
+	a = w.start()
+	a.awaitRunning(app, two)
 }

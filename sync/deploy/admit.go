@@ -21,8 +21,9 @@ import (
 )
 
 var (
-	// ErrRefused means that this node may not use the release, because of its bounds or secrets, the release's age, or
-	// another unit's dest. Trying again helps only once one of these has changed.
+	// ErrRefused means that this node can't use the release: its manifest isn't valid with this
+	// node's variables, or bounds, secrets, its age or another unit's dest forbid it. Trying again
+	// helps only once one of these has changed.
 	ErrRefused = errors.New("refused by this node")
 	// ErrQuarantined means that the release failed on this node before, and wasn't tried again.
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
@@ -56,8 +57,8 @@ func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte
 		return nil, err
 	}
 	r, err := u.parse(p, raw)
-	if err != nil {
-		return nil, err
+	if err != nil { // the digest pins the bytes, and this process's variables don't change
+		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
 	}
 	return r, u.within(r)
 }
