@@ -101,7 +101,9 @@ const (
 	ReasonDiskFull           Reason = "DiskFull"
 	ReasonObserving          Reason = "Observing"  // the node only observes the unit, by its configuration: differs
 	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
-	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest, or a path above or below it: error
+	// Another unit has the dest of a unit, or a path above or below it: dest, unit
+	// (STAGE/ROLE/UNIT), error.
+	ReasonDestInUse Reason = "DestInUse"
 	// Something else, such as stretcher or kedge run, deployed to the dest of a unit: dest, found.
 	ReasonForeignDeployment Reason = "ForeignDeployment"
 	ReasonTooManyUnits      Reason = "TooManyUnits" // the node leaves out units of its role: limit, left_out

@@ -369,6 +369,10 @@ func TestUnitsInEachOthersWay(t *testing.T) {
 			if !strings.Contains(u.Error, "in the way of prod/web/app") {
 				t.Errorf("the error is %q", u.Error)
 			}
+			if u.Reason != deployments.ReasonDestInUse || u.Facts["unit"] != app.String() ||
+				u.Facts["dest"] != w.path("srv", dest) {
+				t.Errorf("the reason is %s with %v", u.Reason, u.Facts)
+			}
 			if u := a.Report()["web"].Units["app"]; u.Running != one || u.State != deployments.StateConverged {
 				t.Errorf("the unit that was there: %+v", u)
 			}

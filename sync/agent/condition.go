@@ -54,6 +54,9 @@ func factsOf(err error) deployments.Facts {
 			With("floor", older.Floor.Format(time.RFC3339)).
 			With("of", older.Of)
 	}
+	if taken := new(destInUseError); errors.As(err, &taken) {
+		return facts.With("dest", taken.dest).With("unit", taken.unit.String())
+	}
 	if foreign := new(foreignError); errors.As(err, &foreign) {
 		return facts.With("dest", foreign.dest).With("found", foreign.found)
 	}

@@ -134,7 +134,7 @@ func (a *Agent) checkDest(u *unit, dest string) error {
 		for _, taken := range []string{other.dest, other.claimed} {
 			if taken != "" && (within(dest, taken) || within(taken, dest)) {
 				return &destInUseError{
-					dest,
+					dest, other.id,
 					fmt.Sprintf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest,
 						other.id, taken),
 				}

@@ -182,6 +182,7 @@ type refusal struct {
 // destInUseError means that another unit has the dest, or one in or around it.
 type destInUseError struct {
 	dest string
+	unit deployments.UnitID
 	why  string
 }
 
