@@ -302,7 +302,8 @@ type healthWatch struct {
 
 // start begins the checks of the running release, unless they run already. It does nothing while
 // the release isn't proven or a deployment is unfinished. A release that wasn't the last one
-// watched begins with the journal's health.
+// watched begins with the journal's health. One that was keeps its health, also if a deployment has
+// gone back to it: the gate's checks end no unhealthiness that the rounds of the monitor found.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
