@@ -139,7 +139,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 		}
 		u.record = r.Record(id)
 		u.pins[0], u.pins[1] = r.UnitPins(id, a.c.Node)
-		u.floor, u.held = r.Generation(id)
+		u.actedOn, u.heldGeneration = r.Generation(id)
 		state := u.state()
 		was := u.decision
 		u.decided = true

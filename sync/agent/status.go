@@ -87,19 +87,19 @@ func (u *unit) report() deployments.UnitReport {
 	if unhealthy := u.healthError(); unhealthy != nil && now.reason == "" {
 		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, unhealthy // for example, a held unit
 	}
-	if held := u.held; held > 0 && now.reason == "" {
+	if held := u.heldGeneration; held > 0 && now.reason == "" {
 		now.reason = deployments.ReasonOldGeneration
-		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.floor)}
+		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.actedOn)}
 		now.err = fmt.Errorf(
 			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows the newer one",
 			held,
-			u.floor,
+			u.actedOn,
 		)
 	}
 	r := deployments.UnitReport{
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: safetext.Cut(s.Version, 128),
 		Want: u.decision.Target, Message: safetext.Cut(message.Decision(u.decision.Reason, u.decision.Facts), 300),
-		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
+		Generation: max(u.record.Value.Generation, u.actedOn), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		RollingBack: s.RollingBack, Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin ||
 			u.decision.Source == policy.FromUnitPin,
 		Errors: u.errors.newest(),

@@ -41,19 +41,19 @@ type unit struct {
 
 // desired is what the loop decided about a unit. Only the loop writes it.
 type desired struct {
-	decided  bool
-	record   policy.Value[deployments.Record]
-	pins     [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
-	floor    int64                            // the highest generation that was acted on
-	held     int64                            // the generation of a record that isn't acted on; 0: none, or it has none
-	decision policy.Decision
-	key      string // the failure key: identifies the request for the target
-	cycle    string // the cycle of units that it is on; empty: none
-	blocked  dependency
-	retired  bool // its worker ends, and its files are removed
-	replaced bool // another unit, which is desired, has its dest
-	contends bool // a unit that will yield its dest to this one still deploys to it
-	goal     goal
+	decided        bool
+	record         policy.Value[deployments.Record]
+	pins           [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
+	actedOn        int64                            // the highest generation that was acted on
+	heldGeneration int64                            // of a record that isn't acted on; 0: none, or it has none
+	decision       policy.Decision
+	key            string // the failure key: identifies the request for the target
+	cycle          string // the cycle of units that it is on; empty: none
+	blocked        dependency
+	retired        bool // its worker ends, and its files are removed
+	replaced       bool // another unit, which is desired, has its dest
+	contends       bool // a unit that will yield its dest to this one still deploys to it
+	goal           goal
 }
 
 // observed is the worker's present job, and what its jobs found.

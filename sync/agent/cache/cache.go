@@ -57,7 +57,7 @@ func Open(c Config) (*Cache, error) {
 			if !ok {
 				continue
 			}
-			s.floors = maps.Clone(known.Prefixes[s.Prefix].Generations)
+			s.actedOn = maps.Clone(known.Prefixes[s.Prefix].Generations)
 			s.offer(s.only(entries, cache.keyFilter(s, entries, true)), fromLastKnown, at)
 		}
 		cache.roles = append(cache.roles, r)
@@ -183,11 +183,11 @@ func (c *Cache) RefilterPins(role string, now time.Time) {
 func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {
-		c.trimFloors(s)
+		c.trimGenerations(s)
 		c.RefilterPins(s.role.Name, now)
 	}
 }
 
 func (c *Cache) remember(s *Source, now time.Time) {
-	c.unsaved = c.lastKnown.set(s.Prefix, s.entries, s.floors, now) || c.unsaved
+	c.unsaved = c.lastKnown.set(s.Prefix, s.entries, s.actedOn, now) || c.unsaved
 }

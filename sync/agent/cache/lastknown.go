@@ -65,9 +65,9 @@ func (k *lastKnown) rename(node string) bool {
 }
 
 // set replaces the entries and generations of prefix, and reports whether they changed.
-func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int64, now time.Time) bool {
+func (k *lastKnown) set(prefix string, entries []kv.Entry, generations map[string]int64, now time.Time) bool {
 	was, ok := k.Prefixes[prefix]
-	same := ok && len(was.Entries) == len(entries) && maps.Equal(was.Generations, floors)
+	same := ok && len(was.Entries) == len(entries) && maps.Equal(was.Generations, generations)
 	for _, e := range entries {
 		v, there := was.Entries[e.Key]
 		same = same && there && string(v) == string(e.Value)
@@ -75,7 +75,7 @@ func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int
 	if same {
 		return false
 	}
-	next := knownEntries{At: now, Generations: maps.Clone(floors), Entries: make(map[string][]byte, len(entries))}
+	next := knownEntries{At: now, Generations: maps.Clone(generations), Entries: make(map[string][]byte, len(entries))}
 	for _, e := range entries {
 		next.Entries[e.Key] = slices.Clone(e.Value)
 	}

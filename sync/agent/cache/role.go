@@ -94,5 +94,5 @@ func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin po
 // generation of a record in the store that the node doesn't act on; 0: there is none, or it has no generation.
 func (r *Role) Generation(id deployments.UnitID) (actedOn, held int64) {
 	key := kv.DesiredKey(id)
-	return r.Records.floors[key], r.Records.held[key].generation
+	return r.Records.actedOn[key], r.Records.held[key].generation
 }

@@ -42,15 +42,16 @@ type Source struct {
 	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]
 	pins    map[string]policy.Value[deployments.Pin]
-	// floors has the highest generation of each record that was acted on, also of removed ones: see trimFloors. confirmed
-	// are the records of the last synced view, and held are those of them that aren't acted on yet.
-	floors    map[string]int64
+	// actedOn has the highest generation of each record that was acted on, also of removed ones:
+	// see trimGenerations. confirmed are the records of the last synced view, and held are those of
+	// them that aren't acted on yet.
+	actedOn   map[string]int64
 	held      map[string]heldRecord
 	confirmed []kv.Entry
 	recheck   time.Time // when a record in held may be acted on; zero: not by waiting
 }
 
-// set replaces the entries, parses those that changed, and raises floors.
+// set replaces the entries, parses those that changed, and raises actedOn.
 func (s *Source) set(entries []kv.Entry, at time.Time) {
 	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
 	for _, e := range entries {
@@ -68,11 +69,11 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 	}
 	s.entries, s.at, s.records, s.pins = entries, at, records, pins
 	for key, r := range records {
-		if r.Value.Generation > s.floors[key] {
-			if s.floors == nil {
-				s.floors = map[string]int64{}
+		if r.Value.Generation > s.actedOn[key] {
+			if s.actedOn == nil {
+				s.actedOn = map[string]int64{}
 			}
-			s.floors[key] = r.Value.Generation
+			s.actedOn[key] = r.Value.Generation
 		}
 	}
 }
@@ -81,18 +82,18 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 // mirror's record. A running mirror restores its own record within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept updates the entries from a view of the store. It reports whether they changed, or only now count as the
-// store's. It uses only the keys for which mine returns true. Of a view that isn't synced it takes no pins, and only
-// records that are new or have a higher generation. It does so even if nothing was known before, because a missing
-// record never decides anything.
-func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
+// accept updates the entries from a view of the store. It reports whether they changed, or only now
+// count as the store's. It uses only the keys for which concerns returns true. Of a view that isn't
+// synced it takes no pins, and only records that are new or have a higher generation. It does so
+// even if nothing was known before, because a missing record never decides anything.
+func (s *Source) accept(v kv.View, concerns func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
 	}
 	s.err = v.Err
 	var entries []kv.Entry
 	for _, e := range v.Entries {
-		if mine(e.Key) {
+		if concerns(e.Key) {
 			entries = append(entries, kv.Entry{Key: e.Key, Value: slices.Clone(e.Value)})
 		}
 	}
@@ -104,7 +105,7 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		entries = s.newer(entries, log)
 	} else if s.desired {
 		s.confirmed = entries
-		entries = s.hold(entries, now, log)
+		entries = s.withoutHeld(entries, now, log)
 	}
 	better := s.from != fromStore && (v.Synced || s.from == fromNowhere)
 	changed := better || !equalEntries(s.entries, entries)
@@ -117,18 +118,18 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 	return changed
 }
 
-// hold returns the entries of a synced view that may be acted on, and sets held and recheck. A record of a lower
-// generation than one that was acted on comes from a restored backup of the store. What is known, if anything, then
-// stays until a mirror that knows the higher generation has written. It also stays for bareWait if a record without a
-// generation replaces a mirror's record.
-func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
+// withoutHeld returns the entries of a synced view that may be acted on, and sets held and recheck.
+// A record of a lower generation than one that was acted on comes from a restored backup of the
+// store. What is known, if anything, then stays until a mirror that knows the higher generation has
+// written. It also stays for bareWait if a record without a generation replaces a mirror's record.
+func (s *Source) withoutHeld(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
 	var taken []kv.Entry
 	for _, e := range entries {
 		known, ok := s.find(e.Key)
-		floor, g := s.floors[e.Key], int64(0)
-		if floor > 0 && !(ok && string(known.Value) == string(e.Value)) {
+		actedOn, g := s.actedOn[e.Key], int64(0)
+		if actedOn > 0 && !(ok && string(known.Value) == string(e.Value)) {
 			r := parsed(e.Value, deployments.ParseRecord)
 			g = r.Value.Generation
 			h, seen := s.held[e.Key]
@@ -139,11 +140,11 @@ func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 			if bare && (s.recheck.IsZero() || h.since.Add(bareWait).Before(s.recheck)) {
 				s.recheck = h.since.Add(bareWait)
 			}
-			if bare || g > 0 && g < floor {
+			if bare || g > 0 && g < actedOn {
 				if held[e.Key] = h; !seen && g > 0 {
 					log.Error("ignoring a record that is older than the one this node has acted on: the unit stays as it is "+
 						"until a mirror writes a newer one; was the store restored from a backup?",
-						"key", e.Key, "generation", g, "acted_on", floor)
+						"key", e.Key, "generation", g, "acted_on", actedOn)
 				}
 				if ok {
 					taken = append(taken, known)
@@ -162,7 +163,7 @@ func (s *Source) review(now time.Time, log *slog.Logger) bool {
 	if s.recheck.IsZero() || now.Before(s.recheck) {
 		return false
 	}
-	entries := s.hold(s.confirmed, now, log)
+	entries := s.withoutHeld(s.confirmed, now, log)
 	if equalEntries(entries, s.entries) {
 		return false
 	}
@@ -231,9 +232,9 @@ func (s *Source) Value(key string) string {
 	return string(e.Value)
 }
 
-// mine returns a function that reports whether a key is below prefix and concerns node. Such a key names a unit, or a
-// unit's pin for that node.
-func mine(prefix, node string) func(key string) bool {
+// concerns returns a function that reports whether a key is below prefix and concerns node. Such a
+// key names a unit, or a unit's pin for that node.
+func concerns(prefix, node string) func(key string) bool {
 	return func(key string) bool {
 		rest, ok := strings.CutPrefix(key, prefix)
 		if !ok {

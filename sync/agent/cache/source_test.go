@@ -62,7 +62,7 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 			if !c.unknown {
 				s.offer(entry("5", digestA), fromLastKnown, now)
 			}
-			s.accept(c.view, mine(prefix, "n1"), now, quiet())
+			s.accept(c.view, concerns(prefix, "n1"), now, quiet())
 			got := ""
 			if e, ok := s.find(key); ok {
 				if strings.Contains(string(e.Value), digestB) {
@@ -92,7 +92,7 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 		if value != "" {
 			v.Entries = []kv.Entry{{Key: key, Value: []byte(value)}}
 		}
-		s.accept(v, mine(s.Prefix, "n1"), now, quiet())
+		s.accept(v, concerns(s.Prefix, "n1"), now, quiet())
 		e, _ := s.find(key)
 		return string(e.Value)
 	}
@@ -122,7 +122,7 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 
 	// A restart knows the same.
 	k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
-	k.set(s.Prefix, nil, s.floors, now)
+	k.set(s.Prefix, nil, s.actedOn, now)
 	if k.Prefixes[s.Prefix].Generations[key] != 8 {
 		t.Errorf("on disk: %v", k.Prefixes)
 	}
@@ -132,7 +132,7 @@ func TestPinsNeedASyncedView(t *testing.T) {
 	t.Parallel()
 	s := newRole("prod", "web").Pins
 	for _, entries := range [][]kv.Entry{nil, {{Key: "pins/prod/web/app", Value: []byte("hold")}}} {
-		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.Prefix, "n1"), time.Now(), quiet()) ||
+		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, concerns(s.Prefix, "n1"), time.Now(), quiet()) ||
 			s.from != fromNowhere ||
 			len(s.entries) > 0 {
 			t.Errorf("a refused read was taken for all pins that there are: %v", entries)
@@ -142,10 +142,10 @@ func TestPinsNeedASyncedView(t *testing.T) {
 		t.Error("a snapshot was not taken where nothing is known")
 	}
 	// That there are none has to be in the last known state too.
-	if !s.accept(kv.View{Synced: true}, mine(s.Prefix, "n1"), time.Now(), quiet()) {
+	if !s.accept(kv.View{Synced: true}, concerns(s.Prefix, "n1"), time.Now(), quiet()) {
 		t.Error("that the store has no pins is no news")
 	}
-	if s.accept(kv.View{Synced: true}, mine(s.Prefix, "n1"), time.Now(), quiet()) {
+	if s.accept(kv.View{Synced: true}, concerns(s.Prefix, "n1"), time.Now(), quiet()) {
 		t.Error("the same again is news")
 	}
 	if s.from != fromStore || s.offer(nil, fromSnapshot, time.Now()) {
@@ -164,7 +164,7 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 		return entries
 	}
 	unconfirmed := func(entries []kv.Entry) {
-		r.Records.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(r.Records.Prefix, "n1"), time.Now(), quiet())
+		r.Records.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, concerns(r.Records.Prefix, "n1"), time.Now(), quiet())
 	}
 	if r.Known() || unknown(r) != "waiting for the store's first answer for desired/prod/web/" {
 		t.Errorf("known %v: %s", r.Known(), unknown(r))
@@ -183,12 +183,12 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	if r.Known() || unknown(r) != "waiting for the store's first answer for pins/prod/web/" {
 		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
-	r.Pins.accept(kv.View{Synced: true}, mine(r.Pins.Prefix, "n1"), time.Now(), quiet())
+	r.Pins.accept(kv.View{Synced: true}, concerns(r.Pins.Prefix, "n1"), time.Now(), quiet())
 	if !r.Known() || unknown(r) != "" {
 		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	only := newRole("prod", "web")
-	only.Pins.accept(kv.View{Synced: true}, mine(only.Pins.Prefix, "n1"), time.Now(), quiet())
+	only.Pins.accept(kv.View{Synced: true}, concerns(only.Pins.Prefix, "n1"), time.Now(), quiet())
 	if only.Known() {
 		t.Error("with pins alone, records are known")
 	}
@@ -200,8 +200,8 @@ func TestMine(t *testing.T) {
 		"pins/prod/web/app": true, "pins/prod/web/app/n1": true, "pins/prod/web/app/n2": false,
 		"pins/prod/web/": false, "pins/prod/webx/app": false, "pins/prod/web/app/n1/x": false,
 	} {
-		if got := mine("pins/prod/web/", "n1")(key); got != want {
-			t.Errorf("mine(%q) = %v", key, got)
+		if got := concerns("pins/prod/web/", "n1")(key); got != want {
+			t.Errorf("concerns(%q) = %v", key, got)
 		}
 	}
 }

@@ -45,7 +45,7 @@ func (c *Cache) keyFilter(s *Source, view []kv.Entry, all bool) func(key string)
 	if s.desired {
 		return c.recordFilter(s, view, all)
 	}
-	own := mine(s.Prefix, c.c.Node)
+	own := concerns(s.Prefix, c.c.Node)
 	return func(key string) bool {
 		if !own(key) {
 			return false
@@ -81,7 +81,7 @@ func (c *Cache) recordFilter(s *Source, view []kv.Entry, all bool) func(key stri
 			"role", r.Name, "limit", deployments.MaxRoleUnits, "left_out", left)
 	}
 	r.LeftOut = left
-	own := mine(s.Prefix, c.c.Node)
+	own := concerns(s.Prefix, c.c.Node)
 	return func(key string) bool { return own(key) && taken[s.unitOf(key)] }
 }
 
@@ -97,17 +97,19 @@ func (s *Source) only(entries []kv.Entry, counts func(key string) bool) []kv.Ent
 	return own
 }
 
-// maxFloors is how many generations a role remembers before it forgets those of removed records.
-const maxFloors = 1000
+// maxGenerations is how many generations a role remembers before it forgets those of removed
+// records.
+const maxGenerations = 1000
 
-// trimFloors drops the generations of removed records without files on this node, if there are more than maxFloors.
-func (c *Cache) trimFloors(s *Source) {
-	if len(s.floors) <= maxFloors {
+// trimGenerations drops the generations of removed records without files on this node, if there are
+// more than maxGenerations.
+func (c *Cache) trimGenerations(s *Source) {
+	if len(s.actedOn) <= maxGenerations {
 		return
 	}
-	for key := range s.floors {
+	for key := range s.actedOn {
 		if _, ok := s.find(key); !ok && !c.c.Kept(s.role.unit(s.unitOf(key))) {
-			delete(s.floors, key)
+			delete(s.actedOn, key)
 		}
 	}
 }
@@ -116,7 +118,7 @@ func (c *Cache) trimFloors(s *Source) {
 func (c *Cache) setPassedOver(r *Role, counts func(key string) bool) {
 	was, first := r.PassedOver, ""
 	r.PassedOver = 0
-	own := mine(r.Pins.Prefix, c.c.Node)
+	own := concerns(r.Pins.Prefix, c.c.Node)
 	for _, e := range r.Pins.lastView {
 		if own(e.Key) && !counts(e.Key) {
 			if r.PassedOver++; r.PassedOver == 1 {
