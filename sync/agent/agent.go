@@ -144,12 +144,12 @@ type Config struct {
 
 // Agent makes one node converge. Create it with New and call Run once.
 type Agent struct {
-	c       Config  // Node changes at most once, under mu: see findName
-	naming  *naming // nil: Config.Node was given
-	started time.Time
-	begun   time.Time // what statedir.Dir.StartingSince returned
-	booted  bool      // the machine had just booted when the agent started
-	dir     *statedir.Dir
+	c             Config  // Node changes at most once, under mu: see findName
+	naming        *naming // nil: Config.Node was given
+	started       time.Time
+	startingSince time.Time // what statedir.Dir.StartingSince returned
+	booted        bool      // the machine had just booted when the agent started
+	dir           *statedir.Dir
 	// listener and statusListener serve Config.Listen and Config.ListenStatus; nil if the address is empty.
 	listener, statusListener net.Listener
 	metrics                  *metrics
@@ -251,7 +251,7 @@ func New(c Config) (_ *Agent, err error) {
 	if a.floors, err = deploy.OpenFloors(a.dir.Path(statedir.FloorsFile), c.Log); err != nil {
 		return nil, err
 	}
-	a.begun = a.dir.StartingSince(a.started)
+	a.startingSince = a.dir.StartingSince(a.started)
 	a.drained = drain.New(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {

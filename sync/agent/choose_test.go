@@ -51,8 +51,8 @@ func TestWorkerWaitsForATimeToCome(t *testing.T) {
 			if flip() {
 				u.comparison = &deployments.Compared{Release: release().Digest}
 			}
-			u.recover, u.forget, u.inspected.found = r.IntN(16) == 0, r.IntN(16) == 0, policy.FoundNothing
-			u.goal = goal{run: release(), stage: release(), leave: r.IntN(16) == 0, stays: flip(), heal: flip()}
+			u.mustRecover, u.mustForget, u.inspected.found = r.IntN(16) == 0, r.IntN(16) == 0, policy.FoundNothing
+			u.goal = goal{run: release(), stage: release(), leave: r.IntN(16) == 0, forgetBefore: flip(), heal: flip()}
 			if u.observes {
 				u.goal = goal{observe: release()}
 			}

@@ -105,11 +105,11 @@ func (u *unit) condition() condition {
 		err := fmt.Errorf("the release that the unit went back to is unhealthy: %s: %s",
 			cmp.Or(facts["check"], facts["step"]),
 			facts["error"])
-		if f, _ := u.failure(target); u.failedHere(target) {
+		if f, _ := u.failure(target); u.staysQuarantined(target) {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
 		return condition{deployments.StateUnhealthy, s.Health.Reason, facts, err, s.Health.Since}
-	case s.Unfinished && u.failedHere(target):
+	case s.Unfinished && u.staysQuarantined(target):
 		return u.failedCondition(deployments.StateSwitching, target)
 	case s.Unfinished:
 		// Also while its successor is fetched: the unit is out of service.
@@ -132,7 +132,7 @@ func (u *unit) condition() condition {
 		return condition{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
 	case target.IsZero():
 		return conditionOf(deployments.StateWaiting, u.lastErr)
-	case u.failedHere(target):
+	case u.staysQuarantined(target):
 		return u.failedCondition(deployments.StateQuarantined, target)
 	case u.refused[target].err != nil:
 		return conditionOf(deployments.StateInvalid, u.refused[target].err)

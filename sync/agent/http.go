@@ -39,7 +39,7 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 		if id == (deployments.UnitID{}) || u.id == id {
 			found = true
 			u.log.Info("retry asked for on this node")
-			u.forget, u.refused = true, nil
+			u.mustForget, u.refused = true, nil
 			u.retry.Reset()
 			u.retryAt = time.Time{}
 			u.wake.Set()

@@ -136,7 +136,7 @@ func (a *Agent) watchDest(u *unit) {
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.changing() || a.replaced(u) || a.contested(u) || !u.destChanged() {
+	if u.changing() || a.replaced(u) || a.contested(u) || !u.noteDestChange() {
 		return
 	}
 	u.drift = []string{u.dest}
@@ -144,9 +144,9 @@ func (a *Agent) checkLink(u *unit) {
 	a.reportDue.Set()
 }
 
-// destChanged reports whether dest is no longer as the last deployment left it, and records what another tool deployed
-// there, if anything.
-func (u *unit) destChanged() bool {
+// noteDestChange reports whether dest is no longer as the last deployment left it, and records what
+// another tool deployed there, if anything.
+func (u *unit) noteDestChange() bool {
 	found, changed := u.mark.Changed()
 	switch {
 	case found != "" && found != u.foreign:
@@ -171,7 +171,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	paths := driftPaths(ds)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.destChanged() {
+	if u.noteDestChange() {
 		paths = append([]string{u.dest}, paths[:min(len(paths), maxDrift-1)]...)
 	}
 	if len(ds) > 0 && !slices.Equal(paths, u.drift) {

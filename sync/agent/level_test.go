@@ -369,11 +369,11 @@ func TestUnitIsNotFinalBeforeItsDrainIsTakenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u.deploy, u.recover = d, true
+	u.deploy, u.mustRecover = d, true
 	if u.final() {
 		t.Error("a unit is final before it recovered")
 	}
-	if u.recover = false; !u.final() {
+	if u.mustRecover = false; !u.final() {
 		t.Error("a unit whose release is refused is not final")
 	}
 }

@@ -190,12 +190,12 @@ func (a *Agent) setGoals(r *cache.Role) {
 			after[id.Unit] = u.record.Value.After
 		}
 	}
-	circles := cycles(after)
+	cycleOf := cycles(after)
 	for id, u := range a.units {
 		if id.Role != r.Name || !u.decided {
 			continue
 		}
-		u.cycle = circles[id.Unit]
+		u.cycle = cycleOf[id.Unit]
 		u.blocked = a.dependencyOf(u)
 		var g goal
 		switch d := u.decision; d.Action {
@@ -211,9 +211,9 @@ func (a *Agent) setGoals(r *cache.Role) {
 			g.leave = true
 		}
 		if r := u.record; r.Present && r.Err == nil {
-			g.stays = r.Value.Rollout == nil || !r.Value.Stable.IsZero()
+			g.forgetBefore = r.Value.Rollout == nil || !r.Value.Stable.IsZero()
 		}
-		g.raiseFloor = a.c.Trust != nil && settled(u.decision.Source, u.record.Value)
+		g.raiseFloor = a.c.Trust != nil && rolledOut(u.decision.Source, u.record.Value)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
 		g.adopt = a.c.Adopt || u.record.Value.Adopt
 		if u.observes {
@@ -226,10 +226,10 @@ func (a *Agent) setGoals(r *cache.Role) {
 	}
 }
 
-// settled reports whether the decided release has been rolled out for good, so that nothing older
+// rolledOut reports whether the decided release has been rolled out for good, so that nothing older
 // may follow it. source says which release of the record was decided. A rollout may turn back until
 // it has ended, and a pin is temporary.
-func settled(source policy.Source, r deployments.Record) bool {
+func rolledOut(source policy.Source, r deployments.Record) bool {
 	switch source {
 	case policy.FromTarget:
 		return r.Rollout == nil && r.Pinned == nil
@@ -290,8 +290,8 @@ func (u *unit) conflicts() bool {
 
 var errSuperseded = errors.New("superseded by another goal")
 
-// retire ends the workers of units that have no record and, by deploy.State.Empty, nothing on this node. Agent.leave
-// then removes their directories. a.mu is held.
+// retire ends the workers of units that have no record and, by deploy.State.Empty, nothing on this
+// node. Agent.removeRetired then removes their directories. a.mu is held.
 func (a *Agent) retire() {
 	for _, u := range a.units {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {

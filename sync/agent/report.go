@@ -14,8 +14,9 @@ import (
 	"kedge/kv"
 )
 
-// announced lets the switches begin that are announced by w, the report of role that the store holds.
-func (a *Agent) announced(role string, w writtenReport) {
+// beginAnnounced lets the switches begin that are announced by w, the report of role that the store
+// holds.
+func (a *Agent) beginAnnounced(role string, w writtenReport) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for name, said := range w.units {
@@ -92,7 +93,7 @@ func (a *Agent) report(ctx context.Context) {
 			}
 			next := a.encode(role, r)
 			last := written[role]
-			a.announced(role, last)
+			a.beginAnnounced(role, last)
 			joins := r.Joined == 0
 			if next.news == last.news && !joins {
 				continue
@@ -136,7 +137,7 @@ func (a *Agent) report(ctx context.Context) {
 			a.metrics.wroteReport()
 			next.at = time.Now()
 			written[role] = next
-			a.announced(role, next)
+			a.beginAnnounced(role, next)
 		}
 		var due <-chan time.Time
 		if again > 0 {

@@ -94,7 +94,7 @@ func TestReportsAreBounded(t *testing.T) {
 		synctest.Wait()
 		for range 3 * reportBurst {
 			a.mu.Lock()
-			a.begun = a.begun.Add(time.Second)
+			a.startingSince = a.startingSince.Add(time.Second)
 			a.mu.Unlock()
 			a.reportDue.Set()
 			synctest.Wait()
@@ -104,8 +104,8 @@ func TestReportsAreBounded(t *testing.T) {
 		}
 		time.Sleep(time.Second / reportsPerSecond)
 		synctest.Wait()
-		if n, last := store.read(); n != reportBurst+1 || !last.Started.Equal(a.begun) {
-			t.Errorf("it wrote %d reports, want one more, of %v: %+v", n, a.begun, last)
+		if n, last := store.read(); n != reportBurst+1 || !last.Started.Equal(a.startingSince) {
+			t.Errorf("it wrote %d reports, want one more, of %v: %+v", n, a.startingSince, last)
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()

@@ -60,7 +60,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 			Node:    a.c.Node,
 			Joined:  a.joined[r.Name],
 			Agent:   a.c.Version,
-			Started: a.begun.UTC(),
+			Started: a.startingSince.UTC(),
 			Ready:   ready,
 			Units:   map[string]deployments.UnitReport{},
 		}
@@ -114,7 +114,7 @@ func (u *unit) report() deployments.UnitReport {
 	if now.reason == deployments.ReasonDependency {
 		r.Message = u.blocked.why
 	}
-	if want := u.decision.Target; s.Unfinished && want.Digest != s.Running.Digest && u.failedHere(want) {
+	if want := u.decision.Target; s.Unfinished && want.Digest != s.Running.Digest && u.staysQuarantined(want) {
 		r.Failed = want.Digest
 	}
 	if now.err != nil {

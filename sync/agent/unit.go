@@ -68,8 +68,8 @@ type observed struct {
 	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
 	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
 	ran          []deployments.Digest            // releases it converged to in this process, newest last: see dependencyOf
-	recover      bool                            // an earlier run's deployment or drain has to be recovered first
-	forget       bool                            // all releases that failed may be retried
+	mustRecover  bool                            // an earlier run's deployment or drain has to be recovered first
+	mustForget   bool                            // all releases that failed may be retried
 	lastErr      error                           // why the last job, or opening, failed and is tried again; else nil
 	refused      map[deployments.Pointer]refusal // releases that can't succeed on this node
 	retry        *wait.Backoff
@@ -99,23 +99,23 @@ type goal struct {
 	adopt  bool                // take over the tree at dest if it equals the first release
 	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
 	// fields are zero then.
-	observe    deployments.Pointer
-	leave      bool // restore what was at dest before the first release
-	stays      bool // what was at dest before the first release isn't restored any more
-	raiseFloor bool // once run is live, nothing older may follow: see observed.nextFloor
+	observe      deployments.Pointer
+	leave        bool // restore what was at dest before the first release
+	forgetBefore bool // discard what was kept from before the first release: it isn't restored any more
+	raiseFloor   bool // once run is live, nothing older may follow: see observed.nextFloor
 }
 
 // job is what a worker does at present.
 type job struct {
-	kind    jobKind
-	release deployments.Pointer
-	commit  string
-	key     string
-	adopt   bool
-	leaves  bool // what was at dest is kept, as goal.leave may follow
-	cancel  context.CancelCauseFunc
-	span    trace.Context // zero: not traced
-	root    trace.SpanID  // the root span of span's trace
+	kind     jobKind
+	release  deployments.Pointer
+	commit   string
+	key      string
+	adopt    bool
+	mayLeave bool // what was at dest is kept, as goal.leave may follow
+	cancel   context.CancelCauseFunc
+	span     trace.Context // zero: not traced
+	root     trace.SpanID  // the root span of span's trace
 }
 
 type jobKind string
@@ -288,7 +288,7 @@ func (u *unit) healthError() error {
 // unfinished or drained was recovered, unless the node only observes the unit. Otherwise a node
 // without anything good to run would count as in service between the agent's start and its drain.
 func (u *unit) final() bool {
-	if u.deploy == nil || u.recover && !u.observes {
+	if u.deploy == nil || u.mustRecover && !u.observes {
 		return false
 	}
 	switch u.condition().state {
@@ -333,8 +333,8 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	return deploy.Failure{}, false
 }
 
-// failedHere reports whether a release failed here, and isn't tried again.
-func (u *unit) failedHere(p deployments.Pointer) bool { return u.quarantined(p) && !u.toRetry(p) }
+// staysQuarantined reports whether a release failed here, and isn't tried again.
+func (u *unit) staysQuarantined(p deployments.Pointer) bool { return u.quarantined(p) && !u.toRetry(p) }
 
 // toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
 // Otherwise a rollout that was restarted would count the earlier failure as its own.

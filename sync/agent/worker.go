@@ -40,12 +40,12 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	a.workers.Go(func() {
 		defer u.cancel()
 		a.work(ctx, u)
-		a.leave(u)
+		a.removeRetired(u)
 	})
 }
 
-// leave removes a unit and its files after its worker has ended, if the unit is retired.
-func (a *Agent) leave(u *unit) {
+// removeRetired removes a unit and its files after its worker has ended, if the unit is retired.
+func (a *Agent) removeRetired(u *unit) {
 	a.mu.Lock()
 	retired := u.retired
 	a.mu.Unlock()
@@ -120,7 +120,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 		u.deploy, u.lastErr = d, err
 		if err == nil {
 			s := d.State()
-			u.recover = s.Unfinished || s.Drained
+			u.mustRecover = s.Unfinished || s.Drained
 			if s.Proven && !s.Unfinished {
 				u.watched, u.health = s.Running, s.Health
 			}
@@ -204,9 +204,9 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	}
 	switch j.kind {
 	case jobRecover:
-		u.recover = false // from now on the state says whether there is more to recover
+		u.mustRecover = false // from now on the state says whether there is more to recover
 	case jobForget:
-		u.forget = u.forget && (err != nil || !j.release.IsZero())
+		u.mustForget = u.mustForget && (err != nil || !j.release.IsZero())
 	case jobDeploy:
 		if err == nil {
 			u.reached(j.release)
@@ -322,14 +322,16 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	switch {
 	case g.leave && s.Leavable && !s.Leaving:
 		return job{kind: jobLeave}, again
-	case u.recover && !back || s.Unfinished && !deploys:
+	case u.mustRecover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
 	case raises: // before any other deployment, which may be of an older release
 		return job{kind: jobRaiseFloor, release: u.nextFloor}, again
-	case u.forget:
+	case u.mustForget:
 		return job{kind: jobForget}, again
 	case deploys:
-		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt, leaves: !g.stays}, again
+		return job{
+			kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt, mayLeave: !g.forgetBefore,
+		}, again
 	case failed:
 		// A request other than the one that the release failed under allows another try.
 		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
@@ -343,7 +345,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if unproven && u.lastErr == nil {
 		return job{kind: jobProve, release: s.Running}, again
 	}
-	if s.Leavable && g.stays && s.Confirmed && !s.Unfinished {
+	if s.Leavable && g.forgetBefore && s.Confirmed && !s.Unfinished {
 		return job{kind: jobForgetBefore}, again
 	}
 	if u.toHeal() {
@@ -411,7 +413,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobForget:
 		return a.forget(u, j)
 	case jobDeploy:
-		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.leaves}
+		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.mayLeave}
 		began := time.Now()
 		err := a.fetch(ctx, u, j.release, a.fetchSlot)
 		a.traceStep(u, "fetch", began, err)
