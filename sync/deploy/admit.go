@@ -60,7 +60,7 @@ func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte
 	if err != nil { // the digest pins the bytes, and this process's variables don't change
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
 	}
-	return r, u.within(r)
+	return r, u.checkPermitted(r)
 }
 
 // allow returns an error if r, which was admitted before, may no longer be used here.
@@ -68,7 +68,7 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	if err := u.trust(ctx, r.Pointer, r.Raw); err != nil {
 		return err
 	}
-	return u.within(r)
+	return u.checkPermitted(r)
 }
 
 // trust returns an error if Trust, if set, finds a manifest's bytes not signed as it demands. It comes before parsing.
@@ -82,10 +82,10 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 	return nil
 }
 
-// within returns an error if this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid it.
-// Otherwise Config.Claim has reserved its dest.
-func (u *Unit) within(r *artifact.Release) error {
-	if err := u.order(r); err != nil {
+// checkPermitted returns an error if this node refuses r: it is too old, or bounds, secrets or
+// another unit's dest forbid it. Otherwise Config.Claim has reserved its dest.
+func (u *Unit) checkPermitted(r *artifact.Release) error {
+	if err := u.checkFloor(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrRefused, err)
 	}
 	if err := bounded(u.c.Bounds, r); err != nil {

@@ -143,7 +143,7 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 // journal. It runs nothing if the manifest wasn't admitted, or if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
-	if ctx.Err() != nil || u.j.Told == told {
+	if ctx.Err() != nil || u.j.StageFailureTold == told {
 		return cause
 	}
 	r, err := u.remembered(q.Release)
@@ -159,7 +159,7 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 		return cause
 	}
 	return errors.Join(cause, u.save(func(j *journal) {
-		j.Told = told
+		j.StageFailureTold = told
 		// The next failure of the release has its commands run again, those with once as well.
 		j.forgetAttempt(q.Release.Digest, stepFailure)
 	}))

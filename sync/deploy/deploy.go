@@ -383,7 +383,7 @@ func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	if u.converged(p) {
 		return nil
 	}
-	if u.j.failed(p) {
+	if u.j.isQuarantined(p) {
 		return fmt.Errorf("release %s: %w", p, ErrQuarantined)
 	}
 	r, err := u.admit(ctx, p)
@@ -427,9 +427,9 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 		j.Compared, j.Before = compared, kept
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
-			d.Touched, d.Over = other.Touched, other.Touched
+			d.Touched, d.Dirty = other.Touched, other.Touched
 		}
-		if d.From = j.Running; j.failed(j.Running) {
+		if d.From = j.Running; j.isQuarantined(j.Running) {
 			d.From = j.LastGood // a release that failed here is nothing to go back to, even if dest holds it
 		}
 		if j.LastGood.Digest != r.Pointer.Digest {
@@ -439,7 +439,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 		if compared != nil && compared.Adopted {
 			d.Adopted = true
 			d.enter(stepSwitch)
-			d.Touched = d.Over || r.Manifest.Strategy == deployments.StrategyRelease
+			d.Touched = d.Dirty || r.Manifest.Strategy == deployments.StrategyRelease
 			return
 		}
 		d.enter(stepDrain)

@@ -153,10 +153,10 @@ func floorAt(created, now time.Time) time.Time {
 	return created
 }
 
-// order returns an error if a release was made before the version floor, unless Trust is nil or Older allows it. An old
-// signature stays valid. Without this check, whoever writes the store could bring back a release that was replaced
-// because of a vulnerability, under any name.
-func (u *Unit) order(r *artifact.Release) error {
+// checkFloor returns an error if a release was made before the version floor, unless Trust is nil
+// or Older allows it. An old signature stays valid. Without this check, whoever writes the store
+// could bring back a release that was replaced because of a vulnerability, under any name.
+func (u *Unit) checkFloor(r *artifact.Release) error {
 	if u.c.Trust == nil {
 		return nil
 	}

@@ -39,7 +39,7 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	if left, err = u.switcher(r).Heal(ctx, r); err != nil {
 		return nil, fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}
-	u.lock.done(r.Pointer)
+	u.lock.noteDone(r.Pointer)
 	return left, nil
 }
 

@@ -58,7 +58,7 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 		u.log.Info("waiting for health", "checks", len(watched), "timeout", cmp.Or(h.Timeout, defaultHealthTimeout),
 			"stable_for", h.StableFor)
 	}
-	if err := observe(ctx, watched, cmp.Or(h.Timeout, defaultHealthTimeout), h.StableFor); err != nil {
+	if err := awaitHealthy(ctx, watched, cmp.Or(h.Timeout, defaultHealthTimeout), h.StableFor); err != nil {
 		return err
 	}
 	return live()
@@ -80,9 +80,10 @@ type watch struct {
 	try               probe
 }
 
-// observe tries all checks in parallel, each at its own interval. It returns nil once the release is healthy (at once
-// without checks), and an error once it has failed or ctx ends: see healthGate.
-func observe(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
+// awaitHealthy tries all checks in parallel, each at its own interval. It returns nil once the
+// release is healthy (at once without checks), and an error once it has failed or ctx ends: see
+// healthGate.
+func awaitHealthy(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
 	if len(watched) == 0 {
 		return ctx.Err()
 	}

@@ -20,8 +20,8 @@ import (
 	"kedge/sync/command"
 )
 
-// TestObserve plays checks whose answers are a function of the time since the switch.
-func TestObserve(t *testing.T) {
+// TestAwaitHealthy plays checks whose answers are a function of the time since the switch.
+func TestAwaitHealthy(t *testing.T) {
 	t.Parallel()
 	down := errors.New("down")
 	type answers func(at time.Duration) (string, error)
@@ -92,7 +92,7 @@ func TestObserve(t *testing.T) {
 							return identity, err
 						}})
 				}
-				err := observe(t.Context(), watched, test.timeout, test.stable)
+				err := awaitHealthy(t.Context(), watched, test.timeout, test.stable)
 				if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 					t.Errorf("got %v, want %q", err, test.err)
 				}
@@ -122,16 +122,17 @@ func TestOften(t *testing.T) {
 
 var errHang = errors.New("hangs")
 
-func TestObserveEndsWithItsContext(t *testing.T) {
+func TestAwaitHealthyEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		superseded := errors.New("superseded")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(time.Second, func() { cancel(superseded) })
-		err := observe(ctx, []watch{{interval: time.Second, timeout: time.Second, try: func(ctx context.Context) (string, error) {
+		hangs := func(ctx context.Context) (string, error) {
 			<-ctx.Done()
 			return "", context.Cause(ctx)
-		}}}, time.Minute, 0)
+		}
+		err := awaitHealthy(ctx, []watch{{interval: time.Second, timeout: time.Second, try: hangs}}, time.Minute, 0)
 		if !errors.Is(err, superseded) {
 			t.Errorf("got %v", err)
 		}
@@ -139,17 +140,19 @@ func TestObserveEndsWithItsContext(t *testing.T) {
 }
 
 // No try goes on beside what comes after the checks.
-func TestObserveWaitsForItsTries(t *testing.T) {
+func TestAwaitHealthyWaitsForItsTries(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		trying := false
-		err := observe(t.Context(), []watch{{interval: time.Second, timeout: time.Minute, try: func(ctx context.Context) (string, error) {
+		slow := func(ctx context.Context) (string, error) {
 			trying = true
 			<-ctx.Done()
 			time.Sleep(4 * time.Second) // until its processes have ended
 			trying = false
 			return "", context.Cause(ctx)
-		}}}, time.Second, 0)
+		}
+		watched := []watch{{interval: time.Second, timeout: time.Minute, try: slow}}
+		err := awaitHealthy(t.Context(), watched, time.Second, 0)
 		if err == nil || trying {
 			t.Errorf("got %v, and a try goes on: %v", err, trying)
 		}

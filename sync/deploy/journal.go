@@ -60,8 +60,9 @@ type journal struct {
 	// release that was left or failed, while dest holds again what was there before it.
 	Before   *before            `json:"before,omitempty"`
 	Restored deployments.Digest `json:"restored,omitzero"`
-	// Told names the last release and key whose failure commands ran because the release could not be staged.
-	Told string `json:"told,omitempty"`
+	// StageFailureTold names the last release and key whose failure commands ran because the
+	// release could not be staged.
+	StageFailureTold string `json:"told,omitempty"`
 }
 
 // deployment is a deployment, or a Leave, that is under way.
@@ -87,8 +88,8 @@ type deployment struct {
 	Touched bool `json:"touched,omitempty"`
 	// Adopted is set if the tree at dest equalled the release, so that only failure commands may run.
 	Adopted bool `json:"adopted,omitempty"`
-	// Over is set if another deployment, which this one superseded, may have changed dest.
-	Over bool `json:"over,omitempty"`
+	// Dirty is set if another deployment, which this one superseded, may have changed dest.
+	Dirty bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
 	Fault *fault `json:"fault,omitempty"`
 	// Restored is set once what was at dest before the first release is back there.

@@ -108,7 +108,7 @@ func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 			return nil, err
 		}
 		if back, err := u.switcher(first).Restore(ctx, first); err != nil || back {
-			return restored, err
+			return setRestored, err
 		}
 	}
 	u.log.Error("what was at dest before the first release is gone: the unit stays on what it runs")
@@ -168,11 +168,11 @@ func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) 
 	if !back {
 		return func(j *journal) { j.Before = nil }, nil
 	}
-	return restored, nil
+	return setRestored, nil
 }
 
-// restored records that dest holds what was there before the first release.
-func restored(j *journal) {
+// setRestored records that dest holds what was there before the first release.
+func setRestored(j *journal) {
 	j.Running, j.Version, j.Confirmed, j.LastGood = deployments.Pointer{}, "", false, deployments.Pointer{}
 	j.Before, j.Restored = nil, j.Deployment.Release.Digest
 	j.Deployment.Restored = true

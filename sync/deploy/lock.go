@@ -191,10 +191,11 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 	}
 }
 
-// begun records in the lock file that dest is between releases; done records which release it holds.
-func (l *destLock) begun() { l.note("") }
+// noteBegun records in the lock file that dest is between releases; noteDone records which release
+// it holds.
+func (l *destLock) noteBegun() { l.note("") }
 
-func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }
+func (l *destLock) noteDone(p deployments.Pointer) { l.note(p.Digest.String()) }
 
 // note writes the lock file's content. It ignores errors, because the lock holds whatever the file contains.
 func (l *destLock) note(last string) {

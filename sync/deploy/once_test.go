@@ -412,7 +412,7 @@ func TestLockIsAFileOfItsOwn(t *testing.T) {
 		}
 		r := &artifact.Release{Manifest: &deployments.Manifest{Src: "file:///x", Dest: dest, Strategy: deployments.StrategyRsync}}
 		if unlock, err := u.hold(t.Context(), r); err == nil {
-			u.lock.begun()
+			u.lock.noteBegun()
 			unlock()
 			t.Errorf("%s: it is taken for a lock", name)
 		}

@@ -61,8 +61,8 @@ func (f *Failed) Error() string {
 
 func (f *Failed) Unwrap() error { return f.Err }
 
-// failed reports whether p is in quarantine.
-func (j *journal) failed(p deployments.Pointer) bool {
+// isQuarantined reports whether p is in quarantine.
+func (j *journal) isQuarantined(p deployments.Pointer) bool {
 	return slices.ContainsFunc(j.Quarantined, func(f Failure) bool { return f.Digest == p.Digest })
 }
 

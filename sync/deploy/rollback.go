@@ -13,10 +13,10 @@ import (
 
 // fault says why a deployment failed.
 type fault struct {
-	Step   step   `json:"step"`
-	Reason string `json:"reason"`
-	Check  string `json:"check,omitempty"` // the health check that failed; empty: no check did
-	Told   bool   `json:"told,omitempty"`  // the release's failure commands have run already
+	Step               step   `json:"step"`
+	Reason             string `json:"reason"`
+	Check              string `json:"check,omitempty"` // the health check that failed; empty: no check did
+	FailureCommandsRan bool   `json:"told,omitempty"`  // the release's failure commands have run already
 	// At is when the deployment failed; zero in journals of earlier versions.
 	At time.Time `json:"at,omitzero"`
 
@@ -30,8 +30,8 @@ func (f *fault) cause() error {
 	return errors.New(f.Reason)
 }
 
-// failed returns the error of a finished deployment that failed.
-func (d *deployment) failed() *Failed {
+// failure returns the error of a finished deployment that failed.
+func (d *deployment) failure() *Failed {
 	f := &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
 	f.Reason = deployments.ReasonQuarantined
 	f.Facts = deployments.Facts{"step": f.Step, "error": d.Fault.Reason}
@@ -67,7 +67,7 @@ func (j *journal) fail(err error) {
 		d.Fault.Check = failed.check
 	}
 	if errors.Is(err, artifact.ErrUntouched) {
-		d.Touched = d.Over
+		d.Touched = d.Dirty
 	}
 	d.enter(stepBack)
 }
@@ -159,9 +159,9 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			j.forgetAttempt(a.Digest, a.Step)
 		}
 		if d.Fault != nil {
-			told := *d.Fault
-			told.Told = true
-			d.Fault = &told
+			f := *d.Fault
+			f.FailureCommandsRan = true
+			d.Fault = &f
 		}
 		if u.switcher(old).IsLive(old) {
 			d.enter(stepBackPost)
@@ -180,7 +180,7 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 // failureCommands runs, once, the failure commands of a deployment that failed, or of a release that is left, and then
 // removes old releases. After any other deployment it does nothing.
 func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
-	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.Told {
+	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.FailureCommandsRan {
 		return nil
 	}
 	at := *d

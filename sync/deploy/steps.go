@@ -94,9 +94,9 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// pass moves the deployment under way on to its next step. After the last step, no deployment is under way any more,
-// and pass drops the attempts that were kept for it, unless it was undone.
-func (j *journal) pass() {
+// advance moves the deployment under way on to its next step. After the last step, no deployment is
+// under way any more, and advance drops the attempts that were kept for it, unless it was undone.
+func (j *journal) advance() {
 	d := j.Deployment
 	if next := d.next(); next != "" {
 		d.enter(next)
@@ -129,7 +129,7 @@ func (u *Unit) runSteps(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	u.lock.begun()
+	u.lock.noteBegun()
 	u.progress(deployments.StateSwitching, meter.Progress{})
 	for {
 		if u.j.Deployment.Waits {
@@ -156,7 +156,7 @@ func (u *Unit) runSteps(ctx context.Context) error {
 			if change != nil {
 				change(j)
 			}
-			j.pass()
+			j.advance()
 		})
 		if err != nil {
 			return err
@@ -165,10 +165,10 @@ func (u *Unit) runSteps(ctx context.Context) error {
 			continue
 		}
 		if d.Fault != nil {
-			return d.failed()
+			return d.failure()
 		}
 		if !d.Step.goesBack() {
-			u.lock.done(d.Release)
+			u.lock.noteDone(d.Release)
 		}
 		return nil
 	}
@@ -200,9 +200,9 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
 	case stepSwitch:
 		if d.Adopted && r.Manifest.Strategy != deployments.StrategyRelease {
-			return running(r), nil
+			return setRunning(r), nil
 		}
-		return running(r), u.switcher(r).Switch(ctx, r)
+		return setRunning(r), u.switcher(r).Switch(ctx, r)
 	case stepPost:
 		if d.Adopted {
 			return nil, nil
@@ -213,9 +213,9 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		u.at("hooks ran")
 		return nil, u.recordAfter(ctx, r)
 	case stepHealth:
-		return u.confirmed, u.healthy(ctx, d, r, from)
+		return u.setConfirmed, u.healthy(ctx, d, r, from)
 	case stepUndrain:
-		return undrained, u.drain(ctx, false)
+		return clearDrained, u.drain(ctx, false)
 	case stepSuccess:
 		if d.Adopted {
 			return nil, nil
@@ -232,7 +232,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case d.Step == stepBack && d.Leaves:
 		return u.leave(ctx)
 	case d.Step == stepBackUndrain && (old != nil || d.Restored || d.Fault == nil && u.j.Running.IsZero()):
-		return undrained, u.drain(ctx, false)
+		return clearDrained, u.drain(ctx, false)
 	case d.Step == stepBack && old == nil && d.From.IsZero() && u.j.LastGood.IsZero():
 		return u.restore(ctx, d, r)
 	case old == nil:
@@ -241,22 +241,23 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).IsLive(old) {
 			return nil, u.recordBefore(ctx, old)
 		}
-		if err := u.switcher(old).SwitchBack(ctx, old, r, d.Over); err != nil {
+		if err := u.switcher(old).SwitchBack(ctx, old, r, d.Dirty); err != nil {
 			return nil, err
 		}
-		return running(old), u.recordBefore(ctx, old)
+		return setRunning(old), u.recordBefore(ctx, old)
 	case d.Step == stepBackPost:
 		if err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post); err != nil {
 			return nil, err
 		}
 		return nil, u.recordAfter(ctx, old)
 	case d.Step == stepBackHealth:
-		return u.served, u.healthy(ctx, d, old, r)
+		return u.setServing, u.healthy(ctx, d, old, r)
 	}
 	return nil, nil
 }
 
-func running(r *artifact.Release) func(*journal) {
+// setRunning returns the change of the journal after a switch to r.
+func setRunning(r *artifact.Release) func(*journal) {
 	return func(j *journal) {
 		j.Running, j.Version, j.Confirmed, j.Restored = r.Pointer, r.Manifest.Version, false, deployments.Digest{}
 		j.HealthFailure = nil
@@ -266,15 +267,16 @@ func running(r *artifact.Release) func(*journal) {
 	}
 }
 
-// confirmed marks the running release as the one to go back to. Earlier failures stay in quarantine, as the same
-// commit may ask for them again once a pin has ended.
-func (u *Unit) confirmed(j *journal) {
+// setConfirmed marks the running release as the one to go back to. Earlier failures stay in
+// quarantine, as the same commit may ask for them again once a pin has ended.
+func (u *Unit) setConfirmed(j *journal) {
 	j.Confirmed, j.HealthFailure, j.LastGood, j.Proven = true, nil, j.Running, u.boot
 }
 
-// served does what confirmed does, for a deployment that has gone back, and records that its release serves again.
-func (u *Unit) served(j *journal) {
-	u.confirmed(j)
+// setServing does what setConfirmed does, for a deployment that has gone back, and records that its
+// release serves again.
+func (u *Unit) setServing(j *journal) {
+	u.setConfirmed(j)
 	j.Deployment.BackFailure = nil
 }
 
@@ -283,7 +285,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func undrained(j *journal) { j.Drained = false }
+func clearDrained(j *journal) { j.Drained = false }
 
 // note logs an error that doesn't stop a deployment, and returns nil. If ctx has ended, or the machine shuts down, it
 // returns the error instead.
