@@ -347,11 +347,11 @@ func BindMount(t *testing.T, path string) (file string) {
 	return file
 }
 
-// MakeImmutable makes a file that not even root can remove until the test ends. It calls NeedRoot,
+// MakeImmutable makes a file that not even root can remove until the test ends. It needs root,
 // and skips the test if the file system has no such files.
 func MakeImmutable(t *testing.T, file string) {
 	t.Helper()
-	NeedRoot(t)
+	tooltest.NeedRoot(t)
 	f, err := os.Create(file)
 	if err != nil {
 		t.Fatal(err)
