@@ -301,43 +301,6 @@ func (a *Agent) retire() {
 	}
 }
 
-// noteConvergence closes the channels of Idle and Converged, and sets a.ready, each once its
-// condition holds. It also ends the drain of units that are gone, unless a deployment of theirs is
-// unfinished. a.mu is held.
-func (a *Agent) noteConvergence() {
-	idle, serving := true, true
-	for _, u := range a.units {
-		if u.gone() {
-			if !u.state().Unfinished {
-				a.drained.End(u.id) // it has nothing to serve, or another unit has its dest
-			}
-			continue
-		}
-		if u.decided {
-			idle = idle && u.final()
-			serving = serving && u.serving()
-		}
-	}
-	if slices.ContainsFunc(a.cache.Roles(), func(r *cache.Role) bool { return !r.Known() }) {
-		return
-	}
-	if serving && len(a.empty()) == 0 {
-		a.ready = true
-	}
-	if idle && closeOnce(a.idle) {
-		a.c.Log.Info("every unit has converged, or can't go on by itself",
-			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
-		a.warnOfUnobserved()
-		if err := a.dir.Started(); err != nil {
-			a.c.Log.Debug("could not remove the record of this start", "error", err)
-		}
-	}
-	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
-		a.c.Log.Info("every unit runs what it should, for the first time since the agent started",
-			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
-	}
-}
-
 // warnOfUnobserved logs patterns in Config.Observe that match no unit of this node, but for */*/*. Such a pattern may
 // be mistyped, and the unit that it was meant for is deployed.
 func (a *Agent) warnOfUnobserved() {
