@@ -1,8 +1,15 @@
 package git
 
 import (
+	"net"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
 
 	"kedge/sync/git/gittest"
 )
@@ -51,6 +58,61 @@ func TestSSHPollsAreCheap(t *testing.T) {
 	if n := v2.Sent.Load() - sent; n > 16<<10 {
 		t.Errorf("a push takes %d bytes", n)
 	}
+}
+
+// An SSH agent is dialled once for each connection to the server, and its own connection is closed.
+func TestSSHAgentIsDialledOnce(t *testing.T) {
+	s := gittest.ServeSSH(t, gittest.New(t), acceptsV2)
+	head := s.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	key, err := ssh.ParseRawPrivateKey([]byte(readFile(t, s.Key)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := agent.NewKeyring()
+	if err := keys.Add(agent.AddedKey{PrivateKey: key}); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(t.TempDir(), "agent")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var dialled, open atomic.Int64
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			dialled.Add(1)
+			open.Add(1)
+			go func() {
+				defer c.Close()
+				_ = agent.ServeAgent(keys, c)
+				open.Add(-1)
+			}()
+		}
+	}()
+	t.Setenv("SSH_AUTH_SOCK", socket)
+	b := openBranch(t, Config{Repo: s.URL, Branch: "main", KnownHosts: s.Known})
+	for range 3 {
+		reads(t, b, head)
+	}
+	for end := time.Now().Add(10 * time.Second); open.Load() != 0 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	if dialled.Load() != 1 || open.Load() != 0 {
+		t.Errorf("%d connections to the agent, %d of them still open; want one, closed", dialled.Load(), open.Load())
+	}
+	s.Cut()
+	reads(t, b, head)
+	if dialled.Load() != 2 {
+		t.Errorf("%d connections to the agent after a second one to the server", dialled.Load())
+	}
+	t.Setenv("SSH_AUTH_SOCK", "")
+	s.Cut()
+	fails(t, b, "no agent", "no SSH agent answers: name one with --ssh-key (SSH_AUTH_SOCK is not set)")
 }
 
 // A connection that ended is opened again, and a change of its key or known_hosts file ends it.

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -85,7 +86,8 @@ func Secret(env func(string) string, name string) (string, error) {
 	return value, nil
 }
 
-// ssh returns the authentication for e, and the files that it was read from.
+// ssh returns the authentication for e, and the files that it was read from. Without a key file it has no keys:
+// dialAgent gets them.
 func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
 	files := []string{a.KnownHosts}
 	if a.KnownHosts == "" {
@@ -123,12 +125,7 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 		HostKeyAlgorithms: known.HostKeyAlgorithms(host),
 	}
 	if a.SSHKey == "" {
-		agent, err := gitssh.NewSSHAgentAuth(e.User)
-		if err != nil {
-			return nil, nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
-		}
-		agent.HostKeyCallbackHelper = check
-		return agent, files, nil
+		return &gitssh.PublicKeysCallback{User: e.User, HostKeyCallbackHelper: check}, files, nil
 	}
 	pem, err := inputfile.Read("--ssh-key", a.SSHKey)
 	if err != nil {
@@ -143,6 +140,18 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 		return nil, nil, fmt.Errorf("ssh key %s: %w", a.SSHKey, err)
 	}
 	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.SSHKey), nil
+}
+
+// dialAgent connects to the SSH agent. The caller closes the connection.
+func dialAgent(ctx context.Context) (conn net.Conn, err error) {
+	err = errors.New("SSH_AUTH_SOCK is not set")
+	if socket := os.Getenv("SSH_AUTH_SOCK"); socket != "" {
+		conn, err = new(net.Dialer).DialContext(ctx, "unix", socket)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
+	}
+	return conn, nil
 }
 
 // hostKeyError means that a server's key is unknown, or differs from the one in known_hosts.

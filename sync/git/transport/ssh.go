@@ -18,6 +18,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/net/proxy"
 
 	"kedge/deployments/inputfile"
@@ -288,8 +289,18 @@ func sshAddress(host string, port int, get func(host, key string) string) string
 	return net.JoinHostPort(host, strconv.Itoa(port))
 }
 
-// dial opens the connection to sshAddress, through the proxy in ALL_PROXY if there is one.
+// dial opens the connection to sshAddress, through the proxy in ALL_PROXY if there is one. Without a key file it
+// connects to the SSH agent until the server has accepted a key.
 func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
+	if s.access.SSHKey == "" {
+		keys, err := dialAgent(ctx)
+		if err != nil {
+			return err
+		}
+		defer keys.Close()
+		defer context.AfterFunc(ctx, func() { keys.Close() })()
+		config.Auth = []ssh.AuthMethod{ssh.PublicKeysCallback(agent.NewClient(keys).Signers)}
+	}
 	address := sshAddress(s.endpoint.Host, s.endpoint.Port, gitssh.DefaultSSHConfig.Get)
 	raw, err := proxy.Dial(ctx, "tcp", address)
 	if err != nil {
