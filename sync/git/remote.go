@@ -370,9 +370,13 @@ func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	}
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
 	if err == nil {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); err == nil {
+			return dir, f, nil
+		}
+		f.Close()
+		err = fmt.Errorf("locking %s: %w", f.Name(), err)
 	}
-	return dir, f, err
+	return "", nil, errors.Join(err, os.RemoveAll(dir))
 }
 
 // removeAbandoned removes a temporary directory that nobody holds. It keeps one whose lock can't be opened, such as

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/sync/git/gittest"
 )
 
@@ -214,5 +216,24 @@ func TestTemporaryDirsOfTheDead(t *testing.T) {
 		if _, err := os.Stat(dir); stays != (err == nil) {
 			t.Errorf("%s: %v, want it to stay: %v", dir, err, stays)
 		}
+	}
+}
+
+// A temporary directory that can't get its lock is removed again: no later mirror would.
+func TestTemporaryDirWithoutLock(t *testing.T) {
+	t.Parallel()
+	// With the suffix of 6 to 10 digits the directory's path fits into PATH_MAX, but not that of the lock in it.
+	parent := t.TempDir()
+	for length := unix.PathMax - len("/"+temporaryPrefix) - 11; len(parent) < length; {
+		parent = filepath.Join(parent, strings.Repeat("d", min(250, max(1, length-len(parent)-1))))
+	}
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := temporaryDir(parent); !errors.Is(err, unix.ENAMETOOLONG) || !strings.Contains(err.Error(), lockFile) {
+		t.Fatalf("the error is %v", err)
+	}
+	if left, err := os.ReadDir(parent); err != nil || len(left) > 0 {
+		t.Errorf("it leaves %v, %v", left, err)
 	}
 }
