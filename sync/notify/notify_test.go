@@ -697,6 +697,8 @@ func TestDelivery(t *testing.T) {
 		{403, http.Header{"X-Ratelimit-Remaining": {"0"}}, true, 0},
 		{403, http.Header{"X-Ratelimit-Remaining": {"17"}}, false, 0},
 		{429, http.Header{"Retry-After": {"99999999999999"}}, true, maxPause},
+		{429, http.Header{"Retry-After": {"10000000000"}}, true, maxPause},
+		{503, http.Header{"Retry-After": {"-10000000000"}}, true, 0},
 		{404, http.Header{"Retry-After": {"60"}}, false, 0},
 	} {
 		s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
