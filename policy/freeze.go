@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"cmp"
 	"fmt"
 	"time"
 
@@ -14,14 +13,14 @@ import (
 // FreezeState says whether a unit's rollouts may start.
 type FreezeState struct {
 	Frozen bool
-	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen
-	// because no allow window is open, By is the name of the first one, and says that it is not
+	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen because no allow
+	// window is open, By is the name of the first one that has a reason, or else of the first, and says that it is not
 	// open.
 	By, Reason string
 	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
 	// unit as none is open, when the next one opens. Either is zero if that isn't within five years, or isn't known.
 	ChangesAt, WindowEnds time.Time
-	// Wait is set if rollouts under way have to wait as well.
+	// Wait is set if rollouts under way have to wait as well, as one of the windows that freeze the unit says so.
 	Wait bool
 	// Never is set if allow windows freeze the unit and none will open.
 	Never bool
@@ -51,7 +50,7 @@ func (v FreezeState) Facts() deployments.Facts {
 func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
-	var reason, by string
+	var allow deployments.Freeze // the one to name if none is open
 	var allowedFrom time.Time
 	waits := false
 	for _, w := range windows {
@@ -74,17 +73,18 @@ func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:
-			allows++
+			if allows++; allows == 1 || allow.Reason == "" && w.Reason != "" {
+				allow = w
+			}
 			allowed = allowed || !ends.IsZero()
 			allowedFrom = earlier(allowedFrom, opens)
-			by, reason = cmp.Or(by, nameOf(w)), cmp.Or(reason, w.Reason)
 			waits = waits || w.Running == "wait"
 		}
 		v.ChangesAt = earlier(v.ChangesAt, next)
 	}
 	if allows > 0 && !allowed {
 		if !v.Frozen {
-			v.Frozen, v.By, v.Reason, v.WindowEnds = true, by+", which is not open", reason, allowedFrom
+			v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(allow)+", which is not open", allow.Reason, allowedFrom
 			v.Never = allowedFrom.IsZero()
 		}
 		v.Wait = v.Wait || waits // an allow window must not soften a deny window's wait

@@ -86,6 +86,27 @@ func TestFrozen(t *testing.T) {
 	}
 }
 
+// If no allow window is open, the name and the reason are of one window: the first with a reason, or else the first.
+func TestFrozenForOneWindowsReason(t *testing.T) {
+	t.Parallel()
+	shut := func(name, reason string) deployments.Freeze {
+		return deployments.Freeze{Name: name, Kind: deployments.FreezeAllow, Cron: "0 18 * * *", Duration: time.Hour,
+			Reason: reason}
+	}
+	for _, c := range []struct {
+		windows    []deployments.Freeze
+		by, reason string
+	}{
+		{[]deployments.Freeze{shut("a", ""), shut("b", "")}, "a, which is not open", ""},
+		{[]deployments.Freeze{shut("a", ""), shut("b", "night"), shut("c", "day")}, "b, which is not open", "night"},
+		{[]deployments.Freeze{shut("a", "day"), shut("b", "")}, "a, which is not open", "day"},
+	} {
+		if v := FreezeAt(c.windows, app, noon); v.By != c.by || v.Reason != c.reason {
+			t.Errorf("by %q, reason %q; want %q, %q", v.By, v.Reason, c.by, c.reason)
+		}
+	}
+}
+
 // Whether a rollout under way waits as well: one window that is against it and says so is enough.
 func TestFrozenWhileARolloutIsUnderWay(t *testing.T) {
 	t.Parallel()
