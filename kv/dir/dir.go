@@ -93,6 +93,9 @@ func (d *Store) Get(ctx context.Context, key string) (kv.Entry, error) {
 			return kv.ErrNotFound
 		}
 		f, err := readValue(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return kv.ErrNotFound // removed by hand
+		}
 		if err != nil {
 			return err
 		}

@@ -212,6 +212,35 @@ func TestPresenceComesBack(t *testing.T) {
 	views.Await(t, "its leave", kvtest.Healthy(""))
 }
 
+// A key whose file a person removes while Get reads it has no value; that isn't a failure of the store.
+func TestGetWhileItIsRemovedByHand(t *testing.T) {
+	t.Parallel()
+	path := storePath(t)
+	s := open(t, path)
+	file := filepath.Join(path, "a")
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_ = os.WriteFile(file, []byte("v"), 0o644)
+				_ = os.Remove(file)
+			}
+		}
+	}()
+	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); {
+		if _, err := s.Get(t.Context(), "a"); err != nil && !errors.Is(err, kv.ErrNotFound) {
+			t.Error(err)
+			break
+		}
+	}
+	close(stop)
+	<-stopped
+}
+
 // A commit that is refused for one of its keys changes nothing and stops nobody. Not even a privileged process makes it
 // true later.
 func TestDeniedCommitLeavesNothing(t *testing.T) {
