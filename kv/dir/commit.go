@@ -135,8 +135,11 @@ func (d *Store) commit(changes []change) error {
 // others aside, which changes no key.
 func (d *Store) prepare(changes []change) error {
 	checked := map[string]bool{}
-	for _, c := range changes {
+	for i, c := range changes {
 		var paths []string
+		if i == 1 { // several changes have a journal
+			paths = append(paths, d.path(journalFile))
+		}
 		held := d.path(heldDir + "/" + heldName(c.Key))
 		if c.Hold != "" || (c.Unhold || c.Delete) && isFile(held) {
 			paths = append(paths, held)
@@ -155,8 +158,9 @@ func (d *Store) prepare(changes []change) error {
 			dir := filepath.Dir(path)
 			if !checked[dir] {
 				checked[dir] = true
-				if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
-					return fmt.Errorf("write in %s: %w", dir, err)
+				const mode = unix.R_OK | unix.W_OK | unix.X_OK // apply reads a directory to sync it
+				if err := unix.Faccessat(unix.AT_FDCWD, dir, mode, unix.AT_EACCESS); err != nil {
+					return fmt.Errorf("read and write in %s: %w", dir, err)
 				}
 			}
 			if err := checkSticky(dir, path); err != nil {

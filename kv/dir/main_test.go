@@ -83,6 +83,34 @@ func denied(ctx context.Context, args []string) error {
 			return fmt.Errorf("%v left %s", ops, got)
 		}
 	}
+	// What it may write in, but not read, it can't sync: not for one key, nor for the journal of several.
+	for unread, all := range map[string][][]kv.Op{
+		"blind":  {{kv.Put("blind/a", []byte("new"))}, {kv.Put("own/a", []byte("new")), kv.Put("blind/a", []byte("new"))}},
+		".kedge": {{kv.Put("own/a", []byte("new")), kv.Put("own/b", []byte("new"))}},
+	} {
+		unread = filepath.Join(args[0], unread)
+		if err := os.MkdirAll(unread, 0o755); err != nil {
+			return err
+		}
+		for _, ops := range all {
+			if err := os.Chmod(unread, 0o333); err != nil {
+				return err
+			}
+			if err := s.Commit(ctx, nil, ops...); !errors.Is(err, kv.ErrDenied) {
+				return fmt.Errorf("%s, which it may not read: %v: %v", unread, ops, err)
+			}
+			if err := os.Chmod(unread, 0o755); err != nil {
+				return err
+			}
+			entries, err := s.List(ctx, "")
+			if err != nil {
+				return err
+			}
+			if got := shown(entries); got != before {
+				return fmt.Errorf("%s, which it may not read: %v left %s", unread, ops, got)
+			}
+		}
+	}
 	err = s.Commit(ctx, nil, kv.Put("own/a", []byte("new")), kv.Put("own/b", []byte("new")))
 	if err == nil {
 		fmt.Println("done")
