@@ -180,12 +180,13 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		}
 		switch {
 		case !one.signs(namespace):
-			refused = fmt.Errorf("%w: the key %s of %s may sign for %s, not for %s", ErrUntrusted, finger,
-				one.principals, strings.Join(one.namespaces, ","), namespace)
+			refused = fmt.Errorf("%w: line %d of the allowed signers: the key %s of %s may sign for %s, not for %s",
+				ErrUntrusted, one.line, finger, one.principals, strings.Join(one.namespaces, ","), namespace)
 			continue
 		case !one.validAfter.IsZero() && now.Before(one.validAfter),
 			!one.validBefore.IsZero() && !now.Before(one.validBefore):
-			refused = fmt.Errorf("%w: the key %s of %s is not valid at this time", ErrUntrusted, finger, one.principals)
+			refused = fmt.Errorf("%w: line %d of the allowed signers: the key %s of %s is not valid at this time",
+				ErrUntrusted, one.line, finger, one.principals)
 			continue
 		}
 		if err := sshsig.Verify(bytes.NewReader(message), sig, one.key, sig.HashAlgorithm, namespace); err != nil {

@@ -52,7 +52,7 @@ func signersOf(t testing.TB, lines ...string) Signers {
 func TestVerifyManifest(t *testing.T) {
 	t.Parallel()
 	alice, aliceKey := newKey(t)
-	mallory, _ := newKey(t)
+	mallory, malloryKey := newKey(t)
 	const manifest = "src: s3://acme/web.tar\n"
 	signed := sign(t, alice, ManifestNamespace, manifest)
 	for _, c := range []struct {
@@ -65,7 +65,11 @@ func TestVerifyManifest(t *testing.T) {
 		{"valid now", `alice valid-after="20200101Z",valid-before="20300101Z" ` + aliceKey, manifest, signed, ""},
 		{"not any more", `alice valid-before="20260101Z" ` + aliceKey, manifest, signed, "not valid at this time"},
 		{"not yet", `alice valid-after="20270101Z" ` + aliceKey, manifest, signed, "not valid at this time"},
+		{"not yet, in the third line", "\n# alice\n" + `alice valid-after="20270101Z" ` + aliceKey, manifest, signed,
+			"line 3 of the allowed signers: the key SHA256:"},
 		{"for something else", `alice namespaces="git,file" ` + aliceKey, manifest, signed, "may sign for git,file"},
+		{"for something else, in a second line", "mallory " + malloryKey + "\n" + `alice namespaces="git" ` + aliceKey, manifest,
+			signed, "line 2 of the allowed signers: the key SHA256:"},
 		{"another manifest", "alice " + aliceKey, manifest + " ", signed, "does not fit"},
 		{"somebody else", "alice " + aliceKey, manifest, sign(t, mallory, ManifestNamespace, manifest), "not among the allowed signers"},
 		{"a commit's signature", "alice " + aliceKey, manifest, sign(t, alice, "git", manifest), `made for "git"`},
