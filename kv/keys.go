@@ -87,7 +87,10 @@ func ParseKey(key string) (Key, error) {
 	k.Role = deployments.RoleID{Stage: parts[1], Role: parts[2]}
 	if k.Kind == StatusPrefix {
 		k.Node = parts[3]
-		return k, errors.Join(k.Role.Check(), deployments.CheckSegment("node", k.Node))
+		if err := errors.Join(k.Role.Check(), deployments.CheckSegment("node", k.Node)); err != nil {
+			return Key{}, err
+		}
+		return k, nil
 	}
 	k.Unit = parts[3]
 	err := k.UnitID().Check()
