@@ -51,6 +51,7 @@ type presence struct {
 	done   chan struct{}
 	wake   wait.Signal // set when a new session must be watched
 
+	sweeping sync.Mutex // held by sweep's call, and by Close; locked before putting
 	// putting serializes all methods that use the fields below.
 	putting         sync.Mutex
 	session         string
@@ -259,11 +260,16 @@ func (p *presence) open(ctx context.Context) error {
 	if err == nil {
 		p.opened(id, false, false)
 		if p.sweep == nil {
-			p.endOtherSessions(ctx, p.node, p.mine, 1)
+			p.endOthers(p.namedSessions(ctx, p.node), p.mine, 1)
+			node := p.node
 			p.sweep = time.AfterFunc(p.store.endOthersAfter, func() {
-				p.putting.Lock() // so that no session is opened while it lists them
-				defer p.putting.Unlock()
-				p.endOtherSessions(p.ctx, p.node, p.mine, 0)
+				p.sweeping.Lock()
+				defer p.sweeping.Unlock()
+				all := p.namedSessions(p.ctx, node)
+				p.putting.Lock() // any session of this presence in all is in mine from here on
+				mine := maps.Clone(p.mine)
+				p.putting.Unlock()
+				p.endOthers(all, mine, 0)
 			})
 		}
 		return nil
@@ -281,12 +287,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endOtherSessions destroys the sessions of this name that aren't in mine, except the newest ones,
-// as many as keep says. Most are sessions of killed processes. Such a session may live as long as
-// the node. So may those of its entries that this process doesn't write, such as those of a role
-// that the node had before. If a process of this name is still alive, it opens a new session.
-func (p *presence) endOtherSessions(ctx context.Context, node string, mine map[string]bool, keep int) {
-	var all []*api.SessionEntry
+// namedSessions returns the sessions of this name, also those of other processes, the newest first. After an error,
+// which is logged, it returns none.
+func (p *presence) namedSessions(ctx context.Context, node string) (all []*api.SessionEntry) {
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
 		all, _, err = p.store.client.Session().Node(node, consistent(q))
 		return err
@@ -294,8 +297,17 @@ func (p *presence) endOtherSessions(ctx context.Context, node string, mine map[s
 	if err != nil {
 		p.store.log.Debug("could not end the sessions of earlier processes of this node", "name", p.name, "error", err)
 	}
-	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return e.Name != p.sessionName() || mine[e.ID] })
+	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return e.Name != p.sessionName() })
 	slices.SortFunc(all, func(a, b *api.SessionEntry) int { return cmp.Compare(b.CreateIndex, a.CreateIndex) })
+	return all
+}
+
+// endOthers destroys the sessions in all that aren't in mine, except the newest ones, as many as keep says. Most are
+// sessions of killed processes. Such a session may live as long as the node. So may those of its entries that this
+// process doesn't write, such as those of a role that the node had before. If a process of this name is still alive, it
+// opens a new session.
+func (p *presence) endOthers(all []*api.SessionEntry, mine map[string]bool, keep int) {
+	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return mine[e.ID] })
 	for _, e := range all[min(keep, len(all)):] {
 		p.store.destroySession(e.ID)
 	}
@@ -452,6 +464,8 @@ func (p *presence) lose() {
 func (p *presence) Close(ctx context.Context) error {
 	p.cancel()
 	<-p.done
+	p.sweeping.Lock()
+	defer p.sweeping.Unlock()
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	if p.closed {
@@ -463,7 +477,7 @@ func (p *presence) Close(ctx context.Context) error {
 	}
 	defer p.stopHeart()
 	if p.sweep != nil && p.sweep.Stop() {
-		p.endOtherSessions(ctx, p.node, p.mine, 0)
+		p.endOthers(p.namedSessions(ctx, p.node), p.mine, 0)
 	}
 	sessions := p.leaving
 	if p.session != "" {

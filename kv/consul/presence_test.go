@@ -408,6 +408,66 @@ func TestPresenceEndsWhatEarlierOnesLeft(t *testing.T) {
 	}
 }
 
+// While a presence asks for the sessions that earlier processes left, it puts entries, and the answer ends no session
+// that it opened meanwhile.
+func TestPresencePutsWhileItEndsOthers(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	older, _, err := c.Client().Session().Create(&api.SessionEntry{Name: "kedge presence of server-1", LockDelay: 1}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newFront(t, c)
+	var lists atomic.Int64
+	listing, release := make(chan struct{}), make(chan struct{})
+	f.setAnswer(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasPrefix(r.URL.Path, "/v1/session/node/") && lists.Add(1) == 2 {
+			close(listing)
+			<-release
+		}
+		return false
+	})
+	s := open(t, consul.Config{Client: f.config("")})
+	consul.SetEndOthersAfter(s, time.Millisecond)
+	p := kvtest.Present(t, s, "server-1")
+	<-listing
+	const key = "status/prod/web/server-1"
+	e, err := s.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Client().Session().Destroy(e.Session, nil); err != nil {
+		t.Fatal(err)
+	}
+	put := make(chan error, 1)
+	go func() { put <- p.Put(t.Context(), key, []byte("anew")) }()
+	select {
+	case err := <-put:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a put waits for the list of sessions")
+	}
+	close(release)
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		info, _, err := c.Client().Session().Info(older, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the session of an earlier process stays")
+		}
+	}
+	if e, err = s.Get(t.Context(), key); err != nil || e.Session == "" {
+		t.Errorf("the entry is %+v, %v", e, err)
+	}
+}
+
 // A node's agent that was started twice isn't gone once the second one ends.
 func TestPresenceComesBackAfterAnother(t *testing.T) {
 	t.Parallel()
