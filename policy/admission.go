@@ -6,9 +6,9 @@ import (
 	"kedge/deployments"
 )
 
-// admission decides between a record's target, its stable release, what the node runs now, and what
-// was at dest before the first release.
-func (d *Decision) admission(f ResolveInputs, r deployments.Record) {
+// decideAdmission decides between a record's target, its stable release, what the node runs now,
+// and what was at dest before the first release.
+func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	p, facts := r.Rollout, origin(r)
 	run := func(action Action, from Source, target deployments.Pointer) {
 		d.Action, d.Source, d.Target = action, from, target

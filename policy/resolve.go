@@ -123,11 +123,11 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 // that.
 func Resolve(f ResolveInputs) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing, Trace: make([]deployments.Step, 0, 6)}
-	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
-	if d.pin(f, FromUnitPin, f.UnitPin, f.Unit.String()) {
+	decided := d.applyPin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
+	if d.applyPin(f, FromUnitPin, f.UnitPin, f.Unit.String()) {
 		decided = true
 	}
-	d.record(f, decided)
+	d.applyRecord(f, decided)
 	if decided && !f.Record.Present {
 		d.Action, d.Target = ActKeep, deployments.Pointer{}
 		d.Invalid = first(d.Invalid, fmt.Errorf("pins/%s: %w", f.Unit, ErrNoRecord))
@@ -150,9 +150,10 @@ func (d *Decision) decide(s deployments.Step) {
 	d.note(s)
 }
 
-// pin evaluates one pin, and reports whether it decides; an invalid one does, and nothing changes. If a pin of higher
-// precedence has decided, this one is only added to the trace, and its error to Invalid.
-func (d *Decision) pin(f ResolveInputs, from Source, v Value[deployments.Pin], key string) bool {
+// applyPin evaluates one pin, and reports whether it decides; an invalid one does, and nothing
+// changes. If a pin of higher precedence has decided, this one is only added to the trace, and its
+// error to Invalid.
+func (d *Decision) applyPin(f ResolveInputs, from Source, v Value[deployments.Pin], key string) bool {
 	step := deployments.Step{What: string(from)}
 	above := d.decidedBy()
 	switch {
@@ -232,9 +233,9 @@ func (d *Decision) decidedBy() string {
 	return ""
 }
 
-// record evaluates the record. If decided is set, a pin has decided already, and the record is only added to the trace,
-// and its error to Invalid.
-func (d *Decision) record(f ResolveInputs, decided bool) {
+// applyRecord evaluates the record. If decided is set, a pin has decided already, and the record is
+// only added to the trace, and its error to Invalid.
+func (d *Decision) applyRecord(f ResolveInputs, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	add := d.decide
 	if decided {
@@ -261,7 +262,7 @@ func (d *Decision) record(f ResolveInputs, decided bool) {
 	step.Reason, step.Facts = deployments.ReasonTarget, origin(r).With("release", r.Target.String())
 	if !decided {
 		d.note(step)
-		d.admission(f, r)
+		d.decideAdmission(f, r)
 		return
 	}
 	step.Facts = step.Facts.With("outranked_by", d.decidedBy())
@@ -345,13 +346,13 @@ func (d *Decision) checkBounds(f ResolveInputs) {
 			d.Action = ActKeep
 		}
 	}
-	d.quarantine(f)
+	d.noteQuarantine(f)
 }
 
-// quarantine adds to the trace which releases failed on the node, among those that it should run or
-// stage and the record's target. It leaves out the release that runs. If none failed and there is a
-// Target, it adds an empty step.
-func (d *Decision) quarantine(f ResolveInputs) {
+// noteQuarantine adds to the trace which releases failed on the node, among those that it should
+// run or stage and the record's target. It leaves out the release that runs. If none failed and
+// there is a Target, it adds an empty step.
+func (d *Decision) noteQuarantine(f ResolveInputs) {
 	quarantineStep := func(p deployments.Pointer, namedBy string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}
 		if namedBy != "" {
