@@ -96,9 +96,10 @@ func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time
 // which Openings looks.
 type Opening struct{ From, To time.Time }
 
-// Openings returns the periods in which a window is open after from, in order, with overlapping ones joined. It leaves
-// out periods that begin at end or later, and returns at most most of them. An invalid window has none.
-func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Opening) {
+// Openings returns the periods in which a window is open after from, in order, with overlapping
+// ones joined. It leaves out periods that begin at end or later, and returns at most limit of them.
+// An invalid window has none.
+func Openings(w deployments.Freeze, from, end time.Time, limit int) (all []Opening) {
 	schedule, err := scheduleOf(w)
 	if err != nil {
 		return nil
@@ -107,7 +108,7 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 	if !closes.IsZero() {
 		all = append(all, Opening{To: closes})
 	}
-	for !opens.IsZero() && opens.Before(end) && len(all) < most {
+	for !opens.IsZero() && opens.Before(end) && len(all) < limit {
 		at := opens
 		closes, opens = span(schedule, w, at)
 		all = append(all, Opening{at, closes})
@@ -115,15 +116,15 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 	return all
 }
 
-// mostChanges bounds how many changes NextFreeze examines.
-const mostChanges = 100
+// maxChanges bounds how many changes NextFreeze examines.
+const maxChanges = 100
 
 // NextFreeze returns the first time in [now, end) at which a unit is frozen, and the state at that
 // time. It returns now for a unit that is already frozen. The time is zero if NextFreeze finds none
-// among the next mostChanges changes.
+// among the next maxChanges changes.
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
-	for range mostChanges {
+	for range maxChanges {
 		v := FreezeAt(windows, id, at)
 		if v.Frozen {
 			return at, v
