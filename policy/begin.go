@@ -7,21 +7,22 @@ import (
 	"kedge/deployments"
 )
 
-// setTarget begins the rollout of the release that Git or a unit pin names, unless the record deals with it already.
-func setTarget(in *inputs, st state) state {
+// followTarget begins the rollout of the release that Git or a unit pin names, unless the record
+// deals with it already.
+func followTarget(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
 	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
-		return st.wake(pin.Until) // every node runs the target already
+		return st.recheckBy(pin.Until) // every node runs the target already
 	case pinned && st.r.Pinned == nil && in.Record.Generation == 0:
 		return begin(in, st, in.Unit.Release) // a pin of a unit without a record waits for a record
 	case pinned && (st.r.Pinned == nil || st.r.Target != pin.Release):
 		return beginPin(in, st, pin)
 	case pinned:
-		return st.wake(pin.Until)
+		return st.recheckBy(pin.Until)
 	case st.r.Pinned != nil:
 		return endPin(in, st)
-	case in.Record.Generation == 0 || goal(in) != in.Unit.Release:
+	case in.Record.Generation == 0 || handledRelease(in) != in.Unit.Release:
 		return begin(in, st, in.Unit.Release)
 	}
 	return st
@@ -38,9 +39,10 @@ func activePin(in *inputs) (deployments.Pin, bool) {
 	return p, !p.Hold && !p.Expired(in.Now)
 }
 
-// goal returns the release that the record deals with already: its target, or Git's release if the record's rollout
-// rolls that one back, or did. No other rollout begins while Git names this release.
-func goal(in *inputs) deployments.Pointer {
+// handledRelease returns the release that the record deals with already: its target, or Git's
+// release if the record's rollout rolls that one back, or did. No other rollout begins while Git
+// names this release.
+func handledRelease(in *inputs) deployments.Pointer {
 	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
 		return in.Unit.Release
 	}
@@ -52,7 +54,7 @@ func goal(in *inputs) deployments.Pointer {
 // current state, which waits or rolls back.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
 	was := in.Record
-	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
+	next = state{on: true, recheckAt: st.recheckAt, p: deployments.Progress{Since: in.Now}}
 	next.r = deployments.Record{Target: target, Stable: was.Target, Generation: was.Generation + 1,
 		Retry: was.Retry, Commit: in.Commit,
 		Joined: was.Joined, Nodes: was.Nodes}
@@ -60,7 +62,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		next.r.Nodes = len(in.Nodes)
 		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 {
 			next.r.Nodes = was.Nodes
-			next = next.wake(until)
+			next = next.recheckBy(until)
 		}
 	}
 	if was.Rollout != nil {
@@ -74,7 +76,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
 		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // a node that isn't listed may run any of them
-			return st.wake(until), false
+			return st.recheckBy(until), false
 		}
 		switch {
 		case st.r.Stable.IsZero(): // nodes have nothing to converge on
@@ -192,7 +194,7 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 		return next
 	}
 	next.r.Pinned, next.r.Commit = &git, in.Record.Commit
-	next = next.wake(pin.Until)
+	next = next.recheckBy(pin.Until)
 	if pin.AtOnce { // nodes go by themselves; when the pin ends, they stay on its release until their turn
 		next.p.Superseded = nil
 		return next.end().because(deployments.ReasonPinned, nil)

@@ -78,7 +78,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 
 // isAdmitted reports whether the node is admitted by its rank, and either runs the target or may go
 // to it.
-func (x *place) isAdmitted(st state) bool {
+func (x *rolloutNode) isAdmitted(st state) bool {
 	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
@@ -131,14 +131,14 @@ func readmitReturned(in *inputs, st state) state {
 		if n.Gone {
 			if (u.State == deployments.StateSwitching || u.RollingBack) && in.Now.Before(n.GoneSince.Add(in.deadline())) {
 				v.inflight++
-				st = st.wake(n.GoneSince.Add(in.deadline()))
+				st = st.recheckBy(n.GoneSince.Add(in.deadline()))
 			}
 			continue
 		}
 		v.live++
 		if due := in.dueBack(st, n); u.RollingBack && failed && in.Now.Before(due) {
 			v.inflight++
-			st = st.wake(due)
+			st = st.recheckBy(due)
 			continue
 		}
 		switch {
@@ -146,12 +146,12 @@ func readmitReturned(in *inputs, st state) state {
 		case applies(&r, n.Joined, false), busy(u):
 			v.inflight++
 		default:
-			v.waiting = append(v.waiting, &place{node: n})
+			v.waiting = append(v.waiting, &rolloutNode{node: n})
 		}
 	}
 	slices.SortFunc(v.waiting, byJoined)
 	if was := st.p; len(v.waiting) > 0 {
-		st = st.wake(v.unlistedUntil)
+		st = st.recheckBy(v.unlistedUntil)
 		st, _ = readmit(in, st, v, len(v.waiting))
 		st.p = was // the rollout has ended: only Joined changes
 	}

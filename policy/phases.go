@@ -30,7 +30,7 @@ func awaitedBegan(st state, v summary) bool {
 	if st.p.Reason != deployments.ReasonUnaware && st.p.Reason != deployments.ReasonStorageUnavailable {
 		return false
 	}
-	return slices.ContainsFunc(v.nodes, func(n place) bool {
+	return slices.ContainsFunc(v.nodes, func(n rolloutNode) bool {
 		return n.node.Name == st.p.Facts["node"] && n.overdue && n.node.Report.State != deployments.StateConverged
 	})
 }
@@ -75,7 +75,7 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	}
 	switch {
 	case frozen:
-		st = st.wake(in.Freeze.ChangesAt)
+		st = st.recheckBy(in.Freeze.ChangesAt)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
 			// nodes that begin to change before the freeze ends aren't late for the last step: see checkFleet
 			st.p.HealthySince = in.Now
@@ -101,15 +101,16 @@ func mayAdmit(in *inputs, st state) (_ state, v summary, goesOn, more bool) {
 	}
 	st, waiting := mustWait(in, st, v)
 	if waiting {
-		return wakeLate(in, st, v, false), v, false, false
+		return recheckAtDeadline(in, st, v, false), v, false, false
 	}
 	st, unheard := awaitReports(in, st)
 	return st, v, !unheard, false
 }
 
-// baked reports whether the nodes have been healthy for the bake time, and have had time to report since the store was
-// last away. It sets HealthySince when the bake begins. who names the nodes in the reason.
-func baked(in *inputs, st state, who string) (state, bool) {
+// bake reports whether the nodes have been healthy for the bake time, and have had time to report
+// since the store was last away. It sets HealthySince when the bake begins. who names the nodes in
+// the reason.
+func bake(in *inputs, st state, who string) (state, bool) {
 	u := in.Unit.Rollout
 	if st.p.HealthySince.IsZero() {
 		st.p.HealthySince = in.Now
@@ -121,9 +122,9 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	switch {
 	case in.Now.Before(ends):
 		until := ends.UTC().Format("2006-01-02 15:04:05Z")
-		return st.wake(ends).orBecause(deployments.ReasonBaking, deployments.Facts{"who": who, "until": until}), false
+		return st.recheckBy(ends).orBecause(deployments.ReasonBaking, deployments.Facts{"who": who, "until": until}), false
 	case in.Now.Before(reportsDue):
-		return st.wake(reportsDue).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
+		return st.recheckBy(reportsDue).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
 	}
 	return st, true
 }
@@ -140,7 +141,7 @@ func awaitReports(in *inputs, st state) (next state, unheard bool) {
 		n := &in.Nodes[i]
 		u := &n.Report
 		if !n.Gone && !pinned(u) && u.Running.IsZero() && u.Generation < st.r.Generation {
-			return st.wake(until).because(deployments.ReasonUnheard, deployments.Facts{"node": n.Name}), true
+			return st.recheckBy(until).because(deployments.ReasonUnheard, deployments.Facts{"node": n.Name}), true
 		}
 	}
 	return st, false
@@ -152,13 +153,14 @@ const reportWithin = 30 * time.Second
 // stepFrozen starts the rollout, once the freeze window has ended or an operator forces it.
 func stepFrozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
-		return st.becauseFrozen(in).wake(in.Freeze.ChangesAt), false
+		return st.becauseFrozen(in).recheckBy(in.Freeze.ChangesAt), false
 	}
 	return start(in, st), true
 }
 
-// canaries admits the first nodes, lets them bake, and then asks for approval or goes on to the others.
-func canaries(in *inputs, st state) (state, bool) {
+// stepCanary admits the first nodes, lets them bake, and then asks for approval or goes on to the
+// others.
+func stepCanary(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
 	}
@@ -178,20 +180,21 @@ func canaries(in *inputs, st state) (state, bool) {
 		st = st.because(v.waitsFor())
 	}
 	if moved || admitted < want || v.pending > v.late {
-		return wakeLate(in, st, v, moved), false
+		return recheckAtDeadline(in, st, v, moved), false
 	}
-	st, done := baked(in, st, "the canaries")
+	st, done := bake(in, st, "the canaries")
 	switch {
 	case !done:
-		return st.wake(v.unlistedUntil), false
+		return st.recheckBy(v.unlistedUntil), false
 	case in.Unit.Rollout.Approval == deployments.Manual:
 		return st.enter(in, deployments.PhasePendingApproval).because(deployments.ReasonAwaitingApproval, nil), false
 	}
 	return st.roll(in).because(deployments.ReasonRolling, nil), true
 }
 
-// pendingApproval waits for promote, as long as approval is manual and the canaries stay healthy.
-func pendingApproval(in *inputs, st state) (state, bool) {
+// stepPendingApproval waits for promote, as long as approval is manual and the canaries stay
+// healthy.
+func stepPendingApproval(in *inputs, st state) (state, bool) {
 	st, v := checkFleet(in, st)
 	st, failed := stopIfFailing(in, st, v)
 	switch {
@@ -203,15 +206,15 @@ func pendingApproval(in *inputs, st state) (state, bool) {
 	case in.Unit.Rollout == nil || in.Unit.Rollout.Approval != deployments.Manual:
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
 	}
-	return wakeLate(in, st, v, false), false
+	return recheckAtDeadline(in, st, v, false), false
 }
 
-// rolling admits the remaining nodes, as many at a time as the budget allows. Without canaries, and
-// unless Fast is set, all nodes bake in the end. The rollout ends when every known node has
+// stepRolling admits the remaining nodes, as many at a time as the budget allows. Without canaries,
+// and unless Fast is set, all nodes bake in the end. The rollout ends when every known node has
 // converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing
 // for shortList. If most are away or missing, maxAway counts instead. If nodes failed, none runs
-// the target, and there is something to go back to, rolling stops the rollout.
-func rolling(in *inputs, st state) (state, bool) {
+// the target, and there is something to go back to, stepRolling stops the rollout.
+func stepRolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
 	}
@@ -229,13 +232,13 @@ func rolling(in *inputs, st state) (state, bool) {
 	if !moved && v.stuck != nil {
 		st = st.because(v.waitsFor())
 	}
-	if moved || admitted < v.live || v.inflight > v.overdue || v.stuck != nil || v.following > 0 {
-		return wakeLate(in, st, v, moved), false
+	if moved || admitted < v.live || v.inflight > v.overdue || v.stuck != nil || v.unconvergedFollowers > 0 {
+		return recheckAtDeadline(in, st, v, moved), false
 	}
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all nodes bake
 		var done bool
-		if st, done = baked(in, st, "all nodes"); !done {
-			return st.wake(v.unlistedUntil), false
+		if st, done = bake(in, st, "all nodes"); !done {
+			return st.recheckBy(v.unlistedUntil), false
 		}
 	}
 	if known := v.live + v.gone + v.pinned; v.away > 0 || known < st.r.Nodes {
@@ -251,7 +254,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		}
 		until = later(until, v.unlistedUntil)
 		if in.Now.Before(until) {
-			return st.wake(v.unlistedUntil).wake(until).because(deployments.ReasonNodesMissing,
+			return st.recheckBy(v.unlistedUntil).recheckBy(until).because(deployments.ReasonNodesMissing,
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}

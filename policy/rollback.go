@@ -43,10 +43,10 @@ func turnBack(in *inputs, st state, why cause) state {
 	return st
 }
 
-// rollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends once no
-// live node has to go back and no node is in flight, apart from nodes past their deadline, and none
-// is unlisted. If all known nodes are gone or pinned, it waits.
-func rollingBack(in *inputs, st state) (state, bool) {
+// stepRollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends
+// once no live node has to go back and no node is in flight, apart from nodes past their deadline,
+// and none is unlisted. If all known nodes are gone or pinned, it waits.
+func stepRollingBack(in *inputs, st state) (state, bool) {
 	v := summarize(in, st)
 	if v.live == 0 && v.gone+v.pinned > 0 {
 		return st, false
@@ -58,7 +58,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 		st.p.HealthySince = since
 	}
 	if left || moved || v.inflight > v.overdue || len(v.waiting) > 0 || v.unlisted > 0 {
-		return wakeLate(in, st, v, moved), false
+		return recheckAtDeadline(in, st, v, moved), false
 	}
 	p := st.p
 	facts := p.Facts

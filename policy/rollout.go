@@ -58,7 +58,7 @@ func Next(s Situation) Transition {
 		return Transition{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}, Refused: s.Order != ""}
 	}
-	st = setTarget(in, st)
+	st = followTarget(in, st)
 	st.r.After, st.r.Drift, st.r.Adopt = s.Unit.After, s.Unit.Drift, s.Unit.Adopt
 	st.r.Paced = s.Unit.Rollout != nil && s.Pin != nil
 	if s.Unit.Rollout == nil {
@@ -80,7 +80,7 @@ func Next(s Situation) Transition {
 	if !st.on {
 		in.Ranks.forget()
 	}
-	m := Transition{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Recheck: st.again,
+	m := Transition{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Recheck: st.recheckAt,
 		OrderReason: did.reason, OrderFacts: did.facts}
 	if refused.reason != "" {
 		m.Reason, m.Facts, m.Refused = refused.reason, refused.facts, true
@@ -102,16 +102,16 @@ func advance(in *inputs, st state) (next state, more bool) {
 	case deployments.PhaseFrozen:
 		return stepFrozen(in, st)
 	case deployments.PhaseCanary:
-		return canaries(in, st)
+		return stepCanary(in, st)
 	case deployments.PhasePendingApproval:
-		return pendingApproval(in, st)
+		return stepPendingApproval(in, st)
 	case deployments.PhaseRollingBack:
-		return rollingBack(in, st)
+		return stepRollingBack(in, st)
 	case deployments.PhaseRolledBack:
 		return readmitReturned(in, st), false
 	case deployments.PhasePaused:
 		return st, false
 	default:
-		return rolling(in, st)
+		return stepRolling(in, st)
 	}
 }

@@ -142,9 +142,9 @@ type state struct {
 	r deployments.Record // its Rollout is in p, if on
 	p deployments.Progress
 	// on is set while a rollout is under way.
-	on    bool
-	why   cause
-	again time.Time
+	on        bool
+	why       cause
+	recheckAt time.Time
 }
 
 type cause struct {
@@ -203,9 +203,10 @@ func (st state) becauseFrozen(in *inputs) state {
 	return st.because(deployments.ReasonFrozen, in.Freeze.Facts())
 }
 
-// wake schedules another call of Next at a time, unless an earlier call is scheduled. The zero time schedules none.
-func (st state) wake(at time.Time) state {
-	st.again = earlier(st.again, at)
+// recheckBy schedules another call of Next at a time, unless an earlier call is scheduled. The zero
+// time schedules none.
+func (st state) recheckBy(at time.Time) state {
+	st.recheckAt = earlier(st.recheckAt, at)
 	return st
 }
 

@@ -11,9 +11,9 @@ import (
 // summary counts the nodes of a record's rollout by what they report.
 type summary struct {
 	live, gone, pinned int
-	// followers are pinned nodes that go by themselves to the release that the record's own pin names. following are the
-	// live followers that have yet to converge on it.
-	followers, following int
+	// followers are pinned nodes that go by themselves to the release that the record's own pin
+	// names. unconvergedFollowers are the live followers that have yet to converge on it.
+	followers, unconvergedFollowers int
 	// away are gone nodes that had not converged on the target when they left. missing are gone canaries: they were
 	// admitted, had converged on the target, and have been gone for less than a deadline.
 	away, missing int
@@ -21,7 +21,7 @@ type summary struct {
 	// a rollout no longer than that, unless most are away (maxAway).
 	awayUntil time.Time
 	// nodes are the live nodes that take part, by rank.
-	nodes []place
+	nodes []rolloutNode
 	// inflight are nodes that are changing, may begin to at any time, or are out of service.
 	// pending are the nodes in flight that the rollout told to change: it admitted them or, in a
 	// rollback, admits them no longer. missing nodes are pending, too.
@@ -48,11 +48,11 @@ type summary struct {
 	unlisted      int
 	unlistedUntil time.Time
 	// waiting are nodes that came back, and would change if the record applied to them: see readmit.
-	waiting []*place
+	waiting []*rolloutNode
 }
 
-// place is one live node in a rollout.
-type place struct {
+// rolloutNode is one live node in a rollout.
+type rolloutNode struct {
 	rank     uint64
 	node     *Node
 	applies  bool // the record applies to it
@@ -151,7 +151,7 @@ func summarize(in *inputs, st state) summary {
 	for i, o := range p.Superseded {
 		ranks[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
 	}
-	v := summary{nodes: make([]place, 0, len(in.Nodes))}
+	v := summary{nodes: make([]rolloutNode, 0, len(in.Nodes))}
 	v.unlisted, v.unlistedUntil = in.unlisted(r.Nodes)
 	back := p.Phase == deployments.PhaseRollingBack
 	for _, i := range order.byRank {
@@ -162,13 +162,13 @@ func summarize(in *inputs, st state) summary {
 			if followsPin(&r, u) {
 				v.followers++
 				if u.State != deployments.StateConverged && !n.Gone {
-					v.following++
+					v.unconvergedFollowers++
 				}
 			}
 			continue
 		}
 		onTarget := u.Running.Digest == r.Target.Digest
-		x := place{rank: order.ranks[i], node: n, applies: applies(&r, n.Joined, servesNothing(u) && !destUnknown(u))}
+		x := rolloutNode{rank: order.ranks[i], node: n, applies: applies(&r, n.Joined, servesNothing(u) && !destUnknown(u))}
 		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
 		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
 		aware := u.Generation == r.Generation
@@ -248,13 +248,13 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 	return r.Pinned != nil && u.State != deployments.StateHeld && u.Want.Digest == r.Target.Digest
 }
 
-func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
+func byJoined(a, b *rolloutNode) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
 // countGone counts a node that is gone. A node that left on its way to the target, or in the middle
 // of a switch, is in flight until its deadline; in a rollback, only the latter is. A node on its
 // way counts as failed then, or at once if the target failed on it. If a converged canary is gone,
 // another one is admitted only after the same deadline.
-func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware, there bool) {
+func (v *summary) countGone(in *inputs, st state, n *Node, x rolloutNode, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
 	if !there {
@@ -429,11 +429,12 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	return nodes
 }
 
-// wakeLate schedules the next call for the next deadline of a node in flight, or for the end of unlisted nodes' count.
-func wakeLate(in *inputs, st state, v summary, moved bool) state {
-	st = st.wake(v.unlistedUntil)
+// recheckAtDeadline schedules the next call for the next deadline of a node in flight, or for the
+// end of unlisted nodes' count.
+func recheckAtDeadline(in *inputs, st state, v summary, moved bool) state {
+	st = st.recheckBy(v.unlistedUntil)
 	if moved { // their deadlines all count from now
-		return st.wake(in.Now.Add(in.deadline()))
+		return st.recheckBy(in.Now.Add(in.deadline()))
 	}
-	return st.wake(v.due)
+	return st.recheckBy(v.due)
 }
