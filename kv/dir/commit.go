@@ -24,12 +24,12 @@ type change struct {
 	Key    string
 	Value  []byte `json:",omitempty"`
 	Delete bool   `json:",omitempty"`
-	// Hold is the session that holds the key from now on. Unhold takes the key from its holder, as Delete does. With none
-	// of these, the holder stays as it was.
-	Hold   string `json:",omitempty"`
-	Unhold bool   `json:",omitempty"`
-	// Keep leaves the value alone.
-	Keep bool `json:",omitempty"`
+	// Holder is the session that holds the key from now on. DropHolder takes the key from its
+	// holder, as Delete does. With none of these, the holder stays as it was.
+	Holder     string `json:"Hold,omitempty"`
+	DropHolder bool   `json:"Unhold,omitempty"`
+	// KeepValue leaves the value alone.
+	KeepValue bool `json:"Keep,omitempty"`
 }
 
 func (d *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error {
@@ -46,7 +46,7 @@ func (d *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error 
 			return backend.ErrForeignLease
 		}
 	}
-	err := d.writing(ctx, func() error {
+	err := d.withWriteLock(ctx, func() error {
 		if held != nil && !held.valid() {
 			held.lose()
 			return kv.ErrLeaseLost
@@ -122,7 +122,7 @@ func (d *Store) commit(changes []change) error {
 			return err
 		}
 		d.step("journalled")
-		if err := d.finish(); err != nil {
+		if err := d.finishJournal(); err != nil {
 			return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
 		}
 		return nil
@@ -141,13 +141,13 @@ func (d *Store) prepare(changes []change) error {
 			paths = append(paths, d.path(journalFile))
 		}
 		held := d.path(heldDir + "/" + heldName(c.Key))
-		if c.Hold != "" || (c.Unhold || c.Delete) && isFile(held) {
+		if c.Holder != "" || (c.DropHolder || c.Delete) && isFile(held) {
 			paths = append(paths, held)
 		}
 		switch {
 		case c.Delete:
 			paths = append(paths, d.files(c.Key)...)
-		case !c.Keep:
+		case !c.KeepValue:
 			path, err := d.preparePath(c.Key)
 			if err != nil {
 				return err
@@ -194,10 +194,11 @@ func mayReplace(euid int, dir, file uint32) bool {
 	return euid == 0 || euid == int(dir) || euid == int(file)
 }
 
-// finish completes the journalled commit, if there is one: the caller's, or that of a process that failed or was killed
-// in it. The caller holds the lock exclusively, so no temporary file is in use: finish removes them. A journal that
-// can't be read is set aside, without an error.
-func (d *Store) finish() error {
+// finishJournal completes the journalled commit, if there is one: the caller's, or that of a
+// process that failed or was killed in it. The caller holds the lock exclusively, so no temporary
+// file is in use: finishJournal removes them. A journal that can't be read is set aside, without an
+// error.
+func (d *Store) finishJournal() error {
 	left, err := os.ReadDir(d.path(tempDir))
 	if err != nil {
 		return err
@@ -240,7 +241,7 @@ func (d *Store) apply(changes []change) error {
 	touched := map[string]bool{}
 	for i, c := range changes {
 		d.step("apply " + c.Key)
-		if err := d.applyHold(c); err != nil {
+		if err := d.applyHolder(c); err != nil {
 			return err
 		}
 		switch {
@@ -276,7 +277,7 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	var group errgroup.Group
 	group.SetLimit(16)
 	for i, c := range changes {
-		if c.Delete || c.Keep {
+		if c.Delete || c.KeepValue {
 			continue
 		}
 		group.Go(func() error {
@@ -303,23 +304,24 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	return staged, group.Wait()
 }
 
-// applyHold records who holds the key now, if that changes. The record need not survive a power cut: no session does.
-func (d *Store) applyHold(c change) error {
+// applyHolder records who holds the key now, if that changes. The record need not survive a power
+// cut: no session does.
+func (d *Store) applyHolder(c change) error {
 	path := d.path(heldDir + "/" + heldName(c.Key))
-	if c.Unhold || c.Delete {
+	if c.DropHolder || c.Delete {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return nil
 	}
-	if c.Hold == "" {
+	if c.Holder == "" {
 		return nil
 	}
-	if now, err := os.ReadFile(path); err == nil && string(now) == c.Hold {
+	if now, err := os.ReadFile(path); err == nil && string(now) == c.Holder {
 		return nil
 	}
 	temp := d.path(tempDir + "/held")
-	if err := os.WriteFile(temp, []byte(c.Hold), 0o644); err != nil {
+	if err := os.WriteFile(temp, []byte(c.Holder), 0o644); err != nil {
 		return err
 	}
 	return os.Rename(temp, path)

@@ -87,7 +87,7 @@ func (d *Store) Get(ctx context.Context, key string) (kv.Entry, error) {
 		return kv.Entry{}, err
 	}
 	var entry kv.Entry
-	err := d.reading(ctx, func() error {
+	err := d.withReadLock(ctx, func() error {
 		path, ok := d.find(key)
 		if !ok {
 			return kv.ErrNotFound
@@ -128,10 +128,10 @@ func (d *Store) EnsureFolders(ctx context.Context, prefixes ...string) error {
 		if prefix == "" {
 			continue // DIR itself
 		}
-		err := d.writing(ctx, func() (err error) {
+		err := d.withWriteLock(ctx, func() (err error) {
 			dir, parts := d.dir, strings.Split(strings.TrimSuffix(prefix, "/"), "/")
 			for i := range parts {
-				if dir, err = d.enter(dir, parts[:i+1]); err != nil {
+				if dir, err = d.ensureDir(dir, parts[:i+1]); err != nil {
 					return err
 				}
 			}
@@ -159,7 +159,7 @@ const steadyAfter = 500 * time.Millisecond
 // directory.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
-	err := d.reading(ctx, func() error {
+	err := d.withReadLock(ctx, func() error {
 		s = scanned{}
 		seen := map[string]bool{}
 		limit := backend.NewListLimit(prefix)

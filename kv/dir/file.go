@@ -89,7 +89,7 @@ func (d *Store) preparePath(key string) (string, error) {
 	dir, parts := d.dir, strings.Split(key, "/")
 	for i := range parts[:len(parts)-1] {
 		var err error
-		if dir, err = d.enter(dir, parts[:i+1]); err != nil {
+		if dir, err = d.ensureDir(dir, parts[:i+1]); err != nil {
 			return "", err
 		}
 	}
@@ -103,8 +103,9 @@ func (d *Store) preparePath(key string) (string, error) {
 	return path, nil
 }
 
-// enter returns the directory below dir that holds the keys below the key made of parts, and creates it if necessary.
-func (d *Store) enter(dir string, parts []string) (string, error) {
+// ensureDir returns the directory below dir that holds the keys below the key made of parts, and
+// creates it if necessary.
+func (d *Store) ensureDir(dir string, parts []string) (string, error) {
 	plain := filepath.Join(dir, parts[len(parts)-1])
 	marked := plain + "@"
 	if isDir(marked) {
@@ -114,7 +115,7 @@ func (d *Store) enter(dir string, parts []string) (string, error) {
 		return plain, nil
 	}
 	made := plain
-	if _, err := os.Lstat(plain); err == nil || holdsValue(parts) {
+	if _, err := os.Lstat(plain); err == nil || isUnitPin(parts) {
 		made = marked
 	}
 	if err := os.Mkdir(made, 0o755); err != nil {
@@ -123,8 +124,9 @@ func (d *Store) enter(dir string, parts []string) (string, error) {
 	return made, durable.SyncDir(dir)
 }
 
-// holdsValue reports whether the key made of parts is the pin of a unit: it may have keys below it, the pins of nodes.
-func holdsValue(parts []string) bool {
+// isUnitPin reports whether the key made of parts is the pin of a unit: it may have keys below it,
+// the pins of nodes.
+func isUnitPin(parts []string) bool {
 	return len(parts) == 4 && parts[0]+"/" == kv.PinsPrefix
 }
 

@@ -33,7 +33,7 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	var causes backend.Causes
 	for {
 		var session *session
-		err := d.writing(ctx, func() error {
+		err := d.withWriteLock(ctx, func() error {
 			if holder, err := d.holder(key); err != nil || holder != "" {
 				return err
 			}
@@ -41,7 +41,7 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 			if err != nil {
 				return err
 			}
-			if err := d.commit([]change{{Key: key, Value: value, Hold: s.id}}); err != nil {
+			if err := d.commit([]change{{Key: key, Value: value, Holder: s.id}}); err != nil {
 				s.close()
 				return err
 			}
@@ -100,7 +100,7 @@ func (l *lease) keep() {
 	for wait.For(l.ctx, leasePoll) == nil {
 		valid := true
 		// It is checked under the lock, so that a write in progress doesn't look like a loss.
-		err := l.store.reading(l.ctx, func() error {
+		err := l.store.withReadLock(l.ctx, func() error {
 			valid = l.valid()
 			return nil
 		})
@@ -120,11 +120,11 @@ func (l *lease) Release(ctx context.Context) error {
 		return nil
 	}
 	defer l.session.close()
-	err := l.store.writing(ctx, func() error {
+	err := l.store.withWriteLock(ctx, func() error {
 		if holder, err := l.store.holder(l.key); err != nil || holder != l.session.id {
 			return err
 		}
-		return l.store.commit([]change{{Key: l.key, Keep: true, Unhold: true}})
+		return l.store.commit([]change{{Key: l.key, KeepValue: true, DropHolder: true}})
 	})
 	if err != nil {
 		return fmt.Errorf("release the lease %s: %w", l.key, err)

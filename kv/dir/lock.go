@@ -15,23 +15,23 @@ import (
 	"kedge/kv"
 )
 
-// writing runs f under the exclusive lock, after completing a commit in which a process was killed
-// or failed.
-func (d *Store) writing(ctx context.Context, f func() error) error {
+// withWriteLock runs f under the exclusive lock, after completing a commit in which a process was
+// killed or failed.
+func (d *Store) withWriteLock(ctx context.Context, f func() error) error {
 	unlock, err := d.lock(ctx, unix.LOCK_EX)
 	if err != nil {
 		return d.classify(ctx, err)
 	}
 	defer unlock()
-	if err := d.finish(); err != nil {
+	if err := d.finishJournal(); err != nil {
 		return d.classify(ctx, err)
 	}
 	return d.classify(ctx, f())
 }
 
-// reading runs f under the shared lock, so that no commit runs meanwhile. It first completes an
-// interrupted commit, as writing does.
-func (d *Store) reading(ctx context.Context, f func() error) error {
+// withReadLock runs f under the shared lock, so that no commit runs meanwhile. It first completes
+// an interrupted commit, as withWriteLock does.
+func (d *Store) withReadLock(ctx context.Context, f func() error) error {
 	for {
 		unlock, err := d.lock(ctx, unix.LOCK_SH)
 		if err != nil {
@@ -47,7 +47,7 @@ func (d *Store) reading(ctx context.Context, f func() error) error {
 		if err != nil {
 			return d.classify(ctx, err)
 		}
-		if err := d.writing(ctx, func() error { return nil }); err != nil {
+		if err := d.withWriteLock(ctx, func() error { return nil }); err != nil {
 			return err
 		}
 	}

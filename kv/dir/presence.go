@@ -15,8 +15,8 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// presenceLook is how often a presence checks its entries.
-const presenceLook = time.Second
+// presencePoll is how often a presence checks its entries.
+const presencePoll = time.Second
 
 // presence ties entries to the life of this process.
 type presence struct {
@@ -68,7 +68,7 @@ func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	if p.closed {
 		return 0, nil, fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
 	}
-	err = p.store.writing(ctx, func() error {
+	err = p.store.withWriteLock(ctx, func() error {
 		since = uint64(time.Now().UnixNano())
 		lost, err := p.dropTakenAndListLost()
 		if err != nil {
@@ -90,8 +90,9 @@ func (p *presence) KeepAtClose(key string) {
 	delete(p.held, key)
 }
 
-// open creates a session unless the current one is alive. The caller holds the store's lock.
-func (p *presence) open() error {
+// ensureSession creates a session unless the current one is alive. The caller holds the store's
+// lock.
+func (p *presence) ensureSession() error {
 	if p.session != nil && p.session.valid() {
 		return nil
 	}
@@ -111,12 +112,12 @@ func (p *presence) open() error {
 
 // put writes entries and holds them, with a new session if the old one is gone. The caller holds the store's lock.
 func (p *presence) put(entries map[string][]byte) error {
-	if err := p.open(); err != nil {
+	if err := p.ensureSession(); err != nil {
 		return err
 	}
 	var changes []change
 	for _, k := range slices.Sorted(maps.Keys(entries)) {
-		changes = append(changes, change{Key: k, Value: entries[k], Hold: p.session.id})
+		changes = append(changes, change{Key: k, Value: entries[k], Holder: p.session.id})
 	}
 	return p.store.commit(changes)
 }
@@ -148,7 +149,7 @@ func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 // an older copy.
 func (p *presence) keep() {
 	defer close(p.done)
-	for wait.For(p.ctx, presenceLook) == nil {
+	for wait.For(p.ctx, presencePoll) == nil {
 		if err := p.repair(); err != nil {
 			p.store.log.Debug("could not check this node's entries", "name", p.name, "error", err)
 		}
@@ -162,7 +163,7 @@ func (p *presence) repair() error {
 		return nil
 	}
 	whole := false
-	err := p.store.reading(p.ctx, func() error {
+	err := p.store.withReadLock(p.ctx, func() error {
 		lost, err := p.dropTakenAndListLost()
 		whole = len(lost) == 0
 		return err
@@ -170,7 +171,7 @@ func (p *presence) repair() error {
 	if err != nil || whole {
 		return err
 	}
-	return p.store.writing(p.ctx, func() error {
+	return p.store.withWriteLock(p.ctx, func() error {
 		lost, err := p.dropTakenAndListLost()
 		if err != nil || len(lost) == 0 {
 			return err
@@ -192,7 +193,7 @@ func (p *presence) Close(ctx context.Context) error {
 		return nil
 	}
 	defer p.session.close()
-	err := p.store.writing(ctx, func() error {
+	err := p.store.withWriteLock(ctx, func() error {
 		var changes []change
 		for _, key := range slices.Sorted(maps.Keys(p.held)) {
 			holder, err := p.store.holder(key)
