@@ -24,7 +24,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 // that changed.
 type assembler struct {
 	reports   reports.Reader
-	pins      kv.Parsed[deployments.Pin]
+	pins      kv.ParseCache[deployments.Pin]
 	maxListed int // bounds the nodes that a role's units list, summed over the units; 0: reports.MaxRole
 }
 

@@ -28,9 +28,9 @@ type observer struct {
 	now observed
 
 	// These fields need no lock: each belongs to one watch, whose views come one at a time.
-	parsedRecords kv.Parsed[deployments.Record]
-	parsedPins    kv.Parsed[deployments.Pin]
-	parsedOrders  kv.Parsed[deployments.Order]
+	parsedRecords kv.ParseCache[deployments.Record]
+	parsedPins    kv.ParseCache[deployments.Pin]
+	parsedOrders  kv.ParseCache[deployments.Order]
 	reports       reports.Reader
 	listed        map[string]time.Time // when each key in status/ was first seen without a session; zero: it has one
 	outages       map[string]outages   // by key in status/

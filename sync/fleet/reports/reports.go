@@ -32,7 +32,7 @@ type Report struct {
 
 // Reader parses one view of status/ after the other. It parses only reports that changed. The zero value is ready.
 type Reader struct {
-	parsed kv.Parsed[sized]
+	parsed kv.ParseCache[sized]
 	full   bool // a role of the last view passed MaxRole
 }
 
@@ -73,7 +73,7 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 
 // read parses reports in the given order, and takes those that haven't changed from was, the view before. It returns
 // false if a role passes MaxRole: that role's further reports get an ErrTooMuch.
-func (r *Reader) read(order []*Report, was kv.Parsed[sized]) bool {
+func (r *Reader) read(order []*Report, was kv.ParseCache[sized]) bool {
 	known, parse := was.Next(len(order), parse)
 	sizes, full := map[deployments.RoleID]int{}, map[deployments.RoleID]error{}
 	for _, n := range order {
