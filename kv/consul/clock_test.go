@@ -48,7 +48,7 @@ func TestRareStraysAreOneAgent(t *testing.T) {
 		for _, ago := range c.ago {
 			s.add(time.Now().Add(-ago))
 		}
-		if got := s.several(); got != c.want {
+		if got := s.allRecent(); got != c.want {
 			t.Errorf("%s: several agents: %v, want %v", name, got, c.want)
 		}
 	}

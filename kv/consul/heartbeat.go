@@ -115,8 +115,8 @@ func (s *strays) add(at time.Time) {
 	s.times[maxStrayed-1] = at
 }
 
-// several reports whether all of the times are within the last strayWindow.
-func (s *strays) several() bool {
+// allRecent reports whether all of the times are within the last strayWindow.
+func (s *strays) allRecent() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return elapsed(s.times[0]) < strayWindow
@@ -177,16 +177,16 @@ func (h *heartbeat) stop() {
 }
 
 // newSession creates a session that ends with the heartbeat, and with the node's health. If a check
-// is missing, newSession tries again for the duration while, as the Consul agent delays telling the
+// is missing, newSession tries again for retryFor, as the Consul agent delays telling the
 // servers of a new check.
-func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
+func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, retryFor time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {
 		err := h.store.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 			id, _, err = h.store.client.Session().Create(&e, writeOptions(q))
 			return err
 		})
-		if err == nil || !missesCheck(err) || time.Since(began) > while {
+		if err == nil || !missesCheck(err) || time.Since(began) > retryFor {
 			return id, err
 		}
 		if err := wait.For(ctx, 20*time.Millisecond); err != nil {

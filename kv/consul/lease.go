@@ -20,11 +20,11 @@ const (
 	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: practically not at all. Consul's
 	// default of 15 s protects writes that aren't fenced; kedge's are.
 	leaseLockDelay = time.Millisecond
-	// maxUnbeaten is how many times Lease tries to start its heartbeat at a Consul agent that is
-	// unavailable, within some 10 s and while nobody holds the lease. After that it does without a
-	// heartbeat. An agent with a full disk, for example, registers no service but answers
+	// maxHeartbeatTries is how many times Lease tries to start its heartbeat at a Consul agent that
+	// is unavailable, within some 10 s and while nobody holds the lease. After that it does without
+	// a heartbeat. An agent with a full disk, for example, registers no service but answers
 	// otherwise.
-	maxUnbeaten = 8
+	maxHeartbeatTries = 8
 )
 
 func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
@@ -40,19 +40,19 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 	pause := wait.NewBackoff(50*time.Millisecond, 5*time.Second)
 	var causes backend.Causes
-	unbeaten := 0
+	heartbeatTries := 0
 	for {
 		var lease *lease
 		held, err := s.awaitFree(ctx, key)
 		if held {
-			unbeaten = 0 // refusals before another's term say nothing of now
+			heartbeatTries = 0 // refusals before another's term say nothing of now
 		}
 		if held && err == nil {
 			pause.Reset()
 			causes.FirstOfKind(nil)
 		}
 		if err == nil {
-			lease, err = s.tryLease(ctx, key, holder, value, ttl, unbeaten >= maxUnbeaten)
+			lease, err = s.tryLease(ctx, key, holder, value, ttl, heartbeatTries >= maxHeartbeatTries)
 		}
 		switch {
 		case err == nil && lease != nil:
@@ -61,13 +61,13 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 			// Consul's lock-delay isn't over, or another process was faster.
 			pause.Reset()
 			causes.FirstOfKind(nil)
-			unbeaten = 0
+			heartbeatTries = 0
 			err = wait.For(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, kv.ErrUnavailable):
 			if errors.Is(err, errNoHeartbeat) {
-				unbeaten++
+				heartbeatTries++
 			}
 			if causes.FirstOfKind(err) {
 				s.log.Warn("could not ask for the lease: trying again", "key", key, "error", err)
@@ -80,19 +80,19 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease tries once to take the lease. Nil without an error: Consul didn't grant it. unbeaten is as leaseSession
-// says.
+// tryLease tries once to take the lease. Nil without an error: Consul didn't grant it.
+// withoutHeartbeat is as leaseSession says.
 func (s *Store) tryLease(
 	ctx context.Context,
 	key, holder string,
 	value []byte,
 	ttl time.Duration,
-	unbeaten bool,
+	withoutHeartbeat bool,
 ) (*lease, error) {
 	asked := time.Now()
 	heart, session, err := s.leaseSession(ctx, api.SessionEntry{
 		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
-	}, unbeaten)
+	}, withoutHeartbeat)
 	if err != nil {
 		return nil, err
 	}
@@ -127,15 +127,16 @@ func (s *Store) tryLease(
 // errNoHeartbeat means that the Consul agent was unavailable when the heartbeat was to start.
 var errNoHeartbeat = errors.New("start the lease's heartbeat")
 
-// leaseSession creates a session that ends soon after its holder's last heartbeat. If there can't be a heartbeat, as
-// when the token may not register its service, heart is nil, and the session ends by its TTL. If the Consul agent is
-// unavailable, the error is errNoHeartbeat and ErrUnavailable, unless unbeaten allows a session without a heartbeat.
+// leaseSession creates a session that ends soon after its holder's last heartbeat. If there can't
+// be a heartbeat, as when the token may not register its service, heart is nil, and the session
+// ends by its TTL. If the Consul agent is unavailable, the error is errNoHeartbeat and
+// ErrUnavailable, unless withoutHeartbeat allows a session without a heartbeat.
 func (s *Store) leaseSession(
 	ctx context.Context,
 	e api.SessionEntry,
-	unbeaten bool,
+	withoutHeartbeat bool,
 ) (heart *heartbeat, session string, err error) {
-	if err = errStrayed; !s.strayed.several() {
+	if err = errStrayed; !s.strayed.allRecent() {
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
 	}
 	if err == nil {
@@ -144,7 +145,7 @@ func (s *Store) leaseSession(
 		}
 		heart.stop()
 	}
-	if !unbeaten && errors.Is(err, kv.ErrUnavailable) && !missesCheck(err) {
+	if !withoutHeartbeat && errors.Is(err, kv.ErrUnavailable) && !missesCheck(err) {
 		return nil, "", fmt.Errorf("%w: %w", errNoHeartbeat, err)
 	}
 	s.log.Warn("no heartbeat for the lease: if this process dies, another takes over after up to twice the ttl",

@@ -22,7 +22,7 @@ func (s *Store) SetMaintenance(ctx context.Context, on bool, reason string) erro
 		// These calls take no options, so the client itself gets the current token and the remaining time.
 		config := s.config
 		config.Token = q.Token
-		config.HttpClient = &http.Client{Transport: within{q.Context(), s.http.Transport}}
+		config.HttpClient = &http.Client{Transport: contextTransport{q.Context(), s.http.Transport}}
 		client, err := api.NewClient(&config)
 		if err != nil {
 			return err
@@ -42,12 +42,12 @@ func (s *Store) SetMaintenance(ctx context.Context, on bool, reason string) erro
 	})
 }
 
-// within is a transport that ends requests with a given context.
-type within struct {
+// contextTransport is a transport that ends requests with a given context.
+type contextTransport struct {
 	ctx  context.Context
 	next http.RoundTripper
 }
 
-func (w within) RoundTrip(r *http.Request) (*http.Response, error) {
+func (w contextTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return w.next.RoundTrip(r.WithContext(w.ctx))
 }

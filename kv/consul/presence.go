@@ -53,26 +53,32 @@ type presence struct {
 
 	sweeping sync.Mutex // held by sweep's call, and by Close; locked before putting
 	// putting serializes all methods that use the fields below.
-	putting         sync.Mutex
-	session         string
-	node            string     // the Consul name of the node whose health the session is tied to
-	heart           *heartbeat // shows that this process lives; nil: none
-	endHeart        context.CancelFunc
-	heartbeatDenied bool            // the token may not register the heartbeat, and that was logged
-	leaving         []string        // sessions that may still hold entries, as moveTo failed
-	beatless        string          // the session that addHeartbeat is to replace; empty: none
-	addBeat         *time.Timer     // calls addHeartbeat; nil: it was never needed
-	addPause        *wait.Backoff   // the pauses before addBeat
-	noBeat          backend.Causes  // why there was no heartbeat
-	sweep           *time.Timer     // ends the sessions of earlier processes; nil: open made no node session yet
-	gone            chan struct{}   // closed, and made anew, when the session is lost
-	renew           bool            // the session has a TTL
-	early           bool            // it has a TTL because the node has no health check yet
-	mine            map[string]bool // all sessions that this presence has had
-	held            map[string][]byte
-	tried           map[string][]byte // the last values to put, whether or not the store confirmed them
-	taken           map[string]bool   // those of held that another process has taken
-	closed          bool
+	putting sync.Mutex
+	session string
+	node    string // the Consul name of the node whose health the session is tied to
+
+	heart    *heartbeat // shows that this process lives; nil: none
+	endHeart context.CancelFunc
+	// heartbeatDenied is set if the token may not register the heartbeat, and that was logged.
+	heartbeatDenied bool
+	// sessionWithoutHeartbeat is the session that addHeartbeat is to replace; empty: none.
+	sessionWithoutHeartbeat string
+	heartbeatTimer          *time.Timer    // calls addHeartbeat; nil: it was never needed
+	heartbeatPause          *wait.Backoff  // the pauses before heartbeatTimer
+	heartbeatErrors         backend.Causes // why there was no heartbeat
+
+	oldSessions []string // sessions that may still hold entries, as moveTo failed
+	// sweep ends the sessions of earlier processes; nil: openSession made no node session yet.
+	sweep             *time.Timer
+	gone              chan struct{}   // closed, and made anew, when the session is lost
+	hasTTL            bool            // of the session
+	awaitsHealthCheck bool            // it has a TTL because the node has no health check yet
+	mine              map[string]bool // all sessions that this presence has had
+	held              map[string][]byte
+	// tried has the last values to put, whether or not the store confirmed them.
+	tried  map[string][]byte
+	taken  map[string]bool // those of held that another process has taken
+	closed bool
 }
 
 func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) {
@@ -82,7 +88,7 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 	p := &presence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
 		mine: map[string]bool{}, held: map[string][]byte{},
 		tried: map[string][]byte{}, taken: map[string]bool{}, gone: make(chan struct{}),
-		addPause: wait.NewBackoff(time.Second, addHeartbeatMost)}
+		heartbeatPause: wait.NewBackoff(time.Second, addHeartbeatMost)}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -131,7 +137,7 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	if p.closed {
 		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
 	}
-	if p.early {
+	if p.awaitsHealthCheck {
 		if err := p.moveToNodeSession(ctx); err != nil {
 			p.store.log.Debug("could not move this node's entries to a session without a TTL", "name", p.name, "error", err)
 		}
@@ -171,14 +177,14 @@ func (p *presence) moveToNodeSession(ctx context.Context) error {
 // moveTo moves the entries to another session that depends on the node's health, as moveToNodeSession says.
 func (p *presence) moveTo(ctx context.Context, id string) error {
 	old := p.session
-	p.leaving = append(p.leaving, old)
-	p.opened(id, false, false)
+	p.oldSessions = append(p.oldSessions, old)
+	p.setSession(id, false, false)
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, kv.ErrConflict) {
 			return err
 		}
 	}
-	p.leaving = slices.DeleteFunc(p.leaving, func(session string) bool { return session == old })
+	p.oldSessions = slices.DeleteFunc(p.oldSessions, func(session string) bool { return session == old })
 	p.store.destroySession(old)
 	return nil
 }
@@ -187,7 +193,7 @@ func (p *presence) moveTo(ctx context.Context, id string) error {
 func (p *presence) put(ctx context.Context, key string, value []byte) error {
 	for range 4 {
 		if p.session == "" {
-			if err := p.open(ctx); err != nil {
+			if err := p.openSession(ctx); err != nil {
 				return err
 			}
 		}
@@ -253,12 +259,13 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 	return s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
 }
 
-// open creates the session, tied to this node if possible, or else with a TTL. With the first one that is tied to this
-// node it ends the sessions of earlier processes, the newest of them only after endOthersAfter.
-func (p *presence) open(ctx context.Context) error {
+// openSession creates the session, tied to this node if possible, or else with a TTL. With the
+// first one that is tied to this node it ends the sessions of earlier processes, the newest of them
+// only after endOthersAfter.
+func (p *presence) openSession(ctx context.Context) error {
 	id, err := p.openNodeSession(ctx)
 	if err == nil {
-		p.opened(id, false, false)
+		p.setSession(id, false, false)
 		if p.sweep == nil {
 			p.endOthers(p.namedSessions(ctx, p.node), p.mine, 1)
 			node := p.node
@@ -274,8 +281,8 @@ func (p *presence) open(ctx context.Context) error {
 		}
 		return nil
 	}
-	early := errors.Is(err, errNoHealthCheck)
-	if !early && !errors.Is(err, errOtherNode) {
+	awaitsHealthCheck := errors.Is(err, errNoHealthCheck)
+	if !awaitsHealthCheck && !errors.Is(err, errOtherNode) {
 		return err
 	}
 	e := p.newSession()
@@ -283,7 +290,7 @@ func (p *presence) open(ctx context.Context) error {
 	if id, err = p.store.createSession(ctx, e); err != nil {
 		return err
 	}
-	p.opened(id, true, early)
+	p.setSession(id, true, awaitsHealthCheck)
 	return nil
 }
 
@@ -367,9 +374,9 @@ func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) 
 	return id
 }
 
-// heartbeatSession creates a session that depends on the heartbeat, which it starts if there is none. while is as
-// heartbeat.newSession says.
-func (p *presence) heartbeatSession(ctx context.Context, while time.Duration) (id string, err error) {
+// heartbeatSession creates a session that depends on the heartbeat, which it starts if there is
+// none. retryFor is as heartbeat.newSession says.
+func (p *presence) heartbeatSession(ctx context.Context, retryFor time.Duration) (id string, err error) {
 	if p.heart == nil {
 		h, err := p.store.startHeartbeat(ctx, presenceHeartbeat)
 		if err != nil {
@@ -380,33 +387,33 @@ func (p *presence) heartbeatSession(ctx context.Context, while time.Duration) (i
 		beats, p.endHeart = context.WithCancel(p.ctx)
 		go h.keep(beats)
 	}
-	return p.heart.newSession(ctx, *p.newSession(), while)
+	return p.heart.newSession(ctx, *p.newSession(), retryFor)
 }
 
 // lacksHeartbeat notes why a session has no heartbeat. If the session may get one later,
 // addHeartbeat will try again.
 func (p *presence) lacksHeartbeat(ctx context.Context, session string, err error) {
 	p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
-	if ctx.Err() == nil && p.noBeat.FirstOfKind(err) {
+	if ctx.Err() == nil && p.heartbeatErrors.FirstOfKind(err) {
 		p.store.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
 			"service", PresenceService, "name", p.name, "error", err)
 	}
-	p.beatless = ""
+	p.sessionWithoutHeartbeat = ""
 	if !mayBeatLater(ctx, err) {
 		return
 	}
-	p.beatless = session
-	if p.addBeat != nil {
-		p.addBeat.Stop()
+	p.sessionWithoutHeartbeat = session
+	if p.heartbeatTimer != nil {
+		p.heartbeatTimer.Stop()
 	}
-	p.addBeat = time.AfterFunc(p.addPause.Next(), p.addHeartbeat)
+	p.heartbeatTimer = time.AfterFunc(p.heartbeatPause.Next(), p.addHeartbeat)
 }
 
 // hasHeartbeat notes that a session has a heartbeat.
 func (p *presence) hasHeartbeat() {
-	p.beatless = ""
-	p.noBeat.FirstOfKind(nil)
-	p.addPause.Reset()
+	p.sessionWithoutHeartbeat = ""
+	p.heartbeatErrors.FirstOfKind(nil)
+	p.heartbeatPause.Reset()
 }
 
 // mayBeatLater reports whether a heartbeat that failed to start may start later: the Consul agent didn't refuse it, or
@@ -420,7 +427,7 @@ func mayBeatLater(ctx context.Context, err error) bool {
 func (p *presence) addHeartbeat() {
 	p.putting.Lock()
 	defer p.putting.Unlock()
-	if p.closed || p.ctx.Err() != nil || p.session == "" || p.session != p.beatless {
+	if p.closed || p.ctx.Err() != nil || p.session == "" || p.session != p.sessionWithoutHeartbeat {
 		return // a session that is opened later tries to have a heartbeat by itself
 	}
 	id, err := p.heartbeatSession(p.ctx, knownCheck)
@@ -448,8 +455,8 @@ func (p *presence) stopHeart() {
 	}
 }
 
-func (p *presence) opened(id string, renew, early bool) {
-	p.session, p.renew, p.early = id, renew, early
+func (p *presence) setSession(id string, hasTTL, awaitsHealthCheck bool) {
+	p.session, p.hasTTL, p.awaitsHealthCheck = id, hasTTL, awaitsHealthCheck
 	p.mine[id] = true
 	p.wakeKeep()
 }
@@ -472,14 +479,14 @@ func (p *presence) Close(ctx context.Context) error {
 		return nil
 	}
 	p.closed = true
-	if p.addBeat != nil {
-		p.addBeat.Stop()
+	if p.heartbeatTimer != nil {
+		p.heartbeatTimer.Stop()
 	}
 	defer p.stopHeart()
 	if p.sweep != nil && p.sweep.Stop() {
 		p.endOthers(p.namedSessions(ctx, p.node), p.mine, 0)
 	}
-	sessions := p.leaving
+	sessions := p.oldSessions
 	if p.session != "" {
 		sessions = append(sessions, p.session)
 	}

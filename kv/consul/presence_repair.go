@@ -20,7 +20,7 @@ func (p *presence) keep() {
 	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
 	for {
 		p.putting.Lock()
-		session, renew, idle := p.session, p.renew, len(p.held) == 0
+		session, renew, idle := p.session, p.hasTTL, len(p.held) == 0
 		watched, taken := "", ""
 		for key := range p.held {
 			of := &watched

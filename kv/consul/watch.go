@@ -56,7 +56,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 		}
 		pause := unavailable
 		switch {
-		case err == nil && l.blind():
+		case err == nil && l.showsNothing():
 			// Blocking would wake on every write anywhere, so poll now and then instead.
 			pause = denied
 			s.adopt(v, prefix, l)
@@ -105,8 +105,9 @@ func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 	v.Merge(l.entries, s.absenceError(prefix, l))
 }
 
-// blind reports whether the answer shows nothing that a blocking query could wait on: no folder key, and no entry.
-func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
+// showsNothing reports whether the answer shows nothing that a blocking query could wait on: no
+// folder key, and no entry.
+func (l listing) showsNothing() bool { return !l.folder && len(l.entries) == 0 }
 
 // listConsistent reads from the leader, without blocking: see consistent.
 func (s *Store) listConsistent(ctx context.Context, prefix string) (listing, error) {
@@ -135,7 +136,7 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 		}
 		took := time.Since(asked)
 		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
-			l.blind() ||
+			l.showsNothing() ||
 			regressed(v.View().Entries, l.entries) {
 			return idle.Wait(ctx)
 		}
