@@ -24,29 +24,30 @@ import (
 // acceptor decides which commit the store is to hold. It keeps the commit that the store holds now, and what it knows
 // of the candidate to replace that commit.
 type acceptor struct {
-	branch    *follower
-	own       *written
-	repo      string // Config.Repo
-	override  string // Config.Accept
-	releases  inspect.Releases
-	hookPause time.Duration
-	metrics   *metrics
-	log       *slog.Logger
-	inspected wait.Signal // set when an inspection ends
+	branch          *follower
+	own             *written
+	repo            string // Config.Repo
+	override        string // Config.Accept
+	releases        inspect.Releases
+	hookPause       time.Duration
+	metrics         *metrics
+	log             *slog.Logger
+	inspectionEnded wait.Signal // set when an inspection ends
 
 	commit *git.Commit // the commit that was taken last; nil: none, or it can't be used
 	// unvouched is the commit that was taken last if it can be read but its signature no longer counts: see basis.
-	unvouched *git.Commit
-	recalled  string // the branch's head when readAccepted last tried to read commit
-	compared  string // FROM..TO of the last candidate that was checked
-	refusal   error  // why that candidate is refused; nil: it isn't
+	unvouched   *git.Commit
+	recalled    string // the branch's head when readAccepted last tried to read commit
+	checkedPair string // FROM..TO of the last candidate that was checked
+	refusal     error  // why that candidate is refused; nil: it isn't
 
 	countedBad string // the last head that was counted as refused because it is invalid or its signature doesn't count
 
-	overruled    string      // the last commit whose history wasn't checked, as Config.Accept names it
-	inspection   *inspection // of the candidate's releases; nil: not begun
-	releaseRetry *wait.Backoff
-	inspecting   sync.WaitGroup
+	// acceptedByFlag is the last commit whose history wasn't checked, as Config.Accept names it.
+	acceptedByFlag string
+	inspection     *inspection // of the candidate's releases; nil: not begun
+	releaseRetry   *wait.Backoff
+	inspecting     sync.WaitGroup
 }
 
 // outcome is the result of accept; zero: there is nothing new, or the check of the head's releases is running.
@@ -71,9 +72,9 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 		return outcome{refused: branch.bad}
 	}
 	c := a.candidate(branch.good, cells)
-	if compared := c.from + ".." + branch.head; a.compared != compared {
+	if pair := c.from + ".." + branch.head; a.checkedPair != pair {
 		if c.accepted = a.accepts(ctx, c); c.accepted {
-			a.overruled = branch.head
+			a.acceptedByFlag = branch.head
 		} else if c.from != "" {
 			var err error
 			if c.descends, err = a.branch.descends(ctx, c.from, branch.head); err != nil {
@@ -81,7 +82,7 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 				return outcome{unsure: err, retry: watchLag}
 			}
 		}
-		a.compared, a.refusal = compared, refuse(c)
+		a.checkedPair, a.refusal = pair, refuse(c)
 		a.logRefusal(branch.head)
 	}
 	if a.refusal != nil || a.commit == branch.good {
@@ -298,7 +299,7 @@ func rulesOf(l *git.Commit) deployments.MirrorRules {
 
 // inspection is a check of a commit's releases, running or ended.
 type inspection struct {
-	of     string // as acceptor.compared
+	of     string // as acceptor.checkedPair
 	stop   context.CancelFunc
 	result chan error // has room for one
 	ended  time.Time  // zero: it is running
@@ -337,10 +338,10 @@ func (a *acceptor) recheckSoon() {
 // an error other than deployments.Problems the check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
-	if last != nil && last.of != a.compared {
+	if last != nil && last.of != a.checkedPair {
 		a.releaseRetry.Reset()
 	}
-	if last != nil && (last.of != a.compared || last.failed() && !time.Now().Before(last.next)) {
+	if last != nil && (last.of != a.checkedPair || last.failed() && !time.Now().Before(last.next)) {
 		last.stop()
 		a.inspection = nil
 	}
@@ -357,7 +358,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 			return true, nil
 		}
 		ctx, cancel := context.WithCancel(ctx)
-		i := &inspection{of: a.compared, stop: cancel, result: make(chan error, 1)}
+		i := &inspection{of: a.checkedPair, stop: cancel, result: make(chan error, 1)}
 		if last != nil && last.of == i.of {
 			i.err = last.err
 		}
@@ -372,7 +373,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 			default:
 				i.result <- nil
 			}
-			a.inspected.Set()
+			a.inspectionEnded.Set()
 		})
 	}
 	i := a.inspection

@@ -36,14 +36,15 @@ type leader struct {
 
 	// Only loop uses the fields below.
 	acceptor  *acceptor
-	written   *writer
+	writer    *writer
 	history   *historyKeeper
 	folders   *folderKeeper
 	dead      *deadNodes
 	ranks     map[deployments.UnitID]*policy.Ranks
 	lostSince map[deployments.UnitID]time.Time // when nodes were first seen ahead of the store
 	badOrders string                           // the orders that can't be obeyed, as last logged
-	hearing   bool                             // units waited for their nodes' reports in the last round
+	// waitedForReports is set if units waited for their nodes' reports in the last round.
+	waitedForReports bool
 	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
 	// badOrderLines bounds the log lines about orders that can't be obeyed: whoever may write control/ can change one
@@ -62,14 +63,14 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
 	}
 	l.history = newHistoryKeeper(m.c.Store, l.commit, m.c.Log)
-	l.written = &writer{
+	l.writer = &writer{
 		written: written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
 		name:    m.c.Name, commit: l.commit, history: l.history, metrics: m.metrics, trace: m.c.Trace,
 		log: m.c.Log,
 	}
 	l.acceptor = &acceptor{
-		branch: m.branch, own: &l.written.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
-		hookPause: m.hookPause, metrics: m.metrics, log: m.c.Log, inspected: l.observer.changed,
+		branch: m.branch, own: &l.writer.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
+		hookPause: m.hookPause, metrics: m.metrics, log: m.c.Log, inspectionEnded: l.observer.changed,
 		releaseRetry: wait.NewBackoff(m.releaseRetry, max(m.releaseRetry, maxReleaseRetry)),
 	}
 	l.dead = &deadNodes{commit: l.commit, after: m.forgetAfter, log: m.c.Log, absent: map[string]absence{}}
@@ -137,7 +138,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 // setLeading records the lease that this mirror holds; nil: none.
 func (m *Mirror) setLeading(lease kv.Lease) {
 	m.mu.Lock()
-	m.holds = lease
+	m.heldLease = lease
 	m.mu.Unlock()
 	m.metrics.led(lease != nil)
 }
@@ -183,12 +184,12 @@ func (l *leader) begin(ctx context.Context) error {
 		if e.Key != kv.MirrorKey {
 			continue
 		}
-		if err := json.Unmarshal(e.Value, &l.written.state); err != nil {
+		if err := json.Unmarshal(e.Value, &l.writer.state); err != nil {
 			l.c.Log.Warn("the mirror's own state doesn't parse: writing it again", "key", e.Key, "error", err)
-			l.written.state = deployments.MirrorState{}
+			l.writer.state = deployments.MirrorState{}
 		}
 	}
-	l.metrics.applied(l.written.state)
+	l.metrics.applied(l.writer.state)
 	return nil
 }
 
@@ -327,7 +328,7 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 		l.c.Log.Warn("the store refuses the mirror's writes, as its keys differ from what its watch shows: is there another "+
 			"writer below desired/ or control/?", "store", l.c.Store, "times", nth, "error", err)
 	}
-	l.written.writeError(
+	l.writer.writeError(
 		ctx,
 		fmt.Sprintf("the store keeps refusing the mirror's writes: its keys differ from what its watch shows (%v); "+
 			"look for another writer below desired/ and control/, and for lost folder keys", err),
@@ -346,14 +347,14 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	}
 	now := time.Now()
 	cells := seen.desired.cells
-	l.written.confirm(cells)
+	l.writer.confirm(cells)
 	l.warnShared(seen.fleet)
 	head := l.acceptor.accept(ctx, branch, cells)
 	if head.taken {
 		clear(l.ranks) // their units may be gone
 	}
 
-	status := l.written.state
+	status := l.writer.state
 	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
 	var todo plan
 	commit, vouched := l.acceptor.basis(cells)
@@ -361,19 +362,19 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		if todo, err = l.plan(ctx, commit, vouched, seen, now); err != nil {
 			return 0, err
 		}
-		if todo.hearing > 0 && !l.hearing {
+		if todo.waitingForReports > 0 && !l.waitedForReports {
 			l.c.Log.Info("waiting for nodes to report before the records of these units are written",
-				"units", todo.hearing, "until", todo.again)
+				"units", todo.waitingForReports, "until", todo.again)
 		}
-		l.hearing = todo.hearing > 0
+		l.waitedForReports = todo.waitingForReports > 0
 		if !todo.again.IsZero() {
 			again = max(time.Millisecond, todo.again.Sub(now))
 		}
 	}
 	if commit != nil && vouched {
-		if !todo.whole && commit.Hash != l.written.state.Head {
+		if !todo.whole && commit.Hash != l.writer.state.Head {
 			if !seen.fleet.synced && seen.fleet.err != nil {
-				l.written.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
+				l.writer.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
 			}
 			return watchLag, nil // a commit is written as a whole: it waits as long as one of its units has to
 		}
@@ -397,22 +398,22 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		status.Error = clip(branch.away.Error(), maxError)
 	}
 	branchKnown := branch.head != "" || branch.away != nil
-	if !branchKnown || !worthWriting(l.written.state, status, l.written.stateAt, now) {
-		status = l.written.state
+	if !branchKnown || !worthWriting(l.writer.state, status, l.writer.stateAt, now) {
+		status = l.writer.state
 	}
-	lost, at := l.written.lostState(seen.state, now)
+	lost, at := l.writer.lostState(seen.state, now)
 	if !lost && !at.IsZero() {
 		again = minWait(again, max(time.Millisecond, at.Sub(now)))
 	}
-	if err := l.written.write(ctx, todo.changes, status, lost, now); err != nil {
-		l.written.reportFailure(ctx, err, now)
+	if err := l.writer.write(ctx, todo.changes, status, lost, now); err != nil {
+		l.writer.reportFailure(ctx, err, now)
 		return 0, err
 	}
 	if vouched {
-		l.written.adopt(todo.agreed, cells)
+		l.writer.adopt(todo.agreed, cells)
 	}
 	if vouched && todo.whole {
-		l.snapshot.offer(l.written.records)
+		l.snapshot.offer(l.writer.records)
 	}
 	noted, err := l.history.recordPins(ctx, seen, now)
 	if err != nil {
@@ -427,7 +428,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if l.folders.late {
 		again = minWait(again, folderLag)
 	}
-	if l.written.unconfirmed() {
+	if l.writer.unconfirmed() {
 		again = minWait(again, watchLag) // a write that does not show by then counts as lost
 	}
 	return again, nil
@@ -446,7 +447,7 @@ func (l *leader) plan(
 	if err := l.folders.ensure(ctx, commit, seen.folders, now); err != nil {
 		return plan{}, err
 	}
-	if err := l.history.readNeeded(ctx, commit, seen, l.written.records, now); err != nil {
+	if err := l.history.readNeeded(ctx, commit, seen, l.writer.records, now); err != nil {
 		return plan{}, err
 	}
 	pins := seen.pins.units
@@ -464,26 +465,26 @@ func (l *leader) plan(
 	l.unitMetrics.observed.Store(&observedUnits{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles,
 		pins: pins})
 	return reconcile(inputs{
-		overruled:   commit.Hash == l.acceptor.overruled,
-		commit:      commit,
-		unvouched:   !vouched,
-		now:         now,
-		cells:       cells,
-		own:         l.written.records,
-		orders:      l.pendingOrders(commit, seen.orders),
-		history:     l.history.newest,
-		stable:      l.history.stable,
-		pastPins:    l.history.pins,
-		pastRead:    l.history.read,
-		pins:        pins,
-		shownPins:   shown,
-		fleet:       seen.fleet.roles,
-		blind:       !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
-		fleetSince:  since,
-		leftSince:   seen.fleet.leftSince,
-		ranks:       l.ranks,
-		lostSince:   l.lostSince,
-		rebuildWait: l.rebuildWait,
+		acceptedByFlag: commit.Hash == l.acceptor.acceptedByFlag,
+		commit:         commit,
+		unvouched:      !vouched,
+		now:            now,
+		cells:          cells,
+		own:            l.writer.records,
+		orders:         l.pendingOrders(commit, seen.orders),
+		history:        l.history.newest,
+		stable:         l.history.stable,
+		pastPins:       l.history.pins,
+		pastRead:       l.history.read,
+		pins:           pins,
+		shownPins:      shown,
+		fleet:          seen.fleet.roles,
+		blind:          !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
+		fleetSince:     since,
+		leftSince:      seen.fleet.leftSince,
+		ranks:          l.ranks,
+		lostSince:      l.lostSince,
+		rebuildWait:    l.rebuildWait,
 	}), nil
 }
 
@@ -497,7 +498,7 @@ func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[depl
 	}
 	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {
 		switch o := seen.good[id]; {
-		case l.written.orders[id] == o.version: // consumed; the watch has yet to show it
+		case l.writer.orders[id] == o.version: // consumed; the watch has yet to show it
 		case !units[id]:
 			bad = append(bad, fmt.Errorf("%s: the mirrored commit has no such unit: remove the key, or the order applies "+
 				"once a unit of that name is added", kv.ControlKey(id)))

@@ -90,8 +90,8 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if got := store.taken(); len(got) != 1 || l.written.state.Head != head {
-		t.Errorf("it wrote %v, and the status %+v", got, l.written)
+	if got := store.taken(); len(got) != 1 || l.writer.state.Head != head {
+		t.Errorf("it wrote %v, and the status %+v", got, l.writer)
 	}
 }
 
@@ -163,15 +163,15 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if l.written.state.Head != "" || !strings.Contains(l.written.state.Error, "list status/: permission denied") {
-		t.Errorf("status %+v", l.written)
+	if l.writer.state.Head != "" || !strings.Contains(l.writer.state.Error, "list status/: permission denied") {
+		t.Errorf("status %+v", l.writer)
 	}
 	l.observer.fleet(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if l.written.state.Head != head || l.written.state.Error != "" {
-		t.Errorf("status %+v", l.written)
+	if l.writer.state.Head != head || l.writer.state.Error != "" {
+		t.Errorf("status %+v", l.writer)
 	}
 }
 

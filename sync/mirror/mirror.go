@@ -119,8 +119,8 @@ type Mirror struct {
 
 	hookPause, releaseRetry, forgetAfter, rebuildWait time.Duration // default to webhook.Pause and the constants below
 
-	mu    sync.Mutex
-	holds kv.Lease // the lease that this mirror holds; nil: none
+	mu        sync.Mutex
+	heldLease kv.Lease // the lease that this mirror holds; nil: none
 }
 
 // Default durations; tests have their own.
@@ -297,5 +297,5 @@ func (m *Mirror) refresh() {
 func (m *Mirror) leads() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.holds != nil && m.holds.Context().Err() == nil
+	return m.heldLease != nil && m.heldLease.Context().Err() == nil
 }

@@ -330,13 +330,13 @@ func TestRecordsWaitForReports(t *testing.T) {
 	in := inputs{commit: commitOf(tree(paced, plain)), now: now, fleetSince: now, rebuildWait: 5 * time.Second,
 		cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}}
 	p := reconcile(in)
-	if len(p.changes) != 1 || p.changes[0].unit != plain.ID || p.hearing != 1 || p.whole ||
+	if len(p.changes) != 1 || p.changes[0].unit != plain.ID || p.waitingForReports != 1 || p.whole ||
 		p.again.Sub(now).Round(time.Second) != in.rebuildWait {
-		t.Errorf("at first it writes %+v, %d units wait, until %v", p.changes, p.hearing, p.again)
+		t.Errorf("at first it writes %+v, %d units wait, until %v", p.changes, p.waitingForReports, p.again)
 	}
 	in.now = now.Add(in.rebuildWait)
-	if p := reconcile(in); len(p.changes) != 2 || p.hearing != 0 || !p.whole {
-		t.Errorf("then it writes %+v, %d units wait", p.changes, p.hearing)
+	if p := reconcile(in); len(p.changes) != 2 || p.waitingForReports != 0 || !p.whole {
+		t.Errorf("then it writes %+v, %d units wait", p.changes, p.waitingForReports)
 	}
 }
 

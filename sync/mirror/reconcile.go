@@ -19,12 +19,12 @@ type inputs struct {
 	commit *git.Commit
 	// unvouched is set if the commit isn't known to have been signed: then no record is removed or marked as orphaned.
 	unvouched bool
-	// overruled is set if the commit was taken because Config.Accept names it.
-	overruled bool
-	now       time.Time
-	cells     map[deployments.UnitID]cell
-	own       map[deployments.UnitID]writtenRecord
-	orders    map[deployments.UnitID]order
+	// acceptedByFlag is set if the commit was taken because Config.Accept names it.
+	acceptedByFlag bool
+	now            time.Time
+	cells          map[deployments.UnitID]cell
+	own            map[deployments.UnitID]writtenRecord
+	orders         map[deployments.UnitID]order
 	// pins has the pins of whole units. Nil: they can't be read, and nodes follow them on their own.
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
@@ -65,14 +65,15 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns the time from which the view of the fleet has been up to date, by the present clock: see passed.
-func (in inputs) seen() time.Time {
-	return in.passed(in.fleetSince)
+// fleetCurrentSince returns the time from which the view of the fleet has been up to date, by the
+// present clock: see toPresentClock.
+func (in inputs) fleetCurrentSince() time.Time {
+	return in.toPresentClock(in.fleetSince)
 }
 
-// passed converts the time of an earlier observation to the present clock, which may have been corrected since. It
-// returns now minus the elapsed time. Zero stays zero.
-func (in inputs) passed(at time.Time) time.Time {
+// toPresentClock converts the time of an earlier observation to the present clock, which may have
+// been corrected since. It returns now minus the elapsed time. Zero stays zero.
+func (in inputs) toPresentClock(at time.Time) time.Time {
 	if at.IsZero() {
 		return at
 	}
@@ -88,7 +89,7 @@ func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following
 	}
 	seen, following := in.leftSince(id.RoleID())
 	for _, at := range seen {
-		left = append(left, in.passed(at))
+		left = append(left, in.toPresentClock(at))
 	}
 	if following.IsZero() {
 		return left, following
@@ -96,7 +97,7 @@ func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following
 	if in.fleetSince.After(following) {
 		following = in.fleetSince // nobody saw what vanished before
 	}
-	return left, in.passed(following)
+	return left, in.toPresentClock(following)
 }
 
 // nodes returns the nodes of a unit's role, with their reports on the unit.
@@ -104,8 +105,8 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	role := in.fleet[id.RoleID()]
 	nodes := make([]policy.Node, len(role))
 	for i, r := range role {
-		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: in.passed(r.goneSince),
-			UnhealthySince: in.passed(r.unhealthy[id.Unit].since), Started: r.report.Started, Joined: r.report.Joined,
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: in.toPresentClock(r.goneSince),
+			UnhealthySince: in.toPresentClock(r.unhealthy[id.Unit].since), Started: r.report.Started, Joined: r.report.Joined,
 			Report: r.report.Units[id.Unit]}
 	}
 	return nodes
@@ -131,8 +132,8 @@ type plan struct {
 	whole bool
 	// again is when to reconcile again though nothing changed; zero: never.
 	again time.Time
-	// hearing is the number of units that wait for their nodes to report.
-	hearing int
+	// waitingForReports is the number of units that wait for their nodes to report.
+	waitingForReports int
 }
 
 // reconcile returns what to write so that the store holds what the commit asks for. It is pure, but for in.lostSince
@@ -152,7 +153,7 @@ func reconcile(in inputs) plan {
 		case doWait:
 			p.whole = false
 			if !at.IsZero() {
-				p.hearing++
+				p.waitingForReports++
 			}
 		case doNothing:
 			c := in.cells[u.ID]
@@ -213,7 +214,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	w := change{unit: u.ID, kind: "update", base: c.version, vouched: !in.unvouched}
 	nodes := in.nodes(u.ID)
 	var base policy.Base
-	unheard := false // whether no record is known
+	noRecord := false
 	switch compareKey(c, mine, known, in.now) {
 	case inFlight:
 		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
@@ -226,7 +227,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		base = policy.Base{Record: mine.record, Floor: mine.record.Generation, Restored: true}
 		w.kind, w.note = "restore", "another writer's change of the record was undone"
 	case unknown:
-		unheard = true
+		noRecord = true
 		past := in.history[u.ID]
 		base.Floor = past.Generation
 		switch {
@@ -242,7 +243,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	// If a record is missing, its nodes may have yet to report what they know of it.
 	left, following := in.vanishTimes(u.ID)
 	settled := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
-	if until := settled.Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
+	if until := settled.Add(in.rebuildWait); noRecord && u.Rollout != nil && !in.blind && in.now.Before(until) {
 		return change{}, doWait, until
 	}
 	if !base.Restored {
@@ -261,12 +262,12 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
-		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
+		Seen: in.fleetCurrentSince(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
 		Order: string(o.Verb), Freeze: policy.FreezeAt(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	// After the store was restored, nodes join anew before a record may rely on their earlier reports.
-	if until := in.seen().Add(in.rebuildWait); step.Record.Generation > w.before.Generation && u.Rollout != nil &&
-		in.now.Before(until) {
+	if until := in.fleetCurrentSince().Add(in.rebuildWait); u.Rollout != nil &&
+		step.Record.Generation > w.before.Generation && in.now.Before(until) {
 		return change{}, doWait, until
 	}
 	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)
@@ -296,7 +297,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	}
 	if w.after.Generation > base.Floor {
 		w.note = in.noteOf(w, cmp.Or(message.Transition(step.OrderReason, step.OrderFacts), w.reason))
-		w.history = in.record(w)
+		w.history = in.historyEntry(w)
 	}
 	if ordered {
 		w.history = in.noteOrder(w, step)
@@ -368,8 +369,8 @@ func onlyMoves(before, after deployments.Record) bool {
 	return bytes.Equal(encode(before), encode(after))
 }
 
-// record returns the history entry of a new generation.
-func (in inputs) record(w change) *deployments.History {
+// historyEntry returns the history entry of a new generation.
+func (in inputs) historyEntry(w change) *deployments.History {
 	h := &deployments.History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
@@ -383,16 +384,16 @@ func (in inputs) record(w change) *deployments.History {
 		Claim:      w.after.RequestGeneration(),
 		Retry:      w.after.Retry,
 		Pinned:     w.after.Pinned,
-		Note:       in.accepted(w.note),
+		Note:       in.withAcceptNote(w.note),
 	}
 	in.carryPins(w.unit, h)
 	return h
 }
 
-// accepted returns the note of a history entry. If the commit was taken because Config.Accept names it, the note says
-// so.
-func (in inputs) accepted(note string) string {
-	if !in.overruled {
+// withAcceptNote returns the note of a history entry. If the commit was taken because Config.Accept
+// names it, the note says so.
+func (in inputs) withAcceptNote(note string) string {
+	if !in.acceptedByFlag {
 		return note
 	}
 	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")

@@ -182,7 +182,7 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 		l := newLeader(mirror, nil)
 		looks := func(judged string, d time.Duration) int {
 			t.Helper()
-			l.acceptor.compared, asked = judged, nil
+			l.acceptor.checkedPair, asked = judged, nil
 			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 				_, err := l.acceptor.inspect(t.Context(), &git.Commit{Tree: tree})
 				if err != nil && !strings.Contains(err.Error(), "is not signed") {

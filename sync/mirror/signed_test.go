@@ -297,7 +297,7 @@ func TestSnapshotsLeaveOutWhatNobodySigned(t *testing.T) {
 			}
 			l.acceptor.unvouched = unvouched
 			round(gitState{head: taken, bad: &git.BadCommit{Hash: taken, Err: errors.New("the signer is gone")}})
-			if own := l.written.records[id]; own.record.Retry == 0 {
+			if own := l.writer.records[id]; own.record.Retry == 0 {
 				t.Fatalf("the retry led to %+v", own)
 			}
 
