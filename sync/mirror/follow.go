@@ -50,7 +50,7 @@ func (f *follower) run(ctx context.Context) {
 	retry := wait.NewBackoff(100*time.Millisecond, 30*time.Second)
 	for ctx.Err() == nil {
 		before, began := f.state(), time.Now()
-		after := f.look(ctx, before)
+		after := f.readBranch(ctx, before)
 		if ctx.Err() != nil {
 			return
 		}
@@ -75,16 +75,16 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// look reads the branch and returns its state; was is the state as last read. It loads the head's
-// commit if the commit is new or was bad. If Git can't be read, it returns was with the error as
-// away.
-func (f *follower) look(ctx context.Context, was gitState) gitState {
+// readBranch reads the branch and returns its state; was is the state as last read. It loads the
+// head's commit if the commit is new or was bad. If Git can't be read, it returns was with the
+// error as away.
+func (f *follower) readBranch(ctx context.Context, was gitState) gitState {
 	head, err := f.source.Head(ctx)
 	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
-		f.metrics.polled(nil)
+		f.metrics.countPoll(nil)
 		return gitState{head: bad.Hash, bad: err}
 	}
-	f.metrics.polled(err)
+	f.metrics.countPoll(err)
 	if err != nil {
 		was.away = err
 		return was

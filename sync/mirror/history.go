@@ -43,15 +43,15 @@ type historyKeeper struct {
 	// pins has the pins of the newest entry, and open pins of earlier entries that the newest
 	// lacks. It lacks them if its mirror had not read the history, or is of a version without pins
 	// in the history. Units without pins have no key.
-	pins map[deployments.UnitID][]deployments.PastPin
-	read map[deployments.RoleID]bool
+	pins      map[deployments.UnitID][]deployments.PastPin
+	readRoles map[deployments.RoleID]bool
 }
 
 func newHistoryKeeper(store kv.Store, commit func(context.Context, ...kv.Op) error, log *slog.Logger) *historyKeeper {
 	return &historyKeeper{store: store, commit: commit, log: log, bound: rate.Sometimes{First: 1, Interval: time.Minute},
 		newest: map[deployments.UnitID]deployments.History{},
 		stable: map[deployments.UnitID][]deployments.Digest{}, pins: map[deployments.UnitID][]deployments.PastPin{},
-		read: map[deployments.RoleID]bool{}}
+		readRoles: map[deployments.RoleID]bool{}}
 }
 
 // forget drops what is known of a unit, so that its role's history is read again when it is needed.
@@ -59,7 +59,7 @@ func (a *historyKeeper) forget(id deployments.UnitID) {
 	delete(a.newest, id)
 	delete(a.stable, id)
 	delete(a.pins, id)
-	delete(a.read, id.RoleID())
+	delete(a.readRoles, id.RoleID())
 }
 
 // add updates what is known of a unit's history by the entry e. e may be of a later generation, or a new version of the
@@ -87,9 +87,10 @@ func (a *historyKeeper) add(id deployments.UnitID, e deployments.History) {
 	a.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == e.Failed })
 }
 
-// wrote adds the history entry that the change w has written, if its role's history was read before.
-func (a *historyKeeper) wrote(w change) {
-	if w.history != nil && a.read[w.unit.RoleID()] {
+// addWritten adds the history entry that the change w has written, if its role's history was read
+// before.
+func (a *historyKeeper) addWritten(w change) {
+	if w.history != nil && a.readRoles[w.unit.RoleID()] {
 		a.add(w.unit, *w.history)
 	}
 }
@@ -113,7 +114,7 @@ func (a *historyKeeper) readNeeded(ctx context.Context, commit *git.Commit, seen
 		c := seen.desired.cells[u.ID]
 		_, ordered := seen.orders.good[u.ID]
 		pinned := seen.pins.units[u.ID].Present
-		if a.read[role] || !needsHistory(u, c, pinned, ordered, compareKey(c, own, known, now)) {
+		if a.readRoles[role] || !needsHistory(u, c, pinned, ordered, compareKey(c, own, known, now)) {
 			continue
 		}
 		if err := a.readRole(ctx, role); err != nil {
@@ -129,7 +130,7 @@ func (a *historyKeeper) readRole(ctx context.Context, role deployments.RoleID) e
 	if err != nil {
 		return fmt.Errorf("reading the history of %s: %w", role, err)
 	}
-	a.read[role] = true
+	a.readRoles[role] = true
 	for _, e := range entries { // sorted by generation
 		name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
 		id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
@@ -172,7 +173,7 @@ func (a *historyKeeper) writePins(ctx context.Context, seen observed, now time.T
 	unread := 0
 	for id := range cells {
 		role := id.RoleID()
-		if a.read[role] {
+		if a.readRoles[role] {
 			continue
 		}
 		if unread++; unread > pinRoles {
@@ -194,7 +195,7 @@ func (a *historyKeeper) writePins(ctx context.Context, seen observed, now time.T
 	var todo []change
 	for id := range units {
 		entry, known := a.newest[id]
-		if c := cells[id]; !known && a.read[id.RoleID()] && c.err == nil && ours(c.record) {
+		if c := cells[id]; !known && a.readRoles[id.RoleID()] && c.err == nil && ours(c.record) {
 			entry, known = lostEntry(c.record, now), true
 		}
 		if !known {

@@ -81,7 +81,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
 	err := l.c.Store.Commit(ctx, l.lease, ops...)
 	if err == nil {
-		l.metrics.wrote(len(ops))
+		l.metrics.countOps(len(ops))
 	}
 	return err
 }
@@ -140,7 +140,7 @@ func (m *Mirror) setLeading(lease kv.Lease) {
 	m.mu.Lock()
 	m.heldLease = lease
 	m.mu.Unlock()
-	m.metrics.led(lease != nil)
+	m.metrics.setLeading(lease != nil)
 }
 
 // run leads until ctx ends, the lease turns out to be lost or Config.Leading fails, and returns why.
@@ -189,7 +189,7 @@ func (l *leader) begin(ctx context.Context) error {
 			l.writer.state = deployments.MirrorState{}
 		}
 	}
-	l.metrics.applied(l.writer.state)
+	l.metrics.setState(l.writer.state)
 	return nil
 }
 
@@ -475,7 +475,7 @@ func (l *leader) plan(
 		history:        l.history.newest,
 		stable:         l.history.stable,
 		pastPins:       l.history.pins,
-		pastRead:       l.history.read,
+		pastRead:       l.history.readRoles,
 		pins:           pins,
 		shownPins:      shown,
 		fleet:          seen.fleet.roles,

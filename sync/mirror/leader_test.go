@@ -42,7 +42,7 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	git := l.branch.look(t.Context(), gitState{})
+	git := l.branch.readBranch(t.Context(), gitState{})
 	for _, view := range []kv.View{{}, {Err: kv.ErrUnavailable}} {
 		l.observer.records(view)
 		if _, err := l.round(t.Context(), git); err != nil {
@@ -68,13 +68,13 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.observer.records(kv.View{Synced: true})
-	if _, err := l.round(t.Context(), l.branch.look(t.Context(), gitState{})); err != nil {
+	if _, err := l.round(t.Context(), l.branch.readBranch(t.Context(), gitState{})); err != nil {
 		t.Fatal(err)
 	}
 	store.taken()
 
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/1")})
-	git := l.branch.look(t.Context(), gitState{})
+	git := l.branch.readBranch(t.Context(), gitState{})
 	// On a machine that is slow the write counts as lost by now, and the store refuses the next.
 	if again, err := l.round(t.Context(), git); err == nil && again == 0 || err != nil && !errors.Is(err, kv.ErrConflict) {
 		t.Errorf("it looks again after %v, %v", again, err)
@@ -101,7 +101,7 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	l.branch.set(l.branch.look(t.Context(), gitState{}))
+	l.branch.set(l.branch.readBranch(t.Context(), gitState{}))
 	l.observer.records(kv.View{Synced: true})
 	store.setFail(kv.ErrLeaseLost)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -118,7 +118,7 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	l, store := led(t, o)
-	git := l.branch.look(t.Context(), gitState{})
+	git := l.branch.readBranch(t.Context(), gitState{})
 	long := time.Now().Add(-time.Hour)
 	put(t, store.Store, "desired/prod/web/app", string(encode(deployments.Record{Target: pointer("app/2"), Stable: pointer("app/1"), Generation: 2,
 		Commit:  strings.Repeat("c", 40),
@@ -157,7 +157,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
 	l.rebuildWait = 0
-	git := l.branch.look(t.Context(), gitState{})
+	git := l.branch.readBranch(t.Context(), gitState{})
 	l.observer.records(kv.View{Synced: true})
 	l.observer.fleet(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
 	if _, err := l.round(t.Context(), git); err != nil {
@@ -181,7 +181,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	git := l.branch.look(t.Context(), gitState{})
+	git := l.branch.readBranch(t.Context(), gitState{})
 	l.observer.records(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
@@ -218,7 +218,7 @@ func TestConflictsOfAFleetThatReports(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	l.branch.set(l.branch.look(t.Context(), gitState{}))
+	l.branch.set(l.branch.readBranch(t.Context(), gitState{}))
 	l.observer.records(kv.View{Synced: true})
 	var tries atomic.Int32
 	second := make(chan struct{})

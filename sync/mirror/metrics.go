@@ -60,7 +60,7 @@ func resultOf(err error, good, bad string) string {
 	return good
 }
 
-func (m *metrics) polled(err error) {
+func (m *metrics) countPoll(err error) {
 	m.polls.WithLabelValues(resultOf(err, "ok", "error")).Inc()
 	if err == nil {
 		m.read.SetToCurrentTime()
@@ -71,19 +71,19 @@ func (m *metrics) countCommit(err error) {
 	m.commits.WithLabelValues(resultOf(err, "taken", "refused")).Inc()
 }
 
-func (m *metrics) wrote(ops int) { m.keys.Add(float64(ops)) }
+func (m *metrics) countOps(ops int) { m.keys.Add(float64(ops)) }
 
-// led exports whether this mirror holds the lease. If it doesn't, led resets what applied exported,
-// as that may no longer be true.
-func (m *metrics) led(leading bool) {
+// setLeading exports whether this mirror holds the lease. If it doesn't, it resets what setState
+// exported, as that may no longer be true.
+func (m *metrics) setLeading(leading bool) {
 	m.leading.Set(oneIf(leading))
 	if !leading {
-		m.applied(deployments.MirrorState{})
+		m.setState(deployments.MirrorState{})
 	}
 }
 
-// applied exports what mirror/state holds.
-func (m *metrics) applied(s deployments.MirrorState) {
+// setState exports what mirror/state holds.
+func (m *metrics) setState(s deployments.MirrorState) {
 	at := 0.0
 	if !s.At.IsZero() {
 		at = float64(s.At.UnixMilli()) / 1000
@@ -92,8 +92,8 @@ func (m *metrics) applied(s deployments.MirrorState) {
 	m.refused.Set(oneIf(s.Refused != ""))
 }
 
-// hooked counts a webhook by the HTTP status that answered it.
-func (m *metrics) hooked(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
+// countWebhook counts a webhook by the HTTP status that answered it.
+func (m *metrics) countWebhook(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
 
 // observedUnits is the state of units and nodes that the leading mirror last saw. It is immutable.
 type observedUnits struct {

@@ -197,7 +197,7 @@ func New(c Config) (*Mirror, error) {
 	m.branch = &follower{source: source, repo: c.Repo, branch: c.Branch, signers: signers, metrics: m.metrics, log: c.Log,
 		pollNow: wait.NewSignal(), changed: make(chan struct{}), gaps: map[question]*gap{}}
 	m.hooks = webhook.New(webhook.Config{Secret: secret, Store: c.Store, Name: c.Name, Log: c.Log, Leads: m.leads,
-		Received: m.refresh, Count: m.metrics.hooked})
+		Received: m.refresh, Count: m.metrics.countWebhook})
 	if c.Listen != "" {
 		if m.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, errors.Join(fmt.Errorf("listen: %w", err), source.Close())

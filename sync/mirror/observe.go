@@ -36,17 +36,18 @@ type observer struct {
 	outages       map[string]outages   // by key in status/
 	left          map[string]time.Time // when each key that is missing in status/ vanished
 	hook          uint64               // the last version of kv.MirrorHook that was seen
-	complain      rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
+	// reportLogLimit bounds the lines about reports that can't be used, as a node can write many.
+	reportLogLimit rate.Sometimes
 }
 
 func newObserver(log *slog.Logger, hooked func()) *observer {
 	return &observer{
-		changed:  wait.NewSignal(),
-		hooked:   hooked,
-		log:      log,
-		listed:   map[string]time.Time{},
-		left:     map[string]time.Time{},
-		complain: rate.Sometimes{First: 1, Interval: time.Minute},
+		changed:        wait.NewSignal(),
+		hooked:         hooked,
+		log:            log,
+		listed:         map[string]time.Time{},
+		left:           map[string]time.Time{},
+		reportLogLimit: rate.Sometimes{First: 1, Interval: time.Minute},
 	}
 }
 
@@ -140,7 +141,7 @@ func (o *observer) fleet(v kv.View) {
 	o.outages = out
 	left := o.trackLeft(listed, at)
 	if bad > 0 {
-		o.complain.Do(func() {
+		o.reportLogLimit.Do(func() {
 			o.log.Warn("a node's report can't be used: the node counts as one that has not reported",
 				"key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
 		})

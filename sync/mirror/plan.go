@@ -32,9 +32,9 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 	for _, u := range tree.Units {
 		units[u.ID] = true
 		before, present := now[u.ID]
-		after, how := follow(u, commit, before), ""
+		after, how := recordFor(u, commit, before), ""
 		if after.Generation > before.Generation {
-			after, how = first(tree, u, commit, before, at)
+			after, how = firstRecord(tree, u, commit, before, at)
 		}
 		after.Paced = u.Rollout != nil // as the mirror reads pins
 		switch {
@@ -57,8 +57,9 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 	return changes
 }
 
-// first returns the record with which a new target begins, and how the target is rolled out, in words.
-func first(
+// firstRecord returns the record with which a new target begins, and how the target is rolled out,
+// in words.
+func firstRecord(
 	tree *deployments.Tree,
 	u deployments.Unit,
 	commit string,

@@ -217,7 +217,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	noRecord := false
 	switch compareKey(c, mine, known, in.now) {
 	case inFlight:
-		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
+		if !bytes.Equal(encode(recordFor(u, in.commit.Hash, mine.record)), mine.value) {
 			return change{}, doWait, time.Time{}
 		}
 		return change{}, doNothing, time.Time{}

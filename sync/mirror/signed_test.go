@@ -302,7 +302,7 @@ func TestSnapshotsLeaveOutWhatNobodySigned(t *testing.T) {
 			}
 
 			o.Push(c.files)
-			signed := l.branch.look(t.Context(), gitState{})
+			signed := l.branch.readBranch(t.Context(), gitState{})
 			for range 2 { // the second round sees the writes of the first
 				round(signed)
 			}

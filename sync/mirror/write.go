@@ -122,7 +122,7 @@ func (w *writer) write(
 func (w *writer) noteWritten(c change, now time.Time) {
 	if c.status != nil {
 		w.state, w.stateAt = *c.status, now
-		w.metrics.applied(*c.status)
+		w.metrics.setState(*c.status)
 		return
 	}
 	if c.order.version != 0 {
@@ -131,7 +131,7 @@ func (w *writer) noteWritten(c change, now time.Time) {
 			"reason", c.order.Reason, "outcome", c.reason)
 	}
 	if c.kind == "none" {
-		w.history.wrote(c)
+		w.history.addWritten(c)
 		return
 	}
 	w.traceWritten(c, now)
@@ -140,7 +140,7 @@ func (w *writer) noteWritten(c change, now time.Time) {
 	if c.value == nil {
 		w.history.forget(c.unit)
 	}
-	w.history.wrote(c)
+	w.history.addWritten(c)
 	phase, reason := deployments.Phase(""), c.reason
 	if p := c.after.Rollout; p != nil {
 		phase, reason = p.Phase, cmp.Or(reason, p.Message)
