@@ -17,8 +17,8 @@ import (
 
 // Config is the content of kedge mirror's --notify file: who is notified of what.
 type Config struct {
-	Receivers []Receiver `yaml:"receivers"`
-	Statuses  []Statuses `yaml:"statuses"`
+	Receivers []Receiver     `yaml:"receivers"`
+	Statuses  []StatusTarget `yaml:"statuses"`
 	// Link is a template for the URL of a unit's page, with {unit} in it, as in
 	// https://kedge.acme.example/unit/{unit}; empty: notifications have no link.
 	Link string `yaml:"link"`
@@ -55,8 +55,8 @@ const (
 	FormatTeams       Format = "teams"       // a Teams workflow's webhook, with an adaptive card
 )
 
-// Statuses configures commit statuses on the deployments repo.
-type Statuses struct {
+// StatusTarget configures commit statuses on the deployments repo.
+type StatusTarget struct {
 	Name string `yaml:"name"`
 	// Provider is github, gitlab or gitea.
 	Provider Provider `yaml:"provider"`

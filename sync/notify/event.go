@@ -75,11 +75,12 @@ func (d *Data) sanitize() {
 	d.Facts = facts
 }
 
-// notified is the last state of a unit that a receiver was notified of. Standing is what rolloutState returned.
+// notified is the last state of a unit that a receiver was notified of. RolloutState is what
+// rolloutState returned.
 type notified struct {
-	Generation int64  `json:"generation"`
-	Standing   string `json:"standing,omitempty"`
-	Unhealthy  bool   `json:"unhealthy,omitempty"`
+	Generation   int64  `json:"generation"`
+	RolloutState string `json:"standing,omitempty"`
+	Unhealthy    bool   `json:"unhealthy,omitempty"`
 	// HealthChanges counts the notifications about the nodes' health, so that each has an ID of its own.
 	HealthChanges int64 `json:"health_changes,omitempty"`
 	// Status is the hash of the commit status that was last written; see hashOf.
@@ -126,7 +127,7 @@ func rolloutState(r deployments.Record) string {
 // u.history have an event "started".
 func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 	r := u.record
-	now = notified{Generation: r.Generation, Standing: rolloutState(r), Unhealthy: was.Unhealthy,
+	now = notified{Generation: r.Generation, RolloutState: rolloutState(r), Unhealthy: was.Unhealthy,
 		HealthChanges: was.HealthChanges}
 	event := func(kind Kind, mark string, at time.Time, text string) {
 		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}
@@ -157,17 +158,18 @@ func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 		}
 	}
 
-	if was.Generation != now.Generation || was.Standing != now.Standing {
+	if was.Generation != now.Generation || was.RolloutState != now.RolloutState {
 		p := r.Rollout
-		wasOrphaned := was.Standing == string(KindOrphaned) || was.Standing == orphanedMidway
+		wasOrphaned := was.RolloutState == string(KindOrphaned) || was.RolloutState == orphanedMidway
 		switch {
 		case r.Orphaned && wasOrphaned && was.Generation == r.Generation: // told by an earlier version, in other words
 		case r.Orphaned:
 			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
-		case p == nil && was.Generation == r.Generation && was.Standing == string(KindOrphaned): // back in Git: as before
-		case p == nil && (r.Paced || was.Generation == r.Generation && was.Standing != now.Standing):
+		case p == nil && was.Generation == r.Generation && was.RolloutState == string(KindOrphaned):
+			// back in Git: as before
+		case p == nil && (r.Paced || was.Generation == r.Generation && was.RolloutState != now.RolloutState):
 			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: the rollout of %s is complete", u.id, nameOf(r.Target)))
-		case p == nil, now.Standing == "":
+		case p == nil, now.RolloutState == "":
 		case slices.Contains(Kinds(), Kind(p.Phase)):
 			event(Kind(p.Phase), fmt.Sprint(p.Since.Unix()), p.Since, fmt.Sprintf("%s: %s", u.id, message.Progress(p)))
 		}

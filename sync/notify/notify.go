@@ -51,8 +51,8 @@ type Notifier struct {
 // seen is what a Notifier knows of the store since Run began.
 type seen struct {
 	units map[deployments.UnitID]unitNow
-	// refused is the last mirror/state that parses; zero: there was none.
-	refused deployments.MirrorState
+	// mirrorState is the last mirror/state that parses; zero: there was none.
+	mirrorState deployments.MirrorState
 	// recordsSynced is set once desired/, and mirrorSynced once mirror/, has been read with certainty.
 	recordsSynced, mirrorSynced bool
 }
@@ -138,7 +138,7 @@ func (n *Notifier) seeMirror(v kv.View) {
 		return
 	}
 	n.mu.Lock()
-	now := n.seen.refused
+	now := n.seen.mirrorState
 	same := n.seen.mirrorSynced
 	n.mu.Unlock()
 	for _, e := range v.Entries {
@@ -151,7 +151,7 @@ func (n *Notifier) seeMirror(v kv.View) {
 		}
 	}
 	if !same {
-		n.change(func() { n.seen.refused, n.seen.mirrorSynced = now, true })
+		n.change(func() { n.seen.mirrorState, n.seen.mirrorSynced = now, true })
 	}
 }
 
@@ -209,7 +209,8 @@ func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
 	return sick
 }
 
-// cursor is the state that one receiver, or one Statuses, was notified of. What was dropped counts as notified.
+// cursor is the state that one receiver, or one StatusTarget, was notified of. What was dropped
+// counts as notified.
 type cursor struct {
 	Units map[string]notified `json:"units"`
 	// Refused is the commit that was refused when the receiver was last up to date; empty: none was.
@@ -334,7 +335,7 @@ func (n *Notifier) current() ([]unitNow, deployments.MirrorState) {
 	defer n.mu.Unlock()
 	units := slices.Collect(maps.Values(n.seen.units))
 	slices.SortFunc(units, func(a, b unitNow) int { return a.id.Compare(b.id) })
-	return units, n.seen.refused
+	return units, n.seen.mirrorState
 }
 
 // sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended.
@@ -465,7 +466,7 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 }
 
 // writeStatuses writes the commit statuses that changed, and a refused commit's. It fails only when ctx has ended.
-func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
+func (n *Notifier) writeStatuses(ctx context.Context, s *StatusTarget, c *cursor) error {
 	units, state := n.current()
 	gone := maps.Clone(c.Units)
 	for _, u := range units {

@@ -480,8 +480,8 @@ func TestCommitStatuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.write(record(1, nil), entry(record(1, nil)))
-			stop := w.run(Config{Link: "https://kedge.acme.example/unit/{unit}", Statuses: []Statuses{{Name: "git", Provider: provider,
-				API: w.serve(always(201)).URL, Project: "acme/deployments", TokenFile: token}}})
+			stop := w.run(Config{Link: "https://kedge.acme.example/unit/{unit}", Statuses: []StatusTarget{{
+				Name: "git", Provider: provider, API: w.serve(always(201)).URL, Project: "acme/deployments", TokenFile: token}}})
 			r := record(2, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon, Reason: deployments.ReasonRolling,
 				Facts: deployments.Facts{"admitted": "12", "of": "40"}})
 			w.write(r, entry(r))
@@ -661,7 +661,8 @@ func TestBackInGit(t *testing.T) {
 			r.Paced = paced
 			_, was := eventsSince(notified{Generation: 1}, unitNow{id: app, record: r})
 			r.Orphaned = true
-			old := notified{Generation: r.Generation, Standing: string(KindOrphaned)} // the cursor of an earlier version
+			// the cursor of an earlier version
+			old := notified{Generation: r.Generation, RolloutState: string(KindOrphaned)}
 			if again, _ := eventsSince(old, unitNow{id: app, record: r}); len(again) > 0 {
 				t.Errorf("%s: after an upgrade: %+v", c.name, again)
 			}
@@ -731,7 +732,7 @@ func TestStatusesForgetUnits(t *testing.T) {
 	n := New(Config{}, w.store, nil, slog.New(slog.DiscardHandler))
 	c := &cursor{Units: map[string]notified{app.String(): {Generation: 1}},
 		statusAt: map[string]time.Time{app.String(): noon}}
-	if err := n.writeStatuses(t.Context(), &Statuses{Name: "git"}, c); err != nil {
+	if err := n.writeStatuses(t.Context(), &StatusTarget{Name: "git"}, c); err != nil {
 		t.Fatal(err)
 	}
 	if len(c.Units) > 0 || len(c.statusAt) > 0 {

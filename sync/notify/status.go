@@ -66,7 +66,7 @@ func clipped(text string) string {
 }
 
 // write sends a status to the server.
-func (c *Statuses) write(ctx context.Context, client *http.Client, s commitStatus) error {
+func (c *StatusTarget) write(ctx context.Context, client *http.Client, s commitStatus) error {
 	token, err := secretOr("token_file", "", c.TokenFile)
 	if err != nil {
 		return err
