@@ -204,7 +204,7 @@ func (t *tree) directory(hash plumbing.Hash) (map[string]object.TreeEntry, error
 		return nil, fmt.Errorf("tree %s: %w", hash, err)
 	}
 	if err != nil {
-		return nil, t.failed(fmt.Errorf("tree %s: %w", hash, err))
+		return nil, t.recordFault(fmt.Errorf("tree %s: %w", hash, err))
 	}
 	entries := make(map[string]object.TreeEntry, len(raw.Entries))
 	for _, e := range raw.Entries {
@@ -227,12 +227,12 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	}
 	r, err := o.Reader()
 	if err != nil {
-		return nil, t.failed(fmt.Errorf("blob %s: %w", hash, err))
+		return nil, t.recordFault(fmt.Errorf("blob %s: %w", hash, err))
 	}
 	defer r.Close()
 	data, err := io.ReadAll(io.LimitReader(r, maxFile+1))
 	if err != nil {
-		return nil, t.failed(fmt.Errorf("blob %s: %w", hash, err))
+		return nil, t.recordFault(fmt.Errorf("blob %s: %w", hash, err))
 	}
 	if len(data) > maxFile {
 		return nil, errTooLarge
@@ -254,11 +254,11 @@ func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.En
 	case missing && kind == plumbing.BlobObject && t.objects.filtered:
 		return nil, errTooLarge
 	}
-	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
+	return nil, t.recordFault(fmt.Errorf("%s %s: %w", kind, hash, err))
 }
 
-// failed records in fault that the repository itself could not be read, and returns err.
-func (t *tree) failed(err error) error {
+// recordFault records in fault that the repository itself could not be read, and returns err.
+func (t *tree) recordFault(err error) error {
 	if t.fault == nil {
 		t.fault = err
 	}

@@ -124,7 +124,7 @@ func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error 
 		in.refuse(fmt.Errorf("its archive: %s", strings.ReplaceAll(err.Error(), tree, "DEST")))
 		return nil
 	}
-	if in.Archive, err = lookInto(tree); err != nil {
+	if in.Archive, err = describeTree(tree); err != nil {
 		return fmt.Errorf("looking into the archive of %s: %w", in.Source.Name, err)
 	}
 	if n := len(in.Archive.Outside); n > 0 && in.Manifest.Symlinks != deployments.SymlinksAny {
@@ -134,8 +134,8 @@ func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error 
 	return nil
 }
 
-// lookInto counts the files and links of a tree, and lists the links that lead out of it.
-func lookInto(tree string) (*Archive, error) {
+// describeTree counts the files and links of a tree, and lists the links that lead out of it.
+func describeTree(tree string) (*Archive, error) {
 	a := new(Archive)
 	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
 		switch {

@@ -43,19 +43,21 @@ func (e *TooLarge) Error() string {
 		"machine, which is read in place", e.most)
 }
 
-// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory. A file
-// beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
+// indexer reads a pack once from its sender, and computes the pack's index. It holds no large
+// object in memory. A file beyond maxObject is left out of the index, with all deltas to it, as if
+// the sender had left it out.
 type indexer struct {
-	memory   int       // bounds the base objects held in memory, in bytes; the one in use is held in any case
-	most     int64     // as Limits.Object
-	progress io.Writer // written to at each slow step
-	file     *os.File
-	objects  []indexed                 // sorted by offset
-	refs     map[plumbing.Hash][]int32 // deltas, by the hash of their base
-	orphans  int                       // deltas of refs whose base was not found yet
-	dropped  bool                      // a delta whose hash is unknown was left out
-	scanner  *packfile.Scanner         // reads file
-	checksum plumbing.Hash
+	// memory bounds the base objects held in memory, in bytes; the one in use is held in any case.
+	memory    int
+	maxObject int64     // as Limits.Object
+	progress  io.Writer // written to at each slow step
+	file      *os.File
+	objects   []indexed                 // sorted by offset
+	refs      map[plumbing.Hash][]int32 // deltas, by the hash of their base
+	orphans   int                       // deltas of refs whose base was not found yet
+	dropped   bool                      // a delta whose hash is unknown was left out
+	scanner   *packfile.Scanner         // reads file
+	checksum  plumbing.Hash
 }
 
 // indexed is an object of a pack.
@@ -64,7 +66,7 @@ type indexed struct {
 	hash        plumbing.Hash
 	kind        plumbing.ObjectType // the delta's own kind until its base is known
 	crc         uint32
-	left        bool  // left out of the index
+	leftOut     bool  // left out of the index
 	first, next int32 // indexes of the first delta to it, and of the next delta to the same base; 0: none
 }
 
@@ -83,7 +85,7 @@ func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress
 	}
 	defer os.Remove(file.Name())
 	defer file.Close()
-	x := &indexer{most: limits.Object, memory: 4 * int(limits.Object), progress: progress, file: file}
+	x := &indexer{maxObject: limits.Object, memory: 4 * int(limits.Object), progress: progress, file: file}
 	bounded := &io.LimitedReader{R: r, N: limits.Pack}
 	err = x.read(ctx, bounded)
 	if bounded.N <= 0 {
@@ -145,11 +147,11 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 		into = &start
 	case h.Type < plumbing.CommitObject || h.Type > plumbing.TagObject:
 		return fmt.Errorf("pack: unknown kind of object: %d", h.Type)
-	case h.Length <= x.most:
+	case h.Length <= x.maxObject:
 		hasher = plumbing.NewHasher(h.Type, h.Length)
 		into = hasher
 	case h.Type != plumbing.BlobObject:
-		return &ObjectTooLarge{h.Length, x.most}
+		return &ObjectTooLarge{h.Length, x.maxObject}
 	}
 	n, crc, err := s.NextObject(into)
 	switch {
@@ -166,7 +168,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 		}
 		size = max(size, target)
 	}
-	if o.left = size > x.most; !o.left && !h.Type.IsDelta() {
+	if o.leftOut = size > x.maxObject; !o.leftOut && !h.Type.IsDelta() {
 		o.hash = hasher.Sum()
 	}
 	switch h.Type {
@@ -177,18 +179,18 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 			return fmt.Errorf("pack: a delta: %w", plumbing.ErrObjectNotFound)
 		}
 		b := &x.objects[base]
-		o.left = o.left || b.left
+		o.leftOut = o.leftOut || b.leftOut
 		o.kind = b.kind
 		o.next, b.first = b.first, at
 	case plumbing.REFDeltaObject:
-		if !o.left {
+		if !o.leftOut {
 			x.refs[h.Reference] = append(x.refs[h.Reference], at)
 			x.orphans++
 		}
 	}
-	if o.left {
-		if size > x.most && o.kind != plumbing.BlobObject && !o.kind.IsDelta() {
-			return &ObjectTooLarge{size, x.most}
+	if o.leftOut {
+		if size > x.maxObject && o.kind != plumbing.BlobObject && !o.kind.IsDelta() {
+			return &ObjectTooLarge{size, x.maxObject}
 		}
 		x.dropped = x.dropped || h.Type.IsDelta()
 	}
@@ -200,7 +202,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 func (x *indexer) resolve(ctx context.Context) error {
 	x.scanner = packfile.NewScanner(x.file)
 	for i := 1; i < len(x.objects); i++ {
-		if o := &x.objects[i]; !o.left && o.hash != plumbing.ZeroHash {
+		if o := &x.objects[i]; !o.leftOut && o.hash != plumbing.ZeroHash {
 			x.link(int32(i))
 			if err := x.resolveFrom(ctx, int32(i)); err != nil {
 				return err
@@ -245,7 +247,7 @@ func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 		}
 		c := &x.objects[child]
 		x.objects[path[last].object].first = c.next
-		if c.left {
+		if c.leftOut {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
@@ -253,7 +255,7 @@ func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 		}
 		_, _ = x.progress.Write([]byte{0})
 		if path[last].content == nil {
-			content, err := x.make(path)
+			content, err := x.contentOf(path)
 			if err != nil {
 				return err
 			}
@@ -280,8 +282,8 @@ func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 	return nil
 }
 
-// make returns the content of the last object of a path.
-func (x *indexer) make(path []held) (content []byte, err error) {
+// contentOf returns the content of the last object of a path.
+func (x *indexer) contentOf(path []held) (content []byte, err error) {
 	from := len(path) - 1
 	for from > 0 && path[from].content == nil {
 		from--
@@ -332,7 +334,7 @@ func (x *indexer) raw(object int32) ([]byte, error) {
 func (x *indexer) save(dir string) error {
 	w := &idxfile.Writer{}
 	for _, o := range x.objects {
-		if !o.left && o.hash != plumbing.ZeroHash {
+		if !o.leftOut && o.hash != plumbing.ZeroHash {
 			w.Add(o.hash, uint64(o.offset), o.crc)
 		}
 	}

@@ -63,9 +63,9 @@ func objectsOf(t *testing.T, r io.Reader, most int64, memory int) ([]indexed, er
 		t.Fatal(err)
 	}
 	defer file.Close()
-	x := &indexer{most: most, memory: memory, progress: io.Discard, file: file}
+	x := &indexer{maxObject: most, memory: memory, progress: io.Discard, file: file}
 	err = x.read(t.Context(), r)
-	return slices.DeleteFunc(x.objects, func(o indexed) bool { return o.hash.IsZero() || o.left }), err
+	return slices.DeleteFunc(x.objects, func(o indexed) bool { return o.hash.IsZero() || o.leftOut }), err
 }
 
 // Large files, and deltas to them, are left out; an invalid pack is refused.

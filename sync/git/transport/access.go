@@ -29,9 +29,9 @@ type Access struct {
 	Env func(string) string
 }
 
-// basic returns the user name and token from the environment; nil: there is no token. It reads the token's file each
-// time, so that the token can be replaced while the mirror runs.
-func (a Access) basic() (*githttp.BasicAuth, error) {
+// basicAuth returns the user name and token from the environment; nil: there is no token. It reads
+// the token's file each time, so that the token can be replaced while the mirror runs.
+func (a Access) basicAuth() (*githttp.BasicAuth, error) {
 	token, err := Secret(a.Env, "KEDGE_GIT_TOKEN")
 	if err != nil || token == "" {
 		return nil, err
@@ -86,9 +86,9 @@ func Secret(env func(string) string, name string) (string, error) {
 	return value, nil
 }
 
-// ssh returns the authentication for e, and the files that it was read from. Without a key file it has no keys:
-// dialAgent gets them.
-func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
+// sshAuth returns the authentication for e, and the files that it was read from. Without a key file
+// it has no keys: dialAgent gets them.
+func (a Access) sshAuth(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
 	files := []string{a.KnownHosts}
 	if a.KnownHosts == "" {
 		home, err := os.UserHomeDir()

@@ -19,7 +19,7 @@ func TestSettingsThatNameNoFile(t *testing.T) {
 	}
 	endpoint := &transport.Endpoint{Protocol: "ssh", User: "git", Host: "127.0.0.1"}
 	for setting, read := range map[string]func(Access, string) error{
-		"KEDGE_GIT_TOKEN_FILE": func(a Access, _ string) error { _, err := a.basic(); return err },
+		"KEDGE_GIT_TOKEN_FILE": func(a Access, _ string) error { _, err := a.basicAuth(); return err },
 		"GIT_SSL_CAINFO":       func(a Access, _ string) error { _, err := a.readTLS(); return err },
 		"GIT_SSL_CERT":         func(a Access, _ string) error { _, err := a.readTLS(); return err },
 		"GIT_SSL_KEY":          func(a Access, _ string) error { _, err := a.readTLS(); return err },
@@ -29,12 +29,12 @@ func TestSettingsThatNameNoFile(t *testing.T) {
 		},
 		"--known-hosts": func(a Access, f string) error {
 			a.KnownHosts = f
-			_, _, err := a.ssh(endpoint)
+			_, _, err := a.sshAuth(endpoint)
 			return err
 		},
 		"--ssh-key": func(a Access, f string) error {
 			a.SSHKey = f
-			_, _, err := a.ssh(endpoint)
+			_, _, err := a.sshAuth(endpoint)
 			return err
 		},
 	} {

@@ -40,31 +40,33 @@ type httpServer struct {
 	client *http.Client
 	tls    tlsFiles          // the files that client was made with
 	token  installationToken // the token of a GitHub App
-	direct string            // the URL that answers protocol v2, after redirects; empty: unknown, or the server speaks v0
-	hello  greeting          // of the server at direct
+	// v2URL is the URL that answers protocol v2, after redirects; empty: unknown, or the server
+	// speaks v0.
+	v2URL string
+	hello greeting // of the server at v2URL
 }
 
 // Heads implements server. By protocol v2 it requests only the branches with the prefix; by v0 the server lists all
 // references.
 func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
 	s.mu.Lock()
-	direct := s.direct
+	v2URL := s.v2URL
 	s.mu.Unlock()
-	if direct == "" {
+	if v2URL == "" {
 		heads, v2, hello, err := s.discover(ctx, prefix)
 		if err != nil || v2 == "" {
 			return heads, err
 		}
-		direct = v2
+		v2URL = v2
 		s.mu.Lock()
 		s.hello = hello
 		s.mu.Unlock()
 	}
-	heads, err := s.lsRefs(ctx, direct, prefix)
+	heads, err := s.lsRefs(ctx, v2URL, prefix)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.direct = direct; err != nil {
-		s.direct = ""
+	if s.v2URL = v2URL; err != nil {
+		s.v2URL = ""
 	}
 	return heads, err
 }
@@ -113,12 +115,12 @@ func (s *httpServer) lsRefs(ctx context.Context, at, prefix string) (map[string]
 
 func (s *httpServer) Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error) {
 	s.mu.Lock()
-	direct, hello := s.direct, s.hello
+	v2URL, hello := s.v2URL, s.hello
 	s.mu.Unlock()
-	if direct == "" {
+	if v2URL == "" {
 		return s.fetchV0(ctx, q)
 	}
-	resp, err := s.do(ctx, http.MethodPost, direct+uploadPack, strings.NewReader(hello.fetch(q)))
+	resp, err := s.do(ctx, http.MethodPost, v2URL+uploadPack, strings.NewReader(hello.fetch(q)))
 	if err != nil {
 		return nil, q.Want, err
 	}
@@ -195,7 +197,7 @@ func (s *httpServer) credentials(ctx context.Context, client *http.Client) (*git
 		return nil, err
 	}
 	if app == nil {
-		return s.access.basic()
+		return s.access.basicAuth()
 	}
 	s.mu.Lock()
 	token := s.token

@@ -258,7 +258,7 @@ func (s *sshSession) end() {
 // config returns the configuration of the connection, and the contents of the files that it was read from, to notice
 // changes.
 func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
-	auth, read, err := s.access.ssh(&s.endpoint)
+	auth, read, err := s.access.sshAuth(&s.endpoint)
 	if err != nil {
 		return nil, "", err
 	}
