@@ -26,8 +26,8 @@ func TestParseKey(t *testing.T) {
 	}
 	for _, key := range []string{
 		"", "desired/", "desired/prod/web/", "desired/prod/web", "desired/prod/web/app/x", "desired/prod/../app", "pins/prod/web/app/a/b",
-		"pins/prod/web/app/", "status/prod/web/", "status/prod/web/.x", "status/prod/web/a/b", "history/prod/web/app", "history/prod/web/app/x",
-		"history/prod/web/app/-1", MirrorKey, MirrorLease, "other/prod/web/app", "prod/web/app",
+		"pins/prod/web/app/", "status/prod/web/", "status/prod/web/.x", "status/prod/web/a/b", "history/prod/web/app",
+		"history/prod/web/app/x", "history/prod/web/app/-1", MirrorKey, MirrorLease, "other/prod/web/app", "prod/web/app",
 	} {
 		if got, err := ParseKey(key); err == nil || got != (Key{}) {
 			t.Errorf("%q parses as %+v, %v", key, got, err)

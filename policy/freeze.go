@@ -13,14 +13,15 @@ import (
 // FreezeState says whether a unit's rollouts may start.
 type FreezeState struct {
 	Frozen bool
-	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen because no allow
-	// window is open, By is the name of the first one that has a reason, or else of the first, and says that it is not
-	// open.
+	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen
+	// because no allow window is open, By is the name of the first one that has a reason, or else
+	// of the first, and says that it is not open.
 	By, Reason string
 	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
 	// unit as none is open, when the next one opens. Either is zero if that isn't within five years, or isn't known.
 	ChangesAt, WindowEnds time.Time
-	// Wait is set if rollouts under way have to wait as well, as one of the windows that freeze the unit says so.
+	// Wait is set if rollouts under way have to wait as well, as one of the windows that freeze the
+	// unit says so.
 	Wait bool
 	// Never is set if allow windows freeze the unit and none will open.
 	Never bool

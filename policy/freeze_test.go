@@ -86,7 +86,8 @@ func TestFrozen(t *testing.T) {
 	}
 }
 
-// If no allow window is open, the name and the reason are of one window: the first with a reason, or else the first.
+// If no allow window is open, the name and the reason are of one window: the first with a reason,
+// or else the first.
 func TestFrozenForOneWindowsReason(t *testing.T) {
 	t.Parallel()
 	shut := func(name, reason string) deployments.Freeze {

@@ -294,8 +294,8 @@ func (p *presence) openSession(ctx context.Context) error {
 	return nil
 }
 
-// namedSessions returns the sessions of this name, also those of other processes, the newest first. After an error,
-// which is logged, it returns none.
+// namedSessions returns the sessions of this name, also those of other processes, the newest first.
+// After an error, which is logged, it returns none.
 func (p *presence) namedSessions(ctx context.Context, node string) (all []*api.SessionEntry) {
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
 		all, _, err = p.store.client.Session().Node(node, consistent(q))
@@ -309,10 +309,10 @@ func (p *presence) namedSessions(ctx context.Context, node string) (all []*api.S
 	return all
 }
 
-// endOthers destroys the sessions in all that aren't in mine, except the newest ones, as many as keep says. Most are
-// sessions of killed processes. Such a session may live as long as the node. So may those of its entries that this
-// process doesn't write, such as those of a role that the node had before. If a process of this name is still alive, it
-// opens a new session.
+// endOthers destroys the sessions in all that aren't in mine, except the newest ones, as many as
+// keep says. Most are sessions of killed processes. Such a session may live as long as the node. So
+// may those of its entries that this process doesn't write, such as those of a role that the node
+// had before. If a process of this name is still alive, it opens a new session.
 func (p *presence) endOthers(all []*api.SessionEntry, mine map[string]bool, keep int) {
 	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return mine[e.ID] })
 	for _, e := range all[min(keep, len(all)):] {

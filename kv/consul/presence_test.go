@@ -408,8 +408,8 @@ func TestPresenceEndsWhatEarlierOnesLeft(t *testing.T) {
 	}
 }
 
-// While a presence asks for the sessions that earlier processes left, it puts entries, and the answer ends no session
-// that it opened meanwhile.
+// While a presence asks for the sessions that earlier processes left, it puts entries, and the
+// answer ends no session that it opened meanwhile.
 func TestPresencePutsWhileItEndsOthers(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})

@@ -212,7 +212,8 @@ func TestPresenceComesBack(t *testing.T) {
 	views.Await(t, "its leave", kvtest.Healthy(""))
 }
 
-// A key whose file a person removes while Get reads it has no value; that isn't a failure of the store.
+// A key whose file a person removes while Get reads it has no value; that isn't a failure of the
+// store.
 func TestGetWhileItIsRemovedByHand(t *testing.T) {
 	t.Parallel()
 	path := storePath(t)

@@ -83,7 +83,8 @@ func denied(ctx context.Context, args []string) error {
 			return fmt.Errorf("%v left %s", ops, got)
 		}
 	}
-	// What it may write in, but not read, it can't sync: not for one key, nor for the journal of several.
+	// What it may write in, but not read, it can't sync: not for one key, nor for the journal of
+	// several.
 	for unread, all := range map[string][][]kv.Op{
 		"blind":  {{kv.Put("blind/a", []byte("new"))}, {kv.Put("own/a", []byte("new")), kv.Put("blind/a", []byte("new"))}},
 		".kedge": {{kv.Put("own/a", []byte("new")), kv.Put("own/b", []byte("new"))}},

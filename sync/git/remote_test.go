@@ -222,7 +222,8 @@ func TestTemporaryDirsOfTheDead(t *testing.T) {
 // A temporary directory that can't get its lock is removed again: no later mirror would.
 func TestTemporaryDirWithoutLock(t *testing.T) {
 	t.Parallel()
-	// With the suffix of 6 to 10 digits the directory's path fits into PATH_MAX, but not that of the lock in it.
+	// With the suffix of 6 to 10 digits the directory's path fits into PATH_MAX, but not that of
+	// the lock in it.
 	parent := t.TempDir()
 	for length := unix.PathMax - len("/"+temporaryPrefix) - 11; len(parent) < length; {
 		parent = filepath.Join(parent, strings.Repeat("d", min(250, max(1, length-len(parent)-1))))

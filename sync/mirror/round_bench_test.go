@@ -47,7 +47,8 @@ func BenchmarkRound(b *testing.B) {
 				version++
 				fleet.Entries[0].Version = version
 				l.observer.fleet(fleet)
-				writes := reconcile(inputs{commit: commit, now: now, cells: cells, own: l.writer.records, fleet: l.observer.latest().fleet.roles, ranks: l.ranks}).changes
+				writes := reconcile(inputs{commit: commit, now: now, cells: cells, own: l.writer.records,
+					fleet: l.observer.latest().fleet.roles, ranks: l.ranks}).changes
 				if len(writes) > 0 {
 					b.Fatal(writes[0].reason)
 				}

@@ -289,8 +289,8 @@ func sshAddress(host string, port int, get func(host, key string) string) string
 	return net.JoinHostPort(host, strconv.Itoa(port))
 }
 
-// dial opens the connection to sshAddress, through the proxy in ALL_PROXY if there is one. Without a key file it
-// connects to the SSH agent until the server has accepted a key.
+// dial opens the connection to sshAddress, through the proxy in ALL_PROXY if there is one. Without
+// a key file it connects to the SSH agent until the server has accepted a key.
 func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	if s.access.SSHKey == "" {
 		keys, err := dialAgent(ctx)
