@@ -185,8 +185,8 @@ func gitStep(f *Fleet) Step {
 }
 
 // turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted
-// by rank, and go back in reverse order. The text is empty if the node is gone or pinned, if it may
-// go back already, or if the rollback is complete.
+// by rank, and go back in reverse order. The text is empty if the node is gone, pinned or held, if it
+// may go back already, or if the rollback is complete.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -196,7 +196,7 @@ func turn(u *Unit, n *Node) string {
 	mine := rank(n.Name)
 	place, all, admitted, before := 1, 0, 0, 0
 	for _, other := range u.Nodes {
-		if other.Gone || other.Report.Pinned {
+		if other.Gone || other.PinnedOrHeld() {
 			continue
 		}
 		r := rank(other.Name)
@@ -212,7 +212,7 @@ func turn(u *Unit, n *Node) string {
 		}
 	}
 	switch {
-	case n.Gone || n.Report.Pinned:
+	case n.Gone || n.PinnedOrHeld():
 		return ""
 	case p.Phase == deployments.PhaseRollingBack && mine <= p.Cutoff && before == 0:
 		return "it is next"

@@ -247,6 +247,21 @@ func TestExplainLocal(t *testing.T) {
 	}
 }
 
+// A node that only observes has no place in the line: the mirror admits it to nothing.
+func TestPlaceLeavesOutObservers(t *testing.T) {
+	t.Parallel()
+	held := deployments.UnitReport{State: deployments.StateHeld}
+	u := &Unit{Record: &deployments.Record{Target: release("app", "2"),
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling}}}
+	u.Nodes = []Node{{Name: "web-1"}, {Name: "web-2", Report: held}, {Name: "web-3", Report: held}}
+	if got := turn(u, &u.Nodes[0]); got != "1st in line of 1 live node, 0 admitted" {
+		t.Errorf("a node beside observers: %q", got)
+	}
+	if got := turn(u, &u.Nodes[1]); got != "" {
+		t.Errorf("an observer: %q", got)
+	}
+}
+
 func TestOrdinal(t *testing.T) {
 	t.Parallel()
 	for n, want := range map[int]string{1: "1st", 2: "2nd", 3: "3rd", 4: "4th", 11: "11th", 12: "12th", 13: "13th", 21: "21st", 112: "112th"} {

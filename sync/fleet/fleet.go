@@ -140,6 +140,12 @@ type Node struct {
 	joined    uint64              // Report.Joined of the whole report
 }
 
+// PinnedOrHeld reports whether a pin, not the record, decides for the node, or the node only
+// observes: the mirror then doesn't admit it by rank.
+func (n *Node) PinnedOrHeld() bool {
+	return n.Report.Pinned || n.Report.State == deployments.StateHeld
+}
+
 // Filter selects units; an empty field selects all.
 type Filter struct{ Stage, Role, Unit string }
 

@@ -492,3 +492,38 @@ func TestPatches(t *testing.T) {
 		t.Errorf("another page is a patch: %+v", p)
 	}
 }
+
+// progressOfNodes returns the progress of a record whose nodes report as given.
+func progressOfNodes(t *testing.T, r deployments.Record, reports ...deployments.UnitReport) progress {
+	t.Helper()
+	entries := []kv.Entry{entry(kv.DesiredKey(app), r)}
+	for i, u := range reports {
+		entries = append(entries, report(fmt.Sprintf("web-%d", i+1), u))
+	}
+	s, _ := offline(t, scene{entries: entries}).latest()
+	return *s.find(app).progress
+}
+
+// A node that goes by a pin of its own, or only observes, is no part of a rollout, unless its pin names what a unit pin
+// rolls out.
+func TestProgressLeavesOutPinnedNodes(t *testing.T) {
+	t.Parallel()
+	pinned := func(r deployments.UnitReport) deployments.UnitReport { r.Pinned = true; return r }
+	held := runs("1")
+	held.State, held.Want = deployments.StateHeld, release("2")
+	record := deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2, Paced: true,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Fast: true}}
+	ofPin := record
+	ofPin.Pinned = &deployments.Pinned{Target: release("1"), Stable: release("1")}
+	back := ofPin
+	back.Rollout = &deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: 1<<64 - 1}
+	for name, c := range map[string]struct {
+		record deployments.Record
+		want   int
+	}{"Git's": {record, 1}, "a pin's": {ofPin, 2}, "a pin's, going back": {back, 1}} {
+		p := progressOfNodes(t, c.record, runs("2"), pinned(runs("1")), pinned(held), held, pinned(runs("2")))
+		if p.Of != c.want || p.Admitted != c.want {
+			t.Errorf("%s: %d of %d admitted, want %d of %[4]d", name, p.Admitted, p.Of, c.want)
+		}
+	}
+}

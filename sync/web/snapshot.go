@@ -220,7 +220,7 @@ func (u *unit) class(n *fleet.Node) string {
 type progress struct {
 	Phase deployments.Phase
 	Label string
-	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed count
+	// Of is the number of live nodes that follow the rollout. Admitted, Converged and Failed count
 	// some of them. While nodes go back, and afterwards, Converged counts converged nodes that
 	// don't run the target.
 	Admitted, Converged, Failed, Of int
@@ -273,7 +273,7 @@ func progressOf(u *unit, now time.Time) *progress {
 	}
 	for i := range u.Nodes {
 		n := &u.Nodes[i]
-		if n.Gone || n.Report.Pinned && u.Record.Pinned == nil {
+		if n.Gone || n.PinnedOrHeld() && (p.back() || !followsPin(u.Record, n)) {
 			continue
 		}
 		p.Of++
@@ -297,6 +297,12 @@ func progressOf(u *unit, now time.Time) *progress {
 		p.ExpectedEnd = time.Time{}
 	}
 	return p
+}
+
+// followsPin reports whether a pinned node takes the release of a unit pin that the
+// mirror rolls out: the rollout waits for the node.
+func followsPin(r *deployments.Record, n *fleet.Node) bool {
+	return r.Pinned != nil && n.Report.State != deployments.StateHeld && n.Report.Want.Digest == r.Target.Digest
 }
 
 // problem is the worst problem of a unit, or one that belongs to no unit.
