@@ -60,6 +60,16 @@ type Record struct {
 // RequestGeneration returns the generation that first asked for the record's target; see Claim.
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
+// CanGoBack reports whether the record's rollout has something to go back to: a stable release other
+// than the target or, for a first release, what served on some node before. Otherwise an abort only
+// pauses the rollout.
+func (r Record) CanGoBack() bool {
+	if r.Stable.IsZero() {
+		return r.Rollout != nil && r.Rollout.Serving
+	}
+	return r.Stable != r.Target
+}
+
 // Pinned is the record that Git asked for before a unit pin took its place. When the pin ends, what Git names then is
 // rolled out: without gates if it is Stable here, not at all if it is Failed.
 type Pinned struct {

@@ -287,3 +287,24 @@ func TestBoundsOnSources(t *testing.T) {
 		}
 	}
 }
+
+// A rollout that has nothing to go back to says so: there is no stable release, or it is the target itself.
+func TestRolloutStepSaysThatThereIsNoWayBack(t *testing.T) {
+	t.Parallel()
+	serving := deployments.Progress{Phase: deployments.PhasePaused, Serving: true}
+	for name, c := range map[string]struct {
+		stable   deployments.Pointer
+		progress deployments.Progress
+		want     string
+	}{
+		"first release":               {deployments.Pointer{}, deployments.Progress{}, "true"},
+		"first, where something runs": {deployments.Pointer{}, serving, ""},
+		"a release before":            {release("1"), deployments.Progress{}, ""},
+		"retried, and stable":         {release("2"), deployments.Progress{}, "true"},
+	} {
+		r := deployments.Record{Target: release("2"), Stable: c.stable, Rollout: &c.progress}
+		if got := progressFacts(r)["first"]; got != c.want {
+			t.Errorf("%s: first is %q, want %q", name, got, c.want)
+		}
+	}
+}

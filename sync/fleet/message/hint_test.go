@@ -42,6 +42,8 @@ func TestHintsFitTheCase(t *testing.T) {
 			"push a better release, or go on all the same: kedge resume", "abort"},
 		{"paused, a first pin", RolloutHint(id, deployments.Record{Rollout: paused, Target: release,
 			Pinned: &deployments.Pinned{}}), "pin a better release", "push"},
+		{"paused, retried after it was stable", RolloutHint(id, deployments.Record{Rollout: paused, Target: release,
+			Stable: release}), "push a better release, or go on all the same: kedge resume", "abort"},
 		{"paused, in explain", step("rollout", deployments.ReasonPaused, facts("phase", "paused", "first", "true")),
 			"kedge resume", "abort"},
 		{"paused, where something else serves", RolloutHint(id, deployments.Record{Rollout: serving}), "kedge abort", "push"},

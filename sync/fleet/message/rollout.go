@@ -70,7 +70,7 @@ func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	case p == nil:
 		return ""
 	}
-	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target, r.Stable.IsZero() && !p.Serving)
+	return rolloutHint(id, p, r.Pinned != nil && r.Pinned.Target != r.Target, !r.CanGoBack())
 }
 
 // rolloutHint is RolloutHint for a rollout p, without the record. byPin is set if its target is a
