@@ -527,3 +527,31 @@ func TestProgressLeavesOutPinnedNodes(t *testing.T) {
 		}
 	}
 }
+
+// A rollout that has nothing to go back to isn't given up: kedge abort would only pause it.
+func TestCommandsWithoutAWayBack(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		stable  deployments.Pointer
+		serving bool
+		want    bool
+	}{
+		"first release":             {},
+		"first, where it is served": {serving: true, want: true},
+		"a release before":          {stable: release("1"), want: true},
+		"retried, and stable":       {stable: release("2")},
+	} {
+		for _, phase := range []deployments.Phase{deployments.PhaseCanary, deployments.PhasePendingApproval,
+			deployments.PhaseFrozen, deployments.PhaseRolling, deployments.PhasePaused} {
+			r := deployments.Record{Target: release("2"), Stable: c.stable, Generation: 2,
+				Rollout: &deployments.Progress{Phase: phase, Serving: c.serving}}
+			s, _ := offline(t, scene{entries: []kv.Entry{entry(kv.DesiredKey(app), r), report("web-1", runs("2"))}}).latest()
+			all := commandsOf(s.find(app))
+			if got := slices.ContainsFunc(all, func(c command) bool {
+				return strings.HasPrefix(c.Line, "kedge abort ")
+			}); got != c.want {
+				t.Errorf("%s, %s: abort is offered: %t, in %v", name, phase, got, all)
+			}
+		}
+	}
+}

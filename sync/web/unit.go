@@ -257,16 +257,21 @@ func commandsOf(u *unit) (all []command) {
 		add("end the pin", "kedge unpin "+id)
 	}
 	if p := u.progress; p != nil {
+		abort := func(does string) {
+			if u.Record.CanGoBack() { // otherwise it only pauses
+				add(does, "kedge abort "+id)
+			}
+		}
 		switch p.Phase {
 		case deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseFrozen:
 			add("go on without waiting", "kedge promote "+id)
-			add("give it up", "kedge abort "+id)
+			abort("give it up")
 		case deployments.PhaseRolling:
 			add("stop where it is", "kedge pause "+id)
-			add("give it up, and go back", "kedge abort "+id)
+			abort("give it up, and go back")
 		case deployments.PhasePaused:
 			add("go on", "kedge resume "+id)
-			add("give it up, and go back", "kedge abort "+id)
+			abort("give it up, and go back")
 		case deployments.PhaseRolledBack:
 			add("try this release once more", "kedge retry "+id)
 		}
