@@ -170,10 +170,10 @@ func findNodes(units []*unit, query string) (nodes []foundNode) {
 func (s *snapshot) totals(commitURL string) totals {
 	t := totals{Units: len(s.Units), Mirror: s.mirror(commitURL)}
 	for _, u := range s.all() {
-		if u.problem != nil {
+		if u.is(stateWrong) {
 			t.Wrong++
 		}
-		if u.progress != nil && u.progress.Phase != deployments.PhaseRolledBack {
+		if u.is(stateRollout) {
 			t.Rollouts++
 		}
 		if u.is(statePinned) {

@@ -555,3 +555,16 @@ func TestCommandsWithoutAWayBack(t *testing.T) {
 		}
 	}
 }
+
+// The numbers above the units are those of the lists that they link to.
+func TestTotalsAreWhatTheirLinksList(t *testing.T) {
+	t.Parallel()
+	s, _ := offline(t, bigScene()).latest()
+	totals := s.totals("")
+	for state, n := range map[string]int{stateWrong: totals.Wrong, stateRollout: totals.Rollouts,
+		statePinned: totals.Pinned} {
+		if v, _ := s.overviewOf("/", filter{State: state, Page: 1}, ""); v.Pager.All != n {
+			t.Errorf("%s: %d in the totals, %d in the list", state, n, v.Pager.All)
+		}
+	}
+}
