@@ -106,12 +106,19 @@ func (f filter) takes(u *unit) bool {
 	return true
 }
 
+// cutWord divides a word of the search into its kind, such as stage, and its value. kind is empty for a plain word,
+// whose colon at the end doesn't count.
+func cutWord(word string) (kind, value string) {
+	kind, value, _ = strings.Cut(word, ":")
+	if value == "" {
+		return "", kind
+	}
+	return kind, value
+}
+
 // matches reports whether a unit matches a word of the search.
 func (u *unit) matches(word string) bool {
-	kind, value, qualified := strings.Cut(word, ":")
-	if !qualified || value == "" {
-		kind, value = "", strings.TrimSuffix(word, ":")
-	}
+	kind, value := cutWord(word)
 	has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }
 	version := func() bool {
 		return slices.ContainsFunc(u.shares, func(s share) bool { return has(s.Name) }) || has(u.name(u.target))
@@ -140,23 +147,33 @@ func (f filter) takesNode(u *unit, n *fleet.Node) bool {
 		return false
 	}
 	for word := range strings.FieldsSeq(strings.ToLower(f.Query)) {
-		kind, value, qualified := strings.Cut(word, ":")
-		if !qualified || value == "" {
-			kind, value = "", word
-		}
-		runs := ""
-		if !n.Report.Running.IsZero() {
-			runs = u.name(n.Report.Running)
-		}
-		has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }
-		switch {
-		case kind == "version" && !has(runs), kind == "state" && stateOf(n) != value:
-			return false
-		case kind != "version" && kind != "state" && !has(n.Name) && !has(runs):
+		if !u.matchesNode(n, word) {
 			return false
 		}
 	}
 	return true
+}
+
+// matchesNode reports whether one of a unit's nodes matches a word of the search. A word that chooses units matches all
+// nodes of such a unit.
+func (u *unit) matchesNode(n *fleet.Node, word string) bool {
+	kind, value := cutWord(word)
+	has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }
+	runs := ""
+	if !n.Report.Running.IsZero() {
+		runs = u.name(n.Report.Running)
+	}
+	switch kind {
+	case "stage", "role", "unit":
+		return u.matches(word)
+	case "version":
+		return has(runs)
+	case "node":
+		return has(n.Name)
+	case "state":
+		return stateOf(n) == value
+	}
+	return has(n.Name) || has(runs)
 }
 
 // pageRows is how many rows a page lists: each has at most two links, and a page should have at most 200 stops of

@@ -143,8 +143,8 @@ func problems(units []*unit) (worst []problem, more int) {
 func findNodes(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
-		if kind, value, qualified := strings.Cut(word, ":"); !qualified || kind == "node" {
-			words = append(words, cmp.Or(value, kind))
+		if kind, value := cutWord(word); (kind == "" || kind == "node") && value != "" {
+			words = append(words, value)
 		}
 	}
 	if len(words) == 0 {

@@ -295,9 +295,11 @@ func TestFilters(t *testing.T) {
 			t.Errorf("%q takes %d units, want %d", query, v.Pager.All, want)
 		}
 	}
-	q := url.Values{"q": {"prod-eu-media-07"}}
-	if v, _ := s.overviewOf("/", filterOf(q), ""); len(v.Nodes) != maxFound || v.Nodes[0].Name != "prod-eu-media-070" {
-		t.Errorf("a search for nodes finds %+v", v.Nodes)
+	for _, word := range []string{"prod-eu-media-07", "prod-eu-media-07:"} {
+		q := url.Values{"q": {word}}
+		if v, _ := s.overviewOf("/", filterOf(q), ""); len(v.Nodes) != maxFound || v.Nodes[0].Name != "prod-eu-media-070" {
+			t.Errorf("a search for %s finds %+v", word, v.Nodes)
+		}
 	}
 	listed := map[string]bool{}
 	for n := range 4 {
@@ -565,6 +567,24 @@ func TestTotalsAreWhatTheirLinksList(t *testing.T) {
 		statePinned: totals.Pinned} {
 		if v, _ := s.overviewOf("/", filter{State: state, Page: 1}, ""); v.Pager.All != n {
 			t.Errorf("%s: %d in the totals, %d in the list", state, n, v.Pager.All)
+		}
+	}
+}
+
+// A unit's page reads the words of a search as the overview does: those that choose units choose none of its nodes.
+func TestQualifiedWordsOnAUnitsPage(t *testing.T) {
+	t.Parallel()
+	s, _ := offline(t, scene{entries: []kv.Entry{
+		entry(kv.DesiredKey(app), deployments.Record{Target: release("1"), Stable: release("1"), Generation: 1}),
+		report("web-1", runs("1")), report("web-2", runs("1")), report("prod", runs("2")),
+	}}).latest()
+	for query, want := range map[string]int{
+		"stage:prod": 3, "role:web": 3, "unit:app": 3, "stage:staging": 0, "web-": 2, "web-:": 2, "node:web-2": 1,
+		"node:2": 1, "version:2": 1, "state:converged": 2, "stage:prod web-1": 1, ":": 3,
+	} {
+		v := s.unitOf(s.find(app), "/prod/web/app", filter{Query: query, Page: 1}, nil, "")
+		if len(v.Nodes) != want {
+			t.Errorf("%q takes %d nodes, want %d", query, len(v.Nodes), want)
 		}
 	}
 }
