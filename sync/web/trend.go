@@ -37,10 +37,17 @@ const (
 	sampleEvery = 2 * time.Second
 )
 
-// record adds a sample for each unit whose shares changed, or updates its last one. It forgets units that are gone.
+// record adds a sample for each unit whose shares changed, or updates its last one. It forgets units
+// that no longer exist.
 func (t *trends) record(units []*unit, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	exists := make(map[deployments.UnitID]bool, len(units))
+	for _, u := range units {
+		exists[u.ID] = true
+	}
+	maps.DeleteFunc(t.units, func(id deployments.UnitID, _ []sample) bool { return !exists[id] })
+
 	for _, u := range units {
 		known := t.units[u.ID]
 		if known == nil && len(t.units) >= maxTrends {
@@ -73,11 +80,6 @@ func (t *trends) record(units []*unit, now time.Time) {
 			known = half
 		}
 		t.units[u.ID] = known
-	}
-	if len(t.units) > len(units) {
-		maps.DeleteFunc(t.units, func(id deployments.UnitID, _ []sample) bool {
-			return !slices.ContainsFunc(units, func(u *unit) bool { return u.ID == id })
-		})
 	}
 }
 
