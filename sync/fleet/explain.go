@@ -56,7 +56,9 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 		if !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
 			continue
 		}
-		others = append(others, u.ID.Unit)
+		if !slices.Contains(others, u.ID.Unit) {
+			others = append(others, u.ID.Unit)
+		}
 		if u.ID.Unit == unit {
 			id = u.ID
 			found = append(found, u.ID.String()+" "+node)

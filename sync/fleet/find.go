@@ -77,7 +77,9 @@ func FindRelease(
 	var found, versions []string
 	var pointer deployments.Pointer
 	for _, r := range releases {
-		versions = append(versions, r.Version)
+		if !slices.Contains(versions, r.Version) {
+			versions = append(versions, r.Version)
+		}
 		if r.Version == version {
 			pointer, found = r.Pointer, append(found, r.Pointer.String())
 		}
@@ -95,7 +97,7 @@ func FindRelease(
 		"no release of %s is known by version %s: there are %s; or give its pointer, URL@sha256:HEX",
 		id,
 		version,
-		firstFew(slices.Compact(versions)),
+		firstFew(versions),
 	)
 }
 
