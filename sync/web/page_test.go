@@ -588,3 +588,19 @@ func TestQualifiedWordsOnAUnitsPage(t *testing.T) {
 		}
 	}
 }
+
+// A retry of a release that was stable has no gates: it begins with the rolling.
+func TestStepsOfARetryOfStable(t *testing.T) {
+	t.Parallel()
+	r := deployments.Record{Target: release("2"), Stable: release("2"), Generation: 3,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1, Promoted: true}}
+	s, _ := offline(t, scene{entries: []kv.Entry{entry(kv.DesiredKey(app), r), report("web-1", runs("2"))}}).latest()
+	u := s.find(app)
+	var names []string
+	for _, step := range stepsOf(u, u.progress) {
+		names = append(names, step.Name)
+	}
+	if !slices.Equal(names, []string{"Rolling", "Everywhere"}) {
+		t.Errorf("the steps are %v", names)
+	}
+}

@@ -217,7 +217,7 @@ func stepsOf(u *unit, p *progress) []step {
 		back := fmt.Sprintf("%d of %d on stable", p.Converged, p.Of)
 		return []step{failed, now("Going back", back), todo("Rolled back")}
 	}
-	if r.Fast { // no gates
+	if r.Fast || u.Record.Stable == u.Record.Target { // no gates
 		name := "Rolling"
 		if u.Record.Pinned != nil {
 			name = "Rolling the pin"
