@@ -287,8 +287,7 @@ func agentFields(yield func(string) bool) {
 var otherVariables = strings.Fields(
 	`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
 	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
-	github_app_key_file github_api webhook_secret webhook_secret_file http_headers_file publish_to
-	play tools`,
+	github_app_key_file github_api webhook_secret webhook_secret_file http_headers_file publish_to tools`,
 )
 
 // commandVariables are the variables that a release's commands get, but for those that are settings, too. Elsewhere

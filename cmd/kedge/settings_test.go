@@ -60,7 +60,7 @@ func TestSettings(t *testing.T) {
 	for _, v := range otherVariables {
 		name := "KEDGE_" + strings.ToUpper(v)
 		ci, _ := deployments.Page("ci")
-		if !strings.Contains(want+ci, "`"+name+"`") && v != "play" && v != "tools" {
+		if !strings.Contains(want+ci, "`"+name+"`") && v != "tools" {
 			t.Errorf("no page tells of %s", name)
 		}
 	}
