@@ -7,6 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -210,6 +213,28 @@ func TestExitCodesAndErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// With --json standard output holds JSON alone: a manifest that --fix adapts has no room beside it.
+func TestFixedManifestIsNotPrintedBesideJSON(t *testing.T) {
+	t.Parallel()
+	manifest := "dest: /srv/a\ndest_mode: 755\n"
+	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, manifest) }))
+	t.Cleanup(site.Close)
+	for _, name := range []string{"-", site.URL + "/a.yml"} {
+		out, errs, code := cli(t, manifest, "check", "--json", "--fix", "--manifest", name)
+		if code != exitUsage || out != "" || !strings.Contains(errs, "leave out --json") || !strings.Contains(errs, name) {
+			t.Errorf("%s: exit %d\n%s%s", name, code, out, errs)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "a.yml")
+	if err := os.WriteFile(file, []byte(manifest), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := cli(t, "", "check", "--json", "--fix", "--manifest", file)
+	if code != exitDone || !json.Valid([]byte(out)) {
+		t.Errorf("a file: exit %d\n%s%s", code, out, errs)
 	}
 }
 
