@@ -293,6 +293,38 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 	}
 }
 
+// What hides units from the reader is a mistake, or a warning where it may be there for something else.
+func TestLoadNamesWhatHidesUnits(t *testing.T) {
+	t.Parallel()
+	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"
+	for _, c := range []struct {
+		name, file string
+		warns      string // empty: says is the mistake, if any
+		says       string
+	}{
+		{"a submodule for a stage", "prod/.git", "warning: prod is a submodule", ""},
+		{"a submodule for a role", "prod/api/.git", "", "prod/api: it is a submodule"},
+		{"a submodule for a unit's file", "prod/api/app.yaml/.git", "", "prod/api/app.yaml: it is a directory"},
+		{"a directory for a unit's file", "prod/api/app.yml/README.md", "", "prod/api/app.yml: it is a directory"},
+		{"a submodule where no unit lies", "docs/manual/theme/.git", "", ""},
+		{"a submodule that can be no stage", "-x/.git", "", ""},
+	} {
+		files := fstest.MapFS{"dev/web/app.yaml": {Data: []byte(good)}, c.file: {}}
+		tree, err := Load(files)
+		check(t, err, c.says)
+		if err != nil {
+			continue
+		}
+		warnings := ""
+		for _, w := range tree.Warnings() {
+			warnings += "warning: " + w + "\n"
+		}
+		if (warnings == "") != (c.warns == "") || !strings.Contains(warnings, c.warns) {
+			t.Errorf("%s: %q, want %q", c.name, warnings, c.warns)
+		}
+	}
+}
+
 // Whatever bytes a unit's file holds, its mistake is named, and nothing of the commit is taken.
 func TestLoadHostileFiles(t *testing.T) {
 	t.Parallel()

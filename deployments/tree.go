@@ -18,11 +18,17 @@ type Tree struct {
 	Settings Settings
 	// Units are sorted by stage, role and unit.
 	Units []Unit
+	// Submodules are the directories at STAGE that are submodules, whose files are not read.
+	Submodules []string
 }
 
-// Warnings returns a message for each role that has more than MaxRoleUnits units. These units are valid, but a node
-// leaves out those beyond that number.
+// Warnings returns a message for each submodule at STAGE, and for each role that has more than MaxRoleUnits units.
+// These units are valid, but a node leaves out those beyond that number.
 func (t *Tree) Warnings() (words []string) {
+	for _, stage := range t.Submodules {
+		words = append(words, fmt.Sprintf("%s is a submodule, whose files are not read: units of a stage %[1]s have to "+
+			"lie in the repo itself", stage))
+	}
 	units := map[RoleID]int{}
 	for _, u := range t.Units {
 		units[u.ID.RoleID()]++
@@ -82,8 +88,8 @@ const (
 
 // Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every
 // STAGE/ROLE/UNIT.yaml or .yml. It ignores dot-files, and files with another ending. A .yaml or
-// .yml file in a wrong place is a problem. So are a symbolic link that hides units, and a submodule
-// at STAGE/ROLE. The error is Problems, with each one that was found and its place, or an error of
+// .yml file in a wrong place is a problem. So are a directory in place of a unit's file, a symbolic
+// link that hides units, and a submodule at STAGE/ROLE. The error is Problems, with each one that was found and its place, or an error of
 // reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
@@ -174,13 +180,17 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		)
 		return fs.SkipDir
 	case d.Name() == ".git" && name != ".git": // a submodule, whose content a mirror doesn't see
+		stage := path.Dir(name)
+		if strings.Count(name, "/") == 1 && CheckSegment("stage", stage) == nil {
+			l.tree.Submodules = append(l.tree.Submodules, stage)
+		}
 		return fs.SkipDir
 	case strings.HasPrefix(d.Name(), "."):
 		if d.IsDir() {
 			return fs.SkipDir
 		}
 		return nil
-	case d.Type() == fs.ModeSymlink && path.Ext(name) == "" && l.hidesUnits(name):
+	case d.Type() == fs.ModeSymlink && !isYAML(name) && l.hidesUnits(name):
 		l.problems = append(l.problems, Problem{
 			File:    name,
 			Message: "it is a symbolic link to a directory with units, which are not read there: link the units' files, or move the directory",
@@ -189,14 +199,16 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	case d.IsDir() && name == SettingsFile:
 		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a file of settings"})
 		return fs.SkipDir
+	case d.IsDir() && isYAML(name) && strings.Count(name, "/") == 2:
+		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a unit's file"})
+		return fs.SkipDir
 	case d.IsDir():
 		return nil
 	case name == SettingsFile:
 		l.settings = true
 		return nil
 	}
-	ext := path.Ext(name)
-	if ext != ".yaml" && ext != ".yml" {
+	if !isYAML(name) {
 		return nil
 	}
 	if strings.Count(name, "/") != 2 {
@@ -210,17 +222,19 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	return nil
 }
 
+// isYAML reports whether a file's name ends as a unit's has to.
+func isYAML(name string) bool { return path.Ext(name) == ".yaml" || path.Ext(name) == ".yml" }
+
 // hidesUnits reports whether a symbolic link leads to a directory in which kedge would look for units if the link
 // were a directory.
 func (l *loader) hidesUnits(name string) (found bool) {
 	_ = fs.WalkDir(l.fsys, name, func(below string, d fs.DirEntry, err error) error {
 		l.seen++
-		depth, ext := strings.Count(below, "/"), path.Ext(below)
 		switch {
 		case err != nil || l.seen > MaxFiles:
 			return fs.SkipAll
-		case depth == 2:
-			found = found || ext == ".yaml" || ext == ".yml"
+		case strings.Count(below, "/") == 2:
+			found = found || isYAML(below)
 			if d.IsDir() {
 				return fs.SkipDir
 			}

@@ -105,12 +105,12 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 					return err
 				}
 			}
+			for _, warning := range tree.Warnings() {
+				fmt.Fprintln(a.stderr, "warning: "+warning)
+			}
 			if len(tree.Units) == 0 {
 				fmt.Fprintf(a.stderr, "%s: valid, but it has no units: there is no STAGE/ROLE/UNIT.yaml in it\n", dir)
 				return nil
-			}
-			for _, warning := range tree.Warnings() {
-				fmt.Fprintln(a.stderr, "warning: "+warning)
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && len(inspect.Bounded(tree.Settings, tree.Units)) > 0 {

@@ -140,6 +140,8 @@ func TestUnitsThatWouldPassUnseen(t *testing.T) {
 			"prod/api: it is a symbolic link"},
 		"a link to a stage": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "prod", "staging") },
 			"staging: it is a symbolic link"},
+		"a link to a stage, with a dot": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "prod", "prod.eu") },
+			"prod.eu: it is a symbolic link"},
 		"a link to documents": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "docs", "manual") }, ""},
 		"a link to a file": {func(t *testing.T, o *gittest.Origin) {
 			symlink(t, o, "app.yaml",

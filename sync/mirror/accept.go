@@ -258,6 +258,17 @@ func refuse(c candidate) error {
 		}
 	}
 	slices.Sort(removed)
+	for _, stage := range c.to.Tree.Submodules {
+		if hidden := below(stage, removed); len(hidden) > 0 {
+			return fmt.Errorf(
+				"in commit %s %s is a submodule, whose files are not read, and so %s would be removed: keep the unit files "+
+					"in the repo itself, or remove them in a commit before this one",
+				short(c.to.Hash),
+				stage,
+				few(hidden),
+			)
+		}
+	}
 	switch limit := c.rules.MaxRemoved; {
 	case len(removed) <= 1 || limit >= 100: // removing one unit is always allowed
 		return nil
@@ -280,6 +291,11 @@ func refuse(c candidate) error {
 		)
 	}
 	return nil
+}
+
+// below returns the units of a stage among names.
+func below(stage string, names []string) []string {
+	return slices.DeleteFunc(slices.Clone(names), func(name string) bool { return !strings.HasPrefix(name, stage+"/") })
 }
 
 func short(hash string) string { return safetext.Prefix(hash, 12) }

@@ -144,6 +144,26 @@ func TestRefuse(t *testing.T) {
 	}
 }
 
+// A stage that becomes a submodule removes no record, however few units it has.
+func TestRefuseASubmoduleOverUnits(t *testing.T) {
+	t.Parallel()
+	c := candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 100}, descends: true,
+		to: commitOf(tree(unit(t, "dev/web/app", "1"))), had: []deployments.UnitID{unitID(t, "dev/web/app")}}
+	c.to.Tree.Settings.Prune, c.to.Tree.Submodules = true, []string{"prod"}
+	if err := refuse(c); err != nil {
+		t.Errorf("a submodule that had no units: %v", err)
+	}
+	c.had = append(c.had, unitID(t, "prod/web/app"))
+	if err := refuse(c); err == nil || !strings.Contains(err.Error(), "prod is a submodule") ||
+		!strings.Contains(err.Error(), "so prod/web/app would be removed") {
+		t.Errorf("a submodule in place of a unit: %v", err)
+	}
+	c.to.Tree.Settings.Prune = false
+	if err := refuse(c); err != nil {
+		t.Errorf("without prune: %v", err)
+	}
+}
+
 func TestReconcile(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
