@@ -39,11 +39,14 @@ func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) (
 		return nil, err
 	}
 	data, err := json.Marshal(signedSnapshot{1, string(text), string(signature)})
-	if err == nil && len(data) > MaxSnapshot {
-		err = fmt.Errorf("a snapshot of %d records has %d bytes, at most %d are allowed", len(s.Records), len(data),
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > MaxSnapshot {
+		return nil, fmt.Errorf("a snapshot of %d records has %d bytes, at most %d are allowed", len(s.Records), len(data),
 			MaxSnapshot)
 	}
-	return data, err
+	return data, nil
 }
 
 // ParseSnapshot parses a stored object. It looks at the snapshot only after verify has accepted the signature.
