@@ -98,7 +98,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		if f, err = a.readToExplain(ctx, fleet.Filter{}, unit); err != nil {
 			return f, id, node, d, err
 		}
-		if id, err = fleet.Named(f, node, unit); err != nil {
+		if id, err = fleet.FindUnitOfNode(f, node, unit); err != nil {
 			return f, id, node, d, notFound(f, err)
 		}
 	default:

@@ -77,7 +77,7 @@ Exit code 1 if all or a part of it could not be read: it shows the rest, and nam
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: nodes}
 			shown := func(f *fleet.Fleet) *fleet.Fleet {
 				if attention {
-					f, opt.Fine = f.Attention()
+					f, opt.LeftOut = f.Attention()
 				}
 				return f
 			}
@@ -96,7 +96,7 @@ Exit code 1 if all or a part of it could not be read: it shows the rest, and nam
 				if err := cmp.Or(write(a.stdout, f), f.CheckComplete()); err != nil {
 					return err
 				}
-				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
+				if err := fleet.CheckSelected(cmd.Context(), store, f, filter); err != nil {
 					a.printMessage("%v", err)
 				}
 				return nil

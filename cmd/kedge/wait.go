@@ -180,7 +180,7 @@ func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err e
 	if readErr != nil {
 		return err
 	}
-	if missing := fleet.Missing(ctx, store, f, filter); missing != nil {
+	if missing := fleet.CheckSelected(ctx, store, f, filter); missing != nil {
 		return hintError{err, missing.Error()}
 	}
 	return err

@@ -43,7 +43,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		}
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
-			a.bad(e.Key, err)
+			a.addError(e.Key, err)
 			continue
 		}
 		switch key.Kind {
@@ -75,8 +75,8 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	for id, e := range a.orders {
 		a.addOrder(id, e)
 	}
-	a.assign()
-	a.hide(cmp.Or(m.maxListed, reports.MaxRole))
+	a.countAgentsAndUnassigned()
+	a.dropExcessNodes(cmp.Or(m.maxListed, reports.MaxRole))
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
 		u := a.units[id]
@@ -184,7 +184,7 @@ func (a *assembly) takePins() {
 		a.pin(e.Entry, e.key)
 	}
 	for role, n := range more {
-		a.bad(kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
+		a.addError(kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
 			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n))
 	}
 }
@@ -201,13 +201,13 @@ func (a *assembly) badRole(role deployments.RoleID, err error) {
 	}
 }
 
-func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
+func (a *assembly) addError(key string, err error) { a.fleet.Errors[key] = err.Error() }
 
 func (a *assembly) desired(e kv.Entry, key kv.Key) {
 	u := a.unit(key.UnitID())
 	record, err := deployments.ParseRecord(e.Value)
 	if err != nil {
-		a.bad(e.Key, err)
+		a.addError(e.Key, err)
 		u.Error = join(u.Error, "record: "+err.Error())
 		return
 	}
@@ -219,12 +219,12 @@ func (a *assembly) pin(e kv.Entry, key kv.Key) {
 	pin, err := a.parsePin(e)
 	switch {
 	case err != nil && node != "":
-		a.bad(e.Key, err)
+		a.addError(e.Key, err)
 		if len(u.Error) < maxUnitErrors {
 			u.Error = join(u.Error, "pin of "+node+": "+err.Error())
 		}
 	case err != nil:
-		a.bad(e.Key, err)
+		a.addError(e.Key, err)
 		u.Error = join(u.Error, "pin: "+err.Error())
 	case node != "":
 		if u.Pins == nil {
@@ -242,9 +242,9 @@ func (a *assembly) addOrder(id deployments.UnitID, e kv.Entry) {
 	u := a.units[id]
 	switch {
 	case err != nil:
-		a.bad(e.Key, fmt.Errorf("%w; write a valid order, or delete the key", err))
+		a.addError(e.Key, fmt.Errorf("%w; write a valid order, or delete the key", err))
 	case u == nil || u.Record == nil:
-		a.bad(e.Key, fmt.Errorf("an order to %s a unit without a valid record: delete the key", order.Verb))
+		a.addError(e.Key, fmt.Errorf("an order to %s a unit without a valid record: delete the key", order.Verb))
 	default:
 		u.Order = string(order.Verb)
 	}
@@ -259,9 +259,9 @@ func (a *assembly) report(r reports.Report) {
 	case errors.Is(n.err, reports.ErrTooMuch):
 		a.badRole(r.Key.Role, fmt.Errorf("%w: see which nodes report, and whether their agents are yours", n.err))
 	case n.err != nil:
-		a.bad(r.Entry.Key, n.err)
+		a.addError(r.Entry.Key, n.err)
 	case r.Report.Reason != "":
-		a.bad(r.Entry.Key, errors.New(message.Text(r.Report.Reason, r.Report.Facts)))
+		a.addError(r.Entry.Key, errors.New(message.Text(r.Report.Reason, r.Report.Facts)))
 	}
 	a.reporters[r.Key.Role] = append(a.reporters[r.Key.Role], n)
 }
@@ -275,15 +275,15 @@ func (a *assembly) mirror(e kv.Entry) {
 	}
 	s, err := deployments.ParseMirrorState(e.Value)
 	if err != nil {
-		a.bad(e.Key, err)
+		a.addError(e.Key, err)
 		return
 	}
 	a.fleet.Mirror = &s
 }
 
-// assign sets Fleet.Agents, the number of live nodes by the version that their agent reports, and Fleet.Unassigned, the
-// live nodes whose role has no unit.
-func (a *assembly) assign() {
+// countAgentsAndUnassigned sets Fleet.Agents, the number of live nodes by the version that their
+// agent reports, and Fleet.Unassigned, the live nodes whose role has no unit.
+func (a *assembly) countAgentsAndUnassigned() {
 	used := map[deployments.RoleID]bool{}
 	for id, u := range a.units {
 		_, bad := a.fleet.Errors[kv.DesiredKey(id)]
@@ -317,9 +317,10 @@ func (a *assembly) assign() {
 	}
 }
 
-// hide removes from each role the nodes that would make its units list more than maxListed nodes together, and counts
-// the live ones removed. It keeps nodes with reports on units rather than others and, of either, live rather than dead.
-func (a *assembly) hide(maxListed int) {
+// dropExcessNodes removes from each role the nodes that would make its units list more than
+// maxListed nodes together, and counts the live ones removed. It keeps nodes with reports on units
+// rather than others and, of either, live rather than dead.
+func (a *assembly) dropExcessNodes(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {
 		units[id.RoleID()]++

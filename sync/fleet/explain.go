@@ -39,7 +39,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	d.Trace = append(d.Trace, gitStep(f))
 	for _, s := range message.Trace(id, node, resolved.Trace) {
 		if s.What == "admission" && s.Decides && u.Record.Rollout != nil && s.Reason != deployments.ReasonOrphaned {
-			s.Says = join(s.Says, turn(u, n))
+			s.Says = join(s.Says, placeInRollout(u, n))
 		}
 		d.Trace = append(d.Trace, s)
 	}
@@ -47,9 +47,10 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	return d, nil
 }
 
-// Named returns the ID of a node's unit by the last part of the ID: prod/web/app for app. It is an
-// error if the node has no such unit, or several in different roles, or if no unit has the node.
-func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
+// FindUnitOfNode returns the ID of a node's unit by the last part of the ID: prod/web/app for app.
+// It is an error if the node has no such unit, or several in different roles, or if no unit has the
+// node.
+func FindUnitOfNode(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	var found, others []string
 	var id deployments.UnitID
 	for _, u := range f.Units {
@@ -131,7 +132,7 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 // storeStep returns a step that says which parts of the store could not be read, as everything else may then be wrong.
 // The second result is false if all were read.
 func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
-	away, text := lastKnown(f)
+	away, text := doubtfulPrefixes(f)
 	if text != "" {
 		hint := "see to the store, then look again; nodes go on with what they know"
 		if len(f.incomplete) > 0 {
@@ -186,10 +187,10 @@ func gitStep(f *Fleet) Step {
 	return s
 }
 
-// turn returns in words a node's place in a rollout. Live nodes that follow the record are admitted
-// by rank, and go back in reverse order. The text is empty if the node is gone, pinned or held, if it
-// may go back already, or if the rollback is complete.
-func turn(u *Unit, n *Node) string {
+// placeInRollout returns in words a node's place in a rollout. Live nodes that follow the record
+// are admitted by rank, and go back in reverse order. The text is empty if the node is gone, pinned
+// or held, if it may go back already, or if the rollback is complete.
+func placeInRollout(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
 		return ""
@@ -307,15 +308,15 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	return s
 }
 
-// pastPin returns in words how many releases Git is ahead of the pin that decided for n. It is empty if no pin did, or
-// if the number is unknown.
-func pastPin(u *Unit, n *Node, from policy.Source) string {
+// gitAheadOfPin returns in words how many releases Git is ahead of the pin that decided for n. It
+// is empty if no pin did, or if the number is unknown.
+func gitAheadOfPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {
 	case from == policy.FromNodePin && own:
-		return gitStory(u, pin, this)
+		return gitAheadText(u, pin, this)
 	case from == policy.FromUnitPin && u.Pin != nil:
-		return gitStory(u, *u.Pin, this)
+		return gitAheadText(u, *u.Pin, this)
 	}
 	return ""
 }

@@ -38,7 +38,7 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 	if d.Invalid != nil && !mentions(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
 		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{message.OneLine(d.Invalid.Error()), Bad}})
 	}
-	if moved := pastPin(u, n, d.Source); moved != "" {
+	if moved := gitAheadOfPin(u, n, d.Source); moved != "" {
 		add("besides", moved)
 	}
 	if freeze := f.FreezeOf(id); freeze != "" {
@@ -75,7 +75,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 		for _, n := range all {
 			head := "  " + p.paint(n.About.Tone, n.About.Text) + strings.Repeat(" ",
 				max(0, 9-utf8.RuneCountInString(n.About.Text)))
-			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
+			p.wrap(head, 11, p.names(u, keepCommandsWhole(n.Says.Text)), n.Says.Tone)
 		}
 	}
 	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, message.Clean(node))+" ", 2, t.Summary, Plain)
@@ -102,7 +102,8 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4,
 			p.names(u, message.OneLine(s.Says)), Plain)
 		if s.Hint != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(message.OneLine(s.Hint)), Plain)
+			head := strings.Repeat(" ", wide+4) + p.paint(Warn, "to change it: ")
+			p.wrap(head, wide+6, keepCommandsWhole(message.OneLine(s.Hint)), Plain)
 		}
 	}
 	p.raw("")
@@ -187,15 +188,16 @@ func (p *printer) names(u *Unit, text string) string {
 
 var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
 
-// oneWord joins the words of each command in a text, so that wrap doesn't break a command that people copy.
-func oneWord(text string) string {
+// keepCommandsWhole joins the words of each command in a text, so that wrap doesn't break a command
+// that people copy.
+func keepCommandsWhole(text string) string {
 	return commands.ReplaceAllStringFunc(text, func(s string) string {
 		command, next, ends := strings.Cut(s, ". ")
 		command = strings.ReplaceAll(command, " ", unbroken)
 		if !ends {
 			return command
 		}
-		return command + ". " + oneWord(next)
+		return command + ". " + keepCommandsWhole(next)
 	})
 }
 

@@ -254,10 +254,10 @@ func TestPlaceLeavesOutObservers(t *testing.T) {
 	u := &Unit{Record: &deployments.Record{Target: release("app", "2"),
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling}}}
 	u.Nodes = []Node{{Name: "web-1"}, {Name: "web-2", Report: held}, {Name: "web-3", Report: held}}
-	if got := turn(u, &u.Nodes[0]); got != "1st in line of 1 live node, 0 admitted" {
+	if got := placeInRollout(u, &u.Nodes[0]); got != "1st in line of 1 live node, 0 admitted" {
 		t.Errorf("a node beside observers: %q", got)
 	}
-	if got := turn(u, &u.Nodes[1]); got != "" {
+	if got := placeInRollout(u, &u.Nodes[1]); got != "" {
 		t.Errorf("an observer: %q", got)
 	}
 }

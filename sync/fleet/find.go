@@ -127,7 +127,7 @@ func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 	if len(of.Units) > 0 || slices.ContainsFunc(f.Unassigned, func(u Unassigned) bool { return u.Node == node }) {
 		return of, nil
 	}
-	_, err := Named(f, node, "")
+	_, err := FindUnitOfNode(f, node, "")
 	return of, err
 }
 

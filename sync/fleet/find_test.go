@@ -31,7 +31,7 @@ func TestUnknownUnitNamesEachKnownOnce(t *testing.T) {
 		Unit: "app"}, {Stage: "prod", Role: "web", Unit: "base"}} {
 		f.Units = append(f.Units, Unit{ID: id, Nodes: []Node{{Name: "web-1"}}})
 	}
-	_, err := Named(f, "web-1", "ap")
+	_, err := FindUnitOfNode(f, "web-1", "ap")
 	if err == nil || !strings.HasSuffix(err.Error(), "there are base, app") {
 		t.Errorf("an unknown unit: %v", err)
 	}

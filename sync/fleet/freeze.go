@@ -119,7 +119,7 @@ const (
 	allowsNothing                   // an allow window that is closed, without others open for all of its units
 	willDeny                        // a deny window that opens within statusAhead
 	allowsLater                     // an allow window that opens within FreezeAhead, with others open for all of its units
-	unsaid                          // any other window
+	notShown                        // any other window
 )
 
 // rankFreeze returns the rank of a window whose next opening is o; zero: it has none. allowed are the patterns of the
@@ -127,19 +127,19 @@ const (
 func rankFreeze(w deployments.Freeze, o policy.Opening, allowed []string, now time.Time) freezeRank {
 	switch {
 	case o.To.IsZero():
-		return unsaid // a window that never opens is none: its cron line doesn't parse
+		return notShown // a window that never opens is none: its cron line doesn't parse
 	case w.Kind == deployments.FreezeDeny && o.From.IsZero():
 		return denies
 	case w.Kind == deployments.FreezeDeny && o.From.Before(now.Add(statusAhead)):
 		return willDeny
 	case w.Kind != deployments.FreezeAllow || o.From.IsZero():
-		return unsaid
+		return notShown
 	case !covers(allowed, patternsOf(w)):
 		return allowsNothing
 	case o.From.Before(now.Add(FreezeAhead)):
 		return allowsLater
 	}
-	return unsaid
+	return notShown
 }
 
 // patternsOf returns the patterns of the units that a window is for.

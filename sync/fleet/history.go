@@ -127,11 +127,11 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running returns the releases that live nodes run. The function which selects the nodes.
-func running(u *Unit, which func(Node) bool) []deployments.Pointer {
+// running returns the releases that live nodes run, of the nodes that selected takes.
+func running(u *Unit, selected func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {
-		if !n.Gone && which(n) && !n.Report.Running.IsZero() {
+		if !n.Gone && selected(n) && !n.Report.Running.IsZero() {
 			all = append(all, n.Report.Running)
 		}
 	}

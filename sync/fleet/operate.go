@@ -339,10 +339,10 @@ func firstFew(names []string) string {
 	return strings.Join(names, ", ") + more
 }
 
-// Missing returns an error if f has no units because the store has none that filter selects; f was
-// read with this filter. It returns nil if f has units, if filter is empty, or if a part of the
-// store can't be read.
-func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
+// CheckSelected returns an error if f has no units because the store has none that filter selects;
+// f was read with this filter. It returns nil if f has units, if filter is empty, or if a part of
+// the store can't be read.
+func CheckSelected(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) || len(f.incomplete) > 0 {
 		return nil
 	}

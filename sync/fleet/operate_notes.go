@@ -37,7 +37,7 @@ func PinNotes(
 		was, pinned = *u.Pin, true
 	}
 	if pinned {
-		notes = append(notes, "pinned before: "+strings.TrimSpace(pinTarget(u, was)+" "+pinStory(was, f.At)))
+		notes = append(notes, "pinned before: "+strings.TrimSpace(pinTarget(u, was)+" "+pinDetails(was, f.At)))
 	}
 	if node == "" && u.Record != nil && !f.MirrorRunning {
 		const waits = "no mirror runs, and nodes wait until one admits them, within max_unavailable: start one"
@@ -62,8 +62,8 @@ func PinNotes(
 		return notes
 	}
 	if u.Pinned(f.At) {
-		notes = append(notes, "the unit itself is pinned: "+strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin,
-			f.At)))
+		notes = append(notes, "the unit itself is pinned: "+
+			strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinDetails(*u.Pin, f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
 		_, _, err := f.find(id, node)
@@ -81,7 +81,7 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	u := &f.Units[0]
 	switch {
 	case node != "" && u.Pinned(f.At):
-		return "the unit's pin counts now: " + strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
+		return "the unit's pin counts now: " + strings.TrimSpace(pinTarget(u, *u.Pin)+" "+pinDetails(*u.Pin, f.At))
 	case u.Error != "":
 		return message.OneLine(u.Error)
 	case u.Record == nil:

@@ -292,7 +292,8 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := Missing(t.Context(), s, f, c.filter); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+		err = CheckSelected(t.Context(), s, f, c.filter)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want %q", c.filter, err, c.want)
 		}
 	}

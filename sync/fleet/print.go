@@ -198,7 +198,7 @@ func Wrap(text string, width int) string {
 	for line := range strings.SplitSeq(text, "\n") {
 		rest := strings.TrimLeft(line, " ")
 		indent := len(line) - len(rest)
-		p.wrap(line[:indent], indent+2, oneWord(rest), Plain)
+		p.wrap(line[:indent], indent+2, keepCommandsWhole(rest), Plain)
 	}
 	return strings.TrimSuffix(p.b.String(), "\n")
 }

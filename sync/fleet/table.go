@@ -19,8 +19,8 @@ type TableOptions struct {
 	// Nodes shows every node; otherwise at most maxNodes live ones of a unit that are not
 	// converged, or have a note.
 	Nodes bool
-	// Fine is how many units were left out of the fleet because they need no attention.
-	Fine int
+	// LeftOut is how many units were left out of the fleet because they need no attention.
+	LeftOut int
 }
 
 // WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and
@@ -50,11 +50,11 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 			p.raw(lines[i+1])
 			p.unit(f, &f.Units[i])
 		}
-		if opt.Fine > 0 {
-			p.raw(p.paint(Dim, fmt.Sprintf("and %d more, which need no attention", opt.Fine)))
+		if opt.LeftOut > 0 {
+			p.raw(p.paint(Dim, fmt.Sprintf("and %d more, which need no attention", opt.LeftOut)))
 		}
-	case opt.Fine > 0:
-		p.raw(p.paint(Good, fmt.Sprintf("None of %d units needs attention.", opt.Fine)))
+	case opt.LeftOut > 0:
+		p.raw(p.paint(Good, fmt.Sprintf("None of %d units needs attention.", opt.LeftOut)))
 	default:
 		p.raw(p.paint(Dim, "No units."))
 		if f.Mirror == nil && !f.MirrorRunning && f.Errors[kv.MirrorPrefix] == "" {
@@ -117,7 +117,7 @@ func bar(n, all int) string {
 // nodes.
 func (p *printer) unit(f *Fleet, u *Unit) {
 	for _, n := range f.Notes(u) {
-		p.wrap("  "+p.paint(n.About.Tone, n.About.Text)+" ", 4, oneWord(n.Says.Text), n.Says.Tone)
+		p.wrap("  "+p.paint(n.About.Tone, n.About.Text)+" ", 4, keepCommandsWhole(n.Says.Text), n.Says.Tone)
 	}
 	var rows [][]Text
 	var notes []string

@@ -114,7 +114,7 @@ func TestTableOfManyUnits(t *testing.T) {
 	f := Assemble(all, noon)
 	some, fine := f.Attention()
 	var out bytes.Buffer
-	if err := WriteTable(&out, some, TableOptions{Width: 80, Fine: fine}); err != nil {
+	if err := WriteTable(&out, some, TableOptions{Width: 80, LeftOut: fine}); err != nil {
 		t.Fatal(err)
 	}
 	text := out.String()
@@ -283,10 +283,10 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-func TestNamed(t *testing.T) {
+func TestFindUnitOfNode(t *testing.T) {
 	t.Parallel()
 	f := Assemble(busyFleet(), noon)
-	if id, err := Named(f, "web-1", "app"); err != nil || id != app {
+	if id, err := FindUnitOfNode(f, "web-1", "app"); err != nil || id != app {
 		t.Errorf("%v, %v", id, err)
 	}
 	twice := *f
@@ -301,7 +301,7 @@ func TestNamed(t *testing.T) {
 		{&Fleet{}, "web-1", "app", "no other has"},
 		{&twice, "web-1", "app", "want prod/web/app web-1 or prod/api/app web-1"},
 	} {
-		if _, err := Named(c.f, c.node, c.unit); err == nil || !strings.Contains(err.Error(), c.says) {
+		if _, err := FindUnitOfNode(c.f, c.node, c.unit); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s/%s: %v, want %q", c.node, c.unit, err, c.says)
 		}
 	}

@@ -17,7 +17,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
 	twice := map[string]bool{}
-	reported := u.reportedVersions()
+	reported := u.shownVersions()
 	version := func(p deployments.Pointer) string {
 		if p.IsZero() {
 			return "-"
@@ -53,9 +53,9 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 	}
 }
 
-// reportedVersions returns the versions of the releases that nodes run, each as the first node that
+// shownVersions returns the versions of the releases that nodes run, each as the first node that
 // has a version reports it, cut to maxVersion.
-func (u *Unit) reportedVersions() map[deployments.Digest]string {
+func (u *Unit) shownVersions() map[deployments.Digest]string {
 	versions := map[deployments.Digest]string{}
 	for i := range u.Nodes {
 		r := &u.Nodes[i].Report

@@ -19,9 +19,9 @@ type Note struct {
 	About, Says Text
 }
 
-// unavailable returns the prefixes that can't be read because the store is unavailable, and the reason for the first of
-// them. Mostly these are all prefixes, for one reason.
-func unavailable(f *Fleet) (parts []string, why string) {
+// unavailablePrefixes returns the prefixes that can't be read because the store is unavailable, and
+// the reason for the first of them. Mostly these are all prefixes, for one reason.
+func unavailablePrefixes(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
 		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
 		if !strings.HasSuffix(kind, "/") || !is {
@@ -36,10 +36,11 @@ func unavailable(f *Fleet) (parts []string, why string) {
 	return parts, why
 }
 
-// lastKnown returns the prefixes below which f may be out of date or incomplete, and a text that says so. Both are
-// empty if there are none. Prefixes that the token may not read aren't among them.
-func lastKnown(f *Fleet) (parts []string, text string) {
-	parts, why := unavailable(f)
+// doubtfulPrefixes returns the prefixes below which f may be out of date or incomplete, and a text
+// that says so. Both are empty if there are none. Prefixes that the token may not read aren't among
+// them.
+func doubtfulPrefixes(f *Fleet) (parts []string, text string) {
+	parts, why := unavailablePrefixes(f)
 	var texts []string
 	if len(parts) > 0 {
 		texts = append(texts, "the store can't be read now, so this is what was known last of "+
@@ -54,7 +55,7 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 // IncompleteText returns a text that says which parts of f may be out of date or incomplete, and why. It is empty if
 // there are none but those that the token may not read.
 func (f *Fleet) IncompleteText() string {
-	_, text := lastKnown(f)
+	_, text := doubtfulPrefixes(f)
 	return text
 }
 
@@ -63,7 +64,7 @@ const maxFaults = 20
 
 // Faults returns notes on the errors of f that no unit shows, and on the live nodes for whose role there is no unit.
 func (f *Fleet) Faults() (all []Note) {
-	away, text := lastKnown(f)
+	away, text := doubtfulPrefixes(f)
 	if text != "" {
 		all = append(all, Note{Text{"error", Bad}, Text{text, Plain}})
 	}
@@ -234,8 +235,8 @@ func (f *Fleet) Attention() (some *Fleet, fine int) {
 	copied := *f
 	copied.Units = slices.DeleteFunc(slices.Clone(f.Units), func(u Unit) bool {
 		return len(f.Notes(&u)) == 0 && !slices.ContainsFunc(u.Nodes, func(n Node) bool {
-			_, beside := f.NodeRow(&u, &n)
-			return !n.Gone && (!n.Converged || beside != "")
+			_, problem := f.NodeRow(&u, &n)
+			return !n.Gone && (!n.Converged || problem != "")
 		})
 	})
 	return &copied, len(f.Units) - len(copied.Units)
@@ -247,8 +248,8 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		all = append(all, Note{Text{about, t}, Text{says, st}})
 	}
 	if u.Pin != nil {
-		story := pinStory(*u.Pin, f.At)
-		moved := gitStory(u, *u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+		story := pinDetails(*u.Pin, f.At)
+		moved := gitAheadText(u, *u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
 		if s := join(story, moved); s != "" {
 			add("pinned", Plain, s, Plain)
 		}
@@ -271,8 +272,8 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	}
 	for _, node := range pinned[:min(len(pinned), maxNodes)] {
 		pin := u.Pins[node]
-		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
-		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinTarget(u, pin)+" "+pinStory(pin, f.At)),
+		moved := gitAheadText(u, pin, func(n Node) bool { return n.Name == node })
+		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinTarget(u, pin)+" "+pinDetails(pin, f.At)),
 			moved), Plain)
 	}
 	if n := len(pinned) - maxNodes; n > 0 {
@@ -391,7 +392,7 @@ func pinTarget(u *Unit, p deployments.Pin) string {
 	return u.Release(p.Release)
 }
 
-func pinStory(p deployments.Pin, now time.Time) string {
+func pinDetails(p deployments.Pin, now time.Time) string {
 	var s []string
 	if p.By != "" {
 		s = append(s, "by "+message.OneLine(p.By))
@@ -408,10 +409,10 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// gitStory returns in words how many releases Git is ahead of the release that pin names; empty:
-// unknown. For a hold pin it returns the largest such number among the releases that live nodes
-// run. It counts only nodes for which holds returns true.
-func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
+// gitAheadText returns in words how many releases Git is ahead of the release that pin names;
+// empty: unknown. For a hold pin it returns the largest such number among the releases that live
+// nodes run. It counts only nodes for which holds returns true.
+func gitAheadText(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	pinned := []deployments.Pointer{pin.Release}
 	if pin.Hold {
 		pinned = running(u, holds)

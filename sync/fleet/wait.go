@@ -61,7 +61,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 	defer w.outage.end()
 	historyRead := w.commit == ""
 	err := Watch(watching, store, filter, func(f *Fleet) {
-		if parts, why := unavailable(f); len(parts) == len(kinds) {
+		if parts, why := unavailablePrefixes(f); len(parts) == len(kinds) {
 			w.outage.begin()
 			missing, reason = "the store is unavailable: "+why, why
 			progress()
@@ -227,7 +227,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 			func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) })
 	}
 	if w.push {
-		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
+		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.unchangedByCommit(f, u) })
 	}
 	for _, u := range units {
 		if err := w.checkHopeless(&u, f.At); err != nil {
@@ -281,7 +281,7 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 		w.head = &m.Head
 	}
 	switch {
-	case strings.HasPrefix(m.Head, w.commit), w.among(m.Past), w.leapt(m):
+	case strings.HasPrefix(m.Head, w.commit), w.pastLists(m.Past), w.skippedCommits(m):
 		w.taken = true
 		return "", nil
 	case m.Refused != "" && strings.HasPrefix(m.Refused, w.commit):
@@ -301,9 +301,10 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 	return missing, nil
 }
 
-// older reports whether u has no record, or one that was written for a commit before w.commit. It returns false if that
-// is unknown, as when the mirror's Past doesn't reach back that far.
-func (w *waiter) older(f *Fleet, u Unit) bool {
+// unchangedByCommit reports whether u has no record, or one that was written for a commit before
+// w.commit. It returns false if that is unknown, as when the mirror's Past doesn't reach back that
+// far.
+func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 	if u.Record == nil {
 		return true // a removed unit goes on as it is
 	}
@@ -321,18 +322,18 @@ func (w *waiter) older(f *Fleet, u Unit) bool {
 	return false
 }
 
-// among reports whether past, which is MirrorState.Past, lists w.commit. If so, the mirror's head descends from
-// w.commit. Both may be abbreviated.
-func (w *waiter) among(past string) bool {
+// pastLists reports whether past, which is MirrorState.Past, lists w.commit. If so, the mirror's
+// head descends from w.commit. Both may be abbreviated.
+func (w *waiter) pastLists(past string) bool {
 	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
 	})
 }
 
-// leapt reports whether the mirror's head has changed since w first saw it, and the new Past doesn't list that first
-// head. The commits in between are then unknown, and may include w.commit. If Past does list the first head, they are
-// known, and w.commit may yet come.
-func (w *waiter) leapt(m deployments.MirrorState) bool {
+// skippedCommits reports whether the mirror's head has changed since w first saw it, and the new
+// Past doesn't list that first head. The commits in between are then unknown, and may include
+// w.commit. If Past does list the first head, they are known, and w.commit may yet come.
+func (w *waiter) skippedCommits(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
