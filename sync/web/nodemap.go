@@ -15,8 +15,8 @@ type nodeMap struct {
 	Rows    []mapRow
 	Healths []counted
 	Shares  []share
-	// Left is how many nodes are left out.
-	Left int
+	// LeftOut is how many nodes are left out.
+	LeftOut int
 }
 
 // mapRow is one row of a nodeMap, drawn as SVG paths: each path has the cells of one class.
@@ -36,7 +36,7 @@ const maxCells = 20_000
 // mapOf returns the map of a unit's nodes.
 func mapOf(u *unit) nodeMap {
 	n := len(u.Nodes)
-	m := nodeMap{ID: u.ID, Columns: columnsOf(n), Left: max(0, n-maxCells), Shares: u.shares}
+	m := nodeMap{ID: u.ID, Columns: columnsOf(n), LeftOut: max(0, n-maxCells), Shares: u.shares}
 	for h, count := range u.healths {
 		if count > 0 {
 			m.Healths = append(m.Healths, counted{health(h).String(), count})

@@ -247,7 +247,7 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	}
 	if u.progress != nil && u.progress.ExpectedEnd.IsZero() && u.progress.Phase == deployments.PhaseRolling {
 		moving := *u.progress
-		moving.ExpectedEnd = ends(s.trend.of(u.ID), u.target.Digest, moving.Of).Truncate(5 * time.Second)
+		moving.ExpectedEnd = estimateEnd(s.trend.of(u.ID), u.target.Digest, moving.Following).Truncate(5 * time.Second)
 		r.Progress = &moving
 	}
 	if u.pinned {

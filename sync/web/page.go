@@ -77,8 +77,8 @@ func (r *rendered) list(name string) templ.Component {
 	return templ.Raw(b.String())
 }
 
-// close sets r.tag, a hash of the page's elements, code and title, and returns r.
-func (r *rendered) close() *rendered {
+// setTag sets r.tag, a hash of the page's elements, code and title, and returns r.
+func (r *rendered) setTag() *rendered {
 	h := fnv.New64a()
 	for _, id := range r.fixed {
 		fmt.Fprintf(h, "%s\x00%s\x00", id, r.html[id])
@@ -113,7 +113,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 		lists: map[string][]string{}}
 	r.live = f.address("/-/live/" + strings.TrimPrefix((&url.URL{Path: "/" + path}).EscapedPath(), "/"))
 	lasting := w.draw(ctx, s, r, path, f)
-	r.close()
+	r.setTag()
 	if s != nil && lasting {
 		s.mu.Lock()
 		if s.pages[key] != nil || len(s.pages) < maxPages {
@@ -140,7 +140,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		"overrides": "Pins and freezes"}[r.tab])
 	r.title = fleet.Clean(strings.TrimSuffix(name+" · kedge · "+r.source, " · "), 300)
 	if s == nil {
-		r.missing(http.StatusServiceUnavailable, nil, notRead)
+		r.setErrorPage(http.StatusServiceUnavailable, nil, notRead)
 		return false
 	}
 	r.add("away", away(s.stale()))
@@ -157,16 +157,16 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		}
 		v, known := s.overviewOf(pagePath(segments...), f, w.c.CommitURL)
 		if !known {
-			r.missing(http.StatusNotFound, s, "There is no unit of "+strings.Join(segments, "/")+".")
+			r.setErrorPage(http.StatusNotFound, s, "There is no unit of "+strings.Join(segments, "/")+".")
 			break
 		}
-		r.overview(v, s.problems())
+		r.overview(v, s.fleetProblems())
 	case len(segments) < 5:
 		id := deployments.UnitID{Stage: segments[0], Role: segments[1], Unit: segments[2]}
 		u := s.find(id)
 		if u == nil {
 			_, err := s.Unit(id)
-			r.missing(http.StatusNotFound, s, sentence(err))
+			r.setErrorPage(http.StatusNotFound, s, sentence(err))
 			break
 		}
 		if len(segments) == 3 {
@@ -178,14 +178,15 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		}
 		v, err := s.at(time.Now()).nodeOf(u, segments[3])
 		if err != nil {
-			r.missing(http.StatusNotFound, s, sentence(err))
+			r.setErrorPage(http.StatusNotFound, s, sentence(err))
 			break
 		}
 		r.layout = func(r *rendered) templ.Component { return nodeLayout(v, r) }
 		r.add("node", nodeView(v))
 		return false // it shows elapsed times
 	default:
-		r.missing(http.StatusNotFound, s, "There is no page here: want /STAGE/ROLE/UNIT/NODE, or the beginning of that.")
+		r.setErrorPage(http.StatusNotFound, s,
+			"There is no page here: want /STAGE/ROLE/UNIT/NODE, or the beginning of that.")
 	}
 	return true
 }
@@ -208,9 +209,9 @@ func (s *snapshot) stale() string {
 // waitForMirror says what waits while no mirror runs.
 const waitForMirror = "commits, orders, and pins of units with a rollout, wait until one does"
 
-// problems returns the problems that belong to no unit: of the mirror, of faulty keys, of nodes
-// that no unit is for. It leaves out what stale says.
-func (s *snapshot) problems() (all []problem) {
+// fleetProblems returns the problems that belong to no unit: of the mirror, of faulty keys, of
+// nodes that no unit is for. It leaves out what stale says.
+func (s *snapshot) fleetProblems() (all []problem) {
 	for _, n := range s.faults() {
 		tone := "bad"
 		if n.About.Tone == fleet.Warn {
@@ -235,9 +236,9 @@ func (s *snapshot) problems() (all []problem) {
 	return all
 }
 
-// missing makes r an error page with a text and an HTTP status. s is nil if the store wasn't read
-// yet.
-func (r *rendered) missing(code int, s *snapshot, text string) {
+// setErrorPage makes r an error page with a text and an HTTP status. s is nil if the store wasn't
+// read yet.
+func (r *rendered) setErrorPage(code int, s *snapshot, text string) {
 	r.code = code
 	if s == nil {
 		r.add("away", away(""))

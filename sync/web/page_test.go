@@ -524,8 +524,8 @@ func TestProgressLeavesOutPinnedNodes(t *testing.T) {
 		want   int
 	}{"Git's": {record, 1}, "a pin's": {ofPin, 2}, "a pin's, going back": {back, 1}} {
 		p := progressOfNodes(t, c.record, runs("2"), pinned(runs("1")), pinned(held), held, pinned(runs("2")))
-		if p.Of != c.want || p.Admitted != c.want {
-			t.Errorf("%s: %d of %d admitted, want %d of %[4]d", name, p.Admitted, p.Of, c.want)
+		if p.Following != c.want || p.Admitted != c.want {
+			t.Errorf("%s: %d of %d admitted, want %d of %[4]d", name, p.Admitted, p.Following, c.want)
 		}
 	}
 }

@@ -220,11 +220,11 @@ func (u *unit) class(n *fleet.Node) string {
 type progress struct {
 	Phase deployments.Phase
 	Label string
-	// Of is the number of live nodes that follow the rollout. Admitted, Converged and Failed count
-	// some of them. While nodes go back, and afterwards, Converged counts converged nodes that
-	// don't run the target.
-	Admitted, Converged, Failed, Of int
-	Since                           time.Time
+	// Following is the number of live nodes that follow the rollout. Admitted, Converged and Failed
+	// count some of them. While nodes go back, and afterwards, Converged counts converged nodes
+	// that don't run the target.
+	Admitted, Converged, Failed, Following int
+	Since                                  time.Time
 	// ExpectedEnd is when the phase is expected to end, according to the mirror or estimated from the trend; zero:
 	// unknown.
 	ExpectedEnd time.Time
@@ -276,7 +276,7 @@ func progressOf(u *unit, now time.Time) *progress {
 		if n.Gone || n.PinnedOrHeld() && (p.back() || !followsPin(u.Record, n)) {
 			continue
 		}
-		p.Of++
+		p.Following++
 		if policy.Rank(n.Name, target) <= r.Cutoff {
 			p.Admitted++
 		}

@@ -96,9 +96,9 @@ func (t *trends) of(id deployments.UnitID) []sample {
 // minTrend is how long nodes must have been changing before their pace is used for an estimate.
 const minTrend = 15 * time.Second
 
-// ends estimates the time at which the release runs on as many nodes as the argument of says, by
-// its pace in samples. The time is zero if there is no estimate.
-func ends(samples []sample, release deployments.Digest, of int) time.Time {
+// estimateEnd estimates the time at which the release runs on the wanted number of nodes, by its
+// pace in samples. The time is zero if there is no estimate.
+func estimateEnd(samples []sample, release deployments.Digest, wanted int) time.Time {
 	if len(samples) < 3 {
 		return time.Time{}
 	}
@@ -111,7 +111,7 @@ func ends(samples []sample, release deployments.Digest, of int) time.Time {
 		first++ // the pace counts from when the first of them changed
 	}
 	moved, took := last.counts[release]-samples[first].counts[release], last.at.Sub(samples[first].at)
-	missing := of - last.counts[release]
+	missing := wanted - last.counts[release]
 	if moved <= 0 || missing <= 0 || took < minTrend {
 		return time.Time{}
 	}

@@ -143,7 +143,7 @@ func urgency(n *fleet.Node) int {
 }
 
 func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
-	cells, beside := s.NodeRow(u.Unit, n)
+	cells, problemText := s.NodeRow(u.Unit, n)
 	_, pinned := u.Pins[n.Name]
 	runs := "nothing"
 	if !n.Report.Running.IsZero() {
@@ -151,7 +151,8 @@ func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
 	}
 	return nodeRow{
 		Key: "n:" + n.Name, Name: n.Name, ID: u.ID, Tone: healthOf(n).String(), State: fleet.Clean(cells[1].Text, 24),
-		Runs: runs, Class: u.class(n), Since: n.Report.Since, Problem: fleet.Clean(u.Names(beside), maxText), Pinned: pinned,
+		Runs: runs, Class: u.class(n), Since: n.Report.Since, Problem: fleet.Clean(u.Names(problemText), maxText),
+		Pinned: pinned,
 	}
 }
 
@@ -202,7 +203,7 @@ func stepsOf(u *unit, p *progress) []step {
 	}
 	r := u.Record.Rollout
 	reason := u.rolloutReason()
-	admitted := fmt.Sprintf("%d of %d admitted", p.Admitted, p.Of)
+	admitted := fmt.Sprintf("%d of %d admitted", p.Admitted, p.Following)
 	passed := func(name string) step { return step{Name: name, State: "done"} }
 	now := func(name, note string) step {
 		return step{Name: name, State: "now", Note: note, Since: p.Since, ExpectedEnd: p.ExpectedEnd}
@@ -214,7 +215,7 @@ func stepsOf(u *unit, p *progress) []step {
 		return []step{failed, passed("Going back"), {Name: "Rolled back", State: "failed", Since: p.Since,
 			Note: "stays on stable"}}
 	case deployments.PhaseRollingBack:
-		back := fmt.Sprintf("%d of %d on stable", p.Converged, p.Of)
+		back := fmt.Sprintf("%d of %d on stable", p.Converged, p.Following)
 		return []step{failed, now("Going back", back), todo("Rolled back")}
 	}
 	if r.Fast || u.Record.Stable == u.Record.Target { // no gates

@@ -56,13 +56,13 @@ type Web struct {
 	latestChanges *changeCache
 	trend         *trends
 
-	mu        sync.Mutex
-	place     string        // the store's datacenter; empty: unknown
-	current   *snapshot     // nil: not read yet
-	changed   chan struct{} // closed when current is replaced
-	recent    []*rendered
-	histories map[deployments.UnitID]*unitHistory
-	used      time.Time // when a page was last requested
+	mu            sync.Mutex
+	place         string        // the store's datacenter; empty: unknown
+	current       *snapshot     // nil: not read yet
+	changed       chan struct{} // closed when current is replaced
+	recent        []*rendered
+	histories     map[deployments.UnitID]*unitHistory
+	lastRequested time.Time // when a page was last requested
 }
 
 // maxViewers bounds the browsers with an open stream.
@@ -217,7 +217,7 @@ const (
 func (w *Web) noteRequest() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.used = time.Now()
+	w.lastRequested = time.Now()
 }
 
 // probe checks every probeEvery, until ctx ends, that the store answers, and makes storeError say
@@ -231,7 +231,7 @@ func (w *Web) probe(ctx context.Context) {
 		case <-time.After(probeEvery):
 		}
 		w.mu.Lock()
-		idle := len(w.viewers) == 0 && time.Since(w.used) > probeFor
+		idle := len(w.viewers) == 0 && time.Since(w.lastRequested) > probeFor
 		w.mu.Unlock()
 		s, _ := w.latest()
 		if idle || s == nil {

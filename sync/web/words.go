@@ -116,7 +116,7 @@ func describeShares(all []share) string {
 func (p *progress) boxes() []rect {
 	moving := max(0, p.Admitted-p.Converged-p.Failed)
 	if p.back() {
-		moving = max(0, p.Of-p.Converged-p.Failed)
+		moving = max(0, p.Following-p.Converged-p.Failed)
 	}
 	return []rect{
 		{"done", "0", itoa(p.Converged)}, {"moving", itoa(p.Converged), itoa(moving)},
@@ -127,12 +127,12 @@ func (p *progress) boxes() []rect {
 // short returns the rollout in numbers.
 func (p *progress) short() string {
 	if p.back() {
-		return fmt.Sprintf("%d of %d back on stable", p.Converged, p.Of)
+		return fmt.Sprintf("%d of %d back on stable", p.Converged, p.Following)
 	}
 	if moving := p.Admitted - p.Converged - p.Failed; moving > 0 {
-		return fmt.Sprintf("%d of %d, %d on the way", p.Converged, p.Of, moving)
+		return fmt.Sprintf("%d of %d, %d on the way", p.Converged, p.Following, moving)
 	}
-	return fmt.Sprintf("%d of %d", p.Converged, p.Of)
+	return fmt.Sprintf("%d of %d", p.Converged, p.Following)
 }
 
 // say describes the rollout's bar in words.
@@ -140,5 +140,6 @@ func (p *progress) say() string {
 	if p.back() {
 		return p.short()
 	}
-	return fmt.Sprintf("%d of %d nodes converged, %d admitted, %d failed", p.Converged, p.Of, p.Admitted, p.Failed)
+	return fmt.Sprintf("%d of %d nodes converged, %d admitted, %d failed", p.Converged, p.Following, p.Admitted,
+		p.Failed)
 }
