@@ -166,7 +166,7 @@ func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 		return v, v != ""
 	}
 	wrong := func(name string, err error) {
-		errs = append(errs, fmt.Errorf("%s: %w", from.of(strings.ReplaceAll(name, "-", "_")), err))
+		errs = append(errs, fmt.Errorf("%s: %w", from.nameOf(strings.ReplaceAll(name, "-", "_")), err))
 	}
 	str := func(name string, into *string) {
 		if v, ok := text(name); ok {
@@ -175,7 +175,7 @@ func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	}
 	strs := func(name string, into *words) {
 		if v, ok := text(name); ok {
-			*into = list(v)
+			*into = splitList(v)
 		}
 	}
 	boolean := func(name string, into *bool) {
@@ -255,7 +255,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		}
 		conf.Stage = cmp.Or(conf.Stage, instance.Tags[ec2.TagStage])
 		if len(conf.Roles) == 0 {
-			conf.Roles = list(instance.Tags[ec2.TagRoles])
+			conf.Roles = splitList(instance.Tags[ec2.TagRoles])
 		}
 		if conf.Stage == "" || len(conf.Roles) == 0 {
 			return fmt.Errorf(
@@ -356,10 +356,10 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	debug.SetGCPercent(50)
 	log.Info("agent starts", "version", version(), "node", node.Node(), "stage", conf.Stage,
 		"roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
-	defer logStop(ctx, log, "agent stops")()
+	defer logWhenDone(ctx, log, "agent stops")()
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
-	go supervised(notify, node, conf.ReadyTimeout, log)
+	go reportToSystemd(notify, node, conf.ReadyTimeout, log)
 	go retryOnHangup(notify, node, log)
 	if conf.LifecycleHook != "" {
 		go completeHook(notify, conf, node.Converged(), log)

@@ -103,7 +103,7 @@ func (a *app) completions(ctx context.Context, store kv.Store, want wanted, args
 	return units
 }
 
-// values makes the shell complete a flag's value from the fixed list all.
-func values(c *cobra.Command, flag string, all ...string) {
+// completeFlagValues makes the shell complete a flag's value from the fixed list all.
+func completeFlagValues(c *cobra.Command, flag string, all ...string) {
 	c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(all, cobra.ShellCompDirectiveNoFileComp))
 }

@@ -82,7 +82,7 @@ func (c *agentConfig) check(from origins) error {
 	var errs []error
 	wrong := func(field string, err error) {
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", from.of(field), err))
+			errs = append(errs, fmt.Errorf("%s: %w", from.nameOf(field), err))
 		}
 	}
 	if c.Verify != "" && c.Verify != "always" {
@@ -113,8 +113,8 @@ func (c *agentConfig) check(from origins) error {
 // flag. A setting that none of these gives is not in it.
 type origins map[string]string
 
-// of returns what to call a setting in a message.
-func (o origins) of(field string) string {
+// nameOf returns what to call a setting in a message.
+func (o origins) nameOf(field string) string {
 	if from, ok := o[field]; ok {
 		return from
 	}
@@ -155,7 +155,7 @@ type words []string
 func (w *words) UnmarshalYAML(read func(any) error) error {
 	var one string
 	if read(&one) == nil {
-		*w = list(one)
+		*w = splitList(one)
 		return nil
 	}
 	return read((*[]string)(w))
@@ -187,7 +187,7 @@ func (u *unitPatterns) Set(text string) error {
 		u.set(all)
 		return nil
 	}
-	typed := list(text)
+	typed := splitList(text)
 	if len(typed) == 0 { // as from an empty variable in a script: nothing would be observed
 		return errors.New("observe: names no unit: want STAGE/ROLE/UNIT, each a name or *, or true or false")
 	}
@@ -379,8 +379,8 @@ func configError(file string, err error, field ...*token.Position) error {
 	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
-// list splits a text at commas and blanks.
-func list(s string) []string {
+// splitList splits a text at commas and blanks.
+func splitList(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
@@ -390,7 +390,7 @@ type mirrorLists map[string]words
 // readMirrors parses a list of PREFIX=MIRROR, in which a prefix may occur several times.
 func readMirrors(text string) (mirrorLists, error) {
 	m := mirrorLists{}
-	for _, one := range list(text) {
+	for _, one := range splitList(text) {
 		prefix, mirror, ok := strings.Cut(one, "=")
 		if !ok {
 			return nil, fmt.Errorf("mirrors %q: want PREFIX=MIRROR, as in s3://acme-releases/=s3://acme-releases-euw1/", one)

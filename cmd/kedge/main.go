@@ -240,8 +240,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not done in time.`,
 		}
 	}
 	root.SetCompletionCommandGroupID("start")
-	values(root, "log-format", "text", "json")
-	values(root, "log-level", "debug", "info", "warn", "error")
+	completeFlagValues(root, "log-format", "text", "json")
+	completeFlagValues(root, "log-level", "debug", "info", "warn", "error")
 	for _, c := range root.Commands() {
 		if check := c.Args; check != nil {
 			c.Args = func(cmd *cobra.Command, args []string) error {
@@ -313,9 +313,9 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs message when ctx ends, which asks a daemon to finish and stop. It logs nothing if
-// cancel was called before.
-func logStop(ctx context.Context, log *slog.Logger, message string) (cancel func() bool) {
+// logWhenDone logs message when ctx ends, which asks a daemon to finish and stop. It logs nothing
+// if cancel was called before.
+func logWhenDone(ctx context.Context, log *slog.Logger, message string) (cancel func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }
 

@@ -275,7 +275,7 @@ it logs a failure and exits 0.`,
 				return err
 			}
 			err = a.bridge(cmd.Context(), o, args)
-			if err != nil && watchHandler() {
+			if err != nil && startedByConsulWatch() {
 				log.Error("the event is not handed on; the exit code is 0, so that consul watch goes on", "error", err)
 				return nil
 			}

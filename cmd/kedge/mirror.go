@@ -110,7 +110,7 @@ authentication).`,
 				return err
 			}
 			log.Info("mirror starts", "version", version(), "repo", c.Repo, "branch", c.Branch, "store", store.String())
-			defer logStop(cmd.Context(), log, "mirror stops")()
+			defer logWhenDone(cmd.Context(), log, "mirror stops")()
 			daemon.SdNotify(false, daemon.SdNotifyReady)
 			return m.Run(cmd.Context())
 		},

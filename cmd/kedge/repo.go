@@ -207,7 +207,7 @@ What isn't committed isn't compared.`,
 				return err
 			}
 			defer store.Close()
-			now, err := records(ctx, store)
+			now, err := readRecords(ctx, store)
 			switch {
 			case errors.Is(err, kv.ErrEmpty):
 				a.printMessage("no mirror has run yet: this is what the first one would write")
@@ -233,9 +233,9 @@ What isn't committed isn't compared.`,
 	return c
 }
 
-// records reads the store's current records. One that doesn't parse counts as absent, as the mirror would replace it.
-// Keys that name no unit are left out.
-func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
+// readRecords reads the store's current records. One that doesn't parse counts as absent, as the
+// mirror would replace it. Keys that name no unit are left out.
+func readRecords(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
 	entries, err := store.List(ctx, kv.DesiredPrefix)
 	if err != nil {
 		return nil, err

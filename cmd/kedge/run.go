@@ -50,9 +50,9 @@ func translateArgs(name string, args []string) []string {
 	return out
 }
 
-// watchHandler reports whether consul watch started this process. If so, the process must not fail: consul watch would
-// end, and the next event be lost.
-func watchHandler() bool { return os.Getenv("CONSUL_INDEX") != "" }
+// startedByConsulWatch reports whether consul watch started this process. If so, the process must
+// not fail: consul watch would end, and the next event be lost.
+func startedByConsulWatch() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
 	var signers, bandwidth, rsyncVerbose string
@@ -121,7 +121,7 @@ with it. Wrong flags or files still fail.`,
 				Log:          log,
 			}
 			err = a.runOnce(cmd.Context(), one, args, randomDelay)
-			if err != nil && watchHandler() {
+			if err != nil && startedByConsulWatch() {
 				log.Error("not deployed; the exit code is 0, so that consul watch goes on", "error", err)
 				return nil
 			}

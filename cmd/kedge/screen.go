@@ -92,14 +92,15 @@ func cut(text string, width, most int) string {
 	for i, line := range lines {
 		length := utf8.RuneCountInString(style.ReplaceAllString(strings.TrimSuffix(line, "\n"), ""))
 		if rows += 1 + max(0, length-1)/max(1, width); most > 0 && rows > most {
-			return strings.Join(lines[:i], "") + more(len(lines)-i, width) + "\n"
+			return strings.Join(lines[:i], "") + moreLinesText(len(lines)-i, width) + "\n"
 		}
 	}
 	return text
 }
 
-// more returns a line that says that n lines don't fit, with a hint if it isn't wider than width with it.
-func more(n, width int) string {
+// moreLinesText returns a line that says that n lines don't fit, with a hint if it isn't wider than
+// width with it.
+func moreLinesText(n, width int) string {
 	short := fmt.Sprintf("… %d more lines", n)
 	for _, hint := range []string{"; kedge status STAGE/ROLE or --attention shows less", "; --attention shows less"} {
 		if utf8.RuneCountInString(short+hint) <= width {

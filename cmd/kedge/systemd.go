@@ -20,12 +20,12 @@ import (
 	"kedge/sync/agent"
 )
 
-// supervised notifies systemd about an agent. It sends READY once, when node is idle (see
+// reportToSystemd notifies systemd about an agent. It sends READY once, when node is idle (see
 // Agent.Idle) or timeout has passed. Before that it asks for a longer start timeout; afterwards it
 // sends keep-alives if systemd has a watchdog. It sends these two, and a line for systemctl status,
 // only while the agent's loop runs. When ctx ends it sends STOPPING and returns. It returns at once
 // if systemd expects no notifications.
-func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
+func reportToSystemd(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return
 	}
@@ -91,11 +91,12 @@ func statusLine(s policy.NodeStatus) string {
 	return line
 }
 
-// journalled writes log lines for systemd's journal, each prefixed with its priority (sd-daemon(3)), so that
-// journalctl --priority=warning works. Lines begin with their level, as the journal adds the time.
-type journalled struct{ w io.Writer }
+// journalWriter writes log lines for systemd's journal, each prefixed with its priority
+// (sd-daemon(3)), so that journalctl --priority=warning works. Lines begin with their level, as the
+// journal adds the time.
+type journalWriter struct{ w io.Writer }
 
-func (j journalled) Write(line []byte) (int, error) {
+func (j journalWriter) Write(line []byte) (int, error) {
 	prefix := "<6>"
 	for _, p := range []struct{ level, prefix string }{{"DEBUG", "<7>"}, {"WARN", "<4>"}, {"ERROR", "<3>"}} {
 		if bytes.HasPrefix(line, []byte("level="+p.level)) || bytes.HasPrefix(line, []byte(`{"level":"`+p.level)) {
@@ -109,13 +110,13 @@ func (j journalled) Write(line []byte) (int, error) {
 }
 
 // forJournal returns the writer for a log to stderr. If stderr is connected to systemd's journal,
-// it returns a journalled, and sets opt to leave out the time; otherwise it returns stderr.
+// it returns a journalWriter, and sets opt to leave out the time; otherwise it returns stderr.
 func forJournal(stderr io.Writer, opt *slog.HandlerOptions) io.Writer {
 	if there, err := journal.StderrIsJournalStream(); err != nil || !there || stderr != os.Stderr {
 		return stderr
 	}
 	opt.ReplaceAttr = withoutTime
-	return journalled{stderr}
+	return journalWriter{stderr}
 }
 
 func withoutTime(groups []string, a slog.Attr) slog.Attr {

@@ -14,15 +14,15 @@ import (
 // The journal tells a line's priority by its prefix.
 func TestJournalPriorities(t *testing.T) {
 	t.Parallel()
-	for format, handler := range map[string]func(w journalled, opt *slog.HandlerOptions) slog.Handler{
-		"text": func(w journalled, opt *slog.HandlerOptions) slog.Handler { return slog.NewTextHandler(w, opt) },
-		"json": func(w journalled, opt *slog.HandlerOptions) slog.Handler { return slog.NewJSONHandler(w, opt) },
+	for format, handler := range map[string]func(w journalWriter, opt *slog.HandlerOptions) slog.Handler{
+		"text": func(w journalWriter, opt *slog.HandlerOptions) slog.Handler { return slog.NewTextHandler(w, opt) },
+		"json": func(w journalWriter, opt *slog.HandlerOptions) slog.Handler { return slog.NewJSONHandler(w, opt) },
 	} {
 		t.Run(format, func(t *testing.T) {
 			t.Parallel()
 			var out bytes.Buffer
 			opt := &slog.HandlerOptions{Level: slog.LevelDebug, ReplaceAttr: withoutTime}
-			log := slog.New(handler(journalled{&out}, opt)).With("unit", "prod/web/app").WithGroup("group")
+			log := slog.New(handler(journalWriter{&out}, opt)).With("unit", "prod/web/app").WithGroup("group")
 			for level, prefix := range map[slog.Level]string{slog.LevelDebug: "<7>", slog.LevelInfo: "<6>", slog.LevelWarn: "<4>", slog.LevelError: "<3>"} {
 				out.Reset()
 				log.Log(t.Context(), level, "said level=ERROR", "time", "kept\nlevel=ERROR")

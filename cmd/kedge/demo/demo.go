@@ -56,17 +56,17 @@ type Config struct {
 //	VERSION           a published release's pointer    env           variables for a second terminal
 type Demo struct {
 	Config
-	dir     string
-	program string
-	ctx     context.Context
-	stop    context.CancelFunc
-	store   kv.Store
-	objects *object.Client
-	site    *http.Server
-	siteURL string
-	web     *web.Web
-	webDone chan error
-	mirror  *child
+	dir       string
+	program   string
+	ctx       context.Context
+	stop      context.CancelFunc
+	store     kv.Store
+	objects   *object.Client
+	appServer *http.Server
+	appURL    string
+	web       *web.Web
+	webDone   chan error
+	mirror    *child
 	// pointers are the published releases, by version.
 	pointers map[string]deployments.Pointer
 	// shown is the last line printed for each node: see printChanges.
@@ -76,8 +76,8 @@ type Demo struct {
 
 	mu    sync.Mutex
 	nodes map[string]*child // the agents, by name
-	// said is what the last key does, and then its result.
-	said string
+	// lastOutput is what the last key does, and then its result.
+	lastOutput string
 }
 
 var demoUnit = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
@@ -152,7 +152,7 @@ func (d *Demo) serveSite() error {
 	if err != nil {
 		return err
 	}
-	d.siteURL = "http://" + listener.Addr().String()
+	d.appURL = "http://" + listener.Addr().String()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{node}/{path...}", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
@@ -160,8 +160,8 @@ func (d *Demo) serveSite() error {
 			os.DirFS(filepath.Join(d.dir, "nodes", filepath.Base(r.PathValue("node")), "srv", "app")),
 			r.PathValue("path"))
 	})
-	d.site = &http.Server{Handler: mux, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
-	go d.site.Serve(listener)
+	d.appServer = &http.Server{Handler: mux, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+	go d.appServer.Serve(listener)
 	return nil
 }
 
@@ -282,7 +282,7 @@ func (d *Demo) startNode(name string) error {
 	if err := os.MkdirAll(filepath.Join(root, "srv"), 0o755); err != nil {
 		return err
 	}
-	env := []string{"DEMO_ROOT=" + filepath.Join(root, "srv"), "DEMO_SITE=" + d.siteURL + "/" + name}
+	env := []string{"DEMO_ROOT=" + filepath.Join(root, "srv"), "DEMO_SITE=" + d.appURL + "/" + name}
 	c, err := d.start(name, env, "agent", "--kv", d.kv(), "--node", name, "--stage", demoUnit.Stage, "--roles",
 		demoUnit.Role, "--sources", "file://"+filepath.Join(d.dir, "releases"), "--state-dir",
 		filepath.Join(root, "state"))
@@ -345,8 +345,8 @@ func (d *Demo) Close() error {
 	if d.web != nil {
 		errs = append(errs, <-d.webDone)
 	}
-	if d.site != nil {
-		errs = append(errs, d.site.Close())
+	if d.appServer != nil {
+		errs = append(errs, d.appServer.Close())
 	}
 	if d.store != nil {
 		errs = append(errs, d.store.Close())

@@ -77,25 +77,26 @@ func (d *Demo) readKeys(in io.Reader) {
 			if k.char != typed[0] {
 				continue
 			}
-			d.say("… " + k.about)
+			d.setLastOutput("… " + k.about)
 			shown, err := k.do()
 			if err != nil {
 				shown = strings.TrimSpace(shown + "\n" + err.Error())
 			}
-			d.say("$ " + shown)
+			d.setLastOutput("$ " + shown)
 		}
 	}
 }
 
-func (d *Demo) say(text string) {
+func (d *Demo) setLastOutput(text string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.said = text
+	d.lastOutput = text
 }
 
-// typing makes the terminal deliver each key at once and without echo; Ctrl-C still works. restore undoes that. ok is
-// false if that fails, or if there is no terminal to type on or to show the fleet on.
-func (d *Demo) typing() (restore func(), ok bool) {
+// readKeysRaw makes the terminal deliver each key at once and without echo; Ctrl-C still works.
+// restore undoes that. ok is false if that fails, or if there is no terminal to type on or to show
+// the fleet on.
+func (d *Demo) readKeysRaw() (restore func(), ok bool) {
 	f, isFile := d.In.(*os.File)
 	if d.Screen == nil || !isFile || !term.IsTerminal(int(f.Fd())) {
 		return nil, false
@@ -141,10 +142,10 @@ func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	fmt.Fprintf(&b, "\nBrowser  http://%s/    q ends the demo\n", d.web.Addr())
 	fmt.Fprintf(&b, "Shell    . %s   then: kedge explain web-1/app\n", filepath.Join(d.dir, "env"))
 	d.mu.Lock()
-	said := d.said
+	output := d.lastOutput
 	d.mu.Unlock()
-	if room := screenLines - 1 - strings.Count(b.String(), "\n"); said != "" && room > 0 {
-		lines := strings.Split(said, "\n")
+	if room := screenLines - 1 - strings.Count(b.String(), "\n"); output != "" && room > 0 {
+		lines := strings.Split(output, "\n")
 		b.WriteByte('\n')
 		for _, line := range lines[:min(len(lines), room)] {
 			b.WriteString(fleet.Clean(line, opt.Width) + "\n")

@@ -36,7 +36,7 @@ func (d *Demo) Live() error {
 		return err
 	}
 	var err error
-	if restore, ok := d.typing(); ok {
+	if restore, ok := d.readKeysRaw(); ok {
 		defer restore()
 		go d.readKeys(d.In) // without input it ends with the process
 		err = d.Screen(d.ctx, d.store, func(w io.Writer, f *fleet.Fleet, width int) {
