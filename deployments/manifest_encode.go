@@ -67,7 +67,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 
 	// This is the timeout that ParseManifest gives a command without one.
 	timeout := DefaultCommandTimeout
-	if !m.own() {
+	if !m.isKedgesOwn() {
 		timeout = stretchersTimeout
 	}
 	var commands yaml.MapSlice
@@ -139,8 +139,9 @@ func (m *Manifest) Encode() ([]byte, error) {
 	return data, nil
 }
 
-// own reports whether Encode writes a field or a strategy that stretcher doesn't know: such a manifest is kedge's own.
-func (m *Manifest) own() bool {
+// isKedgesOwn reports whether Encode writes a field or a strategy that stretcher doesn't know: such
+// a manifest is kedge's own.
+func (m *Manifest) isKedgesOwn() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
 		len(

@@ -200,7 +200,7 @@ func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 		}
 	}
 	if open && own && r.timeout == 0 {
-		r.traps.at(place,
+		r.traps.noteAt(place,
 			"commands without a timeout of their own are ended after %s: commands.timeout sets it for all",
 			DefaultCommandTimeout)
 	}
@@ -249,23 +249,23 @@ func (r *manifestReader) read(root ast.Node) {
 	}
 	switch {
 	case m.Src != "" && m.Dest == "" && seen["dest"] == nil:
-		r.at(place("src"), "dest is missing: where should src go live?")
+		r.noteAt(place("src"), "dest is missing: where should src go live?")
 	case m.Src == "" && m.Index != nil:
-		r.at(place("index"), "index needs src: add the archive's URL, or remove index")
+		r.noteAt(place("index"), "index needs src: add the archive's URL, or remove index")
 	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
-		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
+		r.noteAt(place("src"), "checksum is missing: the archive could change under the nodes")
 	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
-		r.at(place("shared"),
+		r.noteAt(place("shared"),
 			"shared needs sync_strategy release: with rsync, name the paths in excludes instead")
 	case nested(m.Shared):
-		r.at(place("shared"), "one shared path lies within another, or is given twice: name the outer one once")
+		r.noteAt(place("shared"), "one shared path lies within another, or is given twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
-		r.at(place("excludes"),
+		r.noteAt(place("excludes"),
 			"excludes work with sync_strategy rsync only: with release, leave the files out of the archive")
 	}
 	for name := range m.Secrets {
 		if _, twice := m.Commands.Env[name]; twice {
-			r.at(place("secrets"), "variable %q stands in secrets and in commands.env", name)
+			r.noteAt(place("secrets"), "variable %q stands in secrets and in commands.env", name)
 		}
 	}
 	r.setTimeouts(own, place("commands"))
@@ -277,16 +277,16 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	switch {
 	case m.Src == "":
 	case m.Strategy == StrategyRsync:
-		r.traps.at(place("sync_strategy"),
+		r.traps.noteAt(place("sync_strategy"),
 			"sync_strategy rsync changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not")
 	case m.Strategy == StrategyMv:
-		r.traps.at(place("sync_strategy"),
+		r.traps.noteAt(place("sync_strategy"),
 			"with sync_strategy mv dest is missing until the tree is moved there: a kill in between takes the release down; "+
 				"sync_strategy: release does not")
 	}
 	for _, theirs := range []string{"/home/", "/tmp/", "/var/tmp/", "/dev/shm/"} {
 		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {
-			r.traps.at(
+			r.traps.noteAt(
 				place("dest"),
 				"dest %s lies below a directory that users other than root can change: such users can take the release down, "+
 					"or have their own files run with more rights than they have; choose one below a directory that only root can "+
@@ -297,7 +297,7 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}
 	switch len(m.Checksum) {
 	case 32, 40:
-		r.traps.at(place("checksum"), "md5 and sha1 can be forged: use sha256")
+		r.traps.noteAt(place("checksum"), "md5 and sha1 can be forged: use sha256")
 	}
 	for _, list := range []struct {
 		name     string
@@ -305,7 +305,7 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}{{"post", m.Commands.Post}, {"failure", m.Commands.Failure}, {"success", m.Commands.Success}} {
 		for _, c := range list.commands {
 			if strings.HasPrefix(c.Run, "./") || strings.Contains(c.Run, " ./") {
-				r.traps.at(
+				r.traps.noteAt(
 					place("commands"),
 					"%s command %q names a path relative to the working directory: stretcher ran it in one that was deleted after a failure, kedge runs it in /; use $KEDGE_RELEASE or an absolute path",
 					list.name,
@@ -328,14 +328,14 @@ func (r *manifestReader) destMode(n ast.Node) {
 		if r.unknownVariables && strings.Contains(s, variable) {
 			return
 		}
-		r.at(n, "%q: want a mode in octal, as in 0755", clip(s))
+		r.noteAt(n, "%q: want a mode in octal, as in 0755", clip(s))
 		return
 	}
 	if digits == s && n.Type() == ast.IntegerType {
-		r.traps.at(n, "dest_mode: %s is read in octal here; stretcher read it as a decimal number: write 0%s", s, s)
+		r.traps.noteAt(n, "dest_mode: %s is read in octal here; stretcher read it as a decimal number: write 0%s", s, s)
 	}
 	if mode > 0o777 {
-		r.traps.at(n, "dest_mode: of %s only the last three digits count, here as with stretcher", s)
+		r.traps.noteAt(n, "dest_mode: of %s only the last three digits count, here as with stretcher", s)
 	}
 	r.m.DestMode = fs.FileMode(mode & 0o777)
 }
@@ -352,7 +352,7 @@ func (r *manifestReader) blob(n ast.Node, what string, b *Blob, more map[string]
 	seen := r.fields(n, what, known)
 	for name := range known {
 		if seen[name] == nil {
-			r.at(n, "%s has no %s", what, name)
+			r.noteAt(n, "%s has no %s", what, name)
 		}
 	}
 }
@@ -364,7 +364,7 @@ func (r *manifestReader) deltas(n ast.Node) {
 		r.m.Deltas = append(r.m.Deltas, d)
 	})
 	if len(r.m.Deltas) > maxDeltas {
-		r.at(n, "%d deltas, at most %d are allowed", len(r.m.Deltas), maxDeltas)
+		r.noteAt(n, "%d deltas, at most %d are allowed", len(r.m.Deltas), maxDeltas)
 	}
 }
 
@@ -391,7 +391,7 @@ func (r *manifestReader) environment(n ast.Node) {
 			env[name] = value
 		}
 		if strings.ContainsRune(env[name], 0) {
-			r.at(given, "variable %q contains a NUL", name)
+			r.noteAt(given, "variable %q contains a NUL", name)
 		}
 	})
 	if len(env) > 0 {
@@ -404,7 +404,7 @@ func (r *manifestReader) secrets(n ast.Node) {
 	r.variables(n, "secrets", "DB_URL: ssm:/prod/db", maxSecrets, func(name string, given ast.Node) {
 		var ref SecretRef
 		if empty(given) {
-			r.at(n, "secret %q has no reference, as in ssm:/prod/db", name)
+			r.noteAt(n, "secret %q has no reference, as in ssm:/prod/db", name)
 		} else {
 			into(&r.reader, &ref, ParseSecretRef)(given)
 		}
@@ -420,25 +420,25 @@ func (r *manifestReader) secrets(n ast.Node) {
 func (r *manifestReader) variables(n ast.Node, what, example string, most int, read func(name string, given ast.Node)) {
 	values, ok := r.entries(n)
 	if !ok {
-		r.at(n, "%s: want variables by name, as in %s", what, example)
+		r.noteAt(n, "%s: want variables by name, as in %s", what, example)
 	}
 	names := map[string]bool{}
 	for _, v := range values {
 		name := keyOf(v)
 		switch {
 		case names[name]:
-			r.at(v.Key, "variable %q is given twice in %s", name, what)
+			r.noteAt(v.Key, "variable %q is given twice in %s", name, what)
 		case !variableName.MatchString(name) || len(name) > 128:
-			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
+			r.noteAt(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
 		case strings.HasPrefix(name, "KEDGE_"):
-			r.at(v.Key, "variable %q: names that begin with KEDGE_ are reserved: choose another", clip(name))
+			r.noteAt(v.Key, "variable %q: names that begin with KEDGE_ are reserved: choose another", clip(name))
 		default:
 			names[name] = true
 			read(name, r.resolve(v.Value))
 		}
 	}
 	if len(names) > most {
-		r.at(n, "%s has %d variables, at most %d are allowed", what, len(names), most)
+		r.noteAt(n, "%s has %d variables, at most %d are allowed", what, len(names), most)
 	}
 }
 
@@ -455,7 +455,7 @@ func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 					"once":    into(&r.reader, &c.Once, asBool),
 				})
 				if seen["run"] == nil || c.Run == "" {
-					r.at(item, "a command has no run")
+					r.noteAt(item, "a command has no run")
 				}
 			default:
 				if into(&r.reader, &c.Run, asText)(item); c.Run == "" {
@@ -493,7 +493,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 					"contains": into(&r.reader, &c.HTTP.Contains, asText),
 				})
 				if seen["url"] == nil {
-					r.at(n, "http has no url")
+					r.noteAt(n, "http has no url")
 				}
 			default:
 				into(&r.reader, &c.HTTP.URL, asHTTP)(n)
@@ -521,10 +521,10 @@ func (r *manifestReader) check(n ast.Node) Check {
 		}
 	}
 	if found != 1 {
-		r.at(n, "a check is exactly one of http, tcp, exec, systemd, consul; this has %d of them", found)
+		r.noteAt(n, "a check is exactly one of http, tcp, exec, systemd, consul; this has %d of them", found)
 	}
 	if user := seen["user"]; user != nil && seen["exec"] == nil {
-		r.at(user, "user is for exec alone, and this check has no exec")
+		r.noteAt(user, "user is for exec alone, and this check has no exec")
 	}
 	return c
 }

@@ -475,10 +475,10 @@ func (e *expander) text(name string, words []word) (string, error) {
 	case "env":
 		for _, w := range words {
 			if v, ok := e.env(w.text); ok && v != "" {
-				e.read(w, v)
+				e.recordRead(w, v)
 				return v, nil
 			}
-			e.use(w)
+			e.recordDependency(w)
 		}
 		return words[len(words)-1].text, nil
 	case "must_env":
@@ -491,7 +491,7 @@ func (e *expander) text(name string, words []word) (string, error) {
 			}
 			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", shown)
 		}
-		e.read(w, v)
+		e.recordRead(w, v)
 		return v, nil
 	default:
 		quoted, err := json.Marshal(words[0].text)
@@ -502,18 +502,19 @@ func (e *expander) text(name string, words []word) (string, error) {
 	}
 }
 
-// read records that the template has read the variable that w names.
-func (e *expander) read(w word, value string) {
-	e.use(w)
+// recordRead records that the template has read the variable that w names.
+func (e *expander) recordRead(w word, value string) {
+	e.recordDependency(w)
 	if v := (variableValue{w.text, value}); !e.seen[v] {
 		e.seen[v] = true
 		e.result.values = append(e.result.values, v)
 	}
 }
 
-// use records that the current action depends on the variable that w names, set or not. A name that is a variable's
-// value itself is left out: the action depends on that variable, too.
-func (e *expander) use(w word) {
+// recordDependency records that the current action depends on the variable that w names, set or
+// not. A name that is a variable's value itself is left out: the action depends on that variable,
+// too.
+func (e *expander) recordDependency(w word) {
 	if len(w.from) == 0 {
 		e.used = union(e.used, []string{w.text})
 	}

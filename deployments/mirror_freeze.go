@@ -31,7 +31,7 @@ const (
 
 // FreezeWindows returns the windows of kedge.yaml up to the first that no longer fits into mirror/state, and how many
 // it leaves out. A window keeps all of its units; its name and reason are cut.
-func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
+func FreezeWindows(all []Freeze) (windows []FreezeWindow, more int) {
 	size := 0
 	for i, f := range all {
 		w := FreezeWindow{Name: safetext.Cut(f.Name, maxWindowText), Duration: f.Duration.String(), Units: f.Units,
@@ -49,11 +49,11 @@ func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 			size += len(pattern) + 3
 		}
 		if i == maxWindows || size > maxWindowBytes {
-			return told, len(all) - i
+			return windows, len(all) - i
 		}
-		told = append(told, w)
+		windows = append(windows, w)
 	}
-	return told, 0
+	return windows, 0
 }
 
 // Freeze returns the window as Load reads it from kedge.yaml. It returns an error if this version can't read the

@@ -44,10 +44,10 @@ func asUnavailable(s string) (Amount, error) {
 
 func (r *reader) settings(n ast.Node, to *Settings) {
 	r.fields(n, SettingsFile, map[string]func(ast.Node){
-		"sources":      byStage(r, "sources", &to.Sources, listOf(r, asPrefix), "prod: [s3://acme-releases/]"),
-		"dests":        byStage(r, "dests", &to.Dests, listOf(r, asDest), "prod: [/srv]"),
-		"users":        byStage(r, "users", &to.Users, listOf(r, asUser), "prod: [app]"),
-		"commands":     byStage(r, "commands", &to.Commands, single(r, asBool), "prod: false"),
+		"sources":      byStage(r, "sources", &to.Sources, listReader(r, asPrefix), "prod: [s3://acme-releases/]"),
+		"dests":        byStage(r, "dests", &to.Dests, listReader(r, asDest), "prod: [/srv]"),
+		"users":        byStage(r, "users", &to.Users, listReader(r, asUser), "prod: [app]"),
+		"commands":     byStage(r, "commands", &to.Commands, singleReader(r, asBool), "prod: false"),
 		"prune":        into(r, &to.Prune, asBool),
 		"max_removed":  into(r, &to.MaxRemoved, asPercent),
 		"allow_rewind": into(r, &to.AllowRewind, asBool),
@@ -87,22 +87,22 @@ func byStage[T any](
 		*to = map[string]T{}
 		values, ok := mapping(n)
 		if !ok {
-			r.at(n, "%s: want a value by stage, as in %s", field, like)
+			r.noteAt(n, "%s: want a value by stage, as in %s", field, like)
 		}
 		for _, v := range values {
 			stage := keyOf(v)
 			if stage != "*" {
 				if err := CheckSegment("stage", stage); err != nil {
-					r.at(v.Key, "%v; or \"*\" for every stage", err)
+					r.noteAt(v.Key, "%v; or \"*\" for every stage", err)
 					continue
 				}
 			}
 			if _, twice := (*to)[stage]; twice {
-				r.at(v.Key, "stage %q is given twice in %s", stage, field)
+				r.noteAt(v.Key, "stage %q is given twice in %s", stage, field)
 				continue
 			}
 			if v.Value == nil || v.Value.Type() == ast.NullType {
-				r.at(v.Key, "stage %q has no value in %s: want one, as in %s", stage, field, like)
+				r.noteAt(v.Key, "stage %q has no value in %s: want one, as in %s", stage, field, like)
 				continue
 			}
 			if value, ok := read(v.Value); ok {
@@ -112,9 +112,9 @@ func byStage[T any](
 	}
 }
 
-// listOf returns a function that reads a list of bounds. An empty list is an error, as it could mean everything or
-// nothing.
-func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]string, bool) {
+// listReader returns a function that reads a list of bounds. An empty list is an error, as it could
+// mean everything or nothing.
+func listReader(r *reader, parse func(string) (string, error)) func(ast.Node) ([]string, bool) {
 	return func(n ast.Node) ([]string, bool) {
 		before := len(r.problems)
 		var list []string
@@ -122,17 +122,17 @@ func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]str
 		switch {
 		case len(r.problems) > before:
 		case len(list) == 0:
-			r.at(n, "the list is empty: name what is allowed, or remove the line to allow all")
+			r.noteAt(n, "the list is empty: name what is allowed, or remove the line to allow all")
 		case len(list) > maxBounds:
-			r.at(n, "the list has %d items, at most %d are allowed", len(list), maxBounds)
+			r.noteAt(n, "the list has %d items, at most %d are allowed", len(list), maxBounds)
 		}
 		return list, len(r.problems) == before
 	}
 }
 
-// single returns a function that reads a single value with parse; ok is false if it noted a
+// singleReader returns a function that reads a single value with parse; ok is false if it noted a
 // problem.
-func single[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
+func singleReader[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
 	return func(n ast.Node) (value T, ok bool) {
 		before := len(r.problems)
 		into(r, &value, parse)(n)
@@ -188,7 +188,7 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 	window := func(kind FreezeKind) func(ast.Node) {
 		return func(n ast.Node) {
 			if f.Kind != "" {
-				r.at(n, "a freeze is either deny or allow")
+				r.noteAt(n, "a freeze is either deny or allow")
 			}
 			f.Kind = kind
 			into(r, &f.Cron, asCron)(n)
@@ -205,10 +205,10 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 		"reason":   into(r, &f.Reason, asText),
 	})
 	if f.Kind == "" {
-		r.at(n, "a freeze needs the field deny or allow: when its window begins, as five fields of cron")
+		r.noteAt(n, "a freeze needs the field deny or allow: when its window begins, as five fields of cron")
 	}
 	if seen["duration"] == nil {
-		r.at(n, "a freeze needs a duration")
+		r.noteAt(n, "a freeze needs a duration")
 	}
 	return f, len(r.problems) == before
 }

@@ -111,14 +111,14 @@ func Load(fsys fs.FS) (*Tree, error) {
 		return nil, err
 	}
 	for _, file := range l.files {
-		if l.enough() {
+		if l.tooManyProblems() {
 			break
 		}
 		if err := l.readUnit(file); err != nil {
 			return nil, err
 		}
 	}
-	if !l.enough() {
+	if !l.tooManyProblems() {
 		l.checkAfter()
 	}
 	if len(l.problems) > 0 {
@@ -150,8 +150,8 @@ type afterPlace struct {
 	unit, on UnitID
 }
 
-// enough reports whether so many problems were found that reading can end.
-func (l *loader) enough() bool { return len(l.problems) >= maxTreeProblems }
+// tooManyProblems reports whether so many problems were found that reading can end.
+func (l *loader) tooManyProblems() bool { return len(l.problems) >= maxTreeProblems }
 
 func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	l.seen++
@@ -166,7 +166,7 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		return Problems{
 			{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep other files elsewhere", maxNested)},
 		}
-	case l.enough():
+	case l.tooManyProblems():
 		return fs.SkipAll
 	case name == ".":
 		return nil
@@ -329,14 +329,15 @@ func (l *loader) readUnit(name string) error {
 			u.Place.File = name
 			u.Place.Line, u.Place.Column = position(n)
 			if !u.Release.IsZero() && !settings.allows(id.Stage, u.Release.URL) {
-				r.at(n, "%s is not among the sources that %s allows for stage %s", ShownURL(u.Release.URL), SettingsFile, id.Stage)
+				r.noteAt(n, "%s is not among the sources that %s allows for stage %s", ShownURL(u.Release.URL), SettingsFile,
+					id.Stage)
 			}
 		},
 		"after": func(n ast.Node) {
 			r.each(n, func(item ast.Node) {
 				name, ok := r.text(item)
 				if ok && name == "" {
-					r.at(item, "after: want the name of a unit of this role")
+					r.noteAt(item, "after: want the name of a unit of this role")
 				}
 				if name == "" {
 					return
@@ -346,7 +347,7 @@ func (l *loader) readUnit(name string) error {
 				u.After = append(u.After, name)
 			})
 			if len(u.After) > maxAfter {
-				r.at(n, "after has %d names, at most %d are allowed", len(u.After), maxAfter)
+				r.noteAt(n, "after has %d names, at most %d are allowed", len(u.After), maxAfter)
 			}
 		},
 		"rollout": func(n ast.Node) {
@@ -359,7 +360,7 @@ func (l *loader) readUnit(name string) error {
 		"adopt": into(r, &u.Adopt, asBool),
 	})
 	if seen["release"] == nil {
-		r.at(root, "release is missing: want release: POINTER, as kedge publish prints it")
+		r.noteAt(root, "release is missing: want release: POINTER, as kedge publish prints it")
 	}
 	l.problems = append(l.problems, r.problems...)
 	l.tree.Units = append(l.tree.Units, u)

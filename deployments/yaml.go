@@ -78,7 +78,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 			continue
 		}
 		if root != nil {
-			r.at(doc.Body, "the file holds a second document: want one")
+			r.noteAt(doc.Body, "the file holds a second document: want one")
 			return nil
 		}
 		root = doc.Body
@@ -158,10 +158,10 @@ type refuser struct{ r *reader }
 func (v refuser) Visit(n ast.Node) ast.Visitor {
 	switch n.Type() {
 	case ast.AnchorType, ast.AliasType, ast.MergeKeyType:
-		v.r.at(n, "anchors, aliases and merge keys are not read here: write the value out")
+		v.r.noteAt(n, "anchors, aliases and merge keys are not read here: write the value out")
 		return nil
 	case ast.TagType:
-		v.r.at(n, "tags are not read here: write the plain value")
+		v.r.noteAt(n, "tags are not read here: write the plain value")
 		return nil
 	}
 	return v
@@ -178,7 +178,7 @@ func (r *reader) note(line, column int, format string, args ...any) {
 	}
 }
 
-func (r *reader) at(n ast.Node, format string, args ...any) {
+func (r *reader) noteAt(n ast.Node, format string, args ...any) {
 	line, column := position(n)
 	r.note(line, column, format, args...)
 }
@@ -219,7 +219,7 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)
 	if !ok {
-		r.at(n, "%s: want fields, as in \"name: value\"", what)
+		r.noteAt(n, "%s: want fields, as in \"name: value\"", what)
 	}
 	for _, v := range values {
 		name, value := keyOf(v), r.resolve(v.Value)
@@ -228,14 +228,14 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 		case !ok && r.lax && strings.HasPrefix(name, "x-"):
 			continue
 		case !ok:
-			r.at(v.Key, "unknown field %q in %s%s", clip(name), what, didYouMean(name, known))
+			r.noteAt(v.Key, "unknown field %q in %s%s", clip(name), what, didYouMean(name, known))
 			continue
 		case seen[name] != nil:
-			r.at(v.Key, "field %q is given twice in %s", name, what)
+			r.noteAt(v.Key, "field %q is given twice in %s", name, what)
 			continue
 		case empty(value), r.lax && slices.Contains(leftOutEmpty, name) && isEmptyText(value):
 			if !r.lax {
-				r.at(v.Key, "field %q has no value: give one, or remove the line", name)
+				r.noteAt(v.Key, "field %q has no value: give one, or remove the line", name)
 			}
 			continue
 		}
@@ -329,7 +329,7 @@ func (r *reader) text(n ast.Node) (string, bool) {
 	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
 		return strings.TrimSpace(n.GetToken().Value), true
 	}
-	r.at(n, "want a single value here")
+	r.noteAt(n, "want a single value here")
 	return "", false
 }
 
@@ -344,7 +344,7 @@ func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node)
 		v, err := parse(s)
 		if err != nil {
 			if !r.unknownVariables || !strings.Contains(s, variable) {
-				r.at(n, "%v", err)
+				r.noteAt(n, "%v", err)
 			}
 			return
 		}
@@ -377,7 +377,7 @@ func (r *reader) each(n ast.Node, f func(ast.Node)) {
 	for _, item := range s.Values {
 		if item = r.resolve(item); empty(item) {
 			if !r.lax {
-				r.at(n, "the list has an item without a value")
+				r.noteAt(n, "the list has an item without a value")
 			}
 			continue
 		}

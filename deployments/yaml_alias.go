@@ -16,7 +16,7 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	case *ast.AnchorNode:
 		name := n.Name.GetToken().Value
 		if v.r.anchors[name] != nil {
-			v.r.at(n, "the anchor &%s is given twice: give each a name of its own", clip(name))
+			v.r.noteAt(n, "the anchor &%s is given twice: give each a name of its own", clip(name))
 			return nil
 		}
 		if v.r.anchors == nil {
@@ -25,11 +25,11 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 		v.r.anchors[name] = n.Value
 	case *ast.AliasNode:
 		if name := n.Value.GetToken().Value; v.r.anchors[name] == nil {
-			v.r.at(n, "there is no anchor &%s before this", clip(name))
+			v.r.noteAt(n, "there is no anchor &%s before this", clip(name))
 		}
 		return nil
 	case *ast.TagNode:
-		v.r.at(n, "tags are not read here: write the plain value")
+		v.r.noteAt(n, "tags are not read here: write the plain value")
 		return nil
 	}
 	return v
@@ -45,7 +45,7 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 		case *ast.AliasNode:
 			if r.aliases++; r.aliases > maxAliases {
 				if r.aliases == maxAliases+1 {
-					r.at(v, "the document's aliases are followed more than %d times", maxAliases)
+					r.noteAt(v, "the document's aliases are followed more than %d times", maxAliases)
 				}
 				return nil
 			}
@@ -82,7 +82,7 @@ func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 		for _, m := range from {
 			more, ok := r.entries(m)
 			if !ok {
-				r.at(v.Key, "<<: want an alias of fields")
+				r.noteAt(v.Key, "<<: want an alias of fields")
 			}
 			merged = append(merged, more...)
 		}
