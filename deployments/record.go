@@ -136,8 +136,8 @@ type Superseded struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Generation is the generation of the last record by which nodes could begin to deploy the replaced target.
 	Generation int64 `json:"generation,omitempty"`
-	// Back is set if its nodes had been told to go back to stable, and may be on their way.
-	Back bool `json:"back,omitempty"`
+	// RollingBack is set if its nodes had been told to go back to stable, and may be on their way.
+	RollingBack bool `json:"back,omitempty"`
 }
 
 // MaxSuperseded bounds Progress.Superseded: a record stays small.

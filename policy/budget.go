@@ -185,10 +185,11 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		if used {
 			acted = append(acted, o.Digest)
 		}
-		o.Back = o.Back || back
+		o.RollingBack = o.RollingBack || back
 		if i := slices.IndexFunc(list, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
 			x := &list[i]
-			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
+			x.Cutoff, x.Generation = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation)
+			x.RollingBack = x.RollingBack || o.RollingBack
 			continue
 		}
 		list = append(list, o)

@@ -28,7 +28,8 @@ func TestNextCountsWhoIsInFlight(t *testing.T) {
 		return func(s *Situation) {
 			s.Record.Generation = 5
 			each(s, func(u *report) { u.Generation = 5 })
-			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v3.Digest, Cutoff: math.MaxUint64, Generation: 3, Back: back}}
+			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v3.Digest, Cutoff: math.MaxUint64,
+				Generation: 3, RollingBack: back}}
 			for i, u := range us {
 				s.Nodes[9-i].Report = u
 			}

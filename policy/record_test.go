@@ -489,21 +489,24 @@ func TestNextRemembersWhatItReplaced(t *testing.T) {
 		{"on the way back: that nodes go back, and what had been admitted before", []func(*Situation){phase(deployments.PhaseRollingBack), replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: 5, Generation: 1}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
 			func(deployments.Superseded) over {
-				return over{{Digest: v2.Digest, Cutoff: 5, Generation: 1, Back: true}}
+				return over{{Digest: v2.Digest, Cutoff: 5, Generation: 1, RollingBack: true}}
 			}},
-		{"that it was so before", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: 1, Back: true}), node(7, report{State: converged, Running: v0, Generation: 2})},
+		{"that it was so before", []func(*Situation){
+			replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: 1, RollingBack: true}),
+			node(7, report{State: converged, Running: v0, Generation: 2})},
 			func(own deployments.Superseded) over {
-				return over{own, {Digest: v0.Digest, Cutoff: 1, Back: true}}
+				return over{own, {Digest: v0.Digest, Cutoff: 1, RollingBack: true}}
 			}},
-		{"the same target twice: what came further, and last", []func(*Situation){replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: all, Generation: 1, Back: true}),
+		{"the same target twice: what came further, and last", []func(*Situation){
+			replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: all, Generation: 1, RollingBack: true}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
 			func(own deployments.Superseded) over {
-				return over{{Digest: v2.Digest, Cutoff: all, Generation: 2, Back: true}}
+				return over{{Digest: v2.Digest, Cutoff: all, Generation: 2, RollingBack: true}}
 			}},
 		{"whichever goes first", []func(*Situation){phase(deployments.PhaseRollingBack), replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: 3, Generation: 1}, deployments.Superseded{Digest: v2.Digest, Cutoff: 4, Generation: 2}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
 			func(own deployments.Superseded) over {
-				return over{{Digest: v2.Digest, Cutoff: 4, Generation: 2, Back: true}}
+				return over{{Digest: v2.Digest, Cutoff: 4, Generation: 2, RollingBack: true}}
 			}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -395,7 +395,7 @@ func actsOnOlder(r *deployments.Record, u *deployments.UnitReport, i int, ranks 
 			continue
 		}
 		switch {
-		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.Back:
+		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.RollingBack:
 		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest) &&
 			u.Generation >= o.Generation:
 		default:
