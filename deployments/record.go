@@ -90,8 +90,8 @@ type Progress struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Early is a second cutoff, for nodes that run one of Superseded: the canaries of a replaced target go first.
 	Early uint64 `json:"early,omitempty,string"`
-	// Fast is set if the rollout needs no gates, as its target is a pin's or was stable before.
-	Fast bool `json:"fast,omitempty"`
+	// SkipsGates is set if the rollout needs no gates, as its target is a pin's or was stable before.
+	SkipsGates bool `json:"fast,omitempty"`
 	// Unproven is set if Stable was released to all nodes at once and never became healthy everywhere. Nodes that
 	// are unhealthy because of Stable don't count against the budget.
 	Unproven bool `json:"unproven,omitempty"`

@@ -172,11 +172,11 @@ func start(in *inputs, st state) state {
 	u := in.Unit.Rollout
 	// Git went back while nodes were on the way: gates would only keep them on the release that Git left
 	revert := st.r.Stable == st.r.Target
-	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
+	st.p.SkipsGates = stableBefore(in, st.r.Target) || st.r.Pinned != nil
 	switch {
-	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.Fast:
+	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.SkipsGates:
 		st = st.enter(in, deployments.PhaseFrozen).becauseFrozen(in)
-	case u == nil || revert || u.Canary.N == 0 || st.p.Fast:
+	case u == nil || revert || u.Canary.N == 0 || st.p.SkipsGates:
 		st = st.roll(in).because(deployments.ReasonRolling, nil)
 	default:
 		st = st.enter(in, deployments.PhaseCanary).because(deployments.ReasonCanary, nil)
@@ -268,7 +268,7 @@ func endPin(in *inputs, st state) state {
 		next = launch(in, next)
 		if next.on {
 			next = next.roll(in).because(deployments.ReasonRolling, nil)
-			next.p.Fast = true
+			next.p.SkipsGates = true
 		}
 		return next
 	}

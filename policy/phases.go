@@ -69,7 +69,7 @@ func tooManyFailed(v summary, limit int) cause {
 
 // mustWait reports whether the rollout has to wait now, for a freeze or for live nodes, and sets the reason.
 func mustWait(in *inputs, st state, v summary) (state, bool) {
-	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
+	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.SkipsGates && st.r.Stable != st.r.Target
 	if !frozen && st.p.HeldUp() {
 		st = st.orBecause(deployments.ReasonFreezeEnded, nil)
 	}
@@ -152,7 +152,7 @@ const reportWithin = 30 * time.Second
 
 // stepFrozen starts the rollout, once the freeze window has ended or an operator forces it.
 func stepFrozen(in *inputs, st state) (state, bool) {
-	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
+	if in.Freeze.Frozen && !st.p.Forced && !st.p.SkipsGates {
 		return st.becauseFrozen(in).recheckBy(in.Freeze.ChangesAt), false
 	}
 	return start(in, st), true
@@ -210,7 +210,7 @@ func stepPendingApproval(in *inputs, st state) (state, bool) {
 }
 
 // stepRolling admits the remaining nodes, as many at a time as the budget allows. Without canaries,
-// and unless Fast is set, all nodes bake in the end. The rollout ends when every known node has
+// and unless SkipsGates is set, all nodes bake in the end. The rollout ends when every known node has
 // converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing
 // for shortList. If most are away or missing, maxAway counts instead. If nodes failed, none runs
 // the target, and there is something to go back to, stepRolling stops the rollout.
@@ -235,7 +235,7 @@ func stepRolling(in *inputs, st state) (state, bool) {
 	if moved || admitted < v.live || v.inflight > v.overdue || v.stuck != nil || v.unconvergedFollowers > 0 {
 		return recheckAtDeadline(in, st, v, moved), false
 	}
-	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all nodes bake
+	if in.Unit.Rollout.Canary.N == 0 && !st.p.SkipsGates { // without canaries all nodes bake
 		var done bool
 		if st, done = bake(in, st, "all nodes"); !done {
 			return st.recheckBy(v.unlistedUntil), false

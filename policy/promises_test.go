@@ -755,7 +755,7 @@ func TestAPinThatEndsEarlyOverAFailedFirstReleaseIsNotStable(t *testing.T) {
 		s.Record = deployments.Record{Target: pin, Generation: 4, Commit: "c2", Paced: true, Nodes: 10, Joined: 100,
 			Pinned: &deployments.Pinned{Target: failed, Claim: 1, Failed: failed.Digest}}
 		if !ended {
-			s.Record.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, Fast: true, Since: noon}
+			s.Record.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, SkipsGates: true, Since: noon}
 		}
 		s.Pin = new(Value[deployments.Pin])
 		each(&s, func(u *deployments.UnitReport) {

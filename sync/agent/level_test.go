@@ -268,8 +268,9 @@ func TestOlderReleasesByAPacedPin(t *testing.T) {
 	a.awaitRunning(app, two)
 	a.awaitFloor(app, two)
 	pinned := deployments.Record{Target: one, Stable: two, Generation: 2, Paced: true,
-		Pinned:  &deployments.Pinned{Target: two, Stable: two, Claim: 1},
-		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, Cutoff: math.MaxUint64, Fast: true}}
+		Pinned: &deployments.Pinned{Target: two, Stable: two, Claim: 1},
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, Cutoff: math.MaxUint64,
+			SkipsGates: true}}
 	w.desire(app, pinned) // without the pin
 	a.awaitState(app, deployments.StateInvalid)
 	w.put(kv.PinKey(app), "{release: "+one.String()+", until: "+now.Add(-time.Minute).Format(time.RFC3339)+"}")
@@ -300,7 +301,8 @@ func TestPinnedReleasesRaiseNoFloor(t *testing.T) {
 	a.awaitState(app, deployments.StateConverged)
 	w.delete(kv.PinKey(app))
 	back := deployments.Record{Target: one, Stable: two, Generation: 3, Paced: true, Claim: 1,
-		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, Fast: true, StablePinned: true}}
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: now, SkipsGates: true,
+			StablePinned: true}}
 	w.desire(app, back)
 	a.awaitUnit(app, "awaiting its turn", func(u deployments.UnitReport) bool { return u.Generation == 3 })
 	back.Rollout.Cutoff = math.MaxUint64

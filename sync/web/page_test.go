@@ -514,7 +514,7 @@ func TestProgressLeavesOutPinnedNodes(t *testing.T) {
 	held := runs("1")
 	held.State, held.Want = deployments.StateHeld, release("2")
 	record := deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2, Paced: true,
-		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Fast: true}}
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, SkipsGates: true}}
 	ofPin := record
 	ofPin.Pinned = &deployments.Pinned{Target: release("1"), Stable: release("1")}
 	back := ofPin

@@ -218,7 +218,7 @@ func stepsOf(u *unit, p *progress) []step {
 		back := fmt.Sprintf("%d of %d on stable", p.Converged, p.Following)
 		return []step{failed, now("Going back", back), todo("Rolled back")}
 	}
-	if r.Fast || u.Record.Stable == u.Record.Target { // no gates
+	if r.SkipsGates || u.Record.Stable == u.Record.Target { // no gates
 		name := "Rolling"
 		if u.Record.Pinned != nil {
 			name = "Rolling the pin"
