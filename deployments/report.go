@@ -58,8 +58,9 @@ type UnitReport struct {
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`
-	// Serves is set if no release of the unit runs, but something else lies at dest, or another unit deploys there.
-	Serves bool `json:"serves,omitempty"`
+	// OtherServes is set if no release of the unit runs, but something else lies at dest, or
+	// another unit deploys there.
+	OtherServes bool `json:"serves,omitempty"`
 	// Leavable is set as long as what was at dest before the unit's first release can be put back.
 	Leavable bool `json:"leavable,omitempty"`
 	// Pinned is set if a pin decided, not the record.

@@ -145,7 +145,7 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 		u := &in.Nodes[i].Report
 		switch {
 		case in.Nodes[i].Gone || pinned(u):
-		case u.Serves, !u.Running.IsZero() && u.Running.Digest != st.r.Target.Digest:
+		case u.OtherServes, !u.Running.IsZero() && u.Running.Digest != st.r.Target.Digest:
 			st.p.Serving = true
 			return st, false
 		case u.Generation == st.r.Generation && (u.Want.Digest == st.r.Target.Digest || u.State == deployments.StateInvalid):

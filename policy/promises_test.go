@@ -507,7 +507,8 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	s.Record = Next(s).Record
 	heardFirst(t, s, func(*deployments.UnitReport) bool { return true })
 	each(&s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
-	s.Nodes[9].Report.State, s.Nodes[9].Report.Serves = deployments.StateSwitching, true // by the unit's former name
+	// by the unit's former name
+	s.Nodes[9].Report.State, s.Nodes[9].Report.OtherServes = deployments.StateSwitching, true
 	if s.Unit.Rollout.MaxUnavailable = (deployments.Amount{N: 1}); admitted(&s, Next(s).Record) > 0 {
 		t.Errorf("while one node is out of service it becomes %s", brief(Next(s).Record))
 	}
@@ -531,7 +532,8 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	serve := func(i int) { // in its turn, or waiting for it
 		u := &s.Nodes[i].Report
 		d := decide(i, FoundOther)
-		*u = deployments.UnitReport{State: deployments.StateWaiting, Want: d.Target, Generation: s.Record.Generation, Serves: true}
+		*u = deployments.UnitReport{State: deployments.StateWaiting, Want: d.Target, Generation: s.Record.Generation,
+			OtherServes: true}
 		if !d.Target.IsZero() {
 			u.State = deployments.StateSwitching
 		}
@@ -544,7 +546,7 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 		t.Fatalf("where something serves it becomes %s", brief(s.Record))
 	}
 	there(&s, 1)
-	s.Nodes[0].Report.State, s.Nodes[0].Report.Serves = deployments.StateConverged, false
+	s.Nodes[0].Report.State, s.Nodes[0].Report.OtherServes = deployments.StateConverged, false
 	s.Record = Next(s).Record
 	s.Now = s.Now.Add(5 * time.Minute)
 	for s.Record.Rollout != nil {
@@ -566,7 +568,7 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 		s.Record = Next(s).Record
 		for i := range s.Nodes {
 			if u := &s.Nodes[i].Report; u.State == deployments.StateSwitching {
-				u.State, u.Running, u.Serves = deployments.StateConverged, s.Unit.Release, false
+				u.State, u.Running, u.OtherServes = deployments.StateConverged, s.Unit.Release, false
 			}
 		}
 	}
@@ -640,7 +642,7 @@ func firstRelease10(t *testing.T) Situation {
 	each(&s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
 	s.Record = Next(s).Record
 	each(&s, func(u *deployments.UnitReport) {
-		u.State, u.Serves, u.Generation = deployments.StateWaiting, true, s.Record.Generation
+		u.State, u.OtherServes, u.Generation = deployments.StateWaiting, true, s.Record.Generation
 	})
 	if s.Record = Next(s).Record; !s.Record.Rollout.Serving || admitted(&s, s.Record) != 1 {
 		t.Fatalf("it begins as %s", brief(s.Record))
@@ -683,7 +685,7 @@ func TestTheFirstReleaseThatStopsLateIsLeft(t *testing.T) {
 			n.Report.Generation, n.Report.Want = s.Record.Generation, d.Target
 			switch {
 			case d.Action == ActLeave && n.Report.State == deployments.StateSwitching: // and is done
-				n.Report = deployments.UnitReport{State: deployments.StateWaiting, Serves: true,
+				n.Report = deployments.UnitReport{State: deployments.StateWaiting, OtherServes: true,
 					Generation: s.Record.Generation}
 			case d.Action == ActLeave:
 				n.Report.State = deployments.StateSwitching
@@ -759,7 +761,7 @@ func TestAPinThatEndsEarlyOverAFailedFirstReleaseIsNotStable(t *testing.T) {
 		}
 		s.Pin = new(Value[deployments.Pin])
 		each(&s, func(u *deployments.UnitReport) {
-			*u = deployments.UnitReport{State: deployments.StateWaiting, Serves: true, Generation: 4}
+			*u = deployments.UnitReport{State: deployments.StateWaiting, OtherServes: true, Generation: 4}
 			if ended {
 				*u = deployments.UnitReport{State: deployments.StateConverged, Running: pin, Want: pin, Generation: 4}
 			}

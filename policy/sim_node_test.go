@@ -250,13 +250,14 @@ func (w *world) tell(n *member) {
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
-		Serves: n.looked && n.serves, Leavable: n.leavable(), Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
+		OtherServes: n.looked && n.serves, Leavable: n.leavable(), Pinned: d.Source == FromNodePin,
+		Quarantined: keys(n.failed)}
 	if u.RollingBack = n.unserved; n.unserved && w.isOut(n, d.Target, w.key(n, r)) {
 		u.Failed = d.Target.Digest
 	}
 	switch {
 	case n.ends:
-		u.State, u.Serves = deployments.StateSwitching, true
+		u.State, u.OtherServes = deployments.StateSwitching, true
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
 	case n.unserved:

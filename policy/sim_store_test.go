@@ -108,7 +108,7 @@ func (w *world) look() {
 	}()
 	for _, n := range w.nodes {
 		u := &n.told.report
-		w.live[n.number] = !u.Pinned && (!n.serves || u.Serves)
+		w.live[n.number] = !u.Pinned && (!n.serves || u.OtherServes)
 		if !n.left && n.told.listed {
 			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Joined: n.told.joined,
 				Report: n.told.report})

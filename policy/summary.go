@@ -133,7 +133,7 @@ func applies(r *deployments.Record, joined uint64, idle bool) bool {
 }
 
 // servesNothing reports whether a node runs no release of the unit, and nothing else is known to serve at dest.
-func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
+func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.OtherServes }
 
 // destUnknown reports whether it isn't known if something serves on a node, as no release runs
 // there and the agent has yet to examine dest.
@@ -362,7 +362,7 @@ func goesBack(r *deployments.Record, u *deployments.UnitReport) bool {
 func busy(u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
-		return !u.Running.IsZero() || u.Serves
+		return !u.Running.IsZero() || u.OtherServes
 	case deployments.StateWaiting:
 		return !u.Running.IsZero() && !u.Want.IsZero() && u.Want.Digest != u.Running.Digest
 	}

@@ -75,8 +75,8 @@ func TestFirstReleaseWhereSomethingElseServes(t *testing.T) {
 		w.live("app", "before", nodes...)
 		for _, node := range nodes {
 			w.reported(node, "app", func(u deployments.UnitReport) string {
-				if !u.Serves || !u.Running.IsZero() {
-					return fmt.Sprintf("serves: %v", u.Serves)
+				if !u.OtherServes || !u.Running.IsZero() {
+					return fmt.Sprintf("other serves: %v", u.OtherServes)
 				}
 				return ""
 			})

@@ -27,7 +27,7 @@ func (a *running) awaitRestored() {
 	u := a.awaitUnit(app, "back at what was there before", func(u deployments.UnitReport) bool {
 		return u.Reason == deployments.ReasonRestored
 	})
-	if u.State != deployments.StateWaiting || !u.Serves || !u.Running.IsZero() || u.Leavable || u.Error != "" {
+	if u.State != deployments.StateWaiting || !u.OtherServes || !u.Running.IsZero() || u.Leavable || u.Error != "" {
 		a.t.Errorf("the report: %+v", u)
 	}
 	if v := a.w.live("app"); v != "before" {
@@ -68,7 +68,7 @@ func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
 
 			w.desire(app, firstRelease(two, 3, deployments.PhaseRolling, 0))
 			a.awaitUnit(app, "ready", func(u deployments.UnitReport) bool {
-				return u.Staged == two.Digest && u.Serves && u.Running.IsZero()
+				return u.Staged == two.Digest && u.OtherServes && u.Running.IsZero()
 			})
 			w.desire(app, firstRelease(two, 3, deployments.PhaseRolling, math.MaxUint64))
 			if u := a.awaitRunning(app, two); !u.Leavable {
@@ -135,11 +135,11 @@ func TestRenamedInMidSwitch(t *testing.T) {
 	w.desire(app, r)
 	w.desire(renamed, firstRelease(three, 1, deployments.PhaseCanary, 0))
 	a.awaitUnit(renamed, "counted", func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateSwitching && u.Serves && u.Generation == 1
+		return u.State == deployments.StateSwitching && u.OtherServes && u.Generation == 1
 	})
 	write(t, w.path("go"), "")
 	a.awaitUnit(renamed, "waiting for its turn", func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateWaiting && u.Serves && u.Staged == three.Digest
+		return u.State == deployments.StateWaiting && u.OtherServes && u.Staged == three.Digest
 	})
 	if v := w.live("app"); v != "2" {
 		t.Errorf("dest holds %q", v)

@@ -24,7 +24,8 @@ func TestNodeWhereSomethingElseServesWaitsForItsTurn(t *testing.T) {
 			a := w.start(func(c *Config) { c.uptime = func() time.Duration { return up } })
 			if up > bootWithin {
 				a.awaitUnit(app, "waiting", func(u deployments.UnitReport) bool {
-					return u.Serves && u.State == deployments.StateWaiting && u.Want.IsZero() && u.Staged == p.Digest
+					return u.OtherServes && u.State == deployments.StateWaiting && u.Want.IsZero() &&
+						u.Staged == p.Digest
 				})
 				if got, err := os.ReadFile(w.path("srv", "app", "VERSION")); err != nil || string(got) != "before" {
 					t.Errorf("%q serves before its turn: %v", got, err)
@@ -33,7 +34,7 @@ func TestNodeWhereSomethingElseServesWaitsForItsTurn(t *testing.T) {
 				r.Joined = math.MaxUint64
 				w.desire(app, r)
 			}
-			if u := a.awaitState(app, deployments.StateConverged); u.Serves || u.Running != p {
+			if u := a.awaitState(app, deployments.StateConverged); u.OtherServes || u.Running != p {
 				t.Errorf("%+v", u)
 			}
 		})

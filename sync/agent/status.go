@@ -105,7 +105,7 @@ func (u *unit) report() deployments.UnitReport {
 		Errors: u.errors.newest(),
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
-	r.Serves = s.Running.IsZero() &&
+	r.OtherServes = s.Running.IsZero() &&
 		(u.contends || u.inspected.found == policy.FoundOther ||
 			u.inspected.found == policy.FoundUnknown && !s.Restored.IsZero())
 	if r.Compared = s.Compared; u.observes {

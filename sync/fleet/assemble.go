@@ -421,7 +421,7 @@ func (f *Fleet) resolveInputs(u *Unit, n Node) policy.ResolveInputs {
 		Leavable:    n.Report.Leavable,
 	}
 	switch {
-	case n.Report.Serves:
+	case n.Report.OtherServes:
 		facts.AtDest = policy.FoundOther
 	case !n.Report.Running.IsZero() || !n.Report.Want.IsZero():
 		facts.AtDest = policy.FoundNothing

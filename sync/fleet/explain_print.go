@@ -122,7 +122,7 @@ func summarize(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
 	switch {
-	case running.IsZero() && n.Report.Serves:
+	case running.IsZero() && n.Report.OtherServes:
 		runs = "runs something else"
 	case running.IsZero():
 		runs = "runs nothing"

@@ -87,7 +87,7 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 			what = name(r)
 		case n.Report.State == "": // it has yet to report
 			what = "unknown"
-		case n.Report.Serves: // something from before kedge
+		case n.Report.OtherServes: // something from before kedge
 			what = "something else"
 		}
 		counts[what]++

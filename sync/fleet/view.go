@@ -323,7 +323,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 		runs = message.OneLine(n.Message)
 	case r.Reason == deployments.ReasonRestored:
 		runs = message.Text(r.Reason, r.Facts)
-	case r.Serves:
+	case r.OtherServes:
 		runs = "runs something else"
 	}
 	if !r.Running.IsZero() {
