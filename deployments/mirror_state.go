@@ -16,9 +16,9 @@ type MirrorState struct {
 	At     time.Time `json:"at,omitzero"`
 	// Repo is the address of the repository that Head comes from.
 	Repo string `json:"repo,omitempty"`
-	// Past lists the newest commits that Head descends from: 12 digits of each hash, newest first,
-	// separated by spaces. So whoever waits for one of them sees that it was taken.
-	Past string `json:"past,omitempty"`
+	// Ancestors lists the newest commits that Head descends from: 12 digits of each hash, newest
+	// first, separated by spaces. So whoever waits for one of them sees that it was taken.
+	Ancestors string `json:"past,omitempty"`
 	// Refused is the commit at the branch's head if it was not taken. Error says why, or what else
 	// is wrong, for example that Git is away.
 	Refused string `json:"refused,omitempty"`

@@ -281,7 +281,7 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 		w.head = &m.Head
 	}
 	switch {
-	case strings.HasPrefix(m.Head, w.commit), w.pastLists(m.Past), w.skippedCommits(m):
+	case strings.HasPrefix(m.Head, w.commit), w.listedIn(m.Ancestors), w.skippedCommits(m):
 		w.taken = true
 		return "", nil
 	case m.Refused != "" && strings.HasPrefix(m.Refused, w.commit):
@@ -302,8 +302,8 @@ func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 }
 
 // unchangedByCommit reports whether u has no record, or one that was written for a commit before
-// w.commit. It returns false if that is unknown, as when the mirror's Past doesn't reach back that
-// far.
+// w.commit. It returns false if that is unknown, as when the mirror's Ancestors don't reach
+// back that far.
 func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 	if u.Record == nil {
 		return true // a removed unit goes on as it is
@@ -311,7 +311,7 @@ func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 	if f.Mirror == nil {
 		return false
 	}
-	for _, name := range append([]string{f.Mirror.Head}, strings.Fields(f.Mirror.Past)...) {
+	for _, name := range append([]string{f.Mirror.Head}, strings.Fields(f.Mirror.Ancestors)...) {
 		if name != "" && strings.HasPrefix(u.Record.Commit, name) {
 			return false // w.commit, or a later one
 		}
@@ -322,19 +322,19 @@ func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 	return false
 }
 
-// pastLists reports whether past, which is MirrorState.Past, lists w.commit. If so, the mirror's
-// head descends from w.commit. Both may be abbreviated.
-func (w *waiter) pastLists(past string) bool {
-	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
+// listedIn reports whether ancestors, which is MirrorState.Ancestors, lists w.commit. If so, the
+// mirror's head descends from w.commit. Both may be abbreviated.
+func (w *waiter) listedIn(ancestors string) bool {
+	return slices.ContainsFunc(strings.Fields(ancestors), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
 	})
 }
 
 // skippedCommits reports whether the mirror's head has changed since w first saw it, and the new
-// Past doesn't list that first head. The commits in between are then unknown, and may include
-// w.commit. If Past does list the first head, they are known, and w.commit may yet come.
+// Ancestors don't list that first head. The commits in between are then unknown, and may include
+// w.commit. If Ancestors do list the first head, they are known, and w.commit may yet come.
 func (w *waiter) skippedCommits(m deployments.MirrorState) bool {
-	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
+	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Ancestors, short(*w.head))
 }
 
 // checkHopeless returns an ErrRefused if a node has refused what u should run, or if the rollout was rolled back and no

@@ -90,11 +90,16 @@ func TestWaitForACommit(t *testing.T) {
 		then []kv.Entry
 		says string // empty: it ends well
 	}{
-		"the mirror takes it":           {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: second})}, ""},
-		"the mirror takes a later":      {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]})}, ""},
-		"the mirror takes a much later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: strings.Repeat("4", 12)})}, ""},
-		"the mirror refuses it":         {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
-		"it changed nothing of ours":    {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: second})}, ""},
+		"the mirror takes it": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey,
+			deployments.MirrorState{Head: second})}, ""},
+		"the mirror takes a later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey,
+			deployments.MirrorState{Head: third, Ancestors: second[:12] + " " + first[:12]})}, ""},
+		"the mirror takes a much later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey,
+			deployments.MirrorState{Head: third, Ancestors: strings.Repeat("4", 12)})}, ""},
+		"the mirror refuses it": {[]kv.Entry{put(kv.MirrorKey,
+			deployments.MirrorState{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})},
+			"prod/web/app.yaml:2:1"},
+		"it changed nothing of ours": {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: second})}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -144,7 +149,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}),
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Ancestors: second[:12]}),
 			reportOf("web-1", runs("app", "1")))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
@@ -157,9 +162,10 @@ func TestWaitForACommit(t *testing.T) {
 			reportOf("web-1", runs("app", "1")))
 		ended := waiting(t, s, third)
 		goesOn(t, s, ended)
-		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12]}))
+		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Ancestors: first[:12]}))
 		goesOn(t, s, ended)
-		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12], Refused: third, Error: "a typo"}))
+		store(t, s, put(kv.MirrorKey,
+			deployments.MirrorState{Head: second, Ancestors: first[:12], Refused: third, Error: "a typo"}))
 		if err := ends(t, ended); !errors.Is(err, ErrRefused) {
 			t.Errorf("%v, want it refused", err)
 		}
@@ -205,7 +211,7 @@ func TestWaitForACommit(t *testing.T) {
 		late.Generation, late.State = 3, deployments.StateFetching
 		s := openDir(t)
 		store(t, s, put(kv.DesiredKey(other), halted), put(kv.DesiredKey(app), ours), reportOf("web-1", late),
-			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
+			put(kv.MirrorKey, deployments.MirrorState{Head: third, Ancestors: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			err := Wait(ctx, s, Filter{}, WaitOptions{Commit: commit, Push: true})

@@ -380,7 +380,8 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		}
 		status.Applying = ""
 		if commit.Hash != status.Head {
-			status.Head, status.Author, status.Past, status.Rules = commit.Hash, commit.Author, commit.Past, rulesOf(commit)
+			status.Head, status.Author = commit.Hash, commit.Author
+			status.Ancestors, status.Rules = commit.Past, rulesOf(commit)
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
 		status.Freeze, status.FreezeMore = deployments.FreezeWindows(commit.Tree.Settings.Freeze)

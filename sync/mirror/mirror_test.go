@@ -53,7 +53,7 @@ func TestPushReachesTheStore(t *testing.T) {
 	}
 
 	third := o.Push(map[string]string{"README.md": "read me again"})
-	if got := m.at(third).Past; got != short(second)+" "+short(first) && got != short(first)+" "+short(second) {
+	if got := m.at(third).Ancestors; got != short(second)+" "+short(first) && got != short(first)+" "+short(second) {
 		t.Errorf("the past of %s is %s", third, got)
 	}
 	if got := store.taken(); len(got) != 1 || len(got[0]) != 1 || got[0][0].Key != kv.MirrorKey {
@@ -350,7 +350,7 @@ func TestPushAfterPush(t *testing.T) {
 		o.Git(o.Bare, "fetch", "-q", o.Work, head)
 		o.Git(o.Bare, "update-ref", "refs/heads/main", head)
 	}
-	for i, name := range strings.Fields(m.at(heads[19]).Past) { // they have the same time
+	for i, name := range strings.Fields(m.at(heads[19]).Ancestors) { // they have the same time
 		if !slices.ContainsFunc(heads[:19], func(h string) bool { return strings.HasPrefix(h, name) }) || i >= 19 {
 			t.Errorf("%s is no commit of the past", name)
 		}
