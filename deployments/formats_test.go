@@ -293,7 +293,8 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 	}
 }
 
-// What hides units from the reader is a mistake, or a warning where it may be there for something else.
+// What hides units from the reader is a mistake, or a warning where it may be there for something
+// else.
 func TestLoadNamesWhatHidesUnits(t *testing.T) {
 	t.Parallel()
 	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"

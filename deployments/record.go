@@ -60,9 +60,9 @@ type Record struct {
 // RequestGeneration returns the generation that first asked for the record's target; see Claim.
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
-// CanGoBack reports whether the record's rollout has something to go back to: a stable release other
-// than the target or, for a first release, what served on some node before. Otherwise an abort only
-// pauses the rollout.
+// CanGoBack reports whether the record's rollout has something to go back to: a stable release
+// other than the target or, for a first release, what served on some node before. Otherwise an
+// abort only pauses the rollout.
 func (r Record) CanGoBack() bool {
 	if r.Stable.IsZero() {
 		return r.Rollout != nil && r.Rollout.Serving
@@ -90,7 +90,8 @@ type Progress struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Early is a second cutoff, for nodes that run one of Superseded: the canaries of a replaced target go first.
 	Early uint64 `json:"early,omitempty,string"`
-	// SkipsGates is set if the rollout needs no gates, as its target is a pin's or was stable before.
+	// SkipsGates is set if the rollout needs no gates, as its target is a pin's or was stable
+	// before.
 	SkipsGates bool `json:"fast,omitempty"`
 	// Unproven is set if Stable was released to all nodes at once and never became healthy everywhere. Nodes that
 	// are unhealthy because of Stable don't count against the budget.

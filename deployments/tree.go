@@ -22,8 +22,8 @@ type Tree struct {
 	Submodules []string
 }
 
-// Warnings returns a message for each submodule at STAGE, and for each role that has more than MaxRoleUnits units.
-// These units are valid, but a node leaves out those beyond that number.
+// Warnings returns a message for each submodule at STAGE, and for each role that has more than
+// MaxRoleUnits units. These units are valid, but a node leaves out those beyond that number.
 func (t *Tree) Warnings() (words []string) {
 	for _, stage := range t.Submodules {
 		words = append(words, fmt.Sprintf("%s is a submodule, whose files are not read: units of a stage %[1]s have to "+
@@ -89,8 +89,8 @@ const (
 // Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every
 // STAGE/ROLE/UNIT.yaml or .yml. It ignores dot-files, and files with another ending. A .yaml or
 // .yml file in a wrong place is a problem. So are a directory in place of a unit's file, a symbolic
-// link that hides units, and a submodule at STAGE/ROLE. The error is Problems, with each one that was found and its place, or an error of
-// reading the tree.
+// link that hides units, and a submodule at STAGE/ROLE. The error is Problems, with each one that
+// was found and its place, or an error of reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
 		fsys:   fsys,

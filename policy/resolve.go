@@ -295,8 +295,9 @@ func origin(r deployments.Record) deployments.Facts {
 // byPin reports whether a record's target is there by a unit pin, and not as Git named it.
 func byPin(r deployments.Record) bool { return r.Pinned != nil && r.Target != r.Pinned.Target }
 
-// progressFacts returns the facts of a record's rollout, its phase, whether it is a pin's, and whether it has nothing
-// to go back to, as the first one. They include Message only if the mirror that wrote it gave no reason.
+// progressFacts returns the facts of a record's rollout, its phase, whether it is a pin's, and
+// whether it has nothing to go back to, as the first one. They include Message only if the mirror
+// that wrote it gave no reason.
 func progressFacts(r deployments.Record) deployments.Facts {
 	p := r.Rollout
 	facts := p.Facts.With("phase", string(p.Phase))

@@ -288,7 +288,8 @@ func TestBoundsOnSources(t *testing.T) {
 	}
 }
 
-// A rollout that has nothing to go back to says so: there is no stable release, or it is the target itself.
+// A rollout that has nothing to go back to says so: there is no stable release, or it is the target
+// itself.
 func TestRolloutStepSaysThatThereIsNoWayBack(t *testing.T) {
 	t.Parallel()
 	serving := deployments.Progress{Phase: deployments.PhasePaused, Serving: true}

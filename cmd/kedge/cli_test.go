@@ -220,7 +220,9 @@ func TestExitCodesAndErrors(t *testing.T) {
 func TestFixedManifestIsNotPrintedBesideJSON(t *testing.T) {
 	t.Parallel()
 	manifest := "dest: /srv/a\ndest_mode: 755\n"
-	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, manifest) }))
+	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, manifest)
+	}))
 	t.Cleanup(site.Close)
 	for _, name := range []string{"-", site.URL + "/a.yml"} {
 		out, errs, code := cli(t, manifest, "check", "--json", "--fix", "--manifest", name)

@@ -106,8 +106,8 @@ func (f filter) takes(u *unit) bool {
 	return true
 }
 
-// cutWord divides a word of the search into its kind, such as stage, and its value. kind is empty for a plain word,
-// whose colon at the end doesn't count.
+// cutWord divides a word of the search into its kind, such as stage, and its value. kind is empty
+// for a plain word, whose colon at the end doesn't count.
 func cutWord(word string) (kind, value string) {
 	kind, value, _ = strings.Cut(word, ":")
 	if value == "" {
@@ -154,8 +154,8 @@ func (f filter) takesNode(u *unit, n *fleet.Node) bool {
 	return true
 }
 
-// matchesNode reports whether one of a unit's nodes matches a word of the search. A word that chooses units matches all
-// nodes of such a unit.
+// matchesNode reports whether one of a unit's nodes matches a word of the search. A word that
+// chooses units matches all nodes of such a unit.
 func (u *unit) matchesNode(n *fleet.Node, word string) bool {
 	kind, value := cutWord(word)
 	has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }

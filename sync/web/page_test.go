@@ -506,8 +506,8 @@ func progressOfNodes(t *testing.T, r deployments.Record, reports ...deployments.
 	return *s.find(app).progress
 }
 
-// A node that goes by a pin of its own, or only observes, is no part of a rollout, unless its pin names what a unit pin
-// rolls out.
+// A node that goes by a pin of its own, or only observes, is no part of a rollout, unless its pin
+// names what a unit pin rolls out.
 func TestProgressLeavesOutPinnedNodes(t *testing.T) {
 	t.Parallel()
 	pinned := func(r deployments.UnitReport) deployments.UnitReport { r.Pinned = true; return r }
@@ -571,7 +571,8 @@ func TestTotalsAreWhatTheirLinksList(t *testing.T) {
 	}
 }
 
-// A unit's page reads the words of a search as the overview does: those that choose units choose none of its nodes.
+// A unit's page reads the words of a search as the overview does: those that choose units choose
+// none of its nodes.
 func TestQualifiedWordsOnAUnitsPage(t *testing.T) {
 	t.Parallel()
 	s, _ := offline(t, scene{entries: []kv.Entry{

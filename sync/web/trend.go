@@ -37,8 +37,8 @@ const (
 	sampleEvery = 2 * time.Second
 )
 
-// record adds a sample for each unit whose shares changed, or updates its last one. It forgets units
-// that no longer exist.
+// record adds a sample for each unit whose shares changed, or updates its last one. It forgets
+// units that no longer exist.
 func (t *trends) record(units []*unit, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

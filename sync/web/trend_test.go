@@ -9,7 +9,8 @@ import (
 	"kedge/sync/fleet"
 )
 
-// Units that were removed leave their places to new ones, also while there are more units than have a trend.
+// Units that were removed leave their places to new ones, also while there are more units than have
+// a trend.
 func TestTrendsOfRemovedUnitsMakeRoom(t *testing.T) {
 	t.Parallel()
 	unitNamed := func(i int) *unit {
