@@ -307,7 +307,8 @@ func flip(t testing.TB, path string, at int64) {
 		t.Fatal(err)
 	}
 	// Only root could write to a file whose mode forbids it.
-	if err := errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, data, 0o600), os.Chmod(path, info.Mode())); err != nil {
+	err = errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, data, 0o600), os.Chmod(path, info.Mode()))
+	if err != nil {
 		t.Fatal(err)
 	}
 }

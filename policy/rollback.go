@@ -17,10 +17,11 @@ func stop(in *inputs, st state, why cause) state {
 	return turnBack(in, st, why)
 }
 
-// canGoBack reports whether a rollout has something to go back to. That is a stable release other than the target or,
-// for a first release, what served on some node before.
+// canGoBack is Record.CanGoBack for a state.
 func canGoBack(st state) bool {
-	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
+	r := st.r
+	r.Rollout = &st.p
+	return r.CanGoBack()
 }
 
 // turnBack begins a rollback, or pauses the rollout if there is nothing to go back to. A rollback raises the
