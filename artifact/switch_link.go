@@ -150,7 +150,8 @@ func (l linkSwitcher) pruneCopies(rel *Release, protect []deployments.Digest) er
 // Switch makes dest lead to rel by one rename, and syncs dest's parent directory. A directory, or
 // another tool's link, at dest is exchanged for the new link in one system call (renameat2
 // RENAME_EXCHANGE), and kept in DEST.releases/. Any other file at dest is an error. If rel's
-// directory is gone, the error wraps ErrNoRelease.
+// directory is gone, the error wraps ErrNoRelease. After another error dest may lead to rel already:
+// Switch, called again, finishes.
 func (r *Releases) Switch(rel *Release) error {
 	if err := r.switchTo(rel); err != nil {
 		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)

@@ -278,11 +278,12 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	case m.Src == "":
 	case m.Strategy == StrategyRsync:
 		r.traps.noteAt(place("sync_strategy"),
-			"sync_strategy rsync changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not")
+			"sync_strategy rsync changes dest file by file: a kill leaves it half deployed. "+
+				"sync_strategy: release has no such gap")
 	case m.Strategy == StrategyMv:
 		r.traps.noteAt(place("sync_strategy"),
-			"with sync_strategy mv dest is missing until the tree is moved there: a kill in between takes the release down; "+
-				"sync_strategy: release does not")
+			"with sync_strategy mv dest is missing until the tree is moved there: a kill in between takes the release down. "+
+				"sync_strategy: release has no such gap")
 	}
 	for _, theirs := range []string{"/home/", "/tmp/", "/var/tmp/", "/dev/shm/"} {
 		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {

@@ -19,8 +19,9 @@ const maskText = "***"
 // and the zero Mask hide nothing.
 type Mask struct{ replacer *strings.Replacer }
 
-// NewMask returns a Mask that hides the values of 4 bytes and more, also quoted, escaped for a URL, or cut into lines.
-// It returns nil if there are none.
+// NewMask returns a Mask that hides the values as they are, quoted, escaped for JSON or a URL, and
+// line by line. A value or line of less than 4 bytes isn't hidden. NewMask returns nil if nothing is
+// to be hidden.
 func NewMask(values []string) *Mask {
 	var forms []string
 	add := func(s string) {

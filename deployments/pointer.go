@@ -30,7 +30,7 @@ func DigestOf(data []byte) Digest { return sha256.Sum256(data) }
 func ParseDigest(s string) (Digest, error) {
 	var d Digest
 	if len(s) != 2*len(d) {
-		return d, fmt.Errorf("a SHA-256 has 64 hexadecimal digits, this has %d", len(s))
+		return d, fmt.Errorf("a SHA-256 has 64 hexadecimal digits, this text has %d bytes", len(s))
 	}
 	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
 		return Digest{}, fmt.Errorf("a SHA-256 has 64 hexadecimal digits: %w", err)

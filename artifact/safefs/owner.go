@@ -32,7 +32,7 @@ func LookupUID(name string) (uid string, err error) {
 	return u.Uid, nil
 }
 
-// LookupGID returns the number of the group name.
+// LookupGID returns the ID, in decimal, of the group called name.
 func LookupGID(name string) (gid string, err error) {
 	g, err := user.LookupGroup(name)
 	if err != nil {

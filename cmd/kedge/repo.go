@@ -131,7 +131,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	f.BoolVar(&fix, "fix", false, "with --manifest: adapt it to kedge")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
 	f.StringVar(&signers, "signers", "",
-		"allowed_signers `file`: read the releases, too, which must be signed by one of them")
+		"read the manifests of the releases, too: each must be signed by one of the signers in this allowed_signers `file`")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
 	pathFlag(f, &path)
 	a.jsonFlag(c, "the problems")

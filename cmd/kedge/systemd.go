@@ -31,7 +31,8 @@ func reportToSystemd(ctx context.Context, node *agent.Agent, timeout time.Durati
 	}
 	watchdog, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		log.Warn("could not read systemd's watchdog settings (WATCHDOG_USEC, WATCHDOG_PID): no keep-alives are sent",
+		log.Warn("could not read systemd's watchdog settings (WATCHDOG_USEC, WATCHDOG_PID): no keep-alives are sent, "+
+			"so that systemd may restart the agent: see WatchdogSec in the service",
 			"error", err)
 	}
 	const often = 10 * time.Second
@@ -53,7 +54,7 @@ func reportToSystemd(ctx context.Context, node *agent.Agent, timeout time.Durati
 		}
 		select {
 		case <-ctx.Done():
-			notifySystemd(log, daemon.SdNotifyStopping, "STATUS=ending what is under way, in order")
+			notifySystemd(log, daemon.SdNotifyStopping, "STATUS=stopping: an unfinished deployment goes on at the next start")
 			return
 		case <-tick.C:
 			continue

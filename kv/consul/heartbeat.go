@@ -38,7 +38,8 @@ var (
 	// leaseHeartbeat frees a dead holder's lease within seconds. By the session's own TTL, which is
 	// at least 10 s and which Consul may double, the fleet would be without a mirror for longer.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
-	// presenceHeartbeat has a TTL longer than an agent's restart takes, so that its node doesn't count as dead meanwhile.
+	// presenceHeartbeat has a TTL longer than a killed agent takes to start again, so that its node
+	// doesn't count as dead meanwhile. An agent that stops in order ends its heartbeat itself.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 

@@ -171,8 +171,9 @@ func (d *Store) prepare(changes []change) error {
 	return nil
 }
 
-// checkSticky returns ErrPermission if the sticky bit of dir, which all may write, keeps this process from replacing or
-// removing the file at path.
+// checkSticky returns an error that wraps fs.ErrPermission if dir has the sticky bit and this process
+// may therefore not replace or remove the file at path, which is another user's. It returns nil if
+// there is no such file, and any other error of looking at dir or path.
 func checkSticky(dir, path string) error {
 	var in, file unix.Stat_t
 	if err := unix.Stat(dir, &in); err != nil {

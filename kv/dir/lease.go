@@ -57,7 +57,7 @@ func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		if session != nil {
 			l := &lease{store: d, key: key, session: session, done: make(chan struct{})}
 			l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
-			go l.keep()
+			go l.endWhenLost()
 			return l, nil
 		}
 		if err := wait.For(ctx, leasePoll); err != nil {
@@ -94,8 +94,8 @@ func (l *lease) valid() bool {
 	return ok
 }
 
-// keep ends the lease's context once the lease is lost, or the store is gone.
-func (l *lease) keep() {
+// endWhenLost ends the lease's context once the lease is lost, or the store is gone.
+func (l *lease) endWhenLost() {
 	defer close(l.done)
 	for wait.For(l.ctx, leasePoll) == nil {
 		valid := true

@@ -97,8 +97,8 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 		}
 		if retry.Tries() == 0 && ctx.Err() == nil {
 			a.c.Log.Warn(
-				"neither the store nor this node's disk has told what is below a prefix, and the mirror's snapshot can't be "+
-					"read: trying again",
+				"could not read the mirror's snapshot: trying again. Neither the store nor this node's disk has all "+
+					"records and pins of this node: see that the store or the snapshot can be reached",
 				"error",
 				err,
 			)

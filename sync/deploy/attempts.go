@@ -150,7 +150,7 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	if err != nil || r == nil || len(r.Manifest.Commands.Failure) == 0 || u.allow(ctx, r) != nil {
 		return cause
 	}
-	u.text.reset()
+	u.deployLog.reset()
 	u.log.Error("the release could not be staged", "release", q.Release.String(), "error", cause)
 	d := &deployment{Release: q.Release, Commit: q.Commit, Fault: &fault{Reason: short(cause)}}
 	d.enter(stepFailure)

@@ -135,9 +135,9 @@ type Config struct {
 // Unit deploys releases of one unit on this node, one at a time. Only one goroutine may call its methods, except State,
 // which any may call.
 type Unit struct {
-	c    Config
-	log  *slog.Logger // Config.Log, also writing to text, with secrets masked
-	text *deploymentLog
+	c         Config
+	log       *slog.Logger // Config.Log, also writing to deployLog, with secrets masked
+	deployLog *deploymentLog
 	// secrets are values that the unit's log, journal and errors must not show.
 	secrets *secrets
 
@@ -210,7 +210,7 @@ func Open(c Config) (*Unit, error) {
 	}
 	text, hidden := new(deploymentLog), new(secrets)
 	u := &Unit{
-		c: c, log: slog.New(hidden.log(tee{next: c.Log.Handler(), text: text})), text: text, secrets: hidden,
+		c: c, log: slog.New(hidden.log(tee{next: c.Log.Handler(), text: text})), deployLog: text, secrets: hidden,
 		at: func(string) {}, boot: BootID(), ending: shuttingDown, maxCutOff: maxCutOff,
 		manifestWithin: manifestWithin,
 	}
@@ -283,7 +283,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	if d == nil {
 		return nil
 	}
-	u.text.reset()
+	u.deployLog.reset()
 	u.log.Warn("going on with an unfinished deployment", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
 		// resume comes before the step changes, as it finds the step's commands by their mark.
@@ -374,7 +374,7 @@ type Request struct {
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
-	u.text.reset()
+	u.deployLog.reset()
 	if d := u.j.Deployment; d != nil && (d.Release == p || d.Step.goesBack() && d.target() == p) {
 		if err := u.runSteps(ctx); err != nil {
 			return err

@@ -53,7 +53,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
 		return err
 	}
-	u.text.reset()
+	u.deployLog.reset()
 	p := u.j.Running
 	var failed *healthFailure // why the release that a deployment went back to isn't healthy: that is left then
 	if d := u.j.Deployment; d != nil && d.BackFailure != nil && !d.Leaves {

@@ -105,7 +105,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		u.log.Error("failure commands run without their secrets", "error", failed)
 	}
 	for _, c := range r.Manifest.Commands.Failure {
-		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.text.bytes()); failed != nil {
+		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.deployLog.bytes()); failed != nil {
 			u.log.Error("a failure command failed", "error", failed)
 			break
 		}

@@ -285,7 +285,7 @@ func TestOnceGoesBackAndTakesPointers(t *testing.T) {
 	}
 	cut := one.String()
 	err := w.once(cut[:len(cut)-1])
-	if err == nil || !strings.Contains(err.Error(), "64 hexadecimal digits, this has 63") {
+	if err == nil || !strings.Contains(err.Error(), "64 hexadecimal digits, this text has 63 bytes") {
 		t.Errorf("a pointer that was cut off: %v", err)
 	}
 	if err := w.once("ftp://host/manifest"); err == nil || !strings.Contains(err.Error(), "scheme") {

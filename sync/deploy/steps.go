@@ -339,7 +339,7 @@ func (u *Unit) commands(
 		}
 		var stdin []byte
 		if d.Step == stepSuccess || d.Step == stepFailure {
-			stdin = u.text.bytes()
+			stdin = u.deployLog.bytes()
 		}
 		if _, err := command.Run(ctx, u.log, c, env, stdin); err != nil {
 			return err

@@ -120,8 +120,8 @@ func (a *acceptor) readAccepted(head string) {
 		return
 	}
 	if err != nil {
-		a.log.Warn("the commit that was mirrored last can't be read: rollouts, pins and orders wait until another is taken",
-			"commit", taken, "error", err)
+		a.log.Warn("could not read the commit that was mirrored last: rollouts, pins and orders wait until it can be read, "+
+			"or a newer commit is taken; bring it back to the branch, or push a commit", "commit", taken, "error", err)
 		return
 	}
 	a.commit = commit

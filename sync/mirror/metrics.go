@@ -124,9 +124,9 @@ func newUnitMetrics(r *prometheus.Registry) *unitMetrics {
 		pinEnds: prometheus.NewDesc("kedge_unit_pin_end_timestamp_seconds", "When the unit's pin ends by itself.", unit, nil),
 		nodes: prometheus.NewDesc(
 			"kedge_unit_nodes",
-			"Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, "+
-				"held or invalid; silent where they have said nothing of it, "+
-				"gone where they died, other where it is none of these.",
+			"Nodes by the state that they report of a unit: converged, waiting, fetching, switching, retrying, "+
+				"quarantined, held, unhealthy or invalid; silent if they have not reported on it, gone if they died, "+
+				"other for any other state.",
 			append(unit, "state"),
 			nil,
 		),

@@ -50,7 +50,8 @@ type inputs struct {
 	// rebuildWait is how long nodes have to report before a missing or lost record is written, or a
 	// rollout begins.
 	rebuildWait time.Duration
-	// ranks is kept between calls, only for speed; nil: it isn't.
+	// ranks caches, between calls of reconcile and only for speed, the order in which each unit's
+	// rollouts admit nodes; nil: the orders are computed anew.
 	ranks map[deployments.UnitID]*policy.Ranks
 }
 

@@ -139,7 +139,7 @@ func (r *Receiver) text(e Event) string {
 	return strings.TrimSpace(strings.NewReplacer(pairs...).Replace(template))
 }
 
-// escapeSlack escapes Slack's markup, so that an author's name can't mention a channel.
+// escapeSlack escapes &, < and >, so that an author's name can't mention a channel or hide a link.
 func escapeSlack(s string) string {
 	return strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(s)
 }

@@ -98,7 +98,7 @@ func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 				func(e kv.Entry) bool { return !strings.HasPrefix(e.Key, s.Prefix) })
 			own := s.only(below, c.keyFilter(s, below, true))
 			if s.offer(own, fromSnapshot, now) {
-				c.c.Log.Warn("neither the store nor this node's disk has told what is below a prefix: using the mirror's snapshot",
+				c.c.Log.Warn("using the mirror's snapshot, as neither the store nor this node's disk has what is below a prefix",
 					"prefix", s.Prefix, "keys", len(own))
 			}
 		}

@@ -127,6 +127,7 @@ func (c *Cache) setPassedOver(r *Role, counts func(key string) bool) {
 		}
 	}
 	if was == 0 && r.PassedOver > 0 {
-		c.c.Log.Warn("ignoring pins of units of which this node knows no record", "pins", r.PassedOver, "first", first)
+		c.c.Log.Warn("ignoring pins of units that have neither a record nor files on this node: remove the pins, "+
+			"or add the units to Git", "pins", r.PassedOver, "key", first)
 	}
 }

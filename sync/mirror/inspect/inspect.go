@@ -30,8 +30,8 @@ const (
 type Releases struct {
 	// Objects reads the manifests.
 	Objects *object.Client
-	// Trust, if set, returns why a manifest must not be used: it has no valid signature. Without it, only nodes
-	// check signatures.
+	// Trust, if set, returns an error if a manifest has no valid signature, or if its signature can't
+	// be read now; nil: the manifest may be used. Without Trust, only nodes check signatures.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 }
 
