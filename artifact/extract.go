@@ -473,7 +473,8 @@ func namedAsTar(name string) bool {
 // refuses the file.
 func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
-		return errors.New("it is no archive, and its URL gives it no name")
+		return errors.New("it is no archive, and can't be written as a single file, as its URL ends in no file name: " +
+			"want a tar archive, or a URL that ends in the file's name")
 	}
 	if namedAsTar(name) {
 		return errors.New("it is named as a tar archive, and isn't one in a compression that kedge reads: " +

@@ -253,7 +253,7 @@ func (r *Releases) adopt() error {
 }
 
 // restore puts back what was at dest before kedge, and reports whether dest holds that now. If dest
-// is no link of kedge's, whatever lies there counts as put back. Otherwise restore exchanges dest
+// is no link of kedge's, whatever lies there counts as put back, and nothing doesn't. Otherwise restore exchanges dest
 // for the tree or link that was kept last; if none was kept, it returns false.
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)

@@ -116,8 +116,8 @@ func CheckURL(s string) error {
 	return nil
 }
 
-// IsPlainHTTP reports whether a URL leads to another machine by http, where anybody on the way can change the
-// answer.
+// IsPlainHTTP reports whether a URL has the scheme http and a host other than localhost or a loopback
+// address, so that anybody on the way can change the answer. It looks up no name.
 func IsPlainHTTP(s string) bool {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "http" {

@@ -80,7 +80,7 @@ const (
 	ReasonRejoined           Reason = "Rejoined"          // was away: keeps what it runs until its turn
 	ReasonAwaitingRollback   Reason = "AwaitingRollback"  // its turn to go back has yet to come
 	ReasonLeaving            Reason = "Leaving"           // goes back to what was at dest before kedge
-	ReasonRestored           Reason = "Restored"          // what was at dest before kedge serves again
+	ReasonRestored           Reason = "Restored"          // dest holds again what was there before the first release
 	ReasonStableQuarantined  Reason = "StableQuarantined" // the stable release failed here: release, target
 	ReasonPinPaced           Reason = "PinPaced"          // the mirror rolls the pin out: release, by, until, reason
 	ReasonExpired            Reason = "Expired"           // the pin's until has passed

@@ -17,8 +17,8 @@ type summary struct {
 	// away are gone nodes that had not converged on the target when they left. missing are gone canaries: they were
 	// admitted, had converged on the target, and have been gone for less than a deadline.
 	away, missing int
-	// awayUntil is when the last of the away nodes has been gone for a deadline; zero: no node is away. A dead node delays
-	// a rollout no longer than that, unless most are away (maxAway).
+	// awayUntil is the latest of the away nodes' deadlines (see due); zero: no node is away. A rollout
+	// waits for away nodes no longer than that, unless most are away or missing (see maxAway).
 	awayUntil time.Time
 	// nodes are the live nodes that take part, by rank.
 	nodes []rolloutNode

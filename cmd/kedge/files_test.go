@@ -82,7 +82,7 @@ func TestFilesAreReadWithinBounds(t *testing.T) {
 		deployments/durable/durable.go deployments/durable/state.go
 		kv/dir/commit.go kv/dir/lease.go kv/dir/session.go
 		sync/agent/statedir/old_failures.go sync/agent/statedir/starting.go sync/agent/statedir/statedir.go
-		sync/deploy/floor.go sync/git/verify.go cmd/kedge/demo/walk.go
+		sync/deploy/floor.go sync/git/signature.go cmd/kedge/demo/walk.go
 		artifact/safefs/remove.go sync/command/leftovers.go sync/deploy/boot.go
 		artifact/compare.go
 		kv/dir/file.go`) {

@@ -140,7 +140,8 @@ as it is: another level takes another version.`,
 	}
 	f := c.Flags()
 	f.StringVar(&opt.To, "to", os.Getenv("KEDGE_PUBLISH_TO"), "`URL` prefix to publish below; also KEDGE_PUBLISH_TO")
-	f.StringVar(&template, "manifest", "", "`file` with the manifest's other fields")
+	f.StringVar(&template, "manifest", "",
+		"`file` with the manifest's fields; --name, --version and --dest give what it lacks")
 	f.StringVar(&name, "name", "", "the release's name")
 	f.StringVar(&version, "version", "", "the release's version")
 	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")

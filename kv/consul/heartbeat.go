@@ -19,8 +19,9 @@ const (
 	// LeaseService is the service that a lease's holder registers at its Consul agent. It shows people where the holder
 	// runs, and its check ends a dead holder's lease. The token needs service:write for it.
 	LeaseService = "kedge-mirror"
-	// PresenceService is the service of a presence's process; its check shows that the process lives. The token needs
-	// service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
+	// PresenceService is the service of a presence's process; its check shows that the process lives. It
+	// is registered only if the token has service:write for it; without it, a node whose process died
+	// counts as live. Heartbeats go to the local agent alone, and cost the servers nothing.
 	PresenceService = "kedge-agent"
 	// heartbeatMargin is how long before the end of its check's TTL a holder that is cut off gives
 	// up its lease.

@@ -23,7 +23,8 @@ const (
 	// presenceTTL is the TTL of a session that can't be tied to this node's health. Either the Consul agent runs on
 	// another machine, or the node has no health check.
 	presenceTTL = 30 * time.Second
-	// presenceLockDelay is practically none: the next holder of an entry is its own writer.
+	// presenceLockDelay is how long Consul keeps an entry from being acquired after its session was
+	// lost. It is next to nothing, as the same node acquires the entry next; 0 would mean 15 s.
 	presenceLockDelay = time.Millisecond
 	// presenceCheckAfter is how long a presence watches one entry before it checks all. A read that blocks may double it.
 	presenceCheckAfter = 60 * time.Second

@@ -48,8 +48,9 @@ func testWatchExisting(t *testing.T, b Backend) {
 	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Synced && keysOf(v.Entries) == "d/k=1" })
 }
 
-// testTooMuch tests a role's prefix below which there is more than is read. The error names the prefix, what was known
-// stays in the view, and other prefixes are read.
+// testTooMuch tests a role's prefix below which more than kv.MaxRoleList bytes are stored. The watch's
+// error names the prefix, its view keeps the entries that it had, and List fails. Other prefixes are
+// read. Once the surplus is deleted, the watch recovers.
 func testTooMuch(t *testing.T, b Backend) {
 	if RaceDetector {
 		t.Skip("run it without the race detector, as .ci/test does: 32 MiB take too long to read with it")

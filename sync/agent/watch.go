@@ -52,9 +52,10 @@ func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 }
 
 // makeFolder makes the folder key of s, without which nobody can tell a missing key from a lost
-// permission. The mirror usually makes it; without a mirror, the agent does if its token allows it.
-// makeFolder tries until it can, or the prefix isn't denied any more: the token may be new, or the
-// store away.
+// permission, so that reading the prefix is denied. The mirror usually makes it; without a mirror,
+// the agent does if its token allows it. makeFolder tries again after an error, as a new token may
+// lack its rights for a while. It ends once the key is there, the prefix is no longer denied, or ctx
+// ends.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {

@@ -107,7 +107,8 @@ func (u *Unit) resume(ctx context.Context) error {
 			j.setAttempt(a)
 		}
 		if again != "" {
-			u.log.Info("the machine was restarted: running the release's post commands again", "release", d.Release.String())
+			u.log.Info("the machine was restarted: running the post commands again", "release", d.target().String(),
+				"step", string(again))
 			d.enter(again)
 		}
 		d.wait() // the next start must not count this cut-off again
@@ -124,8 +125,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {
 	case a.CutOff >= u.maxCutOff:
-		u.log.Error("a command is left out: the agent or the machine ended too often in this step",
-			"step", string(d.Step), "command", c.Run, "times", a.CutOff)
+		u.log.Error("a command is skipped, as the agent or the machine stopped too often during this step: "+
+			"see why, and run it by hand if it is needed",
+			"release", d.Release.String(), "step", string(d.Step), "command", c.Run, "times", a.CutOff)
 		return false, nil
 	case slices.Contains(a.Begun, place):
 		u.log.Warn("a command is not run again: it was begun before, and is to run once",

@@ -59,7 +59,7 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 		p.raw(p.paint(Dim, "No units."))
 		if f.Mirror == nil && !f.MirrorRunning && f.Errors[kv.MirrorPrefix] == "" {
 			p.wrap("", 0, "Next, start a mirror of the deployments repo: kedge mirror REPO\n"+
-				"The steps are in kedge help install. If one runs already, it has another --prefix, or another Consul.", Plain)
+				"The steps are in kedge help install. If a mirror runs already, it has another --prefix, or another Consul.", Plain)
 		}
 	}
 	for i, n := range f.Faults() {

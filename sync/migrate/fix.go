@@ -44,7 +44,7 @@ func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byt
 	if a := in.Archive; a != nil {
 		if len(a.Outside) > 0 && in.Manifest.Symlinks != deployments.SymlinksAny {
 			t = add(t, "symlinks: any")
-			changed = append(changed, "symlinks: any lets in the archive's links that lead out of the tree")
+			changed = append(changed, "added symlinks: any, as the archive has links that lead out of its tree")
 		}
 		if sum := in.Manifest.Checksum; len(sum) == 32 || len(sum) == 40 {
 			strong, err := sha256Of(ctx, objects, in.Manifest.Src)

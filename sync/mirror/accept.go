@@ -142,8 +142,9 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 		return true
 	}
 	a.unvouched = commit
-	a.log.Warn("the signature of the commit that was mirrored last no longer counts: orders, pins and rollouts "+
-		"go on, and changes by hand stay until a commit is taken", "commit", taken, "error", refused)
+	a.log.Warn("the signature of the commit that was mirrored last no longer counts: orders, pins and rollouts go on, "+
+		"but records that were changed by hand stay so until a commit is taken; push one with a valid signature",
+		"commit", taken, "error", refused)
 	return true
 }
 

@@ -14,7 +14,7 @@ import (
 type nodePage struct {
 	ID        deployments.UnitID
 	Node      string
-	Verdict   string
+	Summary   string
 	Tone      string
 	State     string
 	Gone      bool
@@ -69,7 +69,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	})
 	n := &u.Nodes[i]
 	v := nodePage{
-		ID: u.ID, Node: name, Verdict: fleet.Clean(u.Names(told.Summary), maxText), Tone: healthOf(n).String(),
+		ID: u.ID, Node: name, Summary: fleet.Clean(u.Names(told.Summary), maxText), Tone: healthOf(n).String(),
 		Gone:  told.Gone,
 		State: fleet.Clean(n.Shown().Text, 24), Since: n.Report.Since,
 		Notes: notesOf(u, told.Notes), Report: notesOf(u, told.Report),

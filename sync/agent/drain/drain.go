@@ -100,8 +100,9 @@ func (d *Tracker) Units() []deployments.UnitID {
 	return slices.Clone(d.units)
 }
 
-// Run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance
-// mode, as it has not become healthy. The next run ends that once idle is closed.
+// Run keeps the node's maintenance mode on while a unit is drained, and off otherwise, until ctx ends.
+// It returns at once if the node has no maintenance mode. If the agent stops while a unit is drained,
+// the mode stays on: the next process ends it once idle is closed, unless a unit is drained again.
 func (d *Tracker) Run(ctx context.Context) {
 	if d.maintenance == nil {
 		return

@@ -25,7 +25,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 		return "kedge unpin " + scopeArgs(id, node)
 	case deployments.ReasonInvalidPin:
 		return "write it anew, or remove it: kedge unpin " + scopeArgs(id, node)
-	case deployments.ReasonNoLiveNodes, deployments.ReasonGone:
+	case deployments.ReasonNoLiveNodes, deployments.ReasonGone, deployments.ReasonNodesMissing:
 		return "see whether the machine, its agent and its Consul agent run"
 	case deployments.ReasonNoRecord:
 		return "add " + unit + ".yaml to the deployments repo; without a mirror, put a pointer at desired/" + unit +
@@ -44,7 +44,8 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonAgentTooOld:
 		return "upgrade kedge on this node"
 	case deployments.ReasonOlderThanFloor:
-		return "publish the old tree anew, as a new version; or start the agent with --allow-older-pins"
+		return "publish the old tree anew, as a new version; or start the agent with --allow-older-pins, and pin the " +
+			"release: kedge pin " + unit + " POINTER"
 	case deployments.ReasonUnhealthy:
 		return "mend what the check finds, or go back: kedge rollback " + unit
 	case deployments.ReasonDiskFull:

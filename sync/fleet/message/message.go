@@ -31,8 +31,8 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonFirstRelease:     "first release: every node at once",
 	deployments.ReasonRunsAlready:      "every node runs the release already, or did when it last reported",
 	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
-	deployments.ReasonNodesMissing: "[{live} of {known} ]known nodes are live and follow the rollout: " +
-		"waits for the others",
+	deployments.ReasonNodesMissing: "waits, for a limited time, for nodes that are away[: {live} of {known} known " +
+		"nodes are live and follow the rollout]",
 	deployments.ReasonUnheard:         "[node {node} ]has yet to report whether anything serves at dest",
 	deployments.ReasonUnaware:         "[node {node} ]is healthy, and has yet to notice that it was admitted",
 	deployments.ReasonNothingToGoBack: "there is nothing to go back to",
