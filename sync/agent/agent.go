@@ -423,11 +423,18 @@ func newBackoff() *wait.Backoff { return wait.NewBackoff(250*time.Millisecond, m
 
 // closeOnce closes c, and reports whether it was open.
 func closeOnce(c chan struct{}) bool {
+	if closed(c) {
+		return false
+	}
+	close(c)
+	return true
+}
+
+func closed(c <-chan struct{}) bool {
 	select {
 	case <-c:
-		return false
-	default:
-		close(c)
 		return true
+	default:
+		return false
 	}
 }

@@ -33,13 +33,14 @@ func (a *Agent) noteConvergence() {
 	if serving && len(a.empty()) == 0 {
 		a.ready = true
 	}
-	if idle && closeOnce(a.idle) {
+	if idle && !closed(a.idle) {
 		a.c.Log.Info("every unit has converged, or can't go on by itself",
 			"after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 		a.warnOfUnobserved()
 		if err := a.dir.Started(); err != nil {
 			a.c.Log.Debug("could not remove the record of this start", "error", err)
 		}
+		close(a.idle) // last, as whoever waits for it expects the record to be gone
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
 		a.c.Log.Info("every unit runs what it should, for the first time since the agent started",
