@@ -105,6 +105,22 @@ func (w *world) await(n int) []received {
 	return nil
 }
 
+// awaitCursor waits until the store has a receiver's cursor as it is to be. A notifier that ends before
+// it has saved what a receiver took sends that again.
+func (w *world) awaitCursor(receiver string, is func(cursor) bool) {
+	w.t.Helper()
+	var last []byte
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		var c cursor
+		e, err := w.store.Get(w.t.Context(), kv.MirrorPrefix+"notified/"+receiver)
+		if err == nil && json.Unmarshal(e.Value, &c) == nil && is(c) {
+			return
+		}
+		last = e.Value
+	}
+	w.t.Fatalf("the cursor of %s is not saved: %s", receiver, last)
+}
+
 // write puts a record, and the history's entry of its generation.
 func (w *world) write(r deployments.Record, h *deployments.History) {
 	w.t.Helper()
@@ -212,6 +228,9 @@ func TestRolloutIsTold(t *testing.T) {
 	pinned.Pins = []deployments.PastPin{{At: noon, Pin: deployments.Pin{Hold: true}}}
 	w.write(r, pinned)
 	w.await(2)
+	w.awaitCursor("ops", func(c cursor) bool {
+		return strings.HasPrefix(c.Units[app.String()].RolloutState, string(deployments.PhasePendingApproval))
+	})
 	pinned.Pins[0].Ended = noon.Add(time.Minute)
 	w.write(r, pinned)
 	stop()
@@ -585,6 +604,7 @@ func TestLeadingAgain(t *testing.T) {
 	stop := first()
 	refuse("c")
 	w.await(1)
+	w.awaitCursor("ops", func(c cursor) bool { return c.Refused == "c" })
 	stop()
 
 	second := w.runs(c) // another process
@@ -596,6 +616,7 @@ func TestLeadingAgain(t *testing.T) {
 	next := record(2, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon})
 	w.write(next, entry(next))
 	w.await(3)
+	w.awaitCursor("ops", func(c cursor) bool { return c.Units[app.String()].Generation == 2 })
 	stop()
 
 	stop = first()
