@@ -164,7 +164,7 @@ func (l *leader) run(ctx context.Context) error {
 		g.Go(func() error { return l.snapshot.run(ctx) })
 	}
 	if l.c.Leading != nil {
-		g.Go(func() error { return l.c.Leading(ctx) })
+		g.Go(func() error { return l.c.Leading(ctx, l.lease) })
 	}
 	g.Go(func() error { return l.loop(ctx) })
 	return g.Wait()

@@ -255,7 +255,7 @@ func TestConflictsOfAFleetThatReports(t *testing.T) {
 func TestLeadingFails(t *testing.T) {
 	t.Parallel()
 	m := start(t, Config{Store: dirStore(t), Repo: gittest.New(t).Bare,
-		Leading: func(context.Context) error { return errors.New("no receiver") }})
+		Leading: func(context.Context, kv.Lease) error { return errors.New("no receiver") }})
 	m.await("the log", func() error {
 		if text := m.log.String(); !strings.Contains(text, "gives up the lease") || !strings.Contains(text, "no receiver") ||
 			strings.Contains(text, "lost the lease") {

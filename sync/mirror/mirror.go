@@ -96,8 +96,8 @@ type Config struct {
 	// An error is logged and the call is retried.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
 	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends. Its error ends the
-	// leadership. What it writes isn't fenced by the lease.
-	Leading func(ctx context.Context) error
+	// leadership. What it writes it commits with the lease, as another mirror may lead already.
+	Leading func(ctx context.Context, lease kv.Lease) error
 	Version string // shown at /live
 	// Env reads an environment variable; default os.Getenv.
 	Env     func(string) string

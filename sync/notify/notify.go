@@ -38,6 +38,7 @@ type Notifier struct {
 	log    *slog.Logger
 	client *http.Client
 	source string
+	lease  kv.Lease // nil: none is needed; Run sets it
 	sent   *prometheus.CounterVec
 	// giveUp is how long an event or a status is tried. statusPause is the least time between a unit's status and its next
 	// pending one, healthPause that between two reads of the nodes' reports. healthHold is as the constant healthHold.
@@ -78,7 +79,10 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 
 // Run sends events and writes statuses until ctx ends, or the store can't be watched, and returns why it ended. It may
 // be called again then: it begins with what the store holds by that time, as another mirror may have led meanwhile.
-func (n *Notifier) Run(ctx context.Context) error {
+// What receivers were notified of is written only while lease is held; once it turns out to be lost, the error is
+// kv.ErrLeaseLost. A nil lease is never lost.
+func (n *Notifier) Run(ctx context.Context, lease kv.Lease) error {
+	n.lease = lease
 	n.change(func() { n.seen = seen{} })
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.store.Watch(ctx, kv.DesiredPrefix, n.seeRecords) })
@@ -262,7 +266,9 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 			if err := step(c); err != nil {
 				return err
 			}
-			n.save(ctx, name, c)
+			if err := n.save(ctx, name, c); err != nil {
+				return err
+			}
 		}
 		var clock <-chan time.Time
 		if !c.nextCheck.IsZero() {
@@ -296,23 +302,28 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. After a failure the next call tries again; until then a new mirror would resend.
-func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
+// save writes a cursor if it changed. Its error is that the lease is lost; after any other failure the next call tries
+// again, and until then a new mirror would resend.
+func (n *Notifier) save(ctx context.Context, name string, c *cursor) error {
 	value, err := json.Marshal(c)
 	if err != nil {
 		panic(err) // plain data always encodes
 	}
 	if string(value) == string(c.stored) {
-		return
+		return nil
 	}
-	if err := n.store.Commit(ctx, nil, kv.Put(c.key, value)); err != nil {
+	if err := n.store.Commit(ctx, n.lease, kv.Put(c.key, value)); err != nil {
+		if errors.Is(err, kv.ErrLeaseLost) {
+			return fmt.Errorf("write which events the receiver %s has had: %w", name, err)
+		}
 		if ctx.Err() == nil {
 			n.log.Warn("could not write which events a receiver has had: another mirror would send them again",
 				"receiver", name, "error", err)
 		}
-		return
+		return nil
 	}
 	c.stored = value
+	return nil
 }
 
 // startAtPresent begins a cursor at the state known now, so that a new receiver isn't notified of the past. State that
@@ -338,7 +349,7 @@ func (n *Notifier) current() ([]unitNow, deployments.MirrorState) {
 	return units, n.seen.mirrorState
 }
 
-// sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended.
+// sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended, or the lease is lost.
 func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 	units, state := n.current()
 	gone := maps.Clone(c.Units)
@@ -369,7 +380,9 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 			c.healthAt[name] = time.Now()
 		}
 		if c.Units[name] = now; len(events) > 0 {
-			n.save(ctx, r.Name, c)
+			if err := n.save(ctx, r.Name, c); err != nil {
+				return err
+			}
 		}
 	}
 	for name := range gone {
@@ -465,7 +478,8 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 	}
 }
 
-// writeStatuses writes the commit statuses that changed, and a refused commit's. It fails only when ctx has ended.
+// writeStatuses writes the commit statuses that changed, and a refused commit's. It fails only when ctx
+// has ended, or the lease is lost.
 func (n *Notifier) writeStatuses(ctx context.Context, s *StatusTarget, c *cursor) error {
 	units, state := n.current()
 	gone := maps.Clone(c.Units)
@@ -491,7 +505,9 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *StatusTarget, c *cursor
 		c.statusAt[name] = time.Now()
 		status.link = ""
 		c.Units[name] = notified{Generation: u.record.Generation, Status: hashOf(status)}
-		n.save(ctx, s.Name, c)
+		if err := n.save(ctx, s.Name, c); err != nil {
+			return err
+		}
 	}
 	for name := range gone {
 		delete(c.Units, name)

@@ -160,7 +160,7 @@ func (w *world) runs(c Config) (start func() (stop func())) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_ = n.Run(ctx)
+			_ = n.Run(ctx, nil)
 		}()
 		stop = sync.OnceFunc(func() { cancel(); <-done })
 		w.t.Cleanup(stop)
@@ -627,6 +627,51 @@ func TestLeadingAgain(t *testing.T) {
 	want := []string{"kedge.refused", "kedge.completed", "kedge.started", "kedge.completed"}
 	if have := kinds(t, w.requests()); !slices.Equal(have, want) {
 		t.Errorf("told %v, want %v", have, want)
+	}
+}
+
+// A mirror that waited for a receiver while it lost its lease doesn't write over what the next one has written.
+func TestLeaseLostWhileAReceiverAnswers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	lease, err := w.store.Lease(t.Context(), kv.MirrorLease, "first", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, answer := make(chan struct{}), make(chan struct{})
+	c := Config{Receivers: []Receiver{{Name: "ops", URL: w.serve(func(int) int {
+		close(asked)
+		<-answer
+		return 204
+	}).URL}}}
+	if err := c.check(); err != nil {
+		t.Fatal(err)
+	}
+	n := New(c, w.store, nil, slog.New(slog.DiscardHandler))
+	ended := make(chan error, 1)
+	go func() { ended <- n.Run(t.Context(), lease) }()
+	w.awaitCursor("ops", func(cursor) bool { return true })
+	r := record(1, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon})
+	w.write(r, entry(r))
+	<-asked
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next := []byte(`{"units":{},"refused":"by the next mirror"}`)
+	if err := w.store.Commit(t.Context(), nil, kv.Put(kv.MirrorPrefix+"notified/ops", next)); err != nil {
+		t.Fatal(err)
+	}
+	close(answer)
+	select {
+	case err := <-ended:
+		if !errors.Is(err, kv.ErrLeaseLost) {
+			t.Errorf("it ended with %v, want %v", err, kv.ErrLeaseLost)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it goes on without the lease")
+	}
+	if e, err := w.store.Get(t.Context(), kv.MirrorPrefix+"notified/ops"); err != nil || string(e.Value) != string(next) {
+		t.Errorf("the cursor is %s, %v, want what the next mirror wrote", e.Value, err)
 	}
 }
 
