@@ -604,9 +604,10 @@ func TestPresenceAsksTheLeaderInDoubt(t *testing.T) {
 			return nil
 		})
 	}
-	rounds(func() bool { return stale >= 1 })
+	f.requests()                              // a look at an entry while it is put is in doubt
+	rounds(func() bool { return stale >= 2 }) // what came of such a look is over by the second
 	leader = 0
-	rounds(func() bool { return stale >= 4 })
+	rounds(func() bool { return stale >= 5 })
 	if leader > 0 {
 		t.Errorf("the leader was asked %d times", leader)
 	}
