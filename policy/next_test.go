@@ -175,10 +175,10 @@ func TestNext(t *testing.T) {
 			canary(s)
 			s.Record.Rollout.HealthySince = ago(5 * time.Minute)
 			each(s, func(u *deployments.UnitReport) { u.Pinned = true })
-		}, first, 0, "all of its 10 nodes are pinned"},
+		}, first, 0, "all 10 nodes of the unit are pinned"},
 		{"also one that is held in the midst of it", 2, rolling, func(s *Situation) {
 			each(s, func(u *deployments.UnitReport) { u.State = deployments.StateHeld })
-		}, rolling, 2, "all of its 10 nodes are pinned"},
+		}, rolling, 2, "all 10 nodes of the unit are pinned"},
 		{"or on the way back", 2, back, func(s *Situation) {
 			each(s, func(u *deployments.UnitReport) { u.State = deployments.StateHeld })
 		}, back, 2, ""},

@@ -283,7 +283,7 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
 			r.Rollout = &progress{Phase: first, Since: noon, Early: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
-		}, "the rollout that it was given for was replaced", 10 * time.Minute},
+		}, "the order was for a rollout that has been replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)
 			s.Order = "pause"

@@ -158,8 +158,8 @@ func (a *assembly) addReportOnly() {
 		nodes[role] = max(nodes[role], a.reportOnly[id])
 	}
 	for role, n := range more {
-		a.badRole(role, fmt.Errorf("%d more units have no record, and only reports name them, "+
-			"such as that of node %s: see whether that node's agent is yours", n, nodes[role]))
+		a.badRole(role, fmt.Errorf("reports name %s without a record, such as the report of node %s: "+
+			"see whether that node's agent is yours", count(n, "more unit"), nodes[role]))
 	}
 }
 
@@ -185,7 +185,7 @@ func (a *assembly) takePins() {
 	}
 	for role, n := range more {
 		a.addError(kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
-			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n))
+			fmt.Errorf("%s of units without a record: delete the keys, as they pin nothing", count(n, "more pin")))
 	}
 }
 
@@ -371,7 +371,7 @@ func (a *assembly) nodes(u *Unit) {
 			n.Message = "its report can't be used"
 			n.Report.Error = r.err.Error()
 		case !reports && facts.Record.Present: // without a record the node reports nothing, and Message says so
-			n.Message = "has yet to report on it"
+			n.Message = "has yet to report on this unit"
 		case !reports:
 		default:
 			n.Converged = converged(decision, report)

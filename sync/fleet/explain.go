@@ -134,7 +134,7 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 	away, text := doubtfulPrefixes(f)
 	if text != "" {
-		hint := "see to the store, then look again; nodes go on with what they know"
+		hint := "see why the store can't be read, then look again; nodes go on with what they know"
 		if len(f.incomplete) > 0 {
 			hint = "remove the keys that don't belong there, if any, then look again; on the node, as root, its agent " +
 				"answers: kedge explain " + id.Unit
@@ -177,10 +177,11 @@ func gitStep(f *Fleet) Step {
 	case f.mirrorStopped():
 		s.Says += "; no mirror runs now, so newer commits, orders, and pins of units with a rollout, wait"
 		s.Blocks = true
-		s.Hint = "start kedge mirror; nodes obey their own pins, hold and --at-once without one"
+		s.Hint = "start kedge mirror; until then nodes still obey pins of single nodes, hold pins, and pins with --at-once"
 	case m.Refused != "":
 		s.Says, s.Blocks = s.Says+"; it refused "+message.Clean(short(m.Refused))+": "+message.OneLine(m.Error), true
-		s.Hint = "correct what it names, and push again; in a clone, kedge check --releases finds most of that before"
+		s.Hint = "correct what the error names, and push again; to find most errors before a push, in a clone: " +
+			"kedge check --releases"
 	case m.Error != "":
 		s.Says, s.Blocks = s.Says+"; "+message.OneLine(m.Error), true
 	}
@@ -262,11 +263,11 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Says, s.Hint = join(n.Message, reportError), "see whether its agent runs, with this stage and role"
 	case behind:
 		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
-		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
+		s.Hint = "if that lasts, see whether its agent reaches the store: read its log, or run on the node, as root: kedge " +
 			"explain " + u.ID.Unit
 	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
 		s.Says = "has yet to see this decision: it still aims at " + cmp.Or(r.Want.String(), "nothing")
-		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or on the node, as root: kedge " +
+		s.Hint = "if that lasts, see whether its agent reaches the store: read its log, or run on the node, as root: kedge " +
 			"explain " + u.ID.Unit
 	case r.Reason == deployments.ReasonUnsigned:
 		s.What, s.Says, s.Hint = "signature", cmp.Or(reportError, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
@@ -276,7 +277,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
 	case r.State == deployments.StateInvalid && reportError != "":
 		s.Says, s.Hint = "refuses it: "+reportError, cmp.Or(message.Hint(u.ID, n.Name, r.Reason),
-			"correct what it names: in the release, in Git, or in this node's configuration")
+			"correct what the error names: in the release, in Git, or in this node's configuration")
 	case r.State == deployments.StateRetrying:
 		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+reportError, ": ")
 		s.Hint = message.Hint(u.ID, n.Name, r.Reason)

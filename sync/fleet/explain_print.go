@@ -48,9 +48,9 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
-		ready := " is to be staged on its disk before its turn comes" // a node reports that with its next report
+		ready := " is to be staged on the node's disk before its turn comes" // a node reports that with its next report
 		if n.Report.Staged == d.Stage.Digest {
-			ready = " is staged on its disk, for its turn"
+			ready = " is staged on the node's disk, for its turn"
 		}
 		add("staged", u.Release(d.Stage)+ready)
 	}
@@ -241,7 +241,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		quarantined = append(quarantined, failed)
 	}
 	if len(quarantined) > 0 {
-		again := "not tried again here until Git names it anew, or kedge retry " + u.ID.String()
+		again := "not tried again here until Git names it anew, or you run kedge retry " + u.ID.String()
 		add("failed", strings.Join(quarantined, ", ")+": "+again)
 	}
 	if !mentions(d, r.Error, anyStep) {

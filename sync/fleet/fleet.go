@@ -236,7 +236,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	case everyIs(ofKinds, kv.ErrEmpty):
 		r.failed = nil // no mirror and no agent has run yet
 	default:
-		return nil, fmt.Errorf("read the fleet: %w", ofKinds[kv.DesiredPrefix])
+		return nil, fmt.Errorf("reading the fleet: %w", ofKinds[kv.DesiredPrefix])
 	}
 	r.entries = append(r.entries, histories{}.of(ctx, store, filter, r.entries)...)
 	return filter.narrow(withErrors(Assemble(r.entries, time.Now()), r.failed)), nil
@@ -261,7 +261,7 @@ func (r *reading) leaveOut(ctx context.Context, prefix string, err error) error 
 		r.late = true
 		r.failed[prefix] = &lateError{prefix, err}
 	default:
-		return fmt.Errorf("read the fleet: %w", err)
+		return fmt.Errorf("reading the fleet: %w", err)
 	}
 	return nil
 }
@@ -281,7 +281,7 @@ type lateError struct {
 }
 
 func (e *lateError) Error() string {
-	const text = "the keys below %s did not come in time, though others did: count them (%v)"
+	const text = "the keys below %s did not come in time, though others did: see whether there are too many of them (%v)"
 	return fmt.Sprintf(text, e.prefix, e.err)
 }
 func (e *lateError) Unwrap() error { return e.err }

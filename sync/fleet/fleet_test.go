@@ -341,7 +341,7 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 		t.Errorf("the table has %d lines, %d bytes", n, len(text))
 	}
 	for _, want := range []string{
-		"web-1 pinned", "broken", fmt.Sprintf("and %d more", junk+1-maxNodes), "more keys have errors",
+		"web-1 pinned", "broken", fmt.Sprintf("and %d more", junk+1-maxNodes), " more keys: kedge status --json lists all",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the table does not say %q:\n%.4000s", want, text)

@@ -92,7 +92,7 @@ func pinLine(p deployments.PastPin) Text {
 	}
 	says := fmt.Sprintf("%s: pin of %s: ", when, nodes)
 	if p.Error != "" {
-		return Text{says + "it changes nothing, " + message.OneLine(p.Error), tone}
+		return Text{says + "it doesn't parse, and changes nothing: " + message.OneLine(p.Error), tone}
 	}
 	says += pinTarget(new(Unit), p.Pin) + pastReason(p.By, p.Reason)
 	if !p.Until.IsZero() {
@@ -107,7 +107,7 @@ func pinLine(p deployments.PastPin) Text {
 func orderLine(o deployments.PastOrder) Text {
 	says := pastTime(o.At) + ": order " + message.OneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
 	if o.Refused != "" {
-		says += "; it changed nothing"
+		says += "; it changed nothing, the reason then: " + message.Text(o.Refused, deployments.Facts{"order": string(o.Verb)})
 	}
 	return Text{says, Plain}
 }

@@ -51,8 +51,14 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 			p.unit(f, &f.Units[i])
 		}
 		if opt.LeftOut > 0 {
-			p.raw(p.paint(Dim, fmt.Sprintf("and %d more, which need no attention", opt.LeftOut)))
+			need := "need"
+			if opt.LeftOut == 1 {
+				need = "needs"
+			}
+			p.raw(p.paint(Dim, fmt.Sprintf("and %d more, which %s no attention", opt.LeftOut, need)))
 		}
+	case opt.LeftOut == 1:
+		p.raw(p.paint(Good, "The one unit needs no attention."))
 	case opt.LeftOut > 0:
 		p.raw(p.paint(Good, fmt.Sprintf("None of %d units needs attention.", opt.LeftOut)))
 	default:

@@ -102,8 +102,8 @@ func (f *Fleet) Faults() (all []Note) {
 		all = append(all, Note{Text{"error", Bad}, Text{named + ": " + what, Plain}})
 	}
 	if more > 0 {
-		all = append(all, Note{Text{"error", Bad}, Text{fmt.Sprintf("%d more keys have errors: kedge status --json lists "+
-			"all", more), Plain}})
+		all = append(all, Note{Text{"error", Bad}, Text{"errors of " + count(more, "more key") +
+			": kedge status --json lists all", Plain}})
 	}
 	nodes := map[string][]string{} // nodes by stage and role
 	for _, n := range f.Unassigned {

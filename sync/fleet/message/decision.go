@@ -119,7 +119,7 @@ func pinStep(
 			atOnce += " --until " + f["until"]
 		}
 		return says + ": the mirror rolls it out, within max_unavailable",
-			unpin + "; or at once on every node: kedge pin " + id.String() + " " + f["release"] + atOnce
+			unpin + "; or deploy on every node at once: kedge pin " + id.String() + " " + f["release"] + atOnce
 	case deployments.ReasonExpired:
 		return says + ": it has ended", ""
 	case deployments.ReasonOutranked:
@@ -174,31 +174,31 @@ func admissionStep(
 	f deployments.Facts,
 ) (says, hint string) {
 	pin := "kedge pin " + id.String() + " "
-	waits := "wait for its turn, or at once on this node: " + pin + f["target"] + " --node " + node
+	waits := "wait for the node's turn, or deploy on this node at once: " + pin + f["target"] + " --node " + node
 	switch reason {
 	case deployments.ReasonTarget:
 		return "every node", ""
 	case deployments.ReasonAdmitted:
 		return "admitted", ""
 	case deployments.ReasonRejoined:
-		return "was away, and stays on what it runs until its turn", ""
+		return "the node was away, and stays on what it runs until its turn", ""
 	case deployments.ReasonRolledBack:
 		if f["release"] == "" {
 			return "rolled back, and there is no stable release", ""
 		}
-		return OneLine("rolled back, so stable: " + f["release"]), ""
+		return OneLine("rolled back, so the stable release: " + f["release"]), ""
 	case deployments.ReasonStableQuarantined:
 		if f["phase"] != "" {
-			return OneLine("stays on what it runs, as stable failed here: " + f["release"]),
-				"push a better release, or on this node alone: " + pin + "POINTER --node " + node
+			return OneLine("stays on what it runs, as the stable release failed here: " + f["release"]),
+				"push a better release, or pin one on this node alone: " + pin + "POINTER --node " + node
 		}
-		return OneLine("not admitted yet, and stable failed here: " + f["release"]), waits
+		return OneLine("not admitted yet, and the stable release failed here: " + f["release"]), waits
 	case deployments.ReasonNotAdmitted, deployments.ReasonSuperseded:
 		return "not admitted yet", waits
 	case deployments.ReasonStable:
-		return OneLine("not admitted yet, so stable: " + f["release"]), waits
+		return OneLine("not admitted yet, so the stable release: " + f["release"]), waits
 	case deployments.ReasonStableFirst:
-		return OneLine("admitted, but goes to stable first: " + f["release"]), ""
+		return OneLine("admitted, but goes to the stable release first: " + f["release"]), ""
 	}
 	return Text(reason, f), ""
 }

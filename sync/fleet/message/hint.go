@@ -12,7 +12,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	case deployments.ReasonOrphaned:
 		return "put " + unit + ".yaml back into Git, or pin what is to run: kedge pin " + unit + " POINTER"
 	case deployments.ReasonBaking:
-		return "wait, or end the bake now, so that the others follow within max_unavailable: kedge promote " + unit
+		return "wait, or end the bake now, so that the other nodes follow within max_unavailable: kedge promote " + unit
 	case deployments.ReasonAwaitingApproval:
 		return "kedge promote " + unit + ", or kedge abort " + unit
 	case deployments.ReasonPaused:
@@ -36,7 +36,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 		if node == "" {
 			return ""
 		}
-		return "wait for its turn, or at once on this node: kedge pin " + unit + " POINTER --node " + node
+		return "wait for the node's turn, or deploy on this node at once: kedge pin " + unit + " POINTER --node " + node
 	case deployments.ReasonSourceNotAllowed:
 		return "publish to an allowed place, or extend sources in the agent's configuration"
 	case deployments.ReasonUnsigned:

@@ -56,7 +56,7 @@ func TestHintsFitTheCase(t *testing.T) {
 		{"quarantine", step("quarantine", deployments.ReasonQuarantined, facts()), "in Git", "unpin"},
 		{"quarantine of a pin's", step("quarantine", deployments.ReasonQuarantined, facts("pinned", "true")), "unpin", "Git"},
 		{"a pin that is rolled out", step("unit pin", deployments.ReasonPinPaced, facts("until", "2026-11-24T09:00:00Z")),
-			"kedge unpin prod/web/app; or at once on every node: kedge pin prod/web/app " + release.String() +
+			"kedge unpin prod/web/app; or deploy on every node at once: kedge pin prod/web/app " + release.String() +
 				" --at-once --until 2026-11-24T09:00:00Z", "Git"},
 		{"a record for a newer kedge", step("record", deployments.ReasonAgentTooOld,
 			deployments.Facts{"key": "desired/prod/web/app", "error": "upgrade kedge here"}), "upgrade kedge here", "anew"},

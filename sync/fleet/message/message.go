@@ -30,7 +30,6 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonEveryNode:        "every node at once",
 	deployments.ReasonFirstRelease:     "first release: every node at once",
 	deployments.ReasonRunsAlready:      "every node runs the release already, or did when it last reported",
-	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
 	deployments.ReasonNodesMissing: "waits, for a limited time, for nodes that are away[: {live} of {known} known " +
 		"nodes are live and follow the rollout]",
 	deployments.ReasonUnheard:         "[node {node} ]has yet to report whether anything serves at dest",
@@ -40,7 +39,7 @@ var texts = map[deployments.Reason]string{
 
 	// of a refused order
 	deployments.ReasonUnknownOrder:    "there is no such order: want promote, pause, resume, abort or retry",
-	deployments.ReasonNotSeenYet:      "the rollout that it was given for was replaced: look at the new one first",
+	deployments.ReasonNotSeenYet:      "the order was for a rollout that has been replaced: look at the new one first",
 	deployments.ReasonNothingUnderWay: "no rollout is under way",
 	deployments.ReasonNotPaused:       "the rollout is not paused",
 	deployments.ReasonRollingAlready:  "the rollout goes on already",
@@ -53,24 +52,24 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonHeld:              "held[ by {by}][ until {until}][ ({reason})]",
 	deployments.ReasonTarget:            "the record's target[ of Git commit {commit}][, generation {generation}]",
 	deployments.ReasonAdmitted:          "admitted to the target[ of Git commit {commit}]",
-	deployments.ReasonRunsTarget:        "not admitted, but it runs the target already",
+	deployments.ReasonRunsTarget:        "not admitted, but this node runs the target already",
 	deployments.ReasonStable:            "the stable release, until this node is admitted to the target",
-	deployments.ReasonStableFirst:       "the stable release first, as it runs one that the record doesn't name",
+	deployments.ReasonStableFirst:       "the stable release first, as this node runs one that the record doesn't name",
 	deployments.ReasonNotAdmitted:       "not admitted to the target yet",
 	deployments.ReasonRejoined:          "this node was away: it stays on what it runs until its turn",
 	deployments.ReasonAwaitingRollback:  "stays on what it runs until its turn to go back",
 	deployments.ReasonLeaving:           "goes back to what was there before kedge",
 	deployments.ReasonRestored:          "went back to what was there before kedge",
-	deployments.ReasonStableQuarantined: "the stable release failed on this node: it stays on what it runs",
+	deployments.ReasonStableQuarantined: "the stable release failed on this node, which stays on what it runs",
 	deployments.ReasonPinPaced:          "the mirror rolls the pin out, within max_unavailable",
 	deployments.ReasonExpired:           "the pin has ended",
 	deployments.ReasonOutranked:         "another key takes precedence[: the {outranked_by}]",
 	deployments.ReasonSuperseded:        "keeps the release of a superseded rollout, until it is admitted",
-	deployments.ReasonSourceNotAllowed:  "this node's configuration doesn't allow releases from there[: {url}]",
+	deployments.ReasonSourceNotAllowed:  "this node's configuration doesn't allow releases from this source[: {url}]",
 	deployments.ReasonUnsigned:          "no trusted key has signed the release[: {error}]",
 	deployments.ReasonDigestMismatch:    "the content doesn't match its digest[: {error}]",
 	deployments.ReasonOlderThanFloor:    "the release is too old for this node[: {error}]",
-	deployments.ReasonCreatedAhead: "made in the future[: {created}]" +
+	deployments.ReasonCreatedAhead: "the release says that it was made in the future[: {created}]" +
 		"[; releases made before {floor} are refused from now on]",
 	deployments.ReasonAgentTooOld: "the record needs a newer kedge, so nothing changes",
 	deployments.ReasonOldGeneration: "the record is older than the one followed last" +
@@ -84,7 +83,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit deploys to the same directory, or above or below it[: {error}]",
 	deployments.ReasonForeignDeployment:  "something other than the agent has deployed to dest[ {dest}][: {found}]",
-	deployments.ReasonTooManyUnits:       "the role has more units than a node takes[: {limit}; it leaves out {left_out}]",
+	deployments.ReasonTooManyUnits:       "the role has more units than a node takes[: at most {limit}, so {left_out} are left out]",
 	deployments.ReasonGone:               "its agent is away[: {error}]",
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
 }
@@ -175,6 +174,14 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		return "tried once more by an operator"
 	case deployments.ReasonPaused:
 		return "paused by an operator"
+	case deployments.ReasonAllPinned:
+		switch f["nodes"] {
+		case "":
+			return "all nodes of the unit are pinned"
+		case "1":
+			return "the unit's only node is pinned"
+		}
+		return "all " + f["nodes"] + " nodes of the unit are pinned"
 	case deployments.ReasonNoLiveNodes:
 		if f["known"] == "" || f["known"] == "0" {
 			return "waits for a node: none is known"
@@ -182,7 +189,7 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		return "no live node follows the rollout: " + plural(f["known"], "node is", "nodes are") + " gone"
 	case deployments.ReasonReplacedTooOften:
 		if f["paused"] != "" {
-			return "too many releases came while it was paused, so the newest waits: resume it first"
+			return "too many releases came while the rollout was paused, so the newest waits: resume it first"
 		}
 		if f["stable"] == "none" {
 			return "too many releases came before one was stable, so the newest waits"
@@ -195,7 +202,7 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 		return "the release is being rolled back: name another, in Git or by a pin, or retry when that is done"
 	case deployments.ReasonRolledBack:
 		if f["pin"] != "" {
-			return "it was rolled back before the pin, whose end does not try it again"
+			return "the release was rolled back before the pin, and the end of the pin does not retry it"
 		}
 		return "the release was rolled back: name another, in Git or by a pin, or retry"
 	case deployments.ReasonPausedAlready:
