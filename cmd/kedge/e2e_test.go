@@ -314,7 +314,8 @@ func TestOutagesChangeNothing(t *testing.T) {
 		w.eventually("its agent says what it goes by", func() error {
 			out, errs, code := w.kedgeWith(nil, "explain", "app", "--state-dir", filepath.Join(w.dir, "web-2", "state"))
 			text := strings.Join(strings.Fields(out), " ")
-			if code != exitDone || !strings.Contains(text, "prod/web/app on web-2 runs 3") || !strings.Contains(text, "! store desired/prod/web/ from last known state of") {
+			if code != exitDone || !strings.Contains(text, "prod/web/app on web-2 runs 3") ||
+				!strings.Contains(text, "! store desired/prod/web/ from last known state of") {
 				return fmt.Errorf("exit %d: %s%s", code, out, errs)
 			}
 			return nil

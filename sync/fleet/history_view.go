@@ -107,7 +107,8 @@ func pinLine(p deployments.PastPin) Text {
 func orderLine(o deployments.PastOrder) Text {
 	says := pastTime(o.At) + ": order " + message.OneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
 	if o.Refused != "" {
-		says += "; it changed nothing, the reason then: " + message.Text(o.Refused, deployments.Facts{"order": string(o.Verb)})
+		why := message.Text(o.Refused, deployments.Facts{"order": string(o.Verb)})
+		says += "; it changed nothing, the reason then: " + why
 	}
 	return Text{says, Plain}
 }

@@ -179,9 +179,10 @@ func TestOrdersRefusedWithAChange(t *testing.T) {
 		after  map[int64]orders
 		says   string
 	}{
-		"refused":            {nil, map[int64]orders{3: {refused}}, "the order was for a rollout that has been replaced"},
-		"refused afterwards": {orders{refused}, map[int64]orders{2: {refused, later}}, "the order was for a rollout that has been replaced"},
-		"an invalid pin":     {nil, map[int64]orders{3: {own(deployments.ReasonInvalidPin)}}, "the pin doesn't parse"},
+		"refused": {nil, map[int64]orders{3: {refused}}, "the order was for a rollout that has been replaced"},
+		"refused afterwards": {orders{refused}, map[int64]orders{2: {refused, later}},
+			"the order was for a rollout that has been replaced"},
+		"an invalid pin": {nil, map[int64]orders{3: {own(deployments.ReasonInvalidPin)}}, "the pin doesn't parse"},
 		"refused, and moved on": {nil, map[int64]orders{3: {refused}, 4: nil, 5: nil},
 			"the order was for a rollout that has been replaced"},
 		"refused in the same generation, and moved on": {orders{own("")}, map[int64]orders{2: {own(""), refused}, 3: nil},

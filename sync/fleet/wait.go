@@ -218,7 +218,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		case w.filter == Filter{}:
 			return "", nil // the commit is taken, and a repo without units has no nodes to wait for
 		}
-		return "", fmt.Errorf("the mirror has taken commit %s, and Git has no such unit: correct the name, or see kedge status",
+		return "", fmt.Errorf("the mirror has taken commit %s, and Git has no such unit: correct the name, or see "+
+			"kedge status",
 			short(w.commit))
 	}
 	units := f.Units

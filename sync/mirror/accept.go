@@ -195,7 +195,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 func (a *acceptor) logRefusal(commit string) {
 	if err := a.refusal; err != nil {
 		a.metrics.countCommit(err)
-		a.log.Error("the commit is refused", "commit", commit, "error", err)
+		a.log.Error("the commit is refused: what was mirrored before stays", "commit", commit, "error", err)
 	}
 }
 
@@ -492,7 +492,7 @@ func CheckPush(
 // checkUpdate returns why a branch's update is refused; nil: it is not.
 func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Releases, u git.Update) error {
 	if u.New == "" {
-		return errors.New("it is what the mirror follows, and can't be removed")
+		return errors.New("the mirror follows this branch, so it can't be removed")
 	}
 	to, err := from.Load(u.New, nil)
 	if err != nil {

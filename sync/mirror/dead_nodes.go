@@ -44,7 +44,7 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 			d.denied = true
 			return 0, nil
 		case err != nil:
-			return 0, fmt.Errorf("remove %d reports of nodes that died: %w", len(ops), err)
+			return 0, fmt.Errorf("removing the reports of nodes that died (%d): %w", len(ops), err)
 		default:
 			for _, op := range ops {
 				delete(d.absent, op.Key)

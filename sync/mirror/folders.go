@@ -88,11 +88,11 @@ func (f *folderKeeper) ensure(ctx context.Context, commit *git.Commit, seen map[
 		return nil
 	}
 	if err := f.store.EnsureFolders(ctx, missing...); err != nil {
-		return fmt.Errorf("making %d folder keys: %w", len(missing), err)
+		return fmt.Errorf("making folder keys (%d, the first is %s): %w", len(missing), missing[0], err)
 	}
 	for _, key := range missing {
 		if !f.made[key].IsZero() {
-			f.log.Warn("a folder key of this group was missing: made sure that all of them are there", "key", key)
+			f.log.Warn("folder keys were missing: made sure that this one exists", "key", key)
 		}
 		f.made[key] = now
 	}

@@ -166,7 +166,7 @@ func (f *follower) descends(ctx context.Context, from, to string) (bool, error) 
 func (f *follower) logChange(before, after gitState) {
 	switch {
 	case after.away != nil && before.away == nil:
-		f.log.Warn("could not read Git, what was mirrored stays", "repo", f.repo, "branch", f.branch,
+		f.log.Warn("could not read Git: trying again, and what was mirrored stays", "repo", f.repo, "branch", f.branch,
 			"error", after.away)
 	case after.away == nil && before.away != nil:
 		f.log.Info("reading Git works now", "repo", f.repo, "head", after.head)

@@ -220,7 +220,7 @@ func (a *historyKeeper) writePins(ctx context.Context, seen observed, now time.T
 			ops = append(ops, w.ops...)
 		}
 		if err := a.commit(ctx, ops...); err != nil {
-			return 0, fmt.Errorf("writing %d entries of the history: %w", len(batch), err)
+			return 0, fmt.Errorf("writing entries of the history (%d, the first is of %s): %w", len(batch), batch[0].unit, err)
 		}
 		for _, w := range batch {
 			a.add(w.unit, *w.history)

@@ -129,9 +129,11 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	switch {
 	case ctx.Err() != nil:
 	case lease.Context().Err() != nil || errors.Is(err, kv.ErrLeaseLost):
-		m.c.Log.Warn("this mirror lost the lease", "name", m.c.Name, "error", err)
+		m.c.Log.Warn("this mirror lost the lease: another one may lead, and this one asks for the lease again",
+			"name", m.c.Name, "error", err)
 	default:
-		m.c.Log.Warn("this mirror gives up the lease, as what it runs meanwhile failed", "name", m.c.Name, "error", err)
+		m.c.Log.Warn("this mirror gives up the lease and asks for it again, as one of its tasks failed",
+			"name", m.c.Name, "error", err)
 	}
 }
 
@@ -201,7 +203,8 @@ func (l *leader) nodeName(ctx context.Context) string {
 	}
 	name, err := namer.NodeName(ctx)
 	if err != nil {
-		l.c.Log.Debug("could not read the name of this node", "error", err)
+		l.c.Log.Debug("could not read the name of this machine's Consul node: not checking whether an agent runs there",
+			"error", err)
 		return ""
 	}
 	return name
@@ -363,7 +366,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			return 0, err
 		}
 		if todo.waitingForReports > 0 && !l.waitedForReports {
-			l.c.Log.Info("waiting for nodes to report before the records of these units are written",
+			l.c.Log.Info("the records of some units are not written yet: waiting for their nodes to report",
 				"units", todo.waitingForReports, "until", todo.again)
 		}
 		l.waitedForReports = todo.waitingForReports > 0
@@ -510,7 +513,8 @@ func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[depl
 	// Beyond the limit badOrders stays as it is, so that a later round logs the last state.
 	if words := text(errors.Join(bad...)); words != l.badOrders && (words == "" || l.badOrderLines.Allow()) {
 		if l.badOrders = words; words != "" {
-			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))
+			l.c.Log.Warn("an operator's order can't be obeyed: its key stays until it is corrected or removed",
+				"orders", len(bad), "error", clip(words, maxLogged))
 		}
 	}
 	return pending

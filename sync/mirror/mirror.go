@@ -153,7 +153,7 @@ func New(c Config) (*Mirror, error) {
 	if c.Name == "" {
 		name, err := os.Hostname()
 		if err != nil {
-			return nil, fmt.Errorf("name of this host: %w", err)
+			return nil, fmt.Errorf("reading this host's name: %w", err)
 		}
 		c.Name = name
 	}

@@ -88,7 +88,11 @@ func firstRecord(
 			if u.Rollout.Approval == deployments.Manual {
 				then = "then, once it is promoted,"
 			}
-			how = fmt.Sprintf("%s of its nodes as canaries, %s %s", canary, then, how)
+			as := "canaries"
+			if canary == (deployments.Amount{N: 1}) {
+				as = "the canary"
+			}
+			how = fmt.Sprintf("%s of its nodes as %s, %s %s", canary, as, then, how)
 		}
 	}
 	return r, how

@@ -68,10 +68,11 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 			"allow for stage prod: dest /etc/app is outside of /srv"}},
 		"user": {m.tree("/srv/app", "commands: {failure: [{run: 'id', user: root}]}\n"),
 			[]string{`command "id": user root is not among those allowed: app`}},
-		"no user":         {m.tree("/srv/app", "commands: {pre: [id]}\n"), []string{"set user"}},
-		"owner":           {m.tree("/srv/app", "owner: root\n"), []string{"owner: user root"}},
-		"a variable":      {m.tree("/srv/app", "name: {{ env \"X\" \"a\\ncommands: {pre: [id]}\" }}\n"), []string{"app.yaml:1:10: its manifest has the variable X"}},
-		"a must variable": {m.tree("/srv/{{ must_env \"X\" }}", ""), []string{"its manifest has the variable X"}},
+		"no user": {m.tree("/srv/app", "commands: {pre: [id]}\n"), []string{"set user"}},
+		"owner":   {m.tree("/srv/app", "owner: root\n"), []string{"owner: user root"}},
+		"a variable": {m.tree("/srv/app", "name: {{ env \"X\" \"a\\ncommands: {pre: [id]}\" }}\n"),
+			[]string{"app.yaml:1:10: the release's manifest has the variable X"}},
+		"a must variable": {m.tree("/srv/{{ must_env \"X\" }}", ""), []string{"the release's manifest has the variable X"}},
 		"no manifest":     {"hello\n", []string{"prod/web/app.yaml:1:10:", "manifest:1:1:"}},
 	} {
 		head := o.Push(map[string]string{"prod/web/app.yaml": m.put(strings.ReplaceAll(name, " ", "-"), c.manifest), "dev/web/base.yaml": good})

@@ -74,7 +74,8 @@ func (s *snapshots) run(ctx context.Context) error {
 			again = time.After(snapshotEvery)
 		case ctx.Err() == nil:
 			if retry.Tries() == 0 {
-				s.log.Warn("could not write the snapshot of the desired state: trying again", "error", err)
+				s.log.Warn("could not write the snapshot of the desired state: trying again, and nodes that boot without the "+
+					"store use the last one", "error", err)
 			}
 			again = time.After(retry.Next())
 		}

@@ -109,7 +109,7 @@ func (w *writer) write(
 					}
 				}
 			}
-			return fmt.Errorf("writing %d keys: %w", len(ops), err)
+			return fmt.Errorf("writing keys (%d, the first is %s): %w", len(ops), ops[0].Key, err)
 		}
 		for _, c := range batch {
 			w.noteWritten(c, now)

@@ -83,9 +83,10 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit deploys to the same directory, or above or below it[: {error}]",
 	deployments.ReasonForeignDeployment:  "something other than the agent has deployed to dest[ {dest}][: {found}]",
-	deployments.ReasonTooManyUnits:       "the role has more units than a node takes[: at most {limit}, so {left_out} are left out]",
-	deployments.ReasonGone:               "its agent is away[: {error}]",
-	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
+	deployments.ReasonTooManyUnits: "the role has more units than a node takes" +
+		"[: at most {limit}, so {left_out} are left out]",
+	deployments.ReasonGone:      "its agent is away[: {error}]",
+	deployments.ReasonNotInTime: "not converged in time[: {error}]",
 }
 
 // Text returns a reason and its facts in words, in one line. A reason from a newer kedge that has no words here is

@@ -170,8 +170,8 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	switch {
 	case variable != "" && bounds.NeedManifest():
 		return fmt.Errorf(
-			"its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
-				"or bound the stage in its agents' configuration instead",
+			"the release's manifest has the variable %s, so what %s allows for stage %s can't be checked: "+
+				"write out the value, or bound the stage in its agents' configuration instead",
 			variable,
 			deployments.SettingsFile,
 			u.ID.Stage,
@@ -179,7 +179,7 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	case variable != "":
 		return nil
 	case err != nil:
-		return fmt.Errorf("%s: %w", u.Release.URL, err)
+		return fmt.Errorf("%s: %w", deployments.ShownURL(u.Release.URL), err)
 	}
 	if err := bounds.Check(u.Release, m, namesInManifest); err != nil {
 		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile,
