@@ -202,7 +202,7 @@ func New(c Config) (_ *Agent, err error) {
 	var host string
 	if c.Node == "" {
 		if host, err = os.Hostname(); err != nil {
-			return nil, fmt.Errorf("this host's name: %w", err)
+			return nil, fmt.Errorf("reading this host's name: %w", err)
 		}
 		c.Node, _, _ = strings.Cut(host, ".")
 	}
@@ -292,7 +292,8 @@ func (a *Agent) findUnitsOnDisk() {
 	for _, r := range a.c.Roles {
 		ids, err := a.dir.Units(a.c.Stage, r)
 		if err != nil {
-			a.c.Log.Error("could not list the units on disk", "role", r, "error", err)
+			a.c.Log.Error("could not list the units on disk: an interrupted deployment goes on only if the store names its unit",
+				"role", r, "error", err)
 		}
 		for _, id := range ids {
 			a.onDisk[id] = true
@@ -411,7 +412,8 @@ func (a *Agent) rename(name string) {
 		a.c.Log.Info("using the name that the Consul agent has for this node", "node", name, "was", was)
 	}
 	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
-		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)
+		a.c.Log.Warn("could not save this node's name: a start without the store would use an older name, or the host's",
+			"node", name, "error", err)
 	}
 }
 

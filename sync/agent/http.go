@@ -38,7 +38,7 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 	for _, u := range a.units {
 		if id == (deployments.UnitID{}) || u.id == id {
 			found = true
-			u.log.Info("retry asked for on this node")
+			u.log.Info("an operator asked on this node to retry the unit")
 			u.mustForget, u.refused = true, nil
 			u.retry.Reset()
 			u.retryAt = time.Time{}
@@ -137,7 +137,11 @@ func (a *Agent) serveSocket(ctx context.Context, path string) error {
 			}
 		}
 		if !a.Retry(id) {
-			http.Error(w, fmt.Sprintf("this node has no unit %s", id), http.StatusNotFound)
+			none := "this node has no unit"
+			if id != (deployments.UnitID{}) {
+				none += " " + id.String()
+			}
+			http.Error(w, none, http.StatusNotFound)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)

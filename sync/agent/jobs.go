@@ -371,7 +371,8 @@ func (a *Agent) noteHealth(u *unit, h deploy.Health) {
 	defer a.mu.Unlock()
 	switch was := u.health.Unhealthy; {
 	case h.Unhealthy && !was:
-		u.log.Error("the live release is unhealthy", "check", h.Facts["check"], "error", h.Facts["error"])
+		u.log.Error("the live release is unhealthy: /ready answers 503, and the release stays live",
+			"check", h.Facts["check"], "error", h.Facts["error"])
 	case was && !h.Unhealthy:
 		u.log.Info("the live release is healthy again", "after", time.Since(u.health.Since).Round(time.Second))
 	}

@@ -100,7 +100,7 @@ func (a *Agent) unknown() map[string]string {
 		if !r.Known() {
 			why[r.Name] = oneLine(r.Unknown())
 		} else if r.LeftOut > 0 {
-			why[r.Name] = fmt.Sprintf("%d units are left out, as a node takes %d of one role", r.LeftOut,
+			why[r.Name] = fmt.Sprintf("units left out: %d, as a node takes at most %d of one role", r.LeftOut,
 				deployments.MaxRoleUnits)
 		}
 	}

@@ -71,7 +71,7 @@ func (a *Agent) report(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
 		defer cancel()
 		if err := presence.Close(ctx); err != nil {
-			a.c.Log.Warn("could not remove this node's status: the node shows until its session ends", "error", err)
+			a.c.Log.Warn("could not remove this node's status: kedge status shows the node until its session ends", "error", err)
 		}
 	}()
 	written := map[string]writtenReport{}

@@ -22,7 +22,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		return dependency{}
 	}
 	if u.cycle != "" {
-		return dependency{u.id.Unit, "the units wait for one another: " + u.cycle, true}
+		return dependency{u.id.Unit, "the units wait for one another (" + u.cycle + "): correct after in their records", true}
 	}
 	if name := a.successor(u); name != "" {
 		return dependency{name, "waits for " + name + ", which may take over the dest of this unit, whose file is no " +

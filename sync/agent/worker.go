@@ -53,7 +53,8 @@ func (a *Agent) removeRetired(u *unit) {
 		return
 	}
 	if err := os.RemoveAll(a.dir.UnitDir(u.id)); err != nil {
-		u.log.Warn("could not remove the directory of a unit that is gone", "error", err)
+		u.log.Warn("could not remove the directory of a unit that is gone: the next start of the agent tries again",
+			"error", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -185,7 +186,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case errors.Is(err, deploy.ErrRefused) && !j.release.IsZero():
 		u.refuse(j.release, err)
 		u.lastErr = nil
-		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
+		u.log.Error("the release is refused: the unit stays on what it runs", "release", j.release.String(), "error", err)
 	case err != nil && calledOff: // not an error
 	case errors.As(err, new(*deploy.FutureError)):
 	case err != nil:

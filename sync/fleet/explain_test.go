@@ -55,7 +55,8 @@ func TestExplainStates(t *testing.T) {
 	pinned := func(r *report) { r.Pinned = true }
 	logged := func(r *report) {
 		r.Errors = []deployments.LoggedError{
-			{At: noon.Add(-time.Minute), Text: "the live release is unhealthy: http 127.0.0.1:8080: 503"},
+			{At: noon.Add(-time.Minute), Text: "the live release is unhealthy: /ready answers 503, and the release " +
+				"stays live: http 127.0.0.1:8080: 503"},
 			{At: noon.Add(-time.Hour), Text: "the deployment failed: post: exit status 1"},
 		}
 	}

@@ -38,7 +38,8 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	var damaged *durable.DamagedError
 	switch {
 	case errors.As(err, &damaged):
-		log.Error("the last known state is damaged: putting it aside", "kept", damaged.Kept, "error", damaged.Err)
+		log.Error("the last known state is damaged and was renamed: waiting for the store or a snapshot",
+			"kept", damaged.Kept, "error", damaged.Err)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return lastKnown{}, fmt.Errorf("reading the last known state: %w", err)
 	}

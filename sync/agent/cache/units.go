@@ -77,7 +77,7 @@ func (c *Cache) recordFilter(s *Source, view []kv.Entry, all bool) func(key stri
 	before := func(name string) bool { _, ok := s.find(s.Prefix + name); return ok }
 	taken, left := takeUnits(names, kept, before, deployments.MaxRoleUnits)
 	if left > 0 && r.LeftOut == 0 {
-		c.c.Log.Error("there are more units than a node of one role takes: some are left out",
+		c.c.Log.Error("the role has more units than a node takes: some are left out; split the role",
 			"role", r.Name, "limit", deployments.MaxRoleUnits, "left_out", left)
 	}
 	r.LeftOut = left

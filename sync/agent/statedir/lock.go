@@ -25,7 +25,7 @@ const lockPatience = 3 * time.Second
 func takeLock(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("locking the state directory: %w", err)
+		return nil, fmt.Errorf("locking the state directory %s: %w", dir, err)
 	}
 	for end := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -38,7 +38,7 @@ func takeLock(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("%w: %s is held by process %s", ErrLocked, dir, holder(f))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("locking the state directory: %w", err), f.Close())
+		return nil, errors.Join(fmt.Errorf("locking the state directory %s: %w", dir, err), f.Close())
 	}
 	if f.Truncate(0) == nil { // on a full disk the lock has no id, but holds
 		_, _ = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
