@@ -99,8 +99,9 @@ func (u *Unit) resume(ctx context.Context) error {
 		switch {
 		case a.Digest.IsZero(), d.Waits:
 		case a.CutOff >= u.maxCutOff && !d.Step.goesBack() && d.Step != stepSuccess:
-			err := fmt.Errorf("the agent or the machine ended %d times during this step", a.CutOff)
-			u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(d.Step), "error", err)
+			err := fmt.Errorf("the agent or the machine stopped %d times during this step", a.CutOff)
+			u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(d.Step),
+				"going_back_to", d.backName(), "error", err)
 			j.fail(err)
 			return
 		default:
@@ -153,11 +154,12 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 		return cause
 	}
 	u.deployLog.reset()
-	u.log.Error("the release could not be staged", "release", q.Release.String(), "error", cause)
+	u.log.Error("the release could not be staged: running its failure commands",
+		"release", q.Release.String(), "error", cause)
 	d := &deployment{Release: q.Release, Commit: q.Commit, Fault: &fault{Reason: short(cause)}}
 	d.enter(stepFailure)
 	err = u.commands(ctx, d, r, nil, r.Manifest.Commands.Failure)
-	if err := u.note(ctx, "a failure command failed", err); err != nil {
+	if err := u.note(ctx, "a failure command failed: those after it do not run", err); err != nil {
 		return cause
 	}
 	return errors.Join(cause, u.save(func(j *journal) {

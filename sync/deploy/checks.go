@@ -127,7 +127,7 @@ func checkConsul(ctx context.Context, service string) error {
 	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)
 	if syntax := new(json.SyntaxError); errors.As(err, &syntax) {
 		// The client ignores this answer's status: an answer that doesn't parse is the text of a refusal.
-		return errors.New("the local Consul agent refused to answer: mostly the token lacks service:read")
+		return errors.New("the local Consul agent refused to answer: probably the token lacks service:read")
 	}
 	if err != nil {
 		return cause(ctx, fmt.Errorf("asking the local Consul agent: %w", err))

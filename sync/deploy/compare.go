@@ -37,7 +37,7 @@ func (u *Unit) Observe(
 		}
 	}
 	if err := artifact.PruneTrees(u.treesDir(), append(u.keptDigests(), p.Digest)); err != nil {
-		u.log.Warn("could not remove a tree that was compared before", "error", err)
+		u.log.Warn("could not remove a tree that was compared before: the next comparison tries again", "error", err)
 	}
 	progress := func(p meter.Progress) { u.progress(deployments.StateFetching, p) }
 	if err := u.switcher(aside).Stage(ctx, aside, artifact.StageOptions{Progress: progress}); err != nil {
@@ -86,7 +86,8 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
 	case err != nil:
-		u.log.Warn("what lies at dest can't be compared, and is not adopted", "dest", r.Manifest.Dest, "error", err)
+		u.log.Warn("could not compare dest with the release: deploying the release instead of adopting dest",
+			"dest", r.Manifest.Dest, "error", err)
 		return nil, nil
 	}
 	if found.Adopted = found.Differs == 0; found.Adopted {

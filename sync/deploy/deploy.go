@@ -277,7 +277,8 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
 		// The process that drained the unit may have ended.
 		if err := u.drain(ctx, true); err != nil {
-			u.log.Warn("could not take the node out of service again after a restart", "error", err)
+			u.log.Warn("could not take the node out of service again after a restart: going on all the same",
+				"error", err)
 		}
 	}
 	if d == nil {
@@ -333,7 +334,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 		u.log.Warn("the disk is full: removing old and failed releases, and trying again",
 			"release", r.Pointer.String(), "error", err)
 		if failed := u.makeRoom(r); failed != nil {
-			u.log.Error("could not remove old releases", "error", failed)
+			u.log.Error("could not remove old releases: trying again all the same", "error", failed)
 		}
 		err = u.switcher(r).Stage(ctx, r, opt)
 	}

@@ -145,7 +145,7 @@ func (u *Unit) load() error {
 	}
 	j, err := durable.ReadState(path, func(j journal) error {
 		if j.Deployment != nil && !j.Deployment.Step.known() {
-			return fmt.Errorf("it has a deployment in step %q", j.Deployment.Step)
+			return fmt.Errorf("unknown step %q of a deployment", j.Deployment.Step)
 		}
 		return nil
 	})

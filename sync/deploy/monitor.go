@@ -161,7 +161,7 @@ func (m *Monitor) round(ctx context.Context) round {
 			if err == nil {
 				m.identities[i] = identity
 				if was != "" && was != identity {
-					err = errors.New("it was restarted since the last check")
+					err = errors.New("the service was restarted since the last check")
 				}
 			}
 			errs[i] = err

@@ -106,7 +106,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	}
 	for _, c := range r.Manifest.Commands.Failure {
 		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.deployLog.bytes()); failed != nil {
-			u.log.Error("a failure command failed", "error", failed)
+			u.log.Error("a failure command failed: those after it do not run", "error", failed)
 			break
 		}
 	}
@@ -226,7 +226,7 @@ func ParseInput(in io.Reader, getenv func(string) string) (url string, err error
 	last := events[len(events)-1]
 	if url = strings.TrimSpace(string(last.Payload)); url == "" {
 		return "", fmt.Errorf(
-			"consul event %s has no payload: want a manifest's URL, as in consul event -name deploy URL",
+			"consul event %q has no payload: want a manifest's URL, as in consul event -name deploy URL",
 			last.ID,
 		)
 	}

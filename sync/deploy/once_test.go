@@ -44,7 +44,7 @@ func TestParseInput(t *testing.T) {
 		"empty":                 {in: "\n", err: "is empty"},
 		"raw, watched":          {in: url, index: "1", err: "not Consul's JSON"},
 		"not base64":            {in: `[{"ID":"1","Payload":"%%"}]`, err: "not Consul's JSON"},
-		"no payload":            {in: `[{"ID":"abc","Payload":null}]`, err: "event abc has no payload"},
+		"no payload":            {in: `[{"ID":"abc","Payload":null}]`, err: `event "abc" has no payload`},
 		"cut off":               {in: `[{"ID":"1"`, err: "not Consul's JSON"},
 		"endless":               {in: strings.Repeat("x", maxInput+1), err: "more than"},
 		"no more than one list": {in: `[{"ID":"1","Payload":"` + payload + `"}] rest`, url: url},

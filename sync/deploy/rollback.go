@@ -52,6 +52,14 @@ func (d *deployment) reverse() {
 	}
 }
 
+// backName names the release that the deployment goes back to if it fails, or says that there is none.
+func (d *deployment) backName() string {
+	if d.Back.IsZero() {
+		return "no release: no other is known to be good here"
+	}
+	return d.Back.String()
+}
+
 // fail quarantines the deployment's release. From then on the deployment goes back.
 func (j *journal) fail(err error) {
 	d := j.Deployment
@@ -100,9 +108,11 @@ func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) er
 		}
 		return fmt.Errorf("deploying %s was stopped in %s, and undone: %w", d.Release, s, err)
 	case u.ending():
-		return fmt.Errorf("deploying %s in %s: the machine is shutting down: %w", d.Release, s, err)
+		return fmt.Errorf("deploying %s stopped in %s as the machine shuts down, and is left to the agent's next start: %w",
+			d.Release, s, err)
 	default:
-		u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(s), "error", err)
+		u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(s),
+			"going_back_to", d.backName(), "error", err)
 		return u.save(func(j *journal) { j.fail(err) })
 	}
 }
@@ -185,9 +195,9 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	}
 	at := *d
 	at.Step = stepFailure // even if they run early
-	if err := u.note(ctx, "a failure command failed",
+	if err := u.note(ctx, "a failure command failed: those after it do not run",
 		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
 		return err
 	}
-	return u.note(ctx, "could not remove old files", u.tidy(r))
+	return u.note(ctx, "could not remove old files: the next deployment tries again", u.tidy(r))
 }

@@ -221,9 +221,9 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 			return nil, nil
 		}
 		err := u.commands(ctx, d, r, from, r.Manifest.Commands.Success)
-		return nil, u.note(ctx, "a success command failed", err)
+		return nil, u.note(ctx, "a success command failed: those after it do not run, and the release stays live", err)
 	case stepTidy:
-		return nil, u.note(ctx, "could not remove old files", u.tidy(r))
+		return nil, u.note(ctx, "could not remove old files: the next deployment tries again", u.tidy(r))
 	}
 
 	switch {
