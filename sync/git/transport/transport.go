@@ -43,12 +43,13 @@ func Open(address string, a Access) (*Repository, error) {
 	if err != nil {
 		return nil, fmt.Errorf("repository %q: %w", Redact(address), err)
 	}
+	web := endpoint.Protocol == "https" || endpoint.Protocol == "http"
+	if web && (endpoint.User != "" || endpoint.Password != "") {
+		return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
+			"KEDGE_GIT_TOKEN", Redact(address))
+	}
 	switch endpoint.Protocol {
 	case "https":
-		if endpoint.User != "" || endpoint.Password != "" {
-			return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
-				"KEDGE_GIT_TOKEN", Redact(address))
-		}
 	case "http":
 		if ip := net.ParseIP(endpoint.Host); endpoint.Host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 			return nil, fmt.Errorf("repository %s: plain http is allowed only for a repository on this machine: use https://",
