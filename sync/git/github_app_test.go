@@ -87,7 +87,7 @@ func TestGitHubApp(t *testing.T) {
 		Bytes: x509.MarshalPKCS1PrivateKey(other)})))
 	good = "revoked"
 	fails(t, b, "a token that was revoked", "401")
-	fails(t, b, "another key", "token of GitHub App Iv1.app", "could not be decoded")
+	fails(t, b, "another key", "requesting a token for GitHub App Iv1.app", "could not be decoded")
 	gittest.WriteFile(t, keyFile, "no key")
 	fails(t, b, "a file without a key", "KEDGE_GITHUB_APP_KEY_FILE")
 	half := openBranch(t, Config{Repo: h.URL, Branch: "main", Env: env("GIT_SSL_CAINFO", h.CAFile,

@@ -112,7 +112,7 @@ func TestSSHAgentIsDialledOnce(t *testing.T) {
 	}
 	t.Setenv("SSH_AUTH_SOCK", "")
 	s.Cut()
-	fails(t, b, "no agent", "no SSH agent answers: name one with --ssh-key (SSH_AUTH_SOCK is not set)")
+	fails(t, b, "no agent", "no SSH agent answers: name a key file with --ssh-key (SSH_AUTH_SOCK is not set)")
 }
 
 // A connection that ended is opened again, and a change of its key or known_hosts file ends it.

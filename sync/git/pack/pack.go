@@ -30,7 +30,7 @@ type ObjectTooLarge struct{ size, most int64 }
 
 func (e *ObjectTooLarge) Error() string {
 	return fmt.Sprintf("the branch, or its history, has a directory's list or a commit of %d bytes, and at most %d "+
-		"are fetched: take the commit that brought it out of the branch "+
+		"are fetched: remove the commit that added it from the branch "+
 		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, e.most)
 }
 

@@ -93,7 +93,7 @@ func (a Access) sshAuth(e *transport.Endpoint) (gitssh.AuthMethod, []string, err
 	if a.KnownHosts == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, nil, fmt.Errorf("known hosts: %w", err)
+			return nil, nil, fmt.Errorf("known hosts: %w: name a file with --known-hosts", err)
 		}
 		files = nil
 		for _, file := range []string{filepath.Join(home, ".ssh", "known_hosts"), "/etc/ssh/ssh_known_hosts"} {
@@ -149,7 +149,7 @@ func dialAgent(ctx context.Context) (conn net.Conn, err error) {
 		conn, err = new(net.Dialer).DialContext(ctx, "unix", socket)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
+		return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name a key file with --ssh-key (%w)", err)
 	}
 	return conn, nil
 }
@@ -173,7 +173,8 @@ func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 				"(ssh-keyscan prints it)",
 				host, strings.Join(files, " or "), ssh.FingerprintSHA256(key))}
 		default:
-			return &hostKeyError{fmt.Sprintf("the key of %s is not the one in %s:%d: it is %s, and somebody may be listening in",
+			return &hostKeyError{fmt.Sprintf("the key of %s is not the one in %s:%d, but %s: somebody may be listening in; "+
+				"replace that line only if the server has a new key",
 				host, mismatch.Want[0].Filename, mismatch.Want[0].Line, ssh.FingerprintSHA256(key))}
 		}
 	}

@@ -116,15 +116,15 @@ func (a *githubApp) makeToken(ctx context.Context, client *http.Client, now time
 	req.Header.Set("X-GitHub-Api-Version", "2022-11-28")
 	resp, err := client.Do(req)
 	if err != nil {
-		return token, fmt.Errorf("token of GitHub App %s: %w", a.id, bare(err))
+		return token, fmt.Errorf("requesting a token for GitHub App %s: %w", a.id, bare(err))
 	}
 	defer resp.Body.Close()
 	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&token)
 	if err == nil && token.Token == "" {
-		err = errors.New("the answer has none")
+		err = errors.New("GitHub's answer has no token")
 	}
 	if err != nil {
-		return token, fmt.Errorf("token of GitHub App %s: %w", a.id, err)
+		return token, fmt.Errorf("requesting a token for GitHub App %s: %w", a.id, err)
 	}
 	return token, nil
 }

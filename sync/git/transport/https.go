@@ -272,10 +272,10 @@ func (s *httpServer) closeIdle() {
 func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	from := via[0].URL
 	if from.Scheme == "https" && to.URL.Scheme != "https" {
-		return fmt.Errorf("it redirects to plain http, at %s", to.URL.Host)
+		return fmt.Errorf("the server redirects to plain http, at %s", to.URL.Host)
 	}
 	if len(via) >= 10 {
-		return errors.New("it redirects too often")
+		return errors.New("the server redirects too often")
 	}
 	if from.Host != to.URL.Host {
 		to.Header.Del("Authorization")

@@ -58,7 +58,7 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 		return nil
 	})
 	if err == nil && !(lsRefs && fetch) {
-		err = errors.New("it speaks protocol v2, but not both of ls-refs and fetch")
+		err = errors.New("the server speaks protocol v2, but lacks ls-refs or fetch")
 	}
 	return g, err
 }
@@ -201,7 +201,7 @@ func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	n, err := strconv.ParseUint(string(length[:]), 16, 16)
 	switch {
 	case err != nil:
-		return 0, "", fmt.Errorf("it answers %q, which isn't Git's protocol", length[:])
+		return 0, "", fmt.Errorf("the server answers %q, which isn't Git's protocol", length[:])
 	case n <= uint64(endPkt-flushPkt):
 		return flushPkt + pkt(n), "", nil
 	case n < 4 || n > maxPkt:

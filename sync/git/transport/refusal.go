@@ -24,7 +24,7 @@ type Refusal struct {
 }
 
 func (e *Refusal) Error() string {
-	text := fmt.Sprintf("%s answers status code %d", e.Host, e.Status)
+	text := fmt.Sprintf("%s answers with status code %d", e.Host, e.Status)
 	switch e.Status {
 	case 0:
 		text = e.Host + " answers"
@@ -54,7 +54,7 @@ func (e *Refusal) hint(address string, app bool) string {
 	case http.StatusNotFound:
 		return " (is the address right, and may these credentials read the repository?)"
 	case http.StatusOK:
-		return " (is it a login page? the address is the one that git clone takes)"
+		return " (is it a login page? give the address that git clone takes)"
 	}
 	return ""
 }

@@ -231,7 +231,7 @@ func (s *sshSession) start(conn *ssh.Client, v0 *bool, command string) (err erro
 	n, err := strconv.ParseUint(string(length), 16, 16)
 	switch {
 	case err != nil:
-		return fmt.Errorf("it answers %q, which isn't Git's protocol", length)
+		return fmt.Errorf("the server answers %q, which isn't Git's protocol", length)
 	case n < 4+uint64(len(version2)) || n > 4+uint64(len(version2))+1:
 		return nil
 	}
