@@ -82,7 +82,7 @@ func (w *Web) guarded(next http.Handler) http.Handler {
 		h.Set("Cache-Control", "private, no-cache")
 		if !w.knownHost(r.Host) {
 			http.Error(rw,
-				fmt.Sprintf("This dashboard doesn't go by the name %q. Start it with --host %[1]s if it should.",
+				fmt.Sprintf("This dashboard doesn't serve the host name %q. Start it with --host %[1]s if it should.",
 					hostOf(r.Host)), http.StatusMisdirectedRequest)
 			return
 		}

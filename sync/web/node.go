@@ -98,7 +98,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 		v.Commands = append(v.Commands, command{"keep what this node runs",
 			"kedge pin " + id + " hold --node " + name + " --reason WHY"})
 	}
-	v.Commands = append(v.Commands, command{"say this in a terminal", "kedge explain " + id + " " + name})
+	v.Commands = append(v.Commands, command{"show this in a terminal", "kedge explain " + id + " " + name})
 	return v, nil
 }
 

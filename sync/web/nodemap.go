@@ -96,7 +96,7 @@ func (m nodeMap) describe() string {
 		parts = append(parts, fmt.Sprintf("%d %s", h.Count, healthLabel(h.Name)))
 	}
 	for _, s := range m.Shares {
-		parts = append(parts, fmt.Sprintf("%d run %s", s.Count, s.Name))
+		parts = append(parts, fmt.Sprintf("%d %s %s", s.Count, agree(s.Count, "runs", "run"), s.Name))
 	}
 	if len(parts) == 0 {
 		return "no node has reported"

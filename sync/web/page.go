@@ -294,7 +294,7 @@ func (r *rendered) unit(v unitPage) {
 	for _, n := range v.Nodes {
 		r.addTo("rows", n.Key, nodeRowView(n))
 	}
-	r.addIfEmpty("rows", v.Filter, "None has reported.", "No node passes the filter.")
+	r.addIfEmpty("rows", v.Filter, "No node has reported.", "No node passes the filter.")
 }
 
 func (r *rendered) overrides(v overrides) {

@@ -203,7 +203,7 @@ func (u *unit) colour(counts map[deployments.Digest]*share) {
 		u.shares = append(u.shares, *c)
 	}
 	if kinds > 0 {
-		rest.Name = fmt.Sprintf("%d others", kinds)
+		rest.Name = plural2(kinds, "other")
 		u.shares = append(u.shares, rest)
 	}
 }

@@ -266,13 +266,13 @@ func commandsOf(u *unit) (all []command) {
 		switch p.Phase {
 		case deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseFrozen:
 			add("go on without waiting", "kedge promote "+id)
-			abort("give it up")
+			abort("abort the rollout")
 		case deployments.PhaseRolling:
-			add("stop where it is", "kedge pause "+id)
-			abort("give it up, and go back")
+			add("stop the rollout where it is", "kedge pause "+id)
+			abort("abort the rollout, and go back")
 		case deployments.PhasePaused:
 			add("go on", "kedge resume "+id)
-			abort("give it up, and go back")
+			abort("abort the rollout, and go back")
 		case deployments.PhaseRolledBack:
 			add("try this release once more", "kedge retry "+id)
 		}

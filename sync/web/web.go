@@ -246,7 +246,7 @@ func (w *Web) probe(ctx context.Context) {
 			since = time.Now()
 		}
 		if err != nil {
-			why = fmt.Sprintf("The store could not be read since %s: %v", since.UTC().Format("15:04:05 UTC"), err)
+			why = fmt.Sprintf("The store has not been readable since %s: %v", since.UTC().Format("15:04:05 UTC"), err)
 		}
 		if ctx.Err() == nil && why != s.storeError {
 			w.replace(func(old *snapshot) *snapshot {
