@@ -248,7 +248,8 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 			break
 		}
 		if retry.Tries() == 0 {
-			n.log.Warn("could not read which events a receiver has had", "receiver", name, "error", err)
+			n.log.Warn("could not read which events a receiver has had: trying again, and sending it none until then",
+				"receiver", name, "error", err)
 		}
 		if err := retry.Wait(ctx); err != nil {
 			return err
@@ -410,7 +411,8 @@ const maxPast = 5
 func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
 	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
 	if err != nil {
-		n.log.Warn("a unit's history can't be read, its notification says less", "unit", id.String(), "error", err)
+		n.log.Warn("could not read a unit's history: no event of its rollout's start is sent, and others lack the author",
+			"unit", id.String(), "error", err)
 		return nil
 	}
 	for _, e := range entries {
@@ -460,13 +462,13 @@ func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() 
 		}
 		if refusals >= maxRefusals || time.Since(began) > n.giveUp {
 			n.sent.WithLabelValues(receiver, "dropped").Inc()
-			n.log.Error("gave up a notification: the receiver refused it, or took none for a day",
+			n.log.Error("dropped a notification: the receiver refused it, or took none for a day",
 				"receiver", receiver, what, id, "tries", retry.Tries()+1, "error", err)
 			return nil
 		}
 		n.sent.WithLabelValues(receiver, "failed").Inc()
 		if retry.Tries() == 0 {
-			n.log.Warn("a notification was not taken, it is tried again", "receiver", receiver, what, id, "error", err)
+			n.log.Warn("a notification was not taken: trying again", "receiver", receiver, what, id, "error", err)
 		}
 		pause := retry.Next()
 		if asked := (*retryAfterError)(nil); errors.As(err, &asked) {
