@@ -133,7 +133,7 @@ func writePin(
 				return false, nil
 			case err != nil || !own:
 				return false, fmt.Errorf(
-					"somebody has pinned it, and a pin takes precedence over an event: see kedge explain, or kedge unpin %s",
+					"somebody has pinned the unit, and a pin takes precedence over an event: see kedge explain, or kedge unpin %s",
 					id,
 				)
 			}
@@ -177,5 +177,5 @@ func writeRecord(
 			return true, err
 		}
 	}
-	return false, kv.ErrConflict
+	return false, fmt.Errorf("the record of %s keeps changing: %w", id, kv.ErrConflict)
 }

@@ -49,7 +49,7 @@ func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byt
 		if sum := in.Manifest.Checksum; len(sum) == 32 || len(sum) == 40 {
 			strong, err := sha256Of(ctx, objects, in.Manifest.Src)
 			if err != nil {
-				return nil, nil, fmt.Errorf("the archive's SHA-256: %w", err)
+				return nil, nil, fmt.Errorf("computing the archive's SHA-256: %w", err)
 			}
 			line := regexp.MustCompile(`(?mi)^(checksum:[ \t]*["']?)` + sum + `\b`)
 			if line.MatchString(t) {

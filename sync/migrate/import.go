@@ -153,7 +153,7 @@ func CopyByDigest(
 	}
 	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || !reflect.DeepEqual(after, before) {
 		return p, errors.Join(err, fmt.Errorf("%s can't be copied, as a URL of its src, index or deltas is relative to its "+
-			"own place: write whole URLs", from))
+			"own place: write whole URLs", deployments.ShownURL(from)))
 	}
 	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)),
 		object.PutOptions{ContentType: "application/yaml"})

@@ -73,7 +73,7 @@ func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection,
 		return in, nil
 	}
 	if variableSrc.Match(s.Raw) {
-		in.note("its src holds a variable: the archive was not looked at")
+		in.note("src has a variable, so the archive was not looked at")
 		return in, nil
 	}
 	return in, in.unpack(ctx, objects)
@@ -118,18 +118,18 @@ func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error 
 		return context.Cause(ctx)
 	}
 	if errors.Is(err, object.ErrUnavailable) {
-		return fmt.Errorf("%s: its archive: %w", in.Source.Name, err)
+		return fmt.Errorf("%s: the archive: %w", in.Source.Name, err)
 	}
 	if err != nil {
-		in.refuse(fmt.Errorf("its archive: %s", strings.ReplaceAll(err.Error(), tree, "DEST")))
+		in.refuse(fmt.Errorf("the archive: %s", strings.ReplaceAll(err.Error(), tree, "DEST")))
 		return nil
 	}
 	if in.Archive, err = describeTree(tree); err != nil {
 		return fmt.Errorf("looking into the archive of %s: %w", in.Source.Name, err)
 	}
 	if n := len(in.Archive.Outside); n > 0 && in.Manifest.Symlinks != deployments.SymlinksAny {
-		in.note("%d of its links lead out of the tree (%s): kedge refuses the archive unless the manifest says symlinks: any",
-			n, in.Archive.Outside[0])
+		in.note("the archive has links that lead out of its tree (%d, the first is %q): kedge refuses the archive unless "+
+			"the manifest says symlinks: any", n, in.Archive.Outside[0])
 	}
 	return nil
 }

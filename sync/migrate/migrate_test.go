@@ -115,7 +115,7 @@ func TestInspectLooksIntoTheArchive(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(p.dir, "archives")); err != nil {
 		t.Fatal(err)
 	}
-	if in = p.inspect(gone, true); !strings.Contains(in.Refused.Error(), "its archive") {
+	if in = p.inspect(gone, true); !strings.Contains(in.Refused.Error(), "the archive: ") {
 		t.Errorf("%+v", in)
 	}
 	if in = p.inspect(gone, false); len(in.Refused) > 0 || in.Archive != nil {
@@ -471,7 +471,7 @@ func TestBridge(t *testing.T) {
 		}
 	}
 	options.Bounds = policy.Bounds{NoLocal: true, Sources: []string{strings.TrimSuffix(p.url, "/")}}
-	if five, err := bridge("five"); err == nil || !strings.Contains(err.Error(), "somebody has pinned it") {
+	if five, err := bridge("five"); err == nil || !strings.Contains(err.Error(), "somebody has pinned the unit") {
 		t.Errorf("%+v, %v", five, err)
 	}
 }

@@ -67,8 +67,8 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 		}
 	}
 	return deployments.UnitID{}, fmt.Errorf(
-		"%s gives no unit: its name, by a --match pattern of %s, and --stage, --role and --unit have to give a "+
-			"valid STAGE/ROLE/UNIT",
+		"%s gives no unit: what a --match pattern (%s) finds in its name, with --stage, --role and --unit, has "+
+			"to be a valid STAGE/ROLE/UNIT",
 		path,
 		strings.Join(patterns, ", "),
 	)
