@@ -35,8 +35,8 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 		}
 		switch waited := time.Since(begin); {
 		case waited > 2*grace:
-			return found, fmt.Errorf("%d processes of a command that was cut off survive SIGKILL, process %d among them: end "+
-				"them by hand", len(pids), pids[0])
+			return found, fmt.Errorf("processes of a command that was cut off survive SIGKILL (%d, the first is %d): "+
+				"end them by hand", len(pids), pids[0])
 		case waited > grace: // including those that they have started since
 			for _, pid := range pids {
 				unix.Kill(pid, unix.SIGKILL)

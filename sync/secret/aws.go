@@ -56,7 +56,7 @@ func (c *awsConfig) parameter(ctx context.Context, name string) (string, error) 
 		return "", err
 	}
 	if out.Parameter == nil || out.Parameter.Value == nil {
-		return "", errors.New("the answer has no value")
+		return "", errors.New("the answer of AWS has no value")
 	}
 	return *out.Parameter.Value, nil
 }

@@ -149,7 +149,7 @@ func (s *Sender) send(ctx context.Context) error {
 	switch code := answer.StatusCode; {
 	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
 		code == http.StatusGatewayTimeout:
-		return fmt.Errorf("it answers %s", answer.Status)
+		return fmt.Errorf("the collector answers %s", answer.Status)
 	case code/100 != 2:
 		s.warnings.Do(func() {
 			s.log.Warn("the collector refused trace spans: they are dropped",
