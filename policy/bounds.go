@@ -112,7 +112,7 @@ func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func
 	}
 	for _, c := range commands {
 		if b.NoCommands {
-			return fmt.Errorf("it has commands, and none are allowed: %q", c.Run)
+			return fmt.Errorf("the manifest has commands, and none are allowed: %q", c.Run)
 		}
 		if err := b.checkUser(c.User, names); err != nil {
 			return fmt.Errorf("command %q: %w", c.Run, err)
@@ -145,7 +145,7 @@ func (b Bounds) checkGroup(group string, names func(string) []string) error {
 	if slices.ContainsFunc(append(known, group), func(n string) bool { return slices.Contains(b.Users, n) }) {
 		return nil
 	}
-	return fmt.Errorf("group %s is not one of %s", group, strings.Join(b.Users, ", "))
+	return fmt.Errorf("group %s is not among those allowed: %s", group, strings.Join(b.Users, ", "))
 }
 
 // below reports whether path is dir or lies below it.

@@ -52,9 +52,12 @@ func TestBoundsNeedManifest(t *testing.T) {
 		{"owner", web, func(m *deployments.Manifest) { m.Owner = "root" },
 			"owner: user root is not among those allowed: app"},
 		{"a group alone", web, func(m *deployments.Manifest) { m.Owner = ":www" }, ""},
-		{"a group that none of the users is in", web, func(m *deployments.Manifest) { m.Owner = "app:adm" }, "owner: group adm is not one of app"},
-		{"root's group", web, func(m *deployments.Manifest) { m.Owner = ":0" }, "owner: group 0 is not one of app"},
-		{"root's group, where nothing of groups is known", web, func(m *deployments.Manifest) { m.Owner = ":root" }, "owner: group root is not one of app"},
+		{"a group that none of the users is in", web, func(m *deployments.Manifest) { m.Owner = "app:adm" },
+			"owner: group adm is not among those allowed: app"},
+		{"root's group", web, func(m *deployments.Manifest) { m.Owner = ":0" },
+			"owner: group 0 is not among those allowed: app"},
+		{"root's group, where nothing of groups is known", web, func(m *deployments.Manifest) { m.Owner = ":root" },
+			"owner: group root is not among those allowed: app"},
 		{"a group of which nothing is known", web, func(m *deployments.Manifest) { m.Owner = ":other" }, ""},
 		{"a command's user", web, func(m *deployments.Manifest) {
 			m.Commands.Failure = run(deployments.Command{Run: "x", User: "root"})
@@ -68,7 +71,8 @@ func TestBoundsNeedManifest(t *testing.T) {
 		{"a check that runs something as another", web, func(m *deployments.Manifest) {
 			m.Health.Checks = []deployments.Check{{Exec: "x", User: "root"}}
 		}, `command "x": user root is not among those allowed: app`},
-		{"no commands", Bounds{NoCommands: true}, func(*deployments.Manifest) {}, `it has commands, and none are allowed: "true"`},
+		{"no commands", Bounds{NoCommands: true}, func(*deployments.Manifest) {},
+			`the manifest has commands, and none are allowed: "true"`},
 		{"no commands, but a check", Bounds{NoCommands: true}, func(m *deployments.Manifest) {
 			m.Commands.Pre, m.Health.Checks = nil, []deployments.Check{{TCP: "h:1"}, {Exec: "y"}}
 		}, `none are allowed: "y"`},

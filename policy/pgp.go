@@ -40,7 +40,7 @@ func ParseKeyring(data []byte) (Keyring, error) {
 func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who string, err error) {
 	signer, err := k.verify(payload, signature, now)
 	if err != nil {
-		return "", fmt.Errorf("%w: its OpenPGP signature: %w", ErrUntrusted, err)
+		return "", fmt.Errorf("%w: the commit's OpenPGP signature: %w", ErrUntrusted, err)
 	}
 	if id := signer.PrimaryIdentity(); id != nil {
 		return id.Name, nil

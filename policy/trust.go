@@ -111,8 +111,8 @@ func parseValid(s string) (time.Time, error) {
 		digits, zone = cut, time.UTC
 	}
 	for _, layout := range []string{"20060102", "200601021504", "20060102150405"} {
-		if len(layout) == len(digits) {
-			return time.ParseInLocation(layout, digits, zone)
+		if t, err := time.ParseInLocation(layout, digits, zone); err == nil && len(layout) == len(digits) {
+			return t, nil
 		}
 	}
 	return time.Time{}, fmt.Errorf("%q: want YYYYMMDD[HHMM[SS]][Z]", s)
@@ -158,7 +158,8 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		return "", fmt.Errorf("%w: the signature doesn't parse: %w", ErrUntrusted, err)
 	}
 	if sig.Namespace != namespace {
-		return "", fmt.Errorf("%w: the signature was made for %q, not for %q", ErrUntrusted, sig.Namespace, namespace)
+		return "", fmt.Errorf("%w: the signature's namespace is %q, not %q: sign with ssh-keygen -Y sign -n %[3]s",
+			ErrUntrusted, sig.Namespace, namespace)
 	}
 	if sig.Signature.Format == ssh.KeyAlgoRSA {
 		return "", fmt.Errorf("%w: the signature uses SHA-1: sign with rsa-sha2-512, or with an ed25519 key", ErrUntrusted)
@@ -190,7 +191,8 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 			continue
 		}
 		if err := sshsig.Verify(bytes.NewReader(message), sig, one.key, sig.HashAlgorithm, namespace); err != nil {
-			return "", fmt.Errorf("%w: the signature by the key of %s does not fit: %w", ErrUntrusted, one.principals, err)
+			return "", fmt.Errorf("%w: the signature by the key of %s is of another content: %w",
+				ErrUntrusted, one.principals, err)
 		}
 		return one.principals, nil
 	}

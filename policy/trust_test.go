@@ -70,9 +70,9 @@ func TestVerifyManifest(t *testing.T) {
 		{"for something else", `alice namespaces="git,file" ` + aliceKey, manifest, signed, "may sign for git,file"},
 		{"for something else, in a second line", "mallory " + malloryKey + "\n" + `alice namespaces="git" ` + aliceKey,
 			manifest, signed, "line 2 of the allowed signers: the key SHA256:"},
-		{"another manifest", "alice " + aliceKey, manifest + " ", signed, "does not fit"},
+		{"another manifest", "alice " + aliceKey, manifest + " ", signed, "of another content"},
 		{"somebody else", "alice " + aliceKey, manifest, sign(t, mallory, ManifestNamespace, manifest), "not among the allowed signers"},
-		{"a commit's signature", "alice " + aliceKey, manifest, sign(t, alice, "git", manifest), `made for "git"`},
+		{"a commit's signature", "alice " + aliceKey, manifest, sign(t, alice, "git", manifest), `namespace is "git"`},
 		{"none", "alice " + aliceKey, manifest, nil, "no signature"},
 		{"not one", "alice " + aliceKey, manifest, []byte("hello"), "not an SSH signature"},
 		{"half of one", "alice " + aliceKey, manifest, signed[:len(signed)/2], "doesn't parse"},
@@ -143,7 +143,7 @@ func TestVerifyCommit(t *testing.T) {
 		says      string
 	}{
 		{nil, "the commit has no signature"},
-		{sign(t, alice, ManifestNamespace, payload), "made for"},
+		{sign(t, alice, ManifestNamespace, payload), "namespace is"},
 		{[]byte("-----BEGIN PGP SIGNATURE-----\n"), "gpg.format ssh"},
 		{bytes.ToUpper(sign(t, alice, "git", payload)), "doesn't parse"},
 	} {
@@ -168,6 +168,10 @@ func TestParseSigners(t *testing.T) {
 		{"bounded in time", `ada valid-after="20200101",valid-before="20300101120000Z" ` + key, 1, ""},
 		{"nothing", "", 0, ""},
 		{"a bad time", `ada valid-after="2020" ` + key, 0, "line 1: option valid-after"},
+		{"a time with a letter", `ada valid-after="2020010x" ` + key, 0,
+			`line 1: option valid-after: "2020010x": want YYYYMMDD`},
+		{"a day that is none", `ada valid-before="20200230" ` + key, 0,
+			`line 1: option valid-before: "20200230": want YYYYMMDD`},
 		{"an authority", "ada " + key + "\nca cert-authority " + key, 0, "line 2: option cert-authority: certificate authorities are not supported"},
 		{"an unknown option", "ada from=\"x\" " + key, 0, "line 1: option from"},
 		{"a namespace that is refused", `ada namespaces="!git" ` + key, 0, "line 1: option namespaces"},

@@ -75,7 +75,7 @@ func TestSnapshot(t *testing.T) {
 		"signed by another": {func() error { return write(url, stolen) }, time.Hour, "not among the allowed signers"},
 		"another text": {func() error {
 			return os.WriteFile(path, []byte(strings.Replace(string(good), "sha256:00", "sha256:11", 1)), 0o600)
-		}, time.Hour, "does not fit"},
+		}, time.Hour, "of another content"},
 		"no signature":        {func() error { return os.WriteFile(path, []byte(`{"format":1,"snapshot":"{}","signature":""}`), 0o600) }, time.Hour, "not an SSH signature"},
 		"not of this kind":    {func() error { return os.WriteFile(path, []byte(`[]`), 0o600) }, time.Hour, "snapshot: "},
 		"of another format":   {func() error { return os.WriteFile(path, []byte(`{"format":2}`), 0o600) }, time.Hour, "format 2"},

@@ -229,7 +229,7 @@ func TestCommitsSignedByOpenPGP(t *testing.T) {
 	was := desired(t, store)
 
 	signsAs("eve@example.com")
-	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "its OpenPGP signature")
+	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "the commit's OpenPGP signature")
 	sameDesired(t, store, was)
 
 	// gpg itself would not sign with a key that has expired, but for its clock.
