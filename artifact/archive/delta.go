@@ -53,10 +53,10 @@ func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex 
 	}
 	from := deployments.DigestOf(oldIndex)
 	if string(header[:len(deltaMagic)]) != deltaMagic {
-		return nil, nil, fmt.Errorf("%w: it does not begin as a delta does", ErrDelta)
+		return nil, nil, fmt.Errorf("%w: it does not begin with the magic number of a delta", ErrDelta)
 	}
 	if !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
-		return nil, nil, fmt.Errorf("%w: it is a delta from another release than the one at hand", ErrDelta)
+		return nil, nil, fmt.Errorf("%w: it starts from another release than the one on this disk", ErrDelta)
 	}
 	d.zstd, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(deltaWindow))
@@ -73,7 +73,7 @@ func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex 
 		return nil, nil, err
 	}
 	if sum := deployments.DigestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
-		return nil, nil, fmt.Errorf("%w: the index that it makes does not have the hash that it gives", ErrDelta)
+		return nil, nil, fmt.Errorf("%w: the index decoded from it does not match the hash in its header", ErrDelta)
 	}
 	return d, out.Bytes(), nil
 }

@@ -35,19 +35,19 @@ func MakeDelta(
 ) error {
 	oldX, err := DecodeIndex(oldIndex)
 	if err != nil {
-		return fmt.Errorf("delta from %s: %w", oldTree, err)
+		return fmt.Errorf("the index of %s: %w", oldTree, err)
 	}
 	newX, err := DecodeIndex(newIndex)
 	if err != nil {
-		return fmt.Errorf("delta to %s: %w", newTree, err)
+		return fmt.Errorf("the index of %s: %w", newTree, err)
 	}
 	m := &deltaMaker{old: oldX, new: newX}
 	if m.oldRoot, err = os.OpenRoot(oldTree); err != nil {
-		return fmt.Errorf("delta: %w", err)
+		return err
 	}
 	defer m.oldRoot.Close()
 	if m.newRoot, err = os.OpenRoot(newTree); err != nil {
-		return fmt.Errorf("delta: %w", err)
+		return err
 	}
 	defer m.newRoot.Close()
 	header := append([]byte(deltaMagic), digestSlice(oldIndex)...)
@@ -70,7 +70,7 @@ func MakeDelta(
 		return err
 	}
 	if err := m.run(ctx, jobs); err != nil {
-		return fmt.Errorf("delta from %s to %s: %w", oldTree, newTree, err)
+		return fmt.Errorf("making patches from %s to %s: %w", oldTree, newTree, err)
 	}
 	m.out.Write([]byte{0})
 	m.meter.Finish()
@@ -270,7 +270,7 @@ func loadFile(root *os.Root, e *Entry) ([]byte, error) {
 		return nil, err
 	}
 	if deployments.DigestOf(data) != e.Sum {
-		return nil, fmt.Errorf("%s: %w: it is not what its index says", e.Path, deployments.ErrDigest)
+		return nil, fmt.Errorf("%s: %w: the file changed after its tree was indexed", e.Path, deployments.ErrDigest)
 	}
 	return data, nil
 }

@@ -34,7 +34,7 @@ func DecodeIndex(data []byte) (*Index, error) {
 	}
 	x := &Index{Archive: flags == 1, Entries: make([]Entry, entries), Frames: make([]Frame, frames)}
 	if !x.Archive && frames > 0 {
-		return nil, fmt.Errorf("%w: it lists frames, though it is of no archive", ErrIndex)
+		return nil, fmt.Errorf("%w: it lists frames, but describes no archive", ErrIndex)
 	}
 	end, err := x.decodeEntries(r)
 	if err == nil {
@@ -69,7 +69,7 @@ func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 		}
 		last = append(last[:shared], suffix...)
 		if left -= len(last); left < 0 {
-			return 0, fmt.Errorf("entry %d: its path and those before it have too many bytes for so short an index", i)
+			return 0, fmt.Errorf("entry %d: the paths so far have more bytes than an index of this size may have", i)
 		}
 		if paths.Cap()-paths.Len() < len(last) {
 			paths = strings.Builder{}
@@ -98,7 +98,8 @@ func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 				return 0, fmt.Errorf("entry %d: %q is not in order", i, e.Path)
 			}
 			if uint64(same) != shared {
-				return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.Path)
+				return 0, fmt.Errorf("entry %d: %q shares a longer beginning with the path before it than the index says",
+					i, e.Path)
 			}
 		}
 		if len(dirs) == 0 {
@@ -189,7 +190,7 @@ type cursor struct {
 	err  error
 }
 
-var errShort = errors.New("it is cut short")
+var errShort = errors.New("the data is cut short")
 
 // number reads a varint of at most max, in its shortest encoding.
 func (r *cursor) number(max uint64) uint64 {

@@ -59,7 +59,7 @@ func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	}
 	if strings.HasPrefix(target, "/") {
 		return fmt.Errorf(
-			"the symbolic link %q leads out of the tree, to %q: symlinks: any in the manifest allows that",
+			"the symbolic link %q leads out of the tree, to %q: refused, unless the manifest says symlinks: any",
 			clip(p),
 			clip(target),
 		)
@@ -70,7 +70,8 @@ func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 		case "..":
 			if depth--; depth < 0 || !climbing {
 				return fmt.Errorf(
-					"the symbolic link %q leads out of the tree, or may do so, to %q: symlinks: any in the manifest allows that",
+					"the symbolic link %q leads out of the tree, or may do so, to %q: refused, unless the manifest says "+
+						"symlinks: any",
 					clip(p),
 					clip(target),
 				)

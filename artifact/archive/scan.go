@@ -51,7 +51,7 @@ func (s *scanner) walk(dir *os.File, prefix string) error {
 			return err
 		}
 		if len(s.entries) == maxEntries {
-			return fmt.Errorf("it has more than %d entries", maxEntries)
+			return fmt.Errorf("the tree has more than %d entries", maxEntries)
 		}
 		e, err := s.entry(int(dir.Fd()), name, p)
 		if err != nil {
