@@ -113,7 +113,7 @@ func (s *gsStore) instanceToken(ctx context.Context) (string, error) {
 	}
 	err = json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&answer)
 	if err == nil && answer.Token == "" {
-		err = errors.New("its answer has no token")
+		err = errors.New("the answer has no access_token")
 	}
 	if err != nil {
 		return "", fmt.Errorf("the metadata server gave no token: %w", err)

@@ -93,7 +93,7 @@ func parseHeaders(data []byte, address string) (http.Header, error) {
 		case slices.ContainsFunc([]byte(name), notToken), slices.ContainsFunc([]byte(value), isControl):
 			return nil, fmt.Errorf("line %d: the header has a character that HTTP does not allow in headers", n)
 		case slices.Contains(ownHeaders, name), slices.Contains(connectionHeaders, name):
-			return nil, fmt.Errorf("line %d: %s is set by kedge itself", n, name)
+			return nil, fmt.Errorf("line %d: kedge sets %s itself: remove the line", n, name)
 		}
 		if _, _, err := net.SplitHostPort(host); err != nil {
 			host = net.JoinHostPort(strings.Trim(host, "[]"), "443")

@@ -17,13 +17,13 @@ import (
 )
 
 var (
-	errPlainHTTP = errors.New("plain http is accepted only from this machine and from URLs that sources names: " +
-		"use https://")
+	errPlainHTTP = errors.New("plain http is accepted only from this machine, and from URLs that the setting sources " +
+		"allows: use https://")
 	errToHere = errors.New("a redirect from another machine may not lead to this one")
 	// errLocalAddress counts as ErrUnavailable, not as the release's fault, as a name may lead to another address
 	// later.
 	errLocalAddress = errors.New("the address is this machine's own, or link-local: a URL may lead there only if " +
-		"sources names it, and a redirect from another machine never")
+		"the setting sources allows the URL, and a redirect from another machine never")
 
 	errToPlainHTTP = errors.New("a redirect from https may not lead to plain http")
 	errWithoutEnd  = fmt.Errorf("it is redirected too often: at most %d redirects are followed", maxRequests-1)

@@ -123,7 +123,7 @@ func explainDenial(u *url.URL, err error) error {
 	if !errors.Is(err, ErrDenied) || isConfidential(u) {
 		return err
 	}
-	return fmt.Errorf("%w; passwords and headers that are configured are sent by https, or to this machine, alone", err)
+	return fmt.Errorf("%w; configured passwords and headers are sent only by https, or to this machine", err)
 }
 
 func readHTTP(

@@ -12,6 +12,8 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+
+	"kedge/deployments"
 )
 
 // ErrNoList means that kedge can't list this kind of storage.
@@ -29,7 +31,7 @@ type Listed struct {
 // ErrNoList. S3 needs s3:ListBucket, without which the error is ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
 	if !strings.HasSuffix(prefix, "/") {
-		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", prefix)
+		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", deployments.ShownURL(prefix))
 	}
 	s, u, err := c.store(ctx, prefix)
 	if err != nil {
@@ -37,17 +39,17 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 	lister, ok := s.(lister)
 	if !ok {
-		return nil, false, fmt.Errorf("list %s: %w", prefix, ErrNoList)
+		return nil, false, fmt.Errorf("list %s: %w", deployments.ShownURL(prefix), ErrNoList)
 	}
 	for after := ""; ; {
 		var page []Listed
 		var next string
-		err := c.retry(ctx, "list "+prefix, func() (err error) {
+		err := c.retry(ctx, "list "+deployments.ShownURL(prefix), func() (err error) {
 			page, next, err = lister.list(ctx, u, after, most-len(found)+1)
 			return err
 		})
 		if err != nil {
-			return nil, false, fmt.Errorf("list %s: %w", prefix, err)
+			return nil, false, fmt.Errorf("list %s: %w", deployments.ShownURL(prefix), err)
 		}
 		for i := range page { // with the caller's spelling of the prefix, which may differ from the canonical one
 			page[i].URL = prefix + (&url.URL{Path: page[i].URL}).EscapedPath()

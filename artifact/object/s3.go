@@ -24,6 +24,7 @@ import (
 	"github.com/aws/smithy-go/logging"
 	"golang.org/x/sync/errgroup"
 
+	"kedge/deployments"
 	"kedge/deployments/inputfile"
 )
 
@@ -92,7 +93,7 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 // be on standard error, such as that a metadata service is an old one.
 func awsLogger(log *slog.Logger) logging.Logger {
 	return logging.LoggerFunc(func(kind logging.Classification, format string, args ...any) {
-		log.Debug("AWS's code says", "kind", kind, "message", fmt.Sprintf(format, args...))
+		log.Debug("message of the AWS SDK", "kind", kind, "message", fmt.Sprintf(format, args...))
 	})
 }
 
@@ -284,7 +285,7 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 			number := int32(i + 1)
 			var out *s3.UploadPartOutput
 			// each part by itself, or else all others would be sent again
-			err := s.retry(groupCtx, "put a part of "+u.String(), func() (err error) {
+			err := s.retry(groupCtx, "put a part of "+deployments.ShownURL(u.String()), func() (err error) {
 				out, err = s.client.UploadPart(groupCtx, &s3.UploadPartInput{
 					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
 					Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
