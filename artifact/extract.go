@@ -291,7 +291,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
-			return errors.New("it is the release's top, and not a directory")
+			return errors.New("it names the top of the tree, and is not a directory")
 		}
 		x.top = a
 		return nil
@@ -305,7 +305,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 			return err
 		}
 		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
-			return errors.Join(errors.New("it is a directory, and an earlier entry of its name is not"), err)
+			return errors.Join(errors.New("it is a directory, but an earlier entry of the same name is not"), err)
 		}
 		_, there := x.dirs[name]
 		name, err := x.keep(name)
@@ -457,7 +457,7 @@ func checkSingleFile(m *deployments.Manifest, name string) error {
 		return nil
 	}
 	return fmt.Errorf("it is no archive, and as a single file would replace the %d entries of %s: "+
-		"if that is meant, say sync_strategy: release, or move the directory away first", others, m.Dest)
+		"if that is meant, set sync_strategy: release, or move the directory away first", others, m.Dest)
 }
 
 // namedAsTar reports whether a file is named as a tar archive, in any compression: as a single file it would replace a
@@ -477,7 +477,7 @@ func (x *extractor) single(r io.Reader, name string, head []byte) error {
 			"want a tar archive, or a URL that ends in the file's name")
 	}
 	if namedAsTar(name) {
-		return errors.New("it is named as a tar archive, and isn't one in a compression that kedge reads: " +
+		return errors.New("it is named as a tar archive, but is none, or is in a compression that kedge does not read: " +
 			"want .tar, .tar.gz, .tar.zst, .tar.bz2 or .tar.xz")
 	}
 	if err := checkSingleFile(x.manifest, name); err != nil {

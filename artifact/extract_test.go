@@ -369,7 +369,7 @@ func hostile(t testing.TB) map[string]struct {
 		dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
 	add(
 		"directory over a link",
-		"and an earlier entry of its name is not",
+		"but an earlier entry of the same name is not",
 		dir,
 		special(tar.TypeSymlink, "link", "dir"),
 		tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755},

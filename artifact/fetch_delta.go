@@ -204,8 +204,8 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 		}
 		e := &f.index.Entries[i]
 		if e.Kind != archive.File || e.Size == 0 || f.old.has(i) {
-			f.fallBack("only a part of the delta can be used", "error", "it has content for a path that needs none from it",
-				"path", e.Path)
+			f.fallBack("only a part of the delta can be used",
+				"error", "the delta has content for a path that needs none from it", "path", e.Path)
 			return nil // damaged: the rest comes from the archive
 		}
 		whole, err := f.patch(w, old, i, from)

@@ -114,8 +114,8 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		}
 	}
 	if err := files.saveNewCtimes(); err != nil {
-		r.log.Warn("could not record the files of the live release, which will be read once more", "dest", r.dest,
-			"error", err)
+		r.log.Warn("could not record the times of the live release's files: they are hashed again before they are reused",
+			"dest", r.dest, "error", err)
 	}
 	return left
 }

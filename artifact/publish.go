@@ -103,7 +103,7 @@ func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (o
 		p.log = slog.New(slog.DiscardHandler)
 	}
 	if err := deployments.CheckURL(p.url + manifestName); err != nil {
-		return out, fmt.Errorf("publish to %s: %w", p.url, err)
+		return out, fmt.Errorf("publish to %s: %w", deployments.ShownURL(p.url), err)
 	}
 	if p.dir, err = os.MkdirTemp("", "kedge-publish-"); err != nil {
 		return out, fmt.Errorf("publish: %w", err)

@@ -42,11 +42,11 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	for _, from := range p.opt.Since {
 		raw, err := ReadManifest(p.ctx, p.objects, from)
 		if err != nil {
-			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
+			return nil, fmt.Errorf("delta from %s: %w", deployments.ShownURL(from.URL), err)
 		}
 		m, err := deployments.ParseTemplate(raw, from.URL) // only its tree is needed, so variables may stay unknown
 		if err != nil {
-			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
+			return nil, fmt.Errorf("delta from %s: %w", deployments.ShownURL(from.URL), err)
 		}
 		found = append(found, earlier{pointer: from, manifest: m, named: true})
 	}
@@ -153,11 +153,11 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 		return earlier{}, err
 	}
 	if m.Index == nil {
-		return earlier{}, errors.New("it has no index")
+		return earlier{}, errors.New("the release has no index")
 	}
 	beside := strings.TrimSuffix(l.URL, manifestName)
 	if m.Src != beside+archiveName || m.Index.URL != beside+indexName {
-		return earlier{}, errors.New("its archive and index don't lie beside its manifest")
+		return earlier{}, errors.New("the release's archive and index don't lie beside its manifest")
 	}
 	m.Deltas = nil // one of them may begin at this tree, and lie anywhere
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: deployments.DigestOf(raw)}, manifest: m}, nil
@@ -178,10 +178,10 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 		case p.ctx.Err() != nil:
 			return nil, nil, p.ctx.Err()
 		case err != nil && e.named, errors.Is(err, errUpload):
-			return nil, nil, fmt.Errorf("delta from %s: %w", e.pointer.URL, err)
+			return nil, nil, fmt.Errorf("delta from %s: %w", deployments.ShownURL(e.pointer.URL), err)
 		case err != nil:
 			p.log.Warn("could not make a delta from an earlier release: nodes that run it fetch more",
-				"url", e.pointer.URL, "error", err)
+				"url", deployments.ShownURL(e.pointer.URL), "error", err)
 			continue
 		case done[from]:
 			continue

@@ -138,7 +138,8 @@ func (r *Releases) stageAnew(
 	}
 	if replaced && heals {
 		if err := restoreLate(dir, r.displaced(staging), made); err != nil {
-			r.log.Warn("could not carry over what was written while the release was healed", "dir", dir, "error", err)
+			r.log.Warn("could not carry over all that was written while the release was healed: the old tree still has it",
+				"dir", dir, "old_tree", filepath.Join(r.shownTop(), privateName, filepath.Base(r.displaced(staging))), "error", err)
 		}
 	}
 	sum := deployments.DigestOf(tree.index)
@@ -207,7 +208,8 @@ func (r *Releases) saveStagedStats(name string, index deployments.Digest, stats 
 		err = errors.Join(err, r.writeFileStats(base.name, base.digest, base.known.stats))
 	}
 	if err != nil {
-		r.log.Warn("could not record the files of a release, which will be read once more", "release", name, "error", err)
+		r.log.Warn("could not record the sizes and times of a release's files: they are hashed again before they are reused",
+			"dest", r.dest, "release", name, "error", err)
 	}
 }
 
@@ -305,7 +307,7 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	}
 	index, err := r.readIndex(filepath.Base(rel.Dir), rec)
 	if err != nil {
-		r.log.Warn("the old release can't be used to fetch less", "dir", rel.Dir, "error", err)
+		r.log.Warn("the old release can't be used, so that more is fetched", "dir", rel.Dir, "error", err)
 		return nil
 	}
 	name := filepath.Base(rel.Dir)

@@ -173,11 +173,12 @@ func (r *Releases) switchTo(rel *Release) error {
 	now := time.Now()
 	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
 		// Only Prune uses this time: the release may be pruned a little early.
-		r.log.Warn("could not record when the release was switched to", "dir", rel.Dir, "error", err)
+		r.log.Warn("could not record when the release was switched to: it may be pruned early", "dir", rel.Dir, "error", err)
 	}
 	if there, err := os.Readlink(r.link()); err == nil && there == target {
 		if err := r.adopt(); err != nil {
-			r.log.Warn("could not move what was at dest before kedge to its own place beside dest", "dest", r.dest, "error", err)
+			r.log.Warn("could not move what was at dest before kedge to its own place beside dest: trying again at the next "+
+				"switch", "dest", r.dest, "error", err)
 		}
 		return durable.SyncDir(r.parent())
 	}

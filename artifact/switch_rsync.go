@@ -17,6 +17,7 @@ import (
 
 	"kedge/artifact/archive"
 	"kedge/artifact/safefs"
+	"kedge/deployments"
 	"kedge/deployments/durable"
 )
 
@@ -117,7 +118,7 @@ var errNoDirectory = errors.New("neither a directory nor a link to one")
 func (s rsyncSwitcher) openDest(parent *safefs.Place, r *Release, create bool) (*safefs.Place, error) {
 	dest, err := parent.OpenDest(r.Manifest.Dest, s.c.Within, create)
 	if errors.Is(err, unix.ENOTDIR) {
-		return nil, fmt.Errorf("%w: %s is %w, as sync_strategy rsync needs: move it away (%w)",
+		return nil, fmt.Errorf("%w: %s is %w, which sync_strategy rsync needs: move it away (%w)",
 			ErrUntouched, r.Manifest.Dest, errNoDirectory, err)
 	}
 	return dest, err
@@ -269,11 +270,11 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	defer dest.Close()
 	items := &itemized{}
 	if err := s.itemize(ctx, r, dest, items, true); err != nil {
-		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
+		return fmt.Errorf("recording what the commands of %s made: %w", deployments.ShownURL(r.Pointer.URL), err)
 	}
 	found, err := s.withUnread(ctx, r, dest, items)
 	if err != nil {
-		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
+		return fmt.Errorf("recording what the commands of %s made: %w", deployments.ShownURL(r.Pointer.URL), err)
 	}
 	if err := os.MkdirAll(s.c.Changes, 0o700); err != nil {
 		return err

@@ -70,7 +70,7 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	}
 	opt.resumes = true
 	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.CheckOwner); err != nil {
-		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), safefs.RemoveTree(dir))
+		return errors.Join(fmt.Errorf("unpacking %s: %w", deployments.ShownURL(r.Pointer.URL), err), safefs.RemoveTree(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
 		return fmt.Errorf("setting dest_mode: %w", err)

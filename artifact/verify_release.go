@@ -52,7 +52,8 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	index, err := r.readIndex(name, rec)
 	if errors.Is(err, deployments.ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
-		r.log.Warn("the release can't be compared with its index", "dir", rel.Dir, "error", err)
+		r.log.Warn("could not read the release's index: its tree can't be verified until the release is staged again",
+			"dir", rel.Dir, "error", err)
 		return []Difference{{Path: ".", What: "index"}}, 0, nil
 	}
 	if err != nil {
@@ -112,6 +113,7 @@ func (r *Releases) updateStats(name string, rec *record, stats []fileStat, found
 		err = r.writeFileStats(name, rec.Index, stats)
 	}
 	if err != nil {
-		r.log.Warn("could not update what is recorded of a release's files", "dest", r.dest, "release", name, "error", err)
+		r.log.Warn("could not update the recorded sizes and times of a release's files", "dest", r.dest, "release", name,
+			"error", err)
 	}
 }

@@ -1,7 +1,6 @@
 package safefs
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"os/user"
@@ -54,9 +53,9 @@ func idOf(name string, lookup func() (string, error)) (int, error) {
 		}
 	}
 	id, err := strconv.ParseUint(name, 10, 32)
-	if err == nil && id == math.MaxUint32 {
-		// the kernel takes it for "no change", and larger numbers modulo 2^32
-		err = errors.New("chown(2) takes this number for \"no change\"")
+	if err != nil || id == math.MaxUint32 {
+		// the kernel takes MaxUint32 for "no change", and larger numbers modulo 2^32
+		return -1, fmt.Errorf("the number of a user or group is at most %d", uint32(math.MaxUint32-1))
 	}
-	return int(id), err
+	return int(id), nil
 }
