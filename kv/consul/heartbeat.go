@@ -153,11 +153,11 @@ func (h *heartbeat) keep(ctx context.Context) {
 			}
 			lost = true
 			if err := h.register(ctx); err != nil {
-				h.store.log.Warn("could not register the service again, which the Consul agent did not know: trying again",
+				h.store.log.Warn("could not register the service anew after the Consul agent had lost it: trying again",
 					"service", h.id, "error", err)
 			} else {
 				lost = false
-				h.store.log.Info("registered the service again, as the Consul agent did not know it", "service", h.id)
+				h.store.log.Info("registered the service anew after the Consul agent had lost it", "service", h.id)
 			}
 		case causes.FirstOfKind(err):
 			h.store.log.Warn("could not send the heartbeat to the Consul agent: trying again", "service", h.id, "error", err)

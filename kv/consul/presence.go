@@ -396,8 +396,8 @@ func (p *presence) heartbeatSession(ctx context.Context, retryFor time.Duration)
 func (p *presence) lacksHeartbeat(ctx context.Context, session string, err error) {
 	p.heartbeatDenied = errors.Is(err, kv.ErrDenied)
 	if ctx.Err() == nil && p.heartbeatErrors.FirstOfKind(err) {
-		p.store.log.Warn("this node's entries have no heartbeat: if this process dies, the node still counts as live",
-			"service", PresenceService, "name", p.name, "error", err)
+		p.store.log.Warn("no heartbeat for this node's entries: if this process dies, the node counts as live until its "+
+			"machine is down", "service", PresenceService, "name", p.name, "error", err)
 	}
 	p.sessionWithoutHeartbeat = ""
 	if !mayBeatLater(ctx, err) {
@@ -437,7 +437,7 @@ func (p *presence) addHeartbeat() {
 		return
 	}
 	p.hasHeartbeat()
-	p.store.log.Info("this node's entries have a heartbeat from now on", "service", PresenceService, "name", p.name)
+	p.store.log.Info("this node's entries have a heartbeat now", "service", PresenceService, "name", p.name)
 	if err := p.moveTo(p.ctx, id); err != nil {
 		p.store.log.Debug("could not move this node's entries to a session with a heartbeat", "name", p.name, "error", err)
 	}

@@ -206,7 +206,8 @@ func (p *presence) repair() error {
 			p.lose()
 		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back one of its own
 			if !p.taken[key] {
-				p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)
+				p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
+					"key", key)
 			}
 			p.taken[key] = true
 			continue

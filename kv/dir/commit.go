@@ -219,9 +219,10 @@ func (d *Store) finishJournal() error {
 	var changes []change
 	if err := json.Unmarshal(data, &changes); err != nil {
 		// It was renamed into place whole, so no crash did this. Moving it away keeps the evidence.
-		d.log.Error("the store's journal of an interrupted commit can't be read: setting it aside, and the commit is lost",
-			"file", d.path(journalFile), "error", err)
-		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
+		kept := d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix()))
+		d.log.Error("the store's journal of an interrupted commit can't be read: the journal is renamed, and the commit lost",
+			"file", d.path(journalFile), "kept", kept, "error", err)
+		return os.Rename(d.path(journalFile), kept)
 	}
 	if err := d.apply(changes); err != nil {
 		return fmt.Errorf("finish a commit: %w", err)

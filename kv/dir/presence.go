@@ -133,7 +133,8 @@ func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 		case holder == "":
 			lost[key] = value
 		case p.session == nil || holder != p.session.id:
-			p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)
+			p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
+				"key", key)
 			delete(p.held, key)
 		default:
 			path, ok := p.store.find(key)

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/consul"
 	"kedge/kv/dir"
@@ -35,7 +36,9 @@ func Store(c Config) (kv.Store, error) {
 	// The path is taken literally: % and # stand for themselves.
 	path, ok := strings.CutPrefix(c.URL, "file://")
 	if !ok {
-		return nil, kv.ConfigError{Err: fmt.Errorf("open the store %q: want consul or file:///DIR", c.URL)}
+		return nil, kv.ConfigError{
+			Err: fmt.Errorf("open the store %q: want consul or file:///DIR", deployments.ShownURL(c.URL)),
+		}
 	}
 	if !filepath.IsAbs(path) {
 		return nil, kv.ConfigError{

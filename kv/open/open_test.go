@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"kedge/kv"
@@ -42,6 +43,10 @@ func TestStore(t *testing.T) {
 		if _, err := open.Store(bad); !errors.As(err, new(kv.ConfigError)) {
 			t.Errorf("%+v: %v, want a ConfigError", bad, err)
 		}
+	}
+	_, err := open.Store(open.Config{URL: "http://me:secret@127.0.0.1:8500"})
+	if err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("with a password: %v", err)
 	}
 	missing := open.Config{URL: "file://" + filepath.Join(t.TempDir(), "none"), Existing: true}
 	if _, err := open.Store(missing); err == nil || errors.As(err, new(kv.ConfigError)) {

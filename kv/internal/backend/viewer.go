@@ -76,9 +76,9 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	}
 	switch {
 	case err != nil && (news || !sameKind(old, err)):
-		v.log.Warn("the view of the store may be out of date", "prefix", v.prefix, "error", err)
+		v.log.Warn("the store could not be read in full: what was read last stays in use", "prefix", v.prefix, "error", err)
 	case err == nil && old != nil:
-		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)
+		v.log.Info("the store is read in full again", "prefix", v.prefix)
 	}
 	v.shown, v.foldersChanged = true, false
 	shown := v.view
