@@ -60,6 +60,7 @@ func TestParsePointer(t *testing.T) {
 		{"a query of S3's", "s3://b/x?x=1@sha256:" + hex64, "carries a query"},
 		{"a file with a ?", "file:///srv/what?@sha256:" + hex64, "written as %3F"},
 		{"a file with a #", "file:///srv/#@sha256:" + hex64, "written as %23"},
+		{"a line break in a fragment", "s3://b/x#a%0ab@sha256:" + hex64, "a fragment (#a%0ab): a #"},
 		{"a file with a %", "file:///srv/100%/x@sha256:" + hex64, "written as %25"},
 		{"half a file URL", "file:/srv/x@sha256:" + hex64, "file:///ABSOLUTE/PATH"},
 		{"two words", "s3://b/a b@sha256:" + hex64, "white space"},

@@ -353,7 +353,7 @@ func (r *manifestReader) blob(n ast.Node, what string, b *Blob, more map[string]
 	seen := r.fields(n, what, known)
 	for name := range known {
 		if seen[name] == nil {
-			r.noteAt(n, "%s has no %s", what, name)
+			r.noteAt(n, "%s lacks the field %s", what, name)
 		}
 	}
 }
@@ -456,7 +456,7 @@ func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 					"once":    into(&r.reader, &c.Once, asBool),
 				})
 				if seen["run"] == nil || c.Run == "" {
-					r.noteAt(item, "a command has no run")
+					r.noteAt(item, "a command lacks the field run")
 				}
 			default:
 				if into(&r.reader, &c.Run, asText)(item); c.Run == "" {
@@ -494,7 +494,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 					"contains": into(&r.reader, &c.HTTP.Contains, asText),
 				})
 				if seen["url"] == nil {
-					r.noteAt(n, "http has no url")
+					r.noteAt(n, "http lacks the field url")
 				}
 			default:
 				into(&r.reader, &c.HTTP.URL, asHTTP)(n)

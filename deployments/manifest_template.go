@@ -205,7 +205,7 @@ func (e *expander) node(node parse.Node, dot *templateVariable) error {
 	case *parse.WithNode:
 		err = e.branch(&n.BranchNode, dot, true)
 	default:
-		err = errors.New("a manifest's templates know only {{ env }}, {{ must_env }}, {{ if }}, {{ with }} and {{ printf }}")
+		err = errors.New("a manifest's template may use only {{ if }}, {{ with }} and functions, as in {{ env \"NAME\" }}")
 	}
 	if located := new(locatedError); err == nil || errors.As(err, &located) {
 		return err
@@ -637,8 +637,8 @@ func (e expansion) hide(problems Problems) {
 			}
 		}
 		if len(names) > 0 {
-			p.Message = fmt.Sprintf("this line isn't valid once the value of %s is filled in, which "+
-				"is not shown: see that variable on this node", shownNames(names))
+			p.Message = fmt.Sprintf("this line isn't valid with this node's environment: check %s, whose value is not shown",
+				shownNames(names))
 		}
 	}
 }

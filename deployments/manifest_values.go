@@ -125,7 +125,7 @@ func asUser(s string) (string, error) {
 
 func asHTTP(s string) (string, error) {
 	if !strings.HasPrefix(s, "http://") && !strings.HasPrefix(s, "https://") {
-		return "", fmt.Errorf("%q: want http:// or https://", clip(s))
+		return "", fmt.Errorf("%q: want http:// or https://", clip(ShownURL(s)))
 	}
 	return s, nil
 }

@@ -47,9 +47,9 @@ func TestErrorsQuoteNoVariable(t *testing.T) {
 		}
 	}
 	_, err := ParseManifest([]byte(base+"keep: {{ must_env `PLAIN` }}\n"), manifestURL, env)
-	check(t, err, "manifest:4:7: this line isn't valid once the value of PLAIN")
+	check(t, err, "manifest:4:7: this line isn't valid with this node's environment: check PLAIN, whose")
 	_, err = ParseManifest([]byte(base+"{{ $x := env `UNSET` (env `PLAIN`) }}keep: {{ $x }}\n"), manifestURL, env)
-	check(t, err, "manifest:4:7: this line isn't valid once the value of PLAIN, UNSET is filled in")
+	check(t, err, "manifest:4:7: this line isn't valid with this node's environment: check PLAIN, UNSET, whose")
 	_, err = ParseManifest([]byte(base+"keep: {{ must_env (env `PLAIN`) }}\n"), manifestURL, env)
 	check(t, err, "the environment variable that the value of PLAIN names is not set on this node")
 }

@@ -181,7 +181,7 @@ func CheckSourceURL(s string) error {
 		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")
 	}
 	if strings.Contains(s, "#") {
-		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", u.Fragment)
+		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", u.EscapedFragment())
 	}
 	version := u.Scheme == "s3" && s3Version.MatchString(u.RawQuery)
 	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" && !version {

@@ -143,7 +143,7 @@ func singleReader[T any](r *reader, parse func(string) (T, error)) func(ast.Node
 func asPrefix(s string) (string, error) {
 	// A bucket alone is a valid prefix, but not the URL of an object.
 	if err := CheckSourceURL(strings.TrimSuffix(s, "/") + "/x"); err != nil {
-		return "", fmt.Errorf("source %q: %w", clip(s), err)
+		return "", fmt.Errorf("source %q: %w", clip(ShownURL(s)), err)
 	}
 	return s, nil
 }
@@ -188,7 +188,7 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 	window := func(kind FreezeKind) func(ast.Node) {
 		return func(n ast.Node) {
 			if f.Kind != "" {
-				r.noteAt(n, "a freeze is either deny or allow")
+				r.noteAt(n, "a freeze has both deny and allow: want one of them")
 			}
 			f.Kind = kind
 			into(r, &f.Cron, asCron)(n)

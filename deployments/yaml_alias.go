@@ -45,7 +45,7 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 		case *ast.AliasNode:
 			if r.aliases++; r.aliases > maxAliases {
 				if r.aliases == maxAliases+1 {
-					r.noteAt(v, "the document's aliases are followed more than %d times", maxAliases)
+					r.noteAt(v, "the document's aliases are followed more than %d times: write some values out", maxAliases)
 				}
 				return nil
 			}

@@ -66,7 +66,7 @@ func checkPrivate(path string, info fs.FileInfo) error {
 		return err
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s belongs to somebody else: have it belong to root", path)
+		return fmt.Errorf("%s belongs to user %d: chown it to root, or to the user that kedge runs as", path, st.Uid)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("others may read or change %s: chmod 600 it", path)
