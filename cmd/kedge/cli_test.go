@@ -395,6 +395,16 @@ func TestPublishRunVerify(t *testing.T) {
 	if _, errs, code := cli(t, "", "verify", dest); code != exitDone || !strings.Contains(errs, "as published") {
 		t.Errorf("verify: exit %d\n%s", code, errs)
 	}
+	evil := filepath.Join(dest, "d0", "evil\x1b[2J\nnext")
+	if err := os.WriteFile(evil, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, _, _ := cli(t, "", "verify", dest); out != "extra    d0/evil [2J next\n" {
+		t.Errorf("verify prints %q", out)
+	}
+	if err := os.Remove(evil); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(dest, "d0", "f0"), []byte("changed\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -410,5 +420,26 @@ func TestPublishRunVerify(t *testing.T) {
 	pointer.Digest[0]++
 	if _, errs, code := cli(t, "", "run", pointer.String()); code != exitFailed || !strings.Contains(errs, "digest") {
 		t.Errorf("run of another digest: exit %d\n%s", code, errs)
+	}
+}
+
+// Names in a repo, in a tree and in errors are others' choice: none may move the cursor of who reads them.
+func TestErrorsShowNoControlCharacters(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "prod", "web", "evil\x1b[2J.yaml")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("release: x\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"check", dir}, {"check", filepath.Join(dir, "evil\x1b[2J")}, {"verify", "/evil\x1b]0;owned\a"},
+	} {
+		out, errs, code := cli(t, "", args...)
+		if code != exitFailed || !strings.Contains(out+errs, "evil") || strings.ContainsAny(out+errs, "\x1b\a") {
+			t.Errorf("%q: exit %d\n%q\n%q", args, code, out, errs)
+		}
 	}
 }

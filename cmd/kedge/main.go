@@ -135,7 +135,8 @@ func (a *app) unreadHint(err error) string {
 
 // printMessage prints a message for a person on stderr, wrapped at the width of the terminal if stderr is one.
 func (a *app) printMessage(format string, args ...any) {
-	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
+	text := fleet.CleanLines(fmt.Sprintf(format, args...))
+	fmt.Fprintln(a.stderr, fleet.Wrap(text, terminalWidth(a.stderr)))
 }
 
 // app is the state that all commands share: the streams, the global flags, and --json.

@@ -55,7 +55,7 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 			continue
 		}
 		for _, p := range in.Notes {
-			fmt.Fprintln(a.stdout, p.Error())
+			a.printProblem(p)
 		}
 	}
 	switch {
@@ -228,7 +228,7 @@ type Imports struct {
 
 func (a *app) showImported(one migrate.Imported) {
 	for _, n := range one.Notes {
-		fmt.Fprintln(a.stdout, n.Error())
+		a.printProblem(n)
 	}
 	for _, c := range one.Fixed {
 		fmt.Fprintf(a.stdout, "%s: %s\n", one.From, c)

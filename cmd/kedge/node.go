@@ -9,6 +9,8 @@ import (
 
 	"kedge/artifact"
 	"kedge/artifact/object"
+	"kedge/deployments/safetext"
+	"kedge/sync/fleet/message"
 )
 
 func (a *app) verifyCommand() *cobra.Command {
@@ -51,13 +53,13 @@ where something differs.`,
 				}
 			} else {
 				for _, d := range differences {
-					fmt.Fprintf(a.stdout, "%-8s %s\n", d.What, d.Path)
+					fmt.Fprintf(a.stdout, "%-8s %s\n", d.What, message.Clean(d.Path))
 				}
 			}
 			if len(differences) > 0 {
 				return fmt.Errorf("%s differs from %s in %s", dest, live.Pointer, count(len(differences), "path"))
 			}
-			fmt.Fprintf(a.stderr, "%s is %s, as published\n", dest, live.Pointer)
+			fmt.Fprintf(a.stderr, "%s is %s, as published\n", dest, safetext.URLs(live.Pointer.String()))
 			return nil
 		},
 	}

@@ -23,6 +23,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/inputfile"
 	"kedge/kv"
+	"kedge/sync/fleet"
 	"kedge/sync/git"
 	"kedge/sync/mirror"
 	"kedge/sync/mirror/inspect"
@@ -145,9 +146,14 @@ func (a *app) printProblems(found deployments.Problems, where string) error {
 		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
 	}
 	for _, p := range found {
-		fmt.Fprintln(a.stdout, p.Error())
+		a.printProblem(p)
 	}
 	return fmt.Errorf("%s %s", count(len(found), "problem"), where)
+}
+
+// printProblem prints a problem for people. Names in it come from a repo or a store that others write.
+func (a *app) printProblem(p deployments.Problem) {
+	fmt.Fprintln(a.stdout, fleet.CleanLines(p.Error()))
 }
 
 // inFile sets the file of the problems in err or, if err is another error, adds the file's name to its text.
