@@ -378,7 +378,8 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 			hook.Timeout = max(time.Second, conf.LifecycleTimeout-time.Since(began))
 			break
 		}
-		log.Warn("could not read the instance for the lifecycle hook: trying again", "hook", hook.Name, "error", err)
+		log.Warn("could not read this instance's EC2 metadata for the lifecycle hook: trying again",
+			"hook", hook.Name, "error", err)
 		select {
 		case <-ctx.Done():
 			return

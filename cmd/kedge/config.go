@@ -305,10 +305,10 @@ func checkVariables(environment []string) error {
 	var errs []error
 	for name, meant := range unknownVariables(environment, known) {
 		if meant == "" {
-			errs = append(errs, fmt.Errorf("unknown variable %s", name))
+			errs = append(errs, fmt.Errorf("unknown environment variable %s: see kedge help settings", name))
 			continue
 		}
-		errs = append(errs, fmt.Errorf("unknown variable %s: did you mean %s?", name, meant))
+		errs = append(errs, fmt.Errorf("unknown environment variable %s: did you mean %s?", name, meant))
 	}
 	return errors.Join(errs...)
 }

@@ -100,19 +100,19 @@ func (a *app) storeHint(err error) string {
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf(
 			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",
-			envOr("CONSUL_HTTP_ADDR", "localhost:8500"),
+			safetext.URLs(envOr("CONSUL_HTTP_ADDR", "localhost:8500")),
 		)
 	case errors.Is(err, kv.ErrEmpty):
 		return fmt.Sprintf("has a mirror run yet (kedge mirror REPO), and is %s its --prefix?",
 			cmp.Or(a.prefix, kv.DefaultPrefix))
 	case errors.Is(err, kv.ErrNoFolder):
 		return fmt.Sprintf(
-			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
-				"for operators, one with the rules of kedge acl operator",
+			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to be a token "+
+				"that may do this: for operators, one with the rules of kedge acl operator",
 			cmp.Or(a.prefix, kv.DefaultPrefix),
 		)
 	case errors.Is(err, kv.ErrDenied):
-		return "CONSUL_HTTP_TOKEN has to name a token that may do this: " +
+		return "CONSUL_HTTP_TOKEN has to be a token that may do this: " +
 			"for operators, one with the rules of kedge acl operator"
 	}
 	return ""

@@ -93,7 +93,7 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 		)
 	}
 	if !isFile && a.json {
-		return usagef("--fix writes what becomes of %s to standard output, which --json has for the problems: "+
+		return usagef("--fix writes the changed %s to standard output, where --json prints the problems: "+
 			"leave out --json, or give a file", in.Source.Name)
 	}
 	text, changed, err := migrate.Fix(ctx, objects, in)

@@ -87,7 +87,8 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	if errors.Is(err, fleet.ErrNotTaken) {
 		return hintError{
 			notInTime{err},
-			fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id),
+			fmt.Sprintf("the order waits at control/%s, and is done when a mirror runs that has the unit in Git: "+
+				"see kedge status", id),
 		}
 	}
 	if err != nil {

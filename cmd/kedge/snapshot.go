@@ -59,7 +59,7 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 const snapshotAhead = 10 * time.Minute
 
 var errSnapshotSigners = errors.New(
-	"a snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
+	"a snapshot needs snapshot_signers: without them, whoever can write the object decides what this node runs",
 )
 
 // snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The
@@ -86,6 +86,7 @@ func snapshotReader(
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", signersFile, err)
 	}
+	shown := deployments.ShownURL(url)
 	return func(ctx context.Context) ([]kv.Entry, error) {
 		data, err := objects.ReadAll(ctx, url, deployments.MaxSnapshot)
 		if err != nil {
@@ -98,15 +99,15 @@ func snapshotReader(
 		})
 		switch {
 		case err != nil:
-			return nil, fmt.Errorf("%s: %w", url, err)
+			return nil, fmt.Errorf("%s: %w", shown, err)
 		case s.URL != url:
-			return nil, fmt.Errorf("%s: the snapshot was made for %s", url, s.URL)
+			return nil, fmt.Errorf("%s: the snapshot was made for %s", shown, deployments.ShownURL(s.URL))
 		case now.Sub(s.At) > maxAge:
-			return nil, fmt.Errorf("%s: the snapshot is of %s, %v old, and snapshot_max_age is %v", url,
-				s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
+			return nil, fmt.Errorf("%s: the snapshot of %s is %v old, snapshot_max_age is %v: see whether the mirror writes it",
+				shown, s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
 		case s.At.Sub(now) > snapshotAhead:
-			return nil, fmt.Errorf("%s: the snapshot is dated %s, ahead of this node's clock: correct that, or the mirror's",
-				url, s.At.Format(time.RFC3339))
+			return nil, fmt.Errorf("%s: the snapshot is dated %s, ahead of this node's clock: correct that clock, or "+
+				"the mirror's", shown, s.At.Format(time.RFC3339))
 		}
 		var entries []kv.Entry
 		for key, record := range s.Records {
@@ -116,7 +117,7 @@ func snapshotReader(
 		}
 		slices.SortFunc(entries, func(a, b kv.Entry) int { return strings.Compare(a.Key, b.Key) })
 		log.Info("read the snapshot: its signature and age are valid",
-			"url", url, "signer", who, "created", s.At, "records", len(entries))
+			"url", shown, "signer", who, "created", s.At, "records", len(entries))
 		return entries, nil
 	}, nil
 }

@@ -69,7 +69,7 @@ func reportToSystemd(ctx context.Context, node *agent.Agent, timeout time.Durati
 
 func notifySystemd(log *slog.Logger, lines ...string) {
 	if _, err := daemon.SdNotify(false, strings.Join(lines, "\n")); err != nil {
-		log.Warn("could not send the agent's status to systemd", "error", err)
+		log.Warn("could not send the agent's status to systemd, which goes by the last one", "error", err)
 	}
 }
 

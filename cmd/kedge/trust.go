@@ -91,7 +91,7 @@ func trustSigners(
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
 		var who string
 		var rejected error // why the signature that was read last is rejected
-		url := deployments.BesideURL(p.URL, ".sig")
+		url, shown := deployments.BesideURL(p.URL, ".sig"), deployments.ShownURL(p.URL)
 		_, err := objects.ReadPinned(ctx, url, artifact.MaxSignature, func(signature []byte) error {
 			who, rejected = signers.VerifyManifest(manifest, signature, time.Now())
 			return rejected
@@ -100,13 +100,13 @@ func trustSigners(
 		case err == nil:
 		case errors.Is(err, object.ErrNotFound):
 			return fmt.Errorf("%w: %s has no signature, and signers are configured here: publish it with --sign",
-				policy.ErrUntrusted, p.URL)
+				policy.ErrUntrusted, shown)
 		case rejected != nil && errors.Is(err, rejected):
-			return fmt.Errorf("the signature of %s: %w", p.URL, err)
+			return fmt.Errorf("the signature of %s: %w", shown, err)
 		default:
-			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)
+			return fmt.Errorf("reading the signature of %s: %w", shown, err)
 		}
-		log.Debug("manifest is signed", "url", p.URL, "by", who)
+		log.Debug("the manifest is signed", "url", shown, "by", who)
 		return nil
 	}, nil
 }

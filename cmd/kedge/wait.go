@@ -33,7 +33,7 @@ then.
 
 It prints what is still missing, whenever that changes, unless --progress=false is given; --post-receive always
 does. As a hook of the repo that people push to, it shows them the rollout that they began until it ends, and
-nothing of units that they left alone; to interrupt it stops the watching alone. Put this in hooks/post-receive:
+nothing of units that they left alone; interrupting it stops only the watching. Put this in hooks/post-receive:
 
   #!/bin/sh
   exec kedge wait --post-receive --timeout 30m

@@ -115,7 +115,7 @@ func New(ctx context.Context, c Config) (_ *Demo, err error) {
 			return nil, err
 		}
 		if entries, _ := os.ReadDir(d.dir); len(entries) > 0 {
-			return nil, fmt.Errorf("%s is not empty", d.dir)
+			return nil, fmt.Errorf("%s is not empty: give --dir an empty or missing directory", d.dir)
 		}
 	}
 	d.ctx, d.stop = context.WithCancel(ctx)
