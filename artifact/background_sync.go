@@ -18,6 +18,7 @@ const backgroundSyncStep = 64 << 20
 // final sync: with sync_file_range each small file was a disk request of its own. That slowed the fetch by more than
 // the final sync gained.
 type backgroundSync struct {
+	name string
 	step int64
 	sync func() error
 
@@ -28,9 +29,9 @@ type backgroundSync struct {
 	errs    []error
 }
 
-// newBackgroundSync returns the backgroundSync for the file system of an open directory.
-func newBackgroundSync(dir int) *backgroundSync {
-	return &backgroundSync{step: backgroundSyncStep, sync: func() error { return unix.Syncfs(dir) }}
+// newBackgroundSync returns the backgroundSync for the file system of an open directory, which errors call name.
+func newBackgroundSync(name string, dir int) *backgroundSync {
+	return &backgroundSync{name: name, step: backgroundSyncStep, sync: func() error { return unix.Syncfs(dir) }}
 }
 
 // wrote counts n bytes as written. Whenever step bytes have been written since the last sync started, it starts
@@ -48,7 +49,7 @@ func (w *backgroundSync) wrote(n int64) {
 		defer w.mu.Unlock()
 		w.busy = false
 		if err != nil {
-			w.errs = append(w.errs, safefs.PathError("sync", ".", err))
+			w.errs = append(w.errs, safefs.PathError("sync", w.name, err))
 		}
 	})
 }

@@ -2,6 +2,7 @@ package artifact
 
 import (
 	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -17,7 +18,7 @@ func TestWriteback(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var synced atomic.Int32
-		w := newBackgroundSync(-1)
+		w := newBackgroundSync("tree", -1)
 		w.sync = func() error { time.Sleep(time.Second); synced.Add(1); return nil }
 		busy := func() bool {
 			synctest.Wait()
@@ -44,7 +45,7 @@ func TestWriteback(t *testing.T) {
 		}
 		w.sync = func() error { return unix.EIO }
 		w.wrote(backgroundSyncStep)
-		if err := w.wait(); !errors.Is(err, unix.EIO) {
+		if err := w.wait(); !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), "sync tree: ") {
 			t.Errorf("a disk that fails: %v", err)
 		}
 	})

@@ -73,7 +73,7 @@ func newBuilder(dir string, x *archive.Index) (*builder, error) {
 	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.Entries)),
 		fetching: make([]bool, len(x.Entries)), chunks: make([]bool, len(x.Frames)), open: map[int]*largeOpen{},
 		stats: make([]fileStat, len(x.Entries)),
-		back:  newBackgroundSync(int(top.Fd()))}
+		back:  newBackgroundSync(root.Name(), int(top.Fd()))}
 	for i := range x.Entries {
 		if x.Entries[i].Kind == archive.File && x.Entries[i].Size > 0 {
 			b.files = append(b.files, i)
