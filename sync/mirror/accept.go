@@ -158,8 +158,12 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if follows { // an error means that the store's commit isn't in this repository
 		return false
 	}
+	history := "the commit does not descend from the one that it replaces"
+	if err != nil {
+		history = err.Error()
+	}
 	a.log.Warn("--accept names this commit: its history is not checked. Remove that flag once the commit is taken",
-		"commit", c.to.Hash, "instead_of", c.from, "history", err)
+		"commit", c.to.Hash, "instead_of", c.from, "history", history)
 	return true
 }
 

@@ -41,8 +41,9 @@ type Notifier struct {
 	lease  kv.Lease // nil: none is needed; Run sets it
 	sent   *prometheus.CounterVec
 	// giveUp is how long an event or a status is tried. statusPause is the least time between a unit's status and its next
-	// pending one, healthPause that between two reads of the nodes' reports. healthHold is as the constant healthHold.
-	giveUp, statusPause, healthPause, healthHold time.Duration
+	// pending one, healthPause that between two reads of the nodes' reports, historyPause that before a history is read
+	// again. healthHold is as the constant healthHold.
+	giveUp, statusPause, healthPause, historyPause, healthHold time.Duration
 
 	mu      sync.Mutex
 	seen    seen
@@ -64,8 +65,8 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 		c: c, store: store, log: log, source: "kedge",
 		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
-		healthHold: healthHold,
-		changed:    make(chan struct{}),
+		historyPause: 5 * time.Second, healthHold: healthHold,
+		changed: make(chan struct{}),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_mirror_notifications_total",
 			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped.",
@@ -368,7 +369,11 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 		}
 		events, now := eventsSince(was, u)
 		if len(events) > 0 || now.Generation > was.Generation {
-			u.history = n.historyOf(ctx, u.id)
+			var later bool
+			if u.history, later = n.historyOf(ctx, u.id); later {
+				c.wakeAt(time.Now().Add(n.historyPause))
+				continue
+			}
 			events, now = eventsSince(was, u)
 		}
 		now.Status = was.Status
@@ -406,14 +411,18 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 // maxPast bounds the missed generations of one unit that a receiver is told of.
 const maxPast = 5
 
-// historyOf returns the newest entries of a unit's history that parse, at most maxPast, oldest first. If the history
-// can't be read, it logs that and returns none.
-func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
+// historyOf returns the newest entries of a unit's history that parse, at most maxPast, oldest first. later says that
+// the store is away, so that the history is to be read again; any other error is logged, and nothing is returned.
+func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History, later bool) {
 	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
+	if errors.Is(err, kv.ErrUnavailable) && !errors.Is(err, kv.ErrTooLarge) || ctx.Err() != nil {
+		n.log.Debug("could not read a unit's history: its events wait", "unit", id.String(), "error", err)
+		return nil, true
+	}
 	if err != nil {
 		n.log.Warn("could not read a unit's history: no event of its rollout's start is sent, and others lack the author",
 			"unit", id.String(), "error", err)
-		return nil
+		return nil, false
 	}
 	for _, e := range entries {
 		if h, err := deployments.ParseHistory(e.Value); err == nil {
@@ -421,7 +430,7 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 		}
 	}
 	slices.SortFunc(past, func(a, b deployments.History) int { return cmp.Compare(a.Generation, b.Generation) })
-	return past[max(0, len(past)-maxPast):]
+	return past[max(0, len(past)-maxPast):], false
 }
 
 const (

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -153,7 +154,8 @@ func (w *world) run(c Config) (stop func()) {
 // runs makes a notifier. start runs it until stop is called.
 func (w *world) runs(c Config) (start func() (stop func())) {
 	n := New(c, w.store, nil, slog.New(slog.DiscardHandler))
-	n.statusPause, n.healthPause, n.healthHold = 10*time.Millisecond, 10*time.Millisecond, 0
+	n.statusPause, n.healthPause, n.historyPause, n.healthHold = 10*time.Millisecond, 10*time.Millisecond,
+		10*time.Millisecond, 0
 	return func() (stop func()) {
 		w.t.Helper()
 		ctx, cancel := context.WithCancel(context.Background())
@@ -672,6 +674,36 @@ func TestLeaseLostWhileAReceiverAnswers(t *testing.T) {
 	}
 	if e, err := w.store.Get(t.Context(), kv.MirrorPrefix+"notified/ops"); err != nil || string(e.Value) != string(next) {
 		t.Errorf("the cursor is %s, %v, want what the next mirror wrote", e.Value, err)
+	}
+}
+
+// forgetfulStore can't read a history the first times.
+type forgetfulStore struct {
+	kv.Store
+	fails *atomic.Int32
+}
+
+func (s forgetfulStore) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	if strings.HasPrefix(prefix, kv.HistoryPrefix) && s.fails.Add(-1) >= 0 {
+		return nil, kv.ErrUnavailable
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+// What a history says is told later if the store is away at that moment.
+func TestHistoryIsReadAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	fails := &atomic.Int32{}
+	fails.Store(3)
+	w.store = forgetfulStore{w.store, fails}
+	stop := w.run(Config{Receivers: []Receiver{{Name: "ops", URL: w.serve(always(204)).URL}}})
+	r := record(1, &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon})
+	w.write(r, entry(r))
+	w.await(1)
+	stop()
+	if have := kinds(t, w.requests()); !slices.Equal(have, []string{"kedge.started"}) || fails.Load() >= 0 {
+		t.Errorf("told %v, with %d failures left", have, fails.Load())
 	}
 }
 
