@@ -58,7 +58,7 @@ func testedProgram(t testing.TB) string {
 // of the time of a process that ends at once.
 func releasedProgram(t testing.TB) string {
 	t.Helper()
-	return asReleased.build(t, nil, "CGO_ENABLED=0")
+	return asReleased.build(t, []string{"-trimpath"}, "CGO_ENABLED=0")
 }
 
 func (p *program) build(t testing.TB, flags []string, env ...string) string {
