@@ -53,7 +53,7 @@ func (a *archiveSource) nextSource(ctx context.Context, from archiveCopy, err er
 	if a.now.source != from.source {
 		return nil
 	}
-	a.objects.PassOver(from.source, err)
+	a.objects.NoteFailure(from.source, err)
 	return a.open(ctx)
 }
 
@@ -81,7 +81,7 @@ func (a *archiveSource) open(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return failed
 		}
-		if a.objects.PassOver(s, failed); !s.IsMirror() {
+		if a.objects.NoteFailure(s, failed); !s.IsMirror() {
 			err = failed
 		}
 	}

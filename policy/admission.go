@@ -23,9 +23,9 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	if !applies && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !part) {
 		run(ActRun, FromRunning, f.Running)
 		if p == nil || p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack {
-			d.Action, d.Stage = ActStage, r.Target
+			d.Action, d.Stage = ActRunAndStage, r.Target
 		} else if f.Running.IsZero() && !r.Stable.IsZero() {
-			d.Action, d.Stage = ActStage, r.Stable
+			d.Action, d.Stage = ActRunAndStage, r.Stable
 		} else if f.Running.IsZero() {
 			d.Action = ActKeep
 		}
@@ -78,7 +78,7 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	switch {
 	// whether or not the node is admitted: the mirror has to know first what lies at dest
 	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown:
-		run(ActStage, FromTarget, deployments.Pointer{})
+		run(ActRunAndStage, FromTarget, deployments.Pointer{})
 		d.Stage = r.Target
 		because(deployments.ReasonNotAdmitted, facts)
 	case back && admitted && part:
@@ -109,22 +109,22 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonRunsTarget, facts)
 	case part:
-		run(ActStage, FromRunning, f.Running)
+		run(ActRunAndStage, FromRunning, f.Running)
 		d.Stage = r.Target
 		because(deployments.ReasonSuperseded, facts)
 	case refuses:
-		d.Action, d.Source, d.Stage = ActStage, FromStable, r.Target
+		d.Action, d.Source, d.Stage = ActRunAndStage, FromStable, r.Target
 		because(deployments.ReasonStableQuarantined, stable)
 	case admitted: // first is set
-		run(ActStage, FromStable, r.Stable)
+		run(ActRunAndStage, FromStable, r.Stable)
 		d.Stage = r.Target
 		because(deployments.ReasonStableFirst, stable)
 	case r.Stable.IsZero():
-		run(ActStage, FromTarget, r.Stable)
+		run(ActRunAndStage, FromTarget, r.Stable)
 		d.Stage = r.Target
 		because(deployments.ReasonNotAdmitted, facts)
 	default:
-		run(ActStage, FromStable, r.Stable)
+		run(ActRunAndStage, FromStable, r.Stable)
 		d.Stage = r.Target
 		because(deployments.ReasonStable, stable)
 	}

@@ -61,7 +61,7 @@ func (b Bounds) CheckSource(source string) error {
 	if len(b.Sources) == 0 || inSources {
 		return nil
 	}
-	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(source),
+	return fmt.Errorf("%s is not from %s: to allow it, name it in sources", deployments.ShownURL(source),
 		strings.Join(b.Sources, ", "))
 }
 

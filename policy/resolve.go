@@ -61,7 +61,7 @@ const (
 	ActHold  Action = "hold"  // change nothing: a pin says so
 	ActLeave Action = "leave" // go back to what was at dest before the unit's first release
 	// converge to Target (zero: change nothing), and stage Stage for when this node's turn comes
-	ActStage Action = "stage"
+	ActRunAndStage Action = "stage"
 )
 
 // Source says which key, or which release of the record, decided.
@@ -82,7 +82,7 @@ const (
 type Decision struct {
 	Action Action `json:"action"`
 	// Target is the release to run. It is zero for ActKeep, ActHold and ActLeave, and may be for
-	// ActStage. Stage is a release to stage as well; zero unless Action is ActStage.
+	// ActRunAndStage. Stage is a release to stage as well; zero unless Action is ActRunAndStage.
 	Target deployments.Pointer `json:"target,omitzero"`
 	Stage  deployments.Pointer `json:"stage,omitzero"`
 	Source Source              `json:"source"`

@@ -130,9 +130,9 @@ func (c *Client) Places(url string) []Source {
 	return slices.Concat(first, []Source{own}, last)
 }
 
-// PassOver records that the mirror s failed with err, so that it is tried last for mirrorPause. A missing object is
+// NoteFailure records that the mirror s failed with err, so that it is tried last for mirrorPause. A missing object is
 // only logged, and a source that is no mirror is left alone.
-func (c *Client) PassOver(s Source, err error) {
+func (c *Client) NoteFailure(s Source, err error) {
 	if !s.IsMirror() {
 		return
 	}
@@ -155,7 +155,7 @@ func (c *Client) PassOver(s Source, err error) {
 }
 
 // EachSource calls try with each source of an object in turn, until try returns nil or ctx ends. A mirror that fails is
-// passed to PassOver. If no try succeeds, the error is that of the object's own place; if ctx ends, of the last try.
+// passed to NoteFailure. If no try succeeds, the error is that of the object's own place; if ctx ends, of the last try.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
 	for _, s := range c.Places(url) {
@@ -164,7 +164,7 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 			return err
 		}
 		if s.IsMirror() {
-			c.PassOver(s, err)
+			c.NoteFailure(s, err)
 		} else {
 			own = err
 		}

@@ -129,7 +129,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", "--manifest", filepath.Dir(outside) + "/"}, exitDone, []string{"manifests/1.yml: valid"}},
 		{[]string{"check", "--fix"}, exitUsage, []string{"are for --manifest"}},
 		{[]string{"check", "a", "b"}, exitUsage, []string{"2 arguments given"}},
-		{[]string{"check", "--fix", "--manifest", write("fix.yml", "dest: /srv/a\ndest_mode: 755\n")}, exitDone, []string{"dest_mode: 755 is written 0755"}},
+		{[]string{"check", "--fix", "--manifest", write("fix.yml", "dest: /srv/a\ndest_mode: 755\n")}, exitDone,
+			[]string{"changed dest_mode from 755 to 0755"}},
 		{ // the default timeout is told
 			[]string{"check", "--manifest", write("own.yml", "name: app\ndest: /srv/a\ncommands: {post: [bin/migrate]}\n")},
 			exitDone, []string{"commands without a timeout of their own are ended after 10m"},

@@ -130,20 +130,20 @@ func namingFlags(f *pflag.FlagSet, n *migrate.Naming) {
 		&n.Stage,
 		"stage",
 		"",
-		"the stage, if manifests' names don't tell it; only manifests of this stage, if they do",
+		"the stage, where a manifest's name has none; where it has one, only manifests of this stage are taken",
 	)
 	f.StringVar(
 		&n.Role,
 		"role",
 		"",
-		"the role, if manifests' names don't tell it; only manifests of this role, if they do",
+		"the role, where a manifest's name has none; where it has one, only manifests of this role are taken",
 	)
 	f.StringVar(
 		&n.Unit,
 		"unit",
 		"",
-		"the unit's name, if manifests' names don't tell it (default "+migrate.DefaultUnit+
-			"); only manifests of this unit, if they do",
+		"the unit's name, where a manifest's name has none (default "+migrate.DefaultUnit+
+			"); where it has one, only manifests of this unit are taken",
 	)
 }
 

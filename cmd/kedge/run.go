@@ -134,10 +134,10 @@ with it. Wrong flags or files still fail.`,
 	f.StringVar(&bandwidth, "max-bandwidth", os.Getenv("KEDGE_MAX_BANDWIDTH"),
 		"bound of the download, as in 20MB/s (default: none); stretcher's --max-band-width")
 	f.StringSliceVar(&bounds.Sources, "sources", nil,
-		"URL `prefixes` that it may come from (default: any, but no http:// of other machines)")
+		"URL `prefixes` that the release may come from (default: any, but no http:// of other machines)")
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
 	f.StringSliceVar(&allowedSecrets, "secrets", nil,
-		"`references` of secrets that it may use, or prefixes of them, as in ssm:/prod/ (default: none)")
+		"`references` of secrets that the manifest may use, or prefixes of them, as in ssm:/prod/ (default: none)")
 	f.Var((*seconds)(&fetch.Timeout), "timeout",
 		"bound of the time that fetching the archive takes, with its retries (default: none)")
 	f.IntVar(&fetch.Retry, "retry", 0,

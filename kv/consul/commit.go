@@ -79,7 +79,8 @@ func (s *Store) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
 	}
 	var refused api.TxnResponse
 	if err := json.Unmarshal([]byte(status.Body), &refused); err != nil || len(refused.Errors) == 0 {
-		return fmt.Errorf("%w: the refused transaction's answer can't be read: %.200q", kv.ErrUnavailable, status.Body)
+		return fmt.Errorf("%w: the transaction was refused with status 409, in an answer that is not Consul's: %.200q",
+			kv.ErrUnavailable, status.Body)
 	}
 	// Consul refuses a transaction with 409 for a missing permission as well as for a failed check.
 	cause, why := kv.ErrConflict, refused.Errors[0].What

@@ -13,11 +13,11 @@ import (
 // metrics are the metrics that the agent updates as it works; see gauges for the others. All methods work without a
 // registry.
 type metrics struct {
-	jobs      *prometheus.CounterVec
-	duration  *prometheus.HistogramVec
-	deployed  *prometheus.GaugeVec
-	reconcile prometheus.Histogram
-	reports   prometheus.Counter
+	jobs        *prometheus.CounterVec
+	duration    *prometheus.HistogramVec
+	lastSuccess *prometheus.GaugeVec
+	reconcile   prometheus.Histogram
+	reports     prometheus.Counter
 }
 
 func newMetrics(r *prometheus.Registry) *metrics {
@@ -28,10 +28,11 @@ func newMetrics(r *prometheus.Registry) *metrics {
 				"prove, raise-floor, recover, stage, verify) and result (ok, failed, retried, refused, superseded).",
 		}, []string{"role", "unit", "kind", "result"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "kedge_agent_deploy_duration_seconds", Help: "How long successful deployments took.",
+			Name: "kedge_agent_deploy_duration_seconds", Help: "Seconds of each successful deployment, from its start until " +
+				"the release was healthy, with the fetching of what was not staged before.",
 			Buckets: []float64{.01, .05, .1, .5, 1, 5, 15, 60, 300, 1800},
 		}, []string{"role", "unit"}),
-		deployed: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		lastSuccess: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "kedge_agent_last_deploy_success_timestamp_seconds", Help: "When a deployment of the unit last succeeded.",
 		}, []string{"role", "unit"}),
 		reconcile: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -43,7 +44,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		),
 	}
 	if r != nil {
-		r.MustRegister(m.jobs, m.duration, m.deployed, m.reconcile, m.reports)
+		r.MustRegister(m.jobs, m.duration, m.lastSuccess, m.reconcile, m.reports)
 	}
 	return m
 }
@@ -54,7 +55,7 @@ func (m *metrics) ended(id deployments.UnitID, kind string, deploys bool, err er
 	switch {
 	case err == nil && deploys:
 		m.duration.WithLabelValues(id.Role, id.Unit).Observe(took.Seconds())
-		m.deployed.WithLabelValues(id.Role, id.Unit).SetToCurrentTime()
+		m.lastSuccess.WithLabelValues(id.Role, id.Unit).SetToCurrentTime()
 	case err == nil:
 	case errors.As(err, new(*deploy.Failed)), errors.Is(err, deploy.ErrQuarantined):
 		result = "failed"
@@ -73,7 +74,7 @@ func (m *metrics) drop(id deployments.UnitID) {
 	labels := prometheus.Labels{"role": id.Role, "unit": id.Unit}
 	m.jobs.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
-	m.deployed.DeletePartialMatch(labels)
+	m.lastSuccess.DeletePartialMatch(labels)
 }
 
 func (m *metrics) wroteReport() { m.reports.Inc() }

@@ -199,7 +199,7 @@ func (a *Agent) setGoals(r *cache.Role) {
 		u.blocked = a.dependencyOf(u)
 		var g goal
 		switch d := u.decision; d.Action {
-		case policy.ActRun, policy.ActStage:
+		case policy.ActRun, policy.ActRunAndStage:
 			g = goal{run: d.Target, stage: d.Stage, commit: u.record.Value.Commit, key: u.key}
 			if d.Source != policy.FromTarget {
 				g.commit = ""

@@ -222,7 +222,8 @@ func Open(c Config) (*Unit, error) {
 	}
 	if u.cutOff = u.j.Deployment != nil; !u.cutOff {
 		if err := u.removeOriginal(); err != nil {
-			u.log.Warn("could not remove the copy of what was at dest before kedge, which is no longer needed", "error", err)
+			u.log.Warn("could not remove the copy of what was at dest before kedge, which is no longer needed: "+
+				"trying again after the next deployment or start", "error", err)
 		}
 	}
 	if err := u.keepFloor(); err != nil {

@@ -343,7 +343,7 @@ func TestExplainText(t *testing.T) {
 				Hint: "kedge unpin prod/web/app --node web-4"}},
 		}, TableOptions{Width: 80}},
 		"explain-gone.txt": {"web-9", Decision{
-			Decision: policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target},
+			Decision: policy.Decision{Action: policy.ActRunAndStage, Target: release("app", "1.4.1"), Stage: target},
 			Message:  "not admitted yet", Trace: none,
 		}, TableOptions{Width: 80}},
 	} {

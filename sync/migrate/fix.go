@@ -38,7 +38,7 @@ func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byt
 			}
 			fixed = fmt.Sprintf("0%o", n)
 		}
-		changed = append(changed, fmt.Sprintf("dest_mode: %s is written %s", digits, fixed))
+		changed = append(changed, fmt.Sprintf("changed dest_mode from %s to %s", digits, fixed))
 		return strings.Replace(line, digits, fixed, 1)
 	})
 	if a := in.Archive; a != nil {

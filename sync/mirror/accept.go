@@ -24,7 +24,7 @@ import (
 // acceptor decides which commit the store is to hold. It keeps the commit that the store holds now, and what it knows
 // of the candidate to replace that commit.
 type acceptor struct {
-	branch          *follower
+	follower        *follower
 	own             *written
 	repo            string // Config.Repo
 	override        string // Config.Accept
@@ -77,7 +77,7 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 			a.acceptedByFlag = branch.head
 		} else if c.from != "" {
 			var err error
-			if c.descends, err = a.branch.descends(ctx, c.from, branch.head); err != nil {
+			if c.descends, err = a.follower.descends(ctx, c.from, branch.head); err != nil {
 				err = fmt.Errorf("comparing the histories of %s and %s: %w", short(c.from), short(branch.head), err)
 				return outcome{unsure: err, retry: watchLag}
 			}
@@ -115,7 +115,7 @@ func (a *acceptor) readAccepted(head string) {
 		return
 	}
 	a.recalled = head
-	commit, err := a.branch.loadTaken(taken)
+	commit, err := a.follower.loadTaken(taken)
 	if err != nil && a.readAcceptedUnsigned(taken, err) {
 		return
 	}
@@ -134,7 +134,7 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
 	}
-	commit, err := a.branch.loadUnsigned(taken)
+	commit, err := a.follower.loadUnsigned(taken)
 	if err != nil {
 		return false
 	}
@@ -154,7 +154,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != a.override || c.from == "" {
 		return false
 	}
-	follows, err := a.branch.descends(ctx, c.to.Hash, c.from)
+	follows, err := a.follower.descends(ctx, c.to.Hash, c.from)
 	if follows { // an error means that the store's commit isn't in this repository
 		return false
 	}

@@ -69,7 +69,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		log: m.c.Log,
 	}
 	l.acceptor = &acceptor{
-		branch: m.branch, own: &l.writer.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
+		follower: m.branch, own: &l.writer.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
 		hookPause: m.hookPause, metrics: m.metrics, log: m.c.Log, inspectionEnded: l.observer.changed,
 		releaseRetry: wait.NewBackoff(m.releaseRetry, max(m.releaseRetry, maxReleaseRetry)),
 	}

@@ -138,7 +138,8 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false) // URLs stay readable; the answer isn't HTML
 	if err := e.Encode(&f); err != nil {
-		http.Error(rw, "The fleet can't be written as JSON.", http.StatusInternalServerError)
+		w.c.Log.Error("could not encode the fleet as JSON", "error", err)
+		http.Error(rw, "The fleet can't be encoded as JSON: see the log of kedge web.", http.StatusInternalServerError)
 		return
 	}
 	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // the client may be gone

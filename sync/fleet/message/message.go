@@ -193,7 +193,8 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 			return "too many releases came while the rollout was paused, so the newest waits: resume it first"
 		}
 		if f["stable"] == "none" {
-			return "too many releases came before one was stable, so the newest waits"
+			return "too many releases came before one was stable: the newest waits until the rollout ends, or nodes no longer " +
+				"run the earlier ones"
 		}
 		return "too many releases came one after the other: all nodes go to stable first"
 	case deployments.ReasonRollingBack:
