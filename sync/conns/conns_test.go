@@ -1,10 +1,89 @@
 package conns
 
 import (
+	"context"
+	"io"
 	"net"
 	"net/http"
 	"testing"
+	"time"
 )
+
+// A request under way when the context ends is answered before Serve returns.
+func TestServeEndsWithItsRequests(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	asked, answer, answered := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	s := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		close(asked)
+		<-answer
+		_, _ = io.WriteString(rw, "done")
+		close(answered)
+	})}
+	served := make(chan error, 1)
+	go func() { served <- Serve(ctx, s, l, time.Minute) }()
+	got := make(chan string, 1)
+	go func() {
+		r, err := http.Get("http://" + l.Addr().String())
+		if err != nil {
+			got <- err.Error()
+			return
+		}
+		defer r.Body.Close()
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			got <- err.Error()
+			return
+		}
+		got <- string(body)
+	}()
+	<-asked
+	cancel()
+	select {
+	case err := <-served:
+		t.Fatalf("it returned %v while a request was under way", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(answer)
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-answered:
+	default:
+		t.Error("it returned before the request was answered")
+	}
+	if text := <-got; text != "done" {
+		t.Errorf("the client got %q", text)
+	}
+}
+
+// A request that takes longer than the grace ends with its connection.
+func TestServeClosesAfterItsGrace(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	s := &http.Server{Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		cancel()
+		<-r.Context().Done()
+	})}
+	served := make(chan error, 1)
+	go func() { served <- Serve(ctx, s, l, time.Millisecond) }()
+	if r, err := http.Get("http://" + l.Addr().String()); err == nil {
+		r.Body.Close()
+		t.Error("the request was answered")
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
 
 // The newest connections stay; those that end make room.
 func TestTheOldestIsClosed(t *testing.T) {

@@ -249,17 +249,7 @@ func (m *Mirror) serve(ctx context.Context) error {
 		ConnState:         (&conns.Limit{Max: maxConns}).Note,
 		ErrorLog:          slog.NewLogLogger(m.c.Log.Handler(), slog.LevelDebug),
 	}
-	defer context.AfterFunc(ctx, func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-		defer cancel()
-		if server.Shutdown(ctx) != nil {
-			server.Close()
-		}
-	})()
-	if err := server.Serve(m.listener); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve %s: %w", m.Addr(), err)
-	}
-	return nil
+	return conns.Serve(ctx, server, m.listener, 2*time.Second)
 }
 
 func (m *Mirror) handler() http.Handler {

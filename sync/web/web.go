@@ -107,13 +107,6 @@ func (w *Web) Run(ctx context.Context) error {
 		BaseContext:    func(net.Listener) context.Context { return ctx }, // ends the streams
 		ErrorLog:       slog.NewLogLogger(w.c.Log.Handler(), slog.LevelDebug),
 	}
-	defer context.AfterFunc(ctx, func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-		defer cancel()
-		if s.Shutdown(ctx) != nil {
-			s.Close()
-		}
-	})()
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
 	defer cancel()
@@ -128,10 +121,7 @@ func (w *Web) Run(ctx context.Context) error {
 			news.Set()
 		})
 	}()
-	err := s.Serve(w.listener)
-	if errors.Is(err, http.ErrServerClosed) {
-		err = nil
-	}
+	err := conns.Serve(ctx, s, w.listener, 2*time.Second)
 	cancel()
 	if watchErr := <-watched; err == nil && !errors.Is(watchErr, context.Canceled) {
 		err = watchErr
