@@ -323,6 +323,7 @@
 //	message             both in words
 //	failed              the digest that was rolled back: it stays out until Git names another, or kedge retry
 //	promoted            true: it is past its canaries
+//	no_canary           true: it has none, as the unit's file asked for none when it began
 //	forced              true: it may go on within a freeze, by an operator's order or after a pin
 //	healthy_since       when the bake began
 //	tolerated_failures  how many failed nodes are accepted, by resume or from an earlier rollout

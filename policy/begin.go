@@ -173,6 +173,7 @@ func start(in *inputs, st state) state {
 	// Git went back while nodes were on the way: gates would only keep them on the release that Git left
 	revert := st.r.Stable == st.r.Target
 	st.p.SkipsGates = stableBefore(in, st.r.Target) || st.r.Pinned != nil
+	st.p.NoCanary = u == nil || u.Canary.N == 0
 	switch {
 	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.SkipsGates:
 		st = st.enter(in, deployments.PhaseFrozen).becauseFrozen(in)

@@ -62,14 +62,16 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.After, s.Unit.Drift, s.Unit.Adopt = []string{"base"}, deployments.DriftHeal, true
 		}, func(s *Situation, r *record) {
 			*r = record{Target: v2, Stable: v1, Generation: 2, Retry: 3, Commit: "c2", After: []string{"base"}, Drift: deployments.DriftHeal, Adopt: true,
-				Rollout: &progress{Phase: rolling, Promoted: true, Unproven: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
+				Rollout: &progress{NoCanary: true, Phase: rolling, Promoted: true, Unproven: true, Since: noon,
+					Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"over a bare pointer, which somebody put there", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v1}
 			each(s, func(u *deployments.UnitReport) { u.Generation = 0 })
 		}, func(s *Situation, r *record) {
 			*r = record{Target: v2, Stable: v1, Generation: 1, Commit: "c2",
-				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
+				Rollout: &progress{NoCanary: true, Phase: rolling, Promoted: true, Since: noon,
+					Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"a bare pointer to what Git names as well becomes a record", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v2}
@@ -234,7 +236,7 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[9].Report.Running = v2
 			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
 		}, func(s *Situation, r *record) {
-			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon,
+			r.Target, r.Generation, r.Rollout = v3, 3, &progress{NoCanary: true, Phase: frozenPhase, Since: noon,
 				Reason: deployments.ReasonFrozen, Message: frozenBy(FreezeState{Frozen: true, By: "xmas"})}
 		}, "xmas", 0},
 
@@ -288,7 +290,9 @@ func TestNextWrites(t *testing.T) {
 			settled(s)
 			s.Order = "pause"
 		}, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: paused, Promoted: true, Since: noon, Message: "paused by an operator"}}
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2",
+				Rollout: &progress{NoCanary: true, Phase: paused, Promoted: true, Since: noon,
+					Message: "paused by an operator"}}
 		}, "paused", 0},
 		{"promote where it is paused", 1, paused, func(s *Situation) { canary(s); s.Order = "promote" }, same, "resume it first", 0},
 		{"promote where it goes on", 2, rolling, func(s *Situation) { s.Order = "promote" }, same, "goes on already", 9 * time.Minute},
@@ -334,10 +338,14 @@ func TestNextWrites(t *testing.T) {
 		}, "nothing to go back to", 0},
 
 		{"a freeze keeps a unit without a rollout from starting", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout, s.Freeze = nil, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2",
+				Rollout: &progress{NoCanary: true, Phase: frozenPhase, Since: noon,
+					Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas until 2026-11-24 13:00Z", time.Hour},
 		{"and a first release", 0, rolling, func(s *Situation) { s.Record, s.Freeze = record{}, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Generation: 1, Joined: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
+			*r = record{Target: v2, Generation: 1, Joined: 1, Commit: "c2",
+				Rollout: &progress{NoCanary: true, Phase: frozenPhase, Since: noon,
+					Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas", time.Hour},
 		{"while it lasts", 0, frozenPhase, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)

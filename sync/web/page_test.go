@@ -590,6 +590,28 @@ func TestQualifiedWordsOnAUnitsPage(t *testing.T) {
 	}
 }
 
+// A rollout without canaries shows none, in any phase.
+func TestStepsWithoutCanary(t *testing.T) {
+	t.Parallel()
+	for phase, want := range map[deployments.Phase][]string{
+		deployments.PhaseFrozen:  {"Freeze", "Rolling", "Everywhere"},
+		deployments.PhasePaused:  {"Paused", "Rolling", "Everywhere"},
+		deployments.PhaseRolling: {"Rolling", "Everywhere"},
+	} {
+		r := deployments.Record{Target: release("2"), Stable: release("1"), Generation: 3,
+			Rollout: &deployments.Progress{Phase: phase, Cutoff: 1, NoCanary: true}}
+		s, _ := offline(t, scene{entries: []kv.Entry{entry(kv.DesiredKey(app), r), report("web-1", runs("1"))}}).latest()
+		u := s.find(app)
+		var names []string
+		for _, step := range stepsOf(u, u.progress) {
+			names = append(names, step.Name)
+		}
+		if !slices.Equal(names, want) {
+			t.Errorf("%s: the steps are %v, want %v", phase, names, want)
+		}
+	}
+}
+
 // A retry of a release that was stable has no gates: it begins with the rolling.
 func TestStepsOfARetryOfStable(t *testing.T) {
 	t.Parallel()

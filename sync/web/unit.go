@@ -228,9 +228,19 @@ func stepsOf(u *unit, p *progress) []step {
 		}
 		return []step{now(name, admitted), todo("Everywhere")}
 	}
+	gates := func(passed bool) []step { // those before the rolling, all ahead or all passed
+		state := "todo"
+		if passed {
+			state = "done"
+		}
+		if r.NoCanary {
+			return nil
+		}
+		return []step{{Name: "Canary", State: state}, {Name: "Bake", State: state}}
+	}
 	switch p.Phase {
 	case deployments.PhaseFrozen:
-		return []step{now("Freeze", reason), todo("Canary"), todo("Bake"), todo("Rolling"), todo("Everywhere")}
+		return slices.Concat([]step{now("Freeze", reason)}, gates(false), []step{todo("Rolling"), todo("Everywhere")})
 	case deployments.PhaseCanary:
 		if r.HealthySince.IsZero() {
 			return []step{now("Canary", admitted), todo("Bake"), todo("Rolling"), todo("Everywhere")}
@@ -242,12 +252,13 @@ func stepsOf(u *unit, p *progress) []step {
 		return []step{passed("Canary"), passed("Bake"), now("Approval", "waits for kedge promote"), todo("Rolling"),
 			todo("Everywhere")}
 	case deployments.PhasePaused:
+		paused, rest := []step{now("Paused", reason)}, []step{todo("Rolling"), todo("Everywhere")}
 		if r.Promoted {
-			return []step{passed("Canary"), passed("Bake"), now("Paused", reason), todo("Rolling"), todo("Everywhere")}
+			return slices.Concat(gates(true), paused, rest)
 		}
-		return []step{now("Paused", reason), todo("Canary"), todo("Bake"), todo("Rolling"), todo("Everywhere")}
+		return slices.Concat(paused, gates(false), rest)
 	}
-	return []step{passed("Canary"), passed("Bake"), now("Rolling", admitted), todo("Everywhere")}
+	return slices.Concat(gates(true), []step{now("Rolling", admitted), todo("Everywhere")})
 }
 
 // commandsOf returns commands that would change something about a unit now, at most 8.
