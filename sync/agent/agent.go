@@ -15,14 +15,14 @@
 // # Ready
 //
 // /ready answers 200 as soon as every unit serves a release, and has converged or can't go on by
-// itself. A unit can't if, for example, it is held, invalid or refused, or failed and went back.
-// After a reboot, the checks of what runs must also have passed in this boot: that it was healthy
-// before says little of services that are only starting. Idle and /converged don't wait for these
-// checks, as systemd may start such services only after Idle (kedge-apps.target). Once it was 200,
-// /ready is 503 only while a unit is unhealthy or drained. A unit is drained from before its switch
-// until it is healthy, or after a failure without a good release to go back to. Neither a fetch,
-// nor an outage, nor a typo in a pin changes /ready: a load balancer must not lose a node that
-// serves as well as before.
+// itself. For example, a unit that is held, invalid or refused, or that failed and went back, can't
+// go on by itself. After a reboot, the health checks of the running release must also have passed
+// in this boot. Earlier results say little of services that are still starting. Agent.Idle and
+// /converged don't wait for these checks, as systemd may start such services only after Agent.Idle
+// (kedge-apps.target). Once it was 200, /ready is 503 only while a unit is unhealthy or drained. A
+// unit is drained from before its switch until it is healthy. It stays drained after a failure if
+// it has no good release to go back to. Neither a fetch, nor an outage, nor a typo in a pin changes
+// /ready: a load balancer must not lose a node that serves as well as before.
 //
 // /converged answers 200 while every unit is healthy, and runs what it should or what a pin holds.
 // A node that failed and went back serves, but hasn't converged. A node without any unit doesn't
@@ -33,20 +33,20 @@
 //
 // Only the agent writes its state directory (0700):
 //
-//	lock                      held while it runs; the process's id
+//	lock                      locked while the agent runs; the id of its process
 //	last-known.json           what the store last held for this node
 //	floors.json               which releases are too old for this node: see deploy.Floors
-//	node.json                 what the store's agent called this node last
-//	starting.json             since when this node has been starting, until Idle
+//	node.json                 the name that the store's agent last gave this node
+//	starting.json             since when this node has been starting; removed once Agent.Idle is closed
 //	agent.sock                what Config.ListenStatus serves, and POST /retry, for this machine's root
-//	units/STAGE/ROLE/UNIT/    package deploy's
+//	units/STAGE/ROLE/UNIT/    a unit's files, which package deploy writes
 //
 // # Reading order
 //
-// agent.go has Config and New, reconcile.go Run and the loop, siblings.go what units of one node need of each other.
-// unit.go says what is known of a unit, condition.go what state and reason that makes. worker.go chooses and runs a
-// unit's jobs, which are in jobs.go. watch.go reads the store, report.go writes to it, status.go makes what a node says
-// of itself, and http.go serves that.
+// agent.go has Config and New, reconcile.go Run and the loop, siblings.go the dependencies between a node's units.
+// unit.go has what is known of a unit, and condition.go derives the unit's state and reason from that. worker.go
+// chooses and runs a unit's jobs, which are in jobs.go. watch.go reads the store. status.go builds the node's reports
+// and status; report.go writes the reports to the store, and http.go serves the status.
 package agent
 
 import (
@@ -98,22 +98,24 @@ type Config struct {
 	Bounds   policy.Bounds
 	// Trust checks a manifest's signature before the manifest is used; nil: only the pointer's digest is checked.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
-	// AllowOlderPins lets a pin name a release that was made before this node's version floor. With it, whoever writes
-	// pins can deploy anything that was ever signed. Without Trust it has no effect.
+	// AllowOlderPins lets a pin name a release that was made before this node's version floor (deploy.Floors). With it,
+	// whoever writes pins can deploy anything that was ever signed. Without Trust it has no effect.
 	AllowOlderPins bool
-	// Maintenance switches the node's maintenance mode in the service catalog while a unit is drained. It is retried until
-	// it succeeds, but a switch waits for it at most 5 s. An outage of the store must not stop a boot. nil: the node has
-	// no maintenance mode.
+	// Maintenance sets the node's maintenance mode in the service catalog: on while a unit is drained, off otherwise.
+	// It is retried until it succeeds. A switch waits for it at most 5 s, so that an outage of the store doesn't stop a
+	// boot. nil: the node has no maintenance mode.
 	Maintenance func(ctx context.Context, on bool, reason string) error
 	// Snapshot returns the mirror's last snapshot of desired/. It is called after an error of the store, if nothing is
-	// known of a role's records or pins, until it succeeds. Unknown pins then count as absent. nil: there is none.
+	// known of a role's records or pins, until it succeeds. Pins that the snapshot lacks then count as absent. nil:
+	// there is no snapshot.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. By default that counts as a mistake.
 	AllowEmpty bool
-	// Observe names units, as patterns STAGE/ROLE/UNIT, that the agent only observes. It fetches and verifies what they
-	// should run, compares it with what is at dest, and reports the result. It changes no dest and runs no commands.
+	// Observe names units, as patterns STAGE/ROLE/UNIT, that the agent only observes. The agent fetches and verifies
+	// what they should run, compares that with the tree at the manifest's dest, and reports the result. It changes no
+	// dest and runs no commands.
 	Observe []string
-	// Adopt lets every unit take over the tree that is at dest before its first release, like Record.Adopt.
+	// Adopt lets every unit take over the tree that is at dest before the unit's first release, like Record.Adopt.
 	Adopt bool
 	// Secrets reads the secrets that manifests refer to; nil: releases with secrets are refused.
 	Secrets deploy.SecretReader
@@ -125,7 +127,7 @@ type Config struct {
 	// StartDelay is the upper limit of a random delay before a release to deploy is fetched from
 	// storage. It spreads a large fleet's load. Default 0.
 	StartDelay time.Duration
-	// VerifyEvery is how often, on average, live trees are checked against their indexes in the background; 0: never.
+	// VerifyEvery is the average time between two background checks of a live tree against its index; 0: no checks.
 	VerifyEvery time.Duration
 	// HashAlways makes the agent hash files of the running release before it shares them with the next, even if
 	// they look untouched.
@@ -135,7 +137,7 @@ type Config struct {
 	FreeMemory func()
 	Version    string
 	Metrics    *prometheus.Registry // nil: none
-	// Trace sends the spans of deployments; nil: nothing is traced. The caller runs it.
+	// Trace sends the spans of deployments; nil: nothing is traced. The caller runs the Sender.
 	Trace *trace.Sender
 	Log   *slog.Logger // nil: none
 
@@ -169,20 +171,20 @@ type Agent struct {
 
 	snapshot sync.Once // starts useSnapshot
 
-	mu      sync.Mutex
+	mu      sync.Mutex  // guards the fields from freeing to ctx, c.Node, and the units' fields that unit names
 	freeing *time.Timer // calls Config.FreeMemory; nil: nothing has changed yet
 	cache   *cache.Cache
 	making  map[*cache.Source]bool // the sources whose folder keys are being made: see makeFolder
 	units   map[deployments.UnitID]*unit
 	onDisk  map[deployments.UnitID]bool // units with files from before the start
 	ready   bool                        // the node was ready once
-	joined  map[string]uint64           // by role, what Presence.Join returned for its report; 0 or absent: it has to join
+	joined  map[string]uint64           // by role, the number from kv.Presence.Join; 0 or absent: not joined
 	ctx     context.Context
 	workers sync.WaitGroup
 }
 
 // New checks c, locks the state directory and listens; it returns statedir.ErrLocked if another agent holds the
-// directory. Run must be called on the Agent.
+// directory. The caller must call Run, which unlocks the directory and closes the listeners when it ends.
 func New(c Config) (_ *Agent, err error) {
 	if c.Store == nil || c.Objects == nil {
 		return nil, errors.New("an agent needs a store and a client for objects")
@@ -277,7 +279,7 @@ func New(c Config) (_ *Agent, err error) {
 // bootWithin is how long after the machine's boot an agent may start and still count as started by the boot.
 const bootWithin = 5 * time.Minute
 
-// sinceBoot returns how long the machine has been up; the maximum if unknown.
+// sinceBoot returns how long the machine has been up; the longest Duration if that is unknown.
 func sinceBoot() time.Duration {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -344,9 +346,9 @@ type naming struct {
 // findName sets the node's name, if Config.Node is empty, to the name that the store's agent on this machine has for
 // the node. Other tools use that name, too, and the store notices the node's death by it. If the store's agent doesn't
 // give a name, findName keeps the saved name. Without a saved name it tries again while the store is away or doesn't
-// know the token yet, and calls unknown after each such try. Otherwise it keeps the host's name. Until findName
-// returns, the agent reports nothing and reads no records, because pins and the order of a rollout depend on the name.
-// Nothing is lost by that: a store that can't give the name can't give records either.
+// know the token yet, and calls unknown after each such try. After any other error without a saved name, it keeps the
+// host's name. Until findName returns, the agent reports nothing and reads no records, because pins and the order of a
+// rollout depend on the name. Nothing is lost by that: a store that can't give the name can't give records either.
 func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 	namer, ok := a.c.Store.(kv.Namer)
 	if a.naming == nil || !ok {
@@ -423,7 +425,7 @@ const maxRetry = 30 * time.Second
 // newBackoff returns the pauses between tries after a failure of this node or the store.
 func newBackoff() *wait.Backoff { return wait.NewBackoff(250*time.Millisecond, maxRetry/2) }
 
-// closeOnce closes c, and reports whether it was open.
+// closeOnce closes c, and reports whether it was open. It isn't safe for concurrent use: a.mu is held.
 func closeOnce(c chan struct{}) bool {
 	if closed(c) {
 		return false

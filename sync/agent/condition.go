@@ -112,7 +112,7 @@ func (u *unit) condition() condition {
 	case s.Unfinished && u.staysQuarantined(target):
 		return u.failedCondition(deployments.StateSwitching, target)
 	case s.Unfinished:
-		// Also while its successor is fetched: the unit is out of service.
+		// This holds even while another release is fetched, because the unit is out of service.
 		return conditionOf(deployments.StateSwitching, u.lastErr)
 	case !u.decided:
 		return conditionOf(deployments.StateWaiting, u.lastErr)
@@ -208,9 +208,9 @@ func (u *unit) failedCondition(state deployments.State, target deployments.Point
 }
 
 // stamp returns the condition, and records since when the unit is in its state. For an unhealthy
-// unit, that is Health.Since. For another unit that goes back, it is when its release failed,
-// whatever the unit should run by now. Both times survive a restart of the agent, because otherwise
-// each restart would begin another deadline.
+// unit, that is Health.Since. For any other unit that goes back after a failure, it is the time of
+// the failure, even if the unit should run another release by now. Both times survive a restart of
+// the agent, because otherwise each restart would begin another deadline.
 func (u *unit) stamp(now time.Time) condition {
 	s := u.condition()
 	if s.since.IsZero() {

@@ -14,8 +14,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// fetch puts release p on disk, if it neither runs nor is staged. If p has to be fetched from storage, it first waits
-// for a random time below Config.StartDelay, and then for a place in turn.
+// fetch puts release p on disk, unless p runs or is staged. If p has to be fetched from storage, fetch first waits for
+// a random time below Config.StartDelay, and then until its token fits into turn, which is fetchSlot or prefetchSlot.
 func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
@@ -48,7 +48,7 @@ const (
 	slowFetch = 1 << 20
 )
 
-// holdTurn gives up the unit's turn once the fetch has ended, or turns out to be slow.
+// holdTurn takes the unit's token out of turn once fetched is closed, or the fetch turns out to be slow: see slowFetch.
 func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	defer func() { <-turn }()
 	look := time.NewTicker(slowAfter)
@@ -69,9 +69,10 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	}
 }
 
-// announce waits until the store holds a report that the unit is about to switch to release (zero: to leave). It does
-// so if the unit serves and a rollout's budget counts it. Without that report, the mirror would not notice if the node
-// died in its first steps, and would admit another in its place. While the store is away, the unit stays in service.
+// announce waits until the store holds a report that the unit is about to switch to release (zero: to leave). It waits
+// only if the unit serves and a rollout's budget counts it. Without that report, the mirror would not notice if the
+// node died in the first steps of the switch, and would admit another node in its place. While the store is away, the
+// unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.inspected.found == policy.FoundOther
@@ -114,9 +115,9 @@ const (
 	maxDrift   = 5 // paths in a report
 )
 
-// watchDest records the mark by which a later change of dest is noticed: at the start, and after
-// each job that may have changed dest. It watches the unit's dest, if it has one, and no longer
-// watches the previous dest if that was another.
+// watchDest records the mark by which a later change of dest is noticed. The worker calls it at the
+// start, and after each job that may have changed dest. It watches the unit's dest, if the unit has
+// one, and no longer watches the previous dest if that was another.
 func (a *Agent) watchDest(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()
@@ -294,16 +295,17 @@ type healthWatch struct {
 	a *Agent
 	u *unit
 
-	of   deployments.Pointer // the release that is watched, or has no checks; zero: none yet
-	kept deploy.Health       // what keep has tried to write
+	of   deployments.Pointer // the release that start took up; its checks run, if it has any; zero: none yet
+	kept deploy.Health       // what keep tried to write last
 	end  context.CancelFunc  // nil: no monitor runs
 	done chan struct{}
 }
 
 // start begins the checks of the running release, unless they run already. It does nothing while
-// the release isn't proven or a deployment is unfinished. A release that wasn't the last one
-// watched begins with the journal's health. One that was keeps its health, also if a deployment has
-// gone back to it: the gate's checks end no unhealthiness that the rounds of the monitor found.
+// the release isn't proven or a deployment is unfinished. The checks begin with the health in the
+// journal if another release was watched last. If the same release was watched last, they begin
+// with the health found then, even if a deployment has been tried and has gone back to that release
+// since. An unhealthy release doesn't become healthy by the health gate of such a deployment.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
@@ -357,7 +359,7 @@ func (w *healthWatch) keep() {
 // stop ends the checks, if they run, and returns once they have ended. It is called before a
 // deployment changes the running release.
 func (w *healthWatch) stop() {
-	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may end what was written
+	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may clear the health in the journal
 	if w.end != nil {
 		w.end()
 		<-w.done

@@ -48,7 +48,7 @@ func (a *Agent) noteConvergence() {
 	}
 }
 
-// unready returns why /ready is 503, by unit or role, or of the agent; empty: it is 200. a.mu is held.
+// unready returns why /ready is 503, by ROLE/UNIT, by role, or under "agent"; empty: /ready is 200. a.mu is held.
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
 	for id, u := range a.units {
@@ -80,7 +80,7 @@ func (a *Agent) unready() map[string]string {
 	return why
 }
 
-// unconverged returns why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
+// unconverged returns why /converged is 503, by ROLE/UNIT or by role; empty: /converged is 200. a.mu is held.
 func (a *Agent) unconverged() map[string]string {
 	why := a.unknown()
 	maps.Copy(why, a.empty())

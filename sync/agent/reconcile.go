@@ -31,7 +31,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.addUnit(id)
 	}
 	a.mu.Unlock()
-	// Decide by what is known from before, before there is news: so a restart doesn't forget to raise the version floor.
+	// Decide by the last known state before the store answers. Otherwise the agent could forget over a restart to raise
+	// the version floor.
 	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveStatus(ctx) })
@@ -290,8 +291,8 @@ func (u *unit) conflicts() bool {
 
 var errSuperseded = errors.New("superseded by another goal")
 
-// retire ends the workers of units that have no record and, by deploy.State.Empty, nothing on this
-// node. Agent.removeRetired then removes their directories. a.mu is held.
+// retire ends the workers of units that have no record and nothing on this node (deploy.State.Empty).
+// Agent.removeRetired then removes their directories. a.mu is held.
 func (a *Agent) retire() {
 	for _, u := range a.units {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
@@ -301,8 +302,8 @@ func (a *Agent) retire() {
 	}
 }
 
-// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node, but for */*/*. Such a pattern may
-// be mistyped, and the unit that it was meant for is deployed.
+// warnOfUnobserved logs the patterns in Config.Observe, except */*/*, that match no unit of this node. Such a pattern
+// may be mistyped, and the unit that it was meant for is deployed. a.mu is held.
 func (a *Agent) warnOfUnobserved() {
 	for _, p := range a.c.Observe {
 		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {

@@ -52,10 +52,10 @@ const (
 )
 
 // report writes the reports to the store whenever they change, until ctx ends. Then it removes them, as a node that
-// stops in order isn't a dead one; those of roles in mid-switch stay. report can't tell whether the node stops for
-// good, as in a scale-in, because a restart of the agent ends ctx by the same signal. So the mirror counts such a node
-// in the budget for two more minutes (unlisted in package policy). Otherwise a rollout would end without nodes that
-// restart.
+// stops in order isn't a dead one. It leaves the reports of roles with a unit in mid-switch. report can't tell whether
+// the node stops for good, as in a scale-in, because a restart of the agent ends ctx by the same signal. So the mirror
+// counts a node whose reports were removed in the budget for two more minutes (unlisted in package policy). Otherwise a
+// rollout would end without nodes that restart.
 func (a *Agent) report(ctx context.Context) {
 	presence := a.openPresence(ctx)
 	if presence == nil {
@@ -152,9 +152,10 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// join writes a role's first report of a presence, and records the number that the store gives it. When the presence is
-// lost, a goroutine of joined resets that number. A record admits the nodes up to a number that the mirror knows. A
-// node with an older number than its report might be admitted in addition to another one, without being counted.
+// join writes a role's first report of a presence, and records the number that the store gives the report. A goroutine
+// in joined sets that number to 0 when the presence is lost. A record admits the nodes up to a number that the mirror
+// knows. A node with an older number than its report's might be admitted in addition to another node, without being
+// counted.
 func (a *Agent) join(
 	ctx context.Context,
 	joined *sync.WaitGroup,
@@ -253,9 +254,9 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report may be delayed if units begin to fetch a release. Most units begin to switch
-// soon after, and one report can say both. It returns 0 if none begins, once that time is over, or if another unit
-// came, went, or changed its state, release or error.
+// startsWithin returns how much longer a report may be delayed because units have begun to fetch a release. Most units
+// begin to switch soon after, and one report can say both. It returns 0 if no unit has begun, once switchWithin is
+// over, or if another unit came, went, or changed its state, release or error.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0

@@ -28,7 +28,8 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		return dependency{name, "waits for " + name + ", which may take over the dest of this unit, whose file is no " +
 			"longer in Git", false}
 	}
-	// Only the record's new target needs the new releases of others. For any other release, they only have to serve.
+	// Only the record's new target needs the new releases of the units in After. For any other release, those units
+	// only have to serve.
 	r := u.record.Value
 	proven := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
 	for _, name := range r.After {
@@ -93,8 +94,8 @@ func cycles(after map[string][]string) map[string]string {
 	return found
 }
 
-// pathTo returns the units on a path along after, from the unit in from (left out) to the one in to (included). It
-// returns nil if there is no path. seen has the units that were tried before.
+// pathTo returns the units on a path along after, from the unit after from up to and including to. It returns nil if
+// there is no path. seen has the units that were tried before.
 func pathTo(after map[string][]string, from, to string, seen map[string]bool) []string {
 	if seen[from] {
 		return nil
@@ -144,8 +145,9 @@ func (a *Agent) checkDest(u *unit, dest string) error {
 	return nil
 }
 
-// replaced reports whether u yields its dest to another unit, which has it already; not while u is changing. If nothing
-// of u runs, it reports whether u is orphaned and refused because another unit has the dest. a.mu is held.
+// replaced reports whether u yields its dest to another unit, which has the dest already. If u has no dest, as nothing
+// of u runs, replaced reports whether u is orphaned and refused because another unit has the dest. While u is changing,
+// it returns false. a.mu is held.
 func (a *Agent) replaced(u *unit) bool {
 	if u.changing() {
 		return false
@@ -211,7 +213,8 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 }
 
 // endRefusals ends the unit's refusals of releases that would be admitted now: another unit's dest has become free, or
-// a pin now names a release older than the floor. (A node may see the record of a pin before the pin.) a.mu is held.
+// a pin now names a release older than the floor. (A node may see a record whose target is pinned before it sees the
+// pin.) a.mu is held.
 func (a *Agent) endRefusals(u *unit) {
 	for p, why := range u.refused {
 		switch {

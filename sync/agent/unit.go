@@ -18,7 +18,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// unit is one unit on this node. Agent.mu guards all fields but the first seven.
+// unit is one unit on this node. Agent.mu guards deploy and all fields after it.
 type unit struct {
 	id     deployments.UnitID
 	log    *slog.Logger
@@ -45,13 +45,13 @@ type desired struct {
 	record         policy.Value[deployments.Record]
 	pins           [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
 	actedOn        int64                            // the highest generation that was acted on
-	heldGeneration int64                            // of a record that isn't acted on; 0: none, or it has none
+	heldGeneration int64                            // of a record that isn't acted on: see cache.Role.Generation
 	decision       policy.Decision
 	key            string // the failure key: identifies the request for the target
-	cycle          string // the cycle of units that it is on; empty: none
+	cycle          string // the cycle of units that the unit is on, in words: see cycles; empty: none
 	blocked        dependency
 	retired        bool // its worker ends, and its files are removed
-	replaced       bool // another unit, which is desired, has its dest
+	replaced       bool // what Agent.replaced returned last
 	contends       bool // a unit that will yield its dest to this one still deploys to it
 	goal           goal
 }
@@ -60,26 +60,26 @@ type desired struct {
 type observed struct {
 	busy         job
 	phase        deployments.State // StateFetching or StateSwitching during a deployment; else empty
-	announce     *announcement     // of the deployment under way; nil: none was made
+	announce     *announcement     // of the switch of the job under way; nil: none was made
 	progress     meter.Progress
 	done         deployments.Pointer             // the release that the unit converged to in this process
 	floorRelease deployments.Pointer             // the release that last raised the version floor in this process
 	nextFloor    deployments.Pointer             // release to raise the floor to once it runs, before other deployments
 	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
 	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
-	ran          []deployments.Digest            // releases it converged to in this process, newest last: see dependencyOf
+	ran          []deployments.Digest            // releases the unit converged to in this process: see dependencyOf
 	mustRecover  bool                            // an earlier run's deployment or drain has to be recovered first
 	mustForget   bool                            // all releases that failed may be retried
-	lastErr      error                           // why the last job, or opening, failed and is tried again; else nil
+	lastErr      error                           // of the job, or opening, that failed and is being retried; else nil
 	refused      map[deployments.Pointer]refusal // releases that can't succeed on this node
 	retry        *wait.Backoff
 	retryAt      time.Time   // no job begins before that time
-	verifyAt     time.Time   // zero: never
+	verifyAt     time.Time   // when the live tree is checked, or dest compared, again; zero: never
 	dest         string      // dest of the running release
 	claimed      string      // dest that was claimed last; empty once the unit is at rest
 	mark         deploy.Mark // what the last deployment left at dest
 	foreign      string      // what another tool deployed to dest; empty: nothing
-	drift        []string
+	drift        []string    // paths that differ from the running release, as a report names them
 	// unhealable is the drift that healing could not repair.
 	unhealable []string
 	comparison *deployments.Compared // on a node that observes
@@ -89,19 +89,20 @@ type observed struct {
 	watched    deployments.Pointer // the release whose health was watched last
 }
 
-// goal is what a unit's worker should reach. With the zero goal it finishes what was begun, and watches what runs.
+// goal is what a unit's worker should reach. With the zero goal the worker finishes what was begun, and watches what
+// runs.
 type goal struct {
 	run    deployments.Pointer // the release to deploy; zero: whatever runs stays
 	stage  deployments.Pointer // the release to have ready on disk as well
-	commit string              // the commit that asked for run; empty: run isn't the record's target, or it is unknown
+	commit string              // the commit that asked for run; empty: unknown, or run isn't the record's target
 	key    string              // the failure key of run
 	heal   bool                // repair drift
 	adopt  bool                // take over the tree at dest if it equals the first release
-	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
-	// fields are zero then.
+	// observe is the release to compare with what is at dest, without changing anything of the unit. If it is set, all
+	// other fields are zero.
 	observe      deployments.Pointer
 	leave        bool // restore what was at dest before the first release
-	forgetBefore bool // discard what was kept from before the first release: it isn't restored any more
+	forgetBefore bool // discard what was kept from before the first release: leave can't be asked for any more
 	raiseFloor   bool // once run is live, nothing older may follow: see observed.nextFloor
 }
 
@@ -128,7 +129,7 @@ func (j job) switches() bool {
 const (
 	jobNone         jobKind = ""
 	jobRecover      jobKind = "recover" // finish or undo an unfinished deployment
-	jobForget       jobKind = "forget"  // end quarantine
+	jobForget       jobKind = "forget"  // end the quarantine of one release, or of all
 	jobDeploy       jobKind = "deploy"
 	jobStage        jobKind = "stage"
 	jobHeal         jobKind = "heal"
@@ -244,19 +245,20 @@ func (u *unit) unwanted() bool {
 	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// orphaned reports whether the unit's record stays though Git no longer names it, and no pin asks for it.
+// orphaned reports whether the unit's record says that Git no longer names the unit, and no pin asks for the unit.
 func (u *unit) orphaned() bool {
 	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// yields reports whether the unit gives up its dest to other. It does if it is unwanted. If it is orphaned, it does so
-// only for a unit that is wanted and not orphaned.
+// yields reports whether u gives up its dest to other. An unwanted unit yields to every other unit. An orphaned unit
+// yields only to a unit that is wanted and not orphaned.
 func (u *unit) yields(other *unit) bool {
 	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
 }
 
 // gone reports whether the unit no longer counts on this node: another unit has its dest, or no record or pin asks for
-// the unit. In the second case it still counts while it runs a release and either has a good one or is deploying.
+// the unit. In the second case the unit still counts while it runs a release, if it has a last good release or an
+// unfinished deployment.
 func (u *unit) gone() bool {
 	s := u.state()
 	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
@@ -284,9 +286,9 @@ func (u *unit) healthError() error {
 }
 
 // final reports whether the unit stays on what it runs until the mirror or a person acts. It
-// returns false until the unit's state was opened. It also does until what an earlier run left
-// unfinished or drained was recovered, unless the node only observes the unit. Otherwise a node
-// without anything good to run would count as in service between the agent's start and its drain.
+// returns false until the unit's state was opened. Unless the node only observes the unit, it also
+// returns false until what an earlier run left unfinished or drained was recovered. If it returned
+// true in that time, a node without a good release would count as in service until it is drained.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.mustRecover && !u.observes {
 		return false
@@ -301,7 +303,7 @@ func (u *unit) final() bool {
 	return false
 }
 
-// serves reports whether the running release is good and in service, whatever should run.
+// serves reports whether the running release is good and in service, even if another release should run.
 func (u *unit) serves() bool {
 	s := u.state()
 	return !s.Running.IsZero() && s.Confirmed && !s.Drained && !s.Unfinished && !u.unhealthy()
@@ -323,7 +325,7 @@ func (u *unit) quarantined(p deployments.Pointer) bool {
 	return failed
 }
 
-// failure returns the failure of a release on this node, and whether it failed.
+// failure returns the failure of a release on this node, and whether there is one.
 func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	for _, f := range u.state().Failures {
 		if f.Digest == p.Digest {
@@ -336,8 +338,8 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 // staysQuarantined reports whether a release failed here, and isn't tried again.
 func (u *unit) staysQuarantined(p deployments.Pointer) bool { return u.quarantined(p) && !u.toRetry(p) }
 
-// toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
-// Otherwise a rollout that was restarted would count the earlier failure as its own.
+// toRetry reports whether a release that failed here is about to be retried, as there is a new request for it. Such a
+// release isn't reported as failed: a rollout that was restarted would count the earlier failure as its own.
 func (u *unit) toRetry(p deployments.Pointer) bool {
 	f, _ := u.failure(p)
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)

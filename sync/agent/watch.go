@@ -51,11 +51,11 @@ func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
 	}
 }
 
-// makeFolder makes the folder key of s, without which nobody can tell a missing key from a lost
-// permission, so that reading the prefix is denied. The mirror usually makes it; without a mirror,
-// the agent does if its token allows it. makeFolder tries again after an error, as a new token may
-// lack its rights for a while. It ends once the key is there, the prefix is no longer denied, or ctx
-// ends.
+// makeFolder makes the folder key of s. While that key is missing, reading the prefix is denied,
+// because nobody can tell a missing key from a lost permission. The mirror usually makes the folder
+// key; without a mirror, the agent does if its token allows it. makeFolder tries again after an
+// error, as a new token may lack its rights for a while. It ends once the key is there, the prefix
+// is no longer denied, or ctx ends.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {
@@ -74,7 +74,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// lacksFolder records and reports whether reading a prefix is denied, as it is without its folder key.
+// lacksFolder records in a.making, and reports, whether reading the prefix of s is denied: see makeFolder.
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -19,7 +19,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// addUnit starts a unit's worker if there is none, and while Run runs. a.mu is held.
+// addUnit adds a unit and starts its worker, unless the unit has one or Run isn't running. a.mu is held.
 func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
@@ -71,7 +71,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		return
 	}
 	watch := &healthWatch{a: a, u: u}
-	defer watch.keep() // what the checks found last, after stop
+	defer watch.keep() // runs after stop, and saves what the checks found last
 	defer watch.stop()
 	for ctx.Err() == nil {
 		watch.start(ctx)
@@ -266,9 +266,9 @@ func (a *Agent) freeMemory() {
 }
 
 // mayBeOlder reports whether p may be older than the version floor. With AllowOlderPins it may if a
-// valid pin of the unit, for all nodes or this one, names p and hasn't expired. A pin that the
-// mirror rolls out reaches nodes as the record's target, so the decision's source doesn't tell.
-// a.mu is held.
+// valid pin of the unit, for all nodes or this one, names p and hasn't expired. The decision's
+// source doesn't tell whether a pin names p, because a pin that the mirror rolls out reaches nodes
+// as the record's target. a.mu is held.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	return a.c.AllowOlderPins && slices.ContainsFunc(u.pins[:], func(v policy.Value[deployments.Pin]) bool {
 		return v.Present && v.Err == nil && v.Value.Release == p && !v.Value.Expired(time.Now())
@@ -295,8 +295,8 @@ func (a *Agent) progress(u *unit, s deployments.State, p meter.Progress) {
 	a.reportDue.Set()
 }
 
-// choose returns the next job for the goal. If there is none, again is when to choose again, which
-// is after now; zero: when woken. verifies tells whether live trees are checked in the background.
+// choose returns the next job for the goal. If there is none, again is when to choose again, which is after now; zero:
+// only when the worker is woken. verifies tells whether live trees are checked in the background.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
 		return job{}, wait
@@ -317,8 +317,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		}
 	}
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
-	// An interrupted deployment is finished first, as storage may be away; but not if the release before it is
-	// wanted, which is on disk.
+	// An interrupted deployment is finished before another release is deployed, as storage may be away. It isn't if the
+	// other release is the last good one, because that is on disk.
 	back := deploys && run == s.LastGood && s.Unfinished && run != s.RecoversTo
 	switch {
 	case g.leave && s.Leavable && !s.Leaving:
@@ -375,7 +375,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 }
 
 // begin chooses the next job, records that it is under way, and returns it with its context. If there is no job, the
-// context is nil, and the time is when to choose again; zero: when woken.
+// context is nil, and the time is when to choose again; zero: only when the worker is woken.
 func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -2,7 +2,7 @@
 // away, from the node's last known state or a snapshot.
 //
 // An error of the store removes nothing from what is known. The agent calls Save before it decides by a new record or
-// pin. So a restart goes back to something older only if the disk refused it.
+// pin. So a restart goes back to an older record or pin only if the disk refused to save the new one.
 //
 // A Cache isn't safe for concurrent use: the agent guards it with its mutex.
 package cache
@@ -26,8 +26,8 @@ type Config struct {
 	Node, Stage string
 	Roles       []string
 	File        string // of the last known state: see package statedir
-	// Kept reports whether this node's disk has files of a unit. If there are too many units, these are taken first. Their
-	// pins count even without a record.
+	// Kept reports whether this node's disk has files of a unit. If a role has too many units, those with files are
+	// taken first. The pins of units with files count even without a record.
 	Kept func(id deployments.UnitID) bool
 	Log  *slog.Logger
 }
@@ -37,8 +37,8 @@ type Cache struct {
 	c         Config
 	roles     []*Role
 	lastKnown lastKnown
-	unsaved   bool
-	failing   bool // Save failed, and logged it
+	unsaved   bool // lastKnown has changed since it was last written to the file
+	failing   bool // the last Save failed, and logged that
 }
 
 // Open reads the last known state from disk; a missing file is an empty state. A damaged file is moved aside. Pins
@@ -113,7 +113,7 @@ func (c *Cache) NeedsSnapshot() bool {
 }
 
 // Review accepts the records that were held back and have been in the store for long enough. It returns when the next
-// one may be accepted; zero: none is waiting for that.
+// record may be accepted; zero: no record is accepted by waiting.
 func (c *Cache) Review(now time.Time) (next time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -163,8 +163,8 @@ func (c *Cache) Rename(node string) {
 	c.unsaved = c.lastKnown.rename(node) || c.unsaved
 }
 
-// RefilterPins decides anew which pins of a role's last synced view count, after its units with records or with files
-// on this node have changed.
+// RefilterPins decides anew which pins of a role's last synced view count. It is called after the role's units with
+// records, or those with files on this node, have changed. It does nothing for an unknown role or without such a view.
 func (c *Cache) RefilterPins(role string, now time.Time) {
 	r := c.Role(role)
 	if r == nil || r.Pins.lastView == nil {

@@ -85,7 +85,7 @@ func (r *Role) Record(id deployments.UnitID) policy.Value[deployments.Record] {
 	return r.Records.records[kv.DesiredKey(id)]
 }
 
-// UnitPins returns the pins of a unit: the one for all nodes, and the one for node. One that is missing isn't Present.
+// UnitPins returns the pins of a unit: the one for all nodes, and the one for node. A missing pin isn't Present.
 func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin policy.Value[deployments.Pin]) {
 	return r.Pins.pins[kv.PinKey(id)], r.Pins.pins[kv.NodePinKey(id, node)]
 }

@@ -120,8 +120,9 @@ func (s *Source) accept(v kv.View, concerns func(key string) bool, now time.Time
 
 // withoutHeld returns the entries of a synced view that may be acted on, and sets held and recheck.
 // A record of a lower generation than one that was acted on comes from a restored backup of the
-// store. What is known, if anything, then stays until a mirror that knows the higher generation has
-// written. It also stays for bareWait if a record without a generation replaces a mirror's record.
+// store. The known record, if there is one, then stays until a mirror that knows the higher
+// generation has written. If a record without a generation replaces a mirror's record, the known
+// record stays for bareWait.
 func (s *Source) withoutHeld(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}

@@ -1,4 +1,5 @@
-// Package drain knows which units of a node are drained, and sets the node's maintenance mode accordingly.
+// Package drain knows which units of a node are drained, that is, taken out of service, and sets the node's maintenance
+// mode accordingly.
 package drain
 
 import (

@@ -19,9 +19,10 @@ var ErrLocked = errors.New("another agent uses this state directory")
 // leaves its lock to the command until exec.
 const lockPatience = 3 * time.Second
 
-// takeLock locks dir for this process, or returns ErrLocked if another process holds the lock. It
-// writes the process id to the lock's file, for people and for later calls. The kernel releases the
-// lock however the process ends.
+// takeLock locks dir for this process, or returns ErrLocked if another process holds the lock. If
+// the lock file names a process that is dead, it waits up to lockPatience for the lock. It writes
+// the process id to the lock file, for people and for later calls. The kernel releases the lock
+// however the process ends.
 func takeLock(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
