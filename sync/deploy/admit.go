@@ -71,7 +71,8 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return u.checkPermitted(r)
 }
 
-// trust returns an error if Trust, if set, finds a manifest's bytes not signed as it demands. It comes before parsing.
+// trust returns the error of Config.Trust for a manifest's bytes; nil if Trust is nil. It must be called before the
+// bytes are parsed.
 func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
 	if u.c.Trust == nil {
 		return nil
@@ -83,7 +84,7 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 }
 
 // checkPermitted returns an error if this node refuses r: it is too old, or bounds, secrets or
-// another unit's dest forbid it. Otherwise Config.Claim has reserved its dest.
+// another unit's dest forbid it. If it returns nil, Config.Claim has reserved the dest of r.
 func (u *Unit) checkPermitted(r *artifact.Release) error {
 	if err := u.checkFloor(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrRefused, err)
@@ -102,8 +103,8 @@ func (u *Unit) checkPermitted(r *artifact.Release) error {
 	return nil
 }
 
-// read returns the bytes of p's manifest, from the unit's own intact copy or from storage, if
-// bounds allow its source.
+// read returns the bytes of p's manifest, if bounds allow its source. It reads them from storage,
+// unless the unit has an intact copy.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
@@ -124,8 +125,8 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
-// bounded returns an error for the first thing of r that the bounds forbid. No bounds allow a dest that isn't a clean
-// absolute path below /, or an exclude_from outside the archive.
+// bounded returns an error for the first thing of r that the bounds forbid. Whatever the bounds are, it forbids a dest
+// that isn't a clean absolute path below /, and an exclude_from outside the archive.
 func bounded(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
@@ -142,8 +143,8 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	})
 }
 
-// groupNames returns a group's name and number on this node, and the names of those users that are in the group. An
-// unknown group has its name for both.
+// groupNames returns a group's name and number on this node, and the names of those users that are in the group. For an
+// unknown group it returns the given name as both.
 func groupNames(name string, users []string) []string {
 	g, err := user.LookupGroup(name)
 	if err != nil {
@@ -175,8 +176,8 @@ func groupsOf(name string) []string {
 }
 
 // ownersOf returns a check of the user and group, by number, to which a file of an archive belongs. The check allows
-// the bounds' users and their groups, and the agent's own user and group. It is nil, and everything allowed, if the
-// bounds name no users.
+// the bounds' users and their groups, and the agent's own user and group. If the bounds name no users, ownersOf returns
+// nil: every owner is allowed.
 func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	if len(b.Users) == 0 {
 		return nil

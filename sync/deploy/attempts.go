@@ -11,15 +11,15 @@ import (
 )
 
 const (
-	// maxCutOff is how many times a step with an owner may be cut off: at the last of them the deployment fails. In the
-	// step success, and on the way back, the step's commands are left out instead. A step is cut off if the agent or the
-	// machine ends during it, but not while it waits for its next try.
+	// maxCutOff is how many times a step with an owner (see deployment.owner) may be cut off. The last of them makes
+	// the deployment fail. In the step success, and on the way back, the step's commands are left out instead. A step
+	// is cut off if the agent or the machine ends during it, but not while it waits for its next try.
 	maxCutOff = 3
 	// maxAttempts bounds journal.Attempts; the oldest entries are dropped.
 	maxAttempts = 32
 )
 
-// attempt is what the journal keeps of a step of a release that was cut off, or that began a command with once.
+// attempt is what the journal keeps of a release's step, if the step was cut off or began a command with once.
 type attempt struct {
 	Digest deployments.Digest `json:"digest"`
 	Step   step               `json:"step"`
@@ -38,7 +38,7 @@ func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	return attempt{Digest: digest, Step: s}
 }
 
-// setAttempt puts a, as the newest, in place of the journal's entry for its step.
+// setAttempt replaces the journal's entry for the step of a by a, as the newest entry.
 func (j *journal) setAttempt(a attempt) {
 	j.forgetAttempt(a.Digest, a.Step)
 	j.Attempts = append(j.Attempts, a)
@@ -57,8 +57,8 @@ func (j *journal) forgetAttempts(digest deployments.Digest) {
 	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
 }
 
-// owner returns the release that a cut-off of the current step counts against: whose commands or checks it runs, or
-// that it switches to. Zero: the step isn't counted.
+// owner returns the release against which a cut-off of the current step counts. It is the release whose commands or
+// checks the step runs, or to which the step switches. Zero: cut-offs of the step aren't counted.
 func (d *deployment) owner() deployments.Digest {
 	switch d.Step {
 	case stepPre, stepSwitch, stepPost, stepHealth, stepSuccess, stepFailure:
@@ -74,8 +74,8 @@ func (d *deployment) wait() { d.Waits = !d.owner().IsZero() }
 
 // resume prepares the deployment that Open found, so that it can continue; later calls do nothing.
 // It ends processes that the deployment's command left running, and counts the step as cut off
-// unless the step only waited: see maxCutOff. After a reboot, it goes back from the health checks
-// to the post commands, as what they had started was ended.
+// unless the step only waited: see maxCutOff. After a reboot during the health checks, it sets the
+// step to the post commands again, because what those had started was ended.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -120,8 +120,9 @@ func (u *Unit) resume(ctx context.Context) error {
 	return err
 }
 
-// mayRun reports whether to run the command at a place in the step's list. It doesn't if the step was cut off too
-// often, or if the command has once and was begun before. A command with once is journalled first.
+// mayRun reports whether to run the command at a place in the step's list. It returns false if the step was cut off too
+// often, or if the command has once and was begun before. Before it returns true for a command with once, it records in
+// the journal that the command was begun.
 func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {

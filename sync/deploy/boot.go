@@ -31,11 +31,11 @@ func BootID() string {
 // before it ends the agent. A command or check that fails meanwhile is no fault of the release.
 func shuttingDown() bool {
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		return false // systemd doesn't run this machine
+		return false // systemd isn't this machine's init
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	// exits non-zero unless all is well
+	// The error is ignored: the command exits with another status than 0 in all states but running.
 	state, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output()
 	return strings.TrimSpace(string(state)) == "stopping"
 }

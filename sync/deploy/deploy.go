@@ -20,28 +20,30 @@
 // quarantined, dest is switched to the last good release, and that release's post commands run so
 // that it serves again. Once its health checks pass, the node is back in service, and the failed
 // release's failure commands run. While the good release's own commands or checks fail, the unit
-// stays out of service, and Recover tries them again. If a first release fails and something else
-// was at dest, that is put back. The failure commands then run before it is in service, because no
-// manifest says how to start it. See Leave for a first release that fails elsewhere. With nothing
-// to go back to, dest stays as it is, and the unit out of service. A stage or drain that fails, or
-// a switch that fails because of the machine, such as its disk, leaves things as they were, without
-// a quarantine. A secret that can't be read is no fault either: the deployment is undone or, after
-// the switch, waits for it.
+// stays out of service, and Recover tries them again. If a first release fails, what was at dest
+// before it is put back. The failure commands then run before the unit is in service again, because
+// no manifest says how to start what was there. See Leave for a first release that fails on other
+// nodes. With nothing to go back to, dest stays as it is, and the unit out of service. A stage or
+// drain that fails, or a switch that fails because of the machine, such as its disk, leaves things
+// as they were, without a quarantine. A secret that can't be read is no fault of the release
+// either: the deployment is undone or, after the switch, waits for the secret.
 //
 // # Cut off
 //
-// Recover undoes a deployment that was cut off before its switch, and finishes one that was cut off
-// later, by the same code. If a step's end isn't journalled, its commands are run again from the
-// first: they must allow for that. A command with once that was begun is left out. Processes that
-// the cut-off command left running are ended first (command.EndLeftovers). Post commands are also
-// run again if the machine was restarted before the health checks had passed, because services that
-// they had started are gone. If the agent or the machine ended three times in one step from pre to
-// health, the release counts as failed: it may be the cause. See maxCutOff for the other steps.
+// A deployment is cut off if the agent or the machine ends during it. Recover undoes a deployment
+// that was cut off before its switch, and finishes one that was cut off later, by the same code. If
+// a step's end isn't journalled, its commands are run again from the first: they must allow for
+// that. A command with once that was begun is left out. Processes that the cut-off command left
+// running are ended first (command.EndLeftovers). Post commands are also run again if the machine
+// was restarted before the health checks had passed, because services that they had started are
+// gone. If the agent or the machine ended three times in one step from pre to health, the release
+// counts as failed: it may be the cause. See maxCutOff for the other steps.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is undone, or left to the next start.
 //
-// When Deploy's context ends before the switch, the deployment is undone at once (by Recover, if that takes over 30 s).
-// Later it is left to Recover, or to the next Deploy, which supersedes it if that is for another release.
+// When Deploy's context ends before the switch, the deployment is undone at once; what isn't undone within 30 s is left
+// to Recover. When the context ends later, the deployment is left to Recover or the next Deploy. A Deploy of another
+// release supersedes it.
 //
 // Retry or 16 newer failures end a quarantine: the success of another release says nothing of the
 // failed one.
@@ -95,7 +97,7 @@ import (
 // Config configures a Unit.
 type Config struct {
 	ID deployments.UnitID
-	// Node returns this node's current name.
+	// Node returns this node's current name. It must not be nil if commands or checks are to run.
 	Node func() string
 	// Dir is the unit's own directory in the agent's state: STATE/units/STAGE/ROLE/UNIT. It contains the journal.
 	Dir string
@@ -110,20 +112,20 @@ type Config struct {
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	// Floors are the node's version floors; nil: only the unit's journal has one.
 	Floors *Floors
-	// Older reports whether a pointer may name a release that was made before the node's version floor; it is used if
-	// Trust is set. Nil: none may.
+	// Older reports whether a pointer may name a release that was made before the node's version floor. It is used only
+	// if Trust is set. Nil: no pointer may.
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
 	// Drain is called with true in the step drain, before the release's drain time, and with false
-	// once the unit is back in service. It switches /ready and Consul's maintenance mode. It may be
+	// to put the unit back in service. It switches /ready and Consul's maintenance mode. It may be
 	// called again with the same value. May be nil.
 	Drain func(ctx context.Context, on bool) error
 	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
 	// Nil: every dest is allowed.
 	Claim func(dest string) error
-	// Progress is called with StateFetching while a release is fetched, in a deployment or not, and with StateSwitching
-	// when steps begin, or go on, from drain on. May be nil.
+	// Progress is called with StateFetching while a release is fetched, also outside a deployment, and with
+	// StateSwitching when the steps from drain on begin or resume. May be nil.
 	Progress func(deployments.State, meter.Progress)
 	// Stepped is called after each step of a deployment from drain on, with the step's error; may be nil.
 	Stepped func(step string, began time.Time, err error)
@@ -179,18 +181,20 @@ type State struct {
 	Unfinished bool
 	// RollingBack is set while a deployment that failed goes back, or what an undone one went back to isn't healthy.
 	RollingBack bool
-	// FailedAt is when the deployment that goes back failed; zero: none did, or an earlier version wrote the journal.
+	// FailedAt is when the deployment under way failed; zero: it didn't fail, there is none, or an earlier version
+	// wrote the journal.
 	FailedAt time.Time
-	// Health, while a deployment is under way, is that of the release that it went back to; Recover tries an unhealthy
-	// one again. Otherwise it is what KeepHealth last stored of the running release. The zero Health is healthy.
+	// Health is what KeepHealth last stored of the running release. While a deployment is under way, it is instead the
+	// health of the release that the deployment went back to; Recover tries an unhealthy release again. The zero Health
+	// is healthy.
 	Health Health
 	// Leavable is set if a release runs, and what was at dest before the first one is kept for
 	// Leave. Leaving is set while Leave puts it back. Restored is the release that was left or
 	// failed, while dest holds again what was there before it.
 	Leavable, Leaving bool
 	Restored          deployments.Digest
-	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison. It is nil without
-	// one, and once another deployment has begun.
+	// Compared is how the tree at dest differed from the first release, if Request.Adopt asked for a comparison. It is
+	// nil if nothing was compared, and once another deployment has begun.
 	Compared *deployments.Compared
 	// RecoversTo is the release that runs after Recover if that doesn't fail; zero: none, or no deployment is
 	// unfinished.
@@ -271,7 +275,7 @@ func (u *Unit) State() State {
 // Recover goes on with an unfinished deployment, by the same code as Deploy: it undoes one whose
 // switch had not begun, and finishes any other. A drained unit is first drained again, unless its
 // drain was about to end. *Failed means that the deployment failed and went back. After any other
-// error it may still be unfinished: call Recover again.
+// error the deployment may still be unfinished: call Recover again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
@@ -367,12 +371,12 @@ type Request struct {
 
 // Deploy converges to asked.Release, here p, by the package's steps. It first finishes an
 // unfinished deployment of p, or rollback to p, and does nothing more if p is then live and
-// confirmed. *Failed means that the unit went back from Failed.Release, which is quarantined: p, or
-// what a rollback to p leaves. ErrQuarantined stays until Retry. ErrRefused, deployments.ErrDigest
-// and the error of a bad signature stay until p, or something on this node, changes. Any other
-// error may be transient (network, storage, disk): try again. A cancelled ctx stops Deploy as soon
-// as that is safe. Before the switch, everything is left as it was. After it, the next Recover or
-// Deploy finishes the deployment.
+// confirmed. *Failed means that the unit went back from Failed.Release, which is quarantined. That
+// release is p or, if Deploy finished a rollback to p, the one rolled back. ErrQuarantined is returned
+// until Retry. ErrRefused, deployments.ErrDigest and the error of a bad signature are returned
+// until p, or something on this node, changes. Any other error may be transient (network, storage,
+// disk): try again. A cancelled ctx stops Deploy as soon as that is safe. Before the switch,
+// everything is left as it was. After it, the next Recover or Deploy finishes the deployment.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
@@ -471,7 +475,7 @@ func (u *Unit) liveRelease() (*artifact.Release, error) {
 	return u.remembered(u.j.Running)
 }
 
-// name returns the unit's name for people: that of a unit without an ID is kedge run.
+// name returns the unit's name for people: "kedge run" for a unit without an ID.
 func (u *Unit) name() string {
 	if u.c.ID == (deployments.UnitID{}) {
 		return "kedge run"

@@ -41,15 +41,17 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 // Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
 	Dest string // empty: nothing runs, or the release has no tree or isn't known
-	// LeadsTo is the directory that dest should lead to: the release's own or, if it has none, where dest led when the
-	// mark was taken. Empty: it may lead anywhere, as a deployment is half done or nothing was there.
+	// LeadsTo is the directory that dest should lead to. Under strategy release, that is the release's own directory;
+	// under the others, it is where dest led when the mark was taken. Empty: dest may lead anywhere, as a deployment is
+	// half done or nothing was there.
 	LeadsTo string
 	// inode is LeadsTo's inode under the strategies rsync and mv; 0: it isn't compared.
 	inode   uint64
 	running deployments.Digest
 }
 
-// Mark returns the mark of the running release; the zero Mark: there is no tree to watch.
+// Mark returns the mark of the running release. It is the zero Mark if nothing runs, or if the release has no tree or
+// isn't known.
 func (u *Unit) Mark() Mark {
 	r, err := u.remembered(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {
@@ -60,7 +62,7 @@ func (u *Unit) Mark() Mark {
 		return m
 	}
 	if r.Manifest.Strategy == deployments.StrategyRelease {
-		// It isn't read from dest, which somebody may have changed meanwhile.
+		// LeadsTo isn't read from dest, which somebody may have changed meanwhile.
 		if dir := u.switcher(r).Dir(r); dir != "" {
 			m.LeadsTo, _ = filepath.EvalSymlinks(dir)
 		}
@@ -72,7 +74,7 @@ func (u *Unit) Mark() Mark {
 }
 
 // Changed reports whether dest is no longer as the deployment left it; false if LeadsTo is empty. found describes what
-// something else deployed there; empty: nothing is there, or that is unknown.
+// something else deployed there. It is empty if dest hasn't changed, or is gone or leads nowhere.
 func (m Mark) Changed() (found string, changed bool) {
 	if m.LeadsTo == "" {
 		return "", false

@@ -21,10 +21,10 @@ import (
 // createdTolerance is how far ahead of the node's clock a signed release's Created is still believed.
 const createdTolerance = time.Hour
 
-// Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is when the newest
-// release was made that Git has rolled out to the end (see floorAt): a node with Trust refuses releases that were
-// made before. What only pins brought raises none. Floors survive when a unit is renamed, removed or loses its
-// journal. Only the agent writes their file. A nil *Floors stores none.
+// Floors are a node's version floors, by unit, by the release's name and by its dest. A floor is the time at which the
+// newest release was made of those that Git has rolled out to the end (see floorAt). A node with Trust refuses releases
+// that were made before it. A release that only pins brought raises no floor. Floors survive when a unit is renamed,
+// removed or loses its journal. Only the agent writes their file. A nil *Floors stores none.
 type Floors struct {
 	path string
 
@@ -63,7 +63,7 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	return f, nil
 }
 
-// floorKeys returns the keys of a release's floors, the unit's first. m may be nil: then only the unit's.
+// floorKeys returns the keys of a release's floors, the unit's first. If m is nil, it returns only the unit's key.
 func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	keys := []string{"unit " + id.String()}
 	if m != nil && m.Name != "" {
@@ -218,9 +218,9 @@ type aheadOfClock struct {
 // newestFile is where earlier versions stored Newest beside the journal.
 const newestFile = "newest"
 
-// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version if that is
-// newer. It adds it also for the running release's name and dest, if that is known. A time too far ahead of the clock
-// is lowered.
+// keepFloor raises the node's floors to the floor in the unit's journal, or to the one in an earlier version's file if
+// that is newer. It raises the unit's floor and, if the running release is known, those of the release's name and dest.
+// A floor too far ahead of the clock is lowered first: see floorAt.
 func (u *Unit) keepFloor() error {
 	newest := u.j.Newest
 	file := filepath.Join(u.c.Dir, newestFile)

@@ -22,9 +22,9 @@ func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Differ
 	return ds, nil
 }
 
-// Heal makes the live tree equal to its release, without running commands. left are the remaining differences: those
-// that only the release's commands can make again. Under strategy mv it only puts back a tree that is gone. It does
-// nothing if nothing runs, or a deployment is under way.
+// Heal makes the live tree equal to its release, without running commands. left has the differences that remain,
+// because only the release's commands can repair them. Under strategy mv, Heal only puts back a tree that is gone. It
+// does nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.liveRelease()

@@ -20,12 +20,13 @@ const (
 	defaultTryTimeout    = 5 * time.Second
 )
 
-// probe tries one check once. identity identifies what passed, as the invocation ID of a systemd service does, and must
-// not change while a release is watched. It is empty if the check has none.
+// probe tries one check once. identity names the running instance that passed, for example by the invocation ID of a
+// systemd service. It is empty if the check can't tell instances apart. If it changes while a release is watched, the
+// service counts as restarted.
 type probe func(ctx context.Context) (identity string, err error)
 
-// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time. If they
-// don't in time, it returns an error. other is KEDGE_PREVIOUS; nil: there is none.
+// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time. It returns
+// an error if they don't pass in time. other is the release for KEDGE_PREVIOUS; nil: there is none.
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
@@ -64,8 +65,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// probeInterval returns the time between two tries of a check: interval or, if that is shorter,
-// stable, which counts as 1 s at least. If stable is 0, it returns interval.
+// probeInterval returns the time between two tries of a check. If stable is 0, that is interval.
+// Otherwise it is the shorter one of interval and stable; a stable below 1 s counts as 1 s.
 func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
@@ -170,8 +171,8 @@ func (v *healthGate) record(check int, identity string, err error, now time.Time
 	}
 }
 
-// result reports whether the result is certain. It is, with a nil error, once the release is healthy, and with an error
-// once it is not healthy after the timeout.
+// result reports whether the gate has decided. The error is nil if the release is healthy, and says why if it wasn't
+// healthy in time. While done is false, the error is nil.
 func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {
@@ -186,7 +187,7 @@ func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	return false, nil
 }
 
-// wasStable reports whether all checks have passed for stable.
+// wasStable reports whether all checks have passed for the time stable, and each once more after it.
 func (v *healthGate) wasStable() bool {
 	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c checkState) bool { return c.at.Sub(v.since) < v.stable })
 }

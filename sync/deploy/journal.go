@@ -36,7 +36,8 @@ type journal struct {
 	Running   deployments.Pointer `json:"running,omitzero"`
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
-	// Proven is the ID of the boot in which a release passed its health checks last: Running, if Confirmed is set.
+	// Proven is the ID of the boot in which a release last passed its health checks. If Confirmed is set, that release
+	// is Running.
 	Proven string `json:"proven,omitempty"`
 	// HealthFailure is set as long as the checks of Running fail in normal operation.
 	HealthFailure *healthFailure      `json:"unhealthy,omitempty"`
@@ -82,7 +83,7 @@ type deployment struct {
 	Run string `json:"run"`
 	// Boot is the ID of the boot in which Step began.
 	Boot string `json:"boot,omitempty"`
-	// Waits is set while Step isn't under way, but waits for its next try: a restart doesn't cut it off then.
+	// Waits is set while Step isn't under way, but waits for its next try. A restart then doesn't count as a cut-off.
 	Waits bool `json:"waits,omitempty"`
 	// Touched is set as soon as a switch or a Leave, of this deployment or one that it superseded, may have changed dest.
 	Touched bool `json:"touched,omitempty"`

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// before is what was at dest before the unit's first release, for Leave. It is kept when other releases replace the
-// first one, but not beyond ForgetBefore, or a release with another dest or strategy.
+// before is what was at dest before the unit's first release, for Leave. It is kept while other releases replace the
+// first one, until ForgetBefore or the switch to a release with another dest or strategy.
 type before struct {
 	// First is the first release. Its manifest says how to put back what was there.
 	First    deployments.Pointer  `json:"first"`
@@ -43,11 +43,12 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 // Leave puts back what was at dest before the unit's first release. The agent calls it when the
 // rollout goes back and there is no stable release. Its steps are drain, the switch, the failure
 // commands of the release that is left, and undrain. No other commands and no checks run, because
-// what was there has no manifest. If that is gone, or wasn't kept, the unit keeps what it runs, and
-// State.Leavable is false. If a deployment is unfinished, Leave may do no more than end it. It
-// undoes one that hasn't switched. It finishes one with another dest or strategy, and one that goes
-// back, unless to an unhealthy release. Before the switch a cancelled ctx stops Leave. After the
-// switch Recover finishes Leave, as after a kill.
+// what was there has no manifest. If what was there is gone, or wasn't kept, the unit keeps what it
+// runs, and State.Leavable is false. If a deployment is unfinished, Leave may do no more than end
+// that deployment. It undoes a deployment that hasn't switched. It finishes one with another dest
+// or strategy, and one that goes back, unless that went back to an unhealthy release. If ctx is
+// cancelled before the switch, Leave stops. If it is cancelled later, Recover finishes Leave, as
+// after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -55,7 +56,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.deployLog.reset()
 	p := u.j.Running
-	var failed *healthFailure // why the release that a deployment went back to isn't healthy: that is left then
+	var failed *healthFailure // set if a deployment went back to an unhealthy release: Leave then leaves that release
 	if d := u.j.Deployment; d != nil && d.BackFailure != nil && !d.Leaves {
 		failed = d.BackFailure
 	} else if d != nil {
@@ -152,8 +153,8 @@ var errLeft = errors.New("the rollout of the release has stopped: dest has again
 // restore puts back what was at dest before a first release that has failed or was stopped. It
 // returns the change of the journal; nil: there is none.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// Strategy release switches by one rename: a deployment that was stopped before it has changed nothing at dest. A
-	// switch that failed by the disk may have come after it.
+	// Strategy release switches by one rename. A deployment that was stopped before the rename has changed nothing at
+	// dest. A switch that failed because of the disk may have renamed already.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease
 	if d.Fault == nil && atomic && !d.Touched {
 		return nil, nil

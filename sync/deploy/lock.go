@@ -124,8 +124,9 @@ func (l *destLock) close() {
 	}
 }
 
-// hold takes the lock of r's dest until unlock is called, and waits for it. It does nothing if the release has no tree,
-// or if this unit holds a lock already. If nothing can be written beside dest, it goes on without the lock file.
+// hold waits for the lock of r's dest, and holds it until unlock is called. If the release has no tree, or this unit
+// holds a lock already, hold and unlock do nothing. If nothing can be written beside dest, hold goes on without the
+// lock file.
 func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {

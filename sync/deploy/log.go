@@ -15,8 +15,8 @@ const (
 	logHead = 64 << 10
 )
 
-// deploymentLog stores the log of one deployment, at most maxLog bytes, without its middle if it is longer.
-// Success and failure commands get it on stdin in stretcher's format: date, time, message.
+// deploymentLog stores the log of one deployment, at most maxLog bytes. Of a longer log it drops the part after the
+// first logHead bytes. Success and failure commands get it on stdin in stretcher's format: date, time, message.
 type deploymentLog struct {
 	mu   sync.Mutex
 	buf  []byte

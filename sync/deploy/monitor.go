@@ -22,8 +22,10 @@ const (
 type Health struct {
 	Unhealthy bool
 	Reason    deployments.Reason // ReasonUnhealthy while Unhealthy
-	Facts     deployments.Facts  // check, error; from the journal, step, too, and check only if one failed
-	Since     time.Time          // when Unhealthy changed last
+	// Facts are check and error. A Health read from the journal also has step, and lacks check if another thing failed,
+	// such as a command.
+	Facts deployments.Facts
+	Since time.Time // when Unhealthy changed last
 
 	failed int       // failed rounds in a row
 	passed time.Time // while Unhealthy, when rounds began to pass; zero: the last round failed
@@ -63,19 +65,19 @@ func (h Health) next(r round, failures int, stable time.Duration, now time.Time)
 	return Health{Since: now}
 }
 
-// Monitor tries the checks of the live release while that release runs. A Monitor belongs to one deployment: it has to
-// end before the next one begins, and after that a new Monitor is made.
+// Monitor tries the checks of the live release while that release runs. The caller must end Run before the next
+// deployment begins, and make a new Monitor after it.
 type Monitor struct {
 	checks   []watch
 	every    time.Duration
 	failures int
 	stable   time.Duration
-	// identities are those with which the checks passed last; see probe.
+	// identities are what the probes of checks returned when they passed last: see probe.
 	identities []string
 }
 
-// Monitor returns a monitor of the running release. It returns nil if none is confirmed, if a deployment is under way,
-// or if no check of the manifest goes on after a deployment.
+// Monitor returns a monitor of the running release. It returns nil if no confirmed release runs, if a deployment is
+// under way, or if no check of the manifest goes on after a deployment.
 func (u *Unit) Monitor() (*Monitor, error) {
 	r, err := u.liveRelease()
 	if err != nil || r == nil || !u.j.Confirmed {

@@ -23,8 +23,8 @@ import (
 
 // OneShot configures Once.
 type OneShot struct {
-	// URL is a manifest's URL, or a pointer, whose digest is then checked. As with stretcher, what a bare URL
-	// leads to may change under the node.
+	// URL is a manifest's URL, or a pointer, whose digest is then checked. As with stretcher, the manifest at a bare
+	// URL may be replaced by another one at any time.
 	URL     string
 	Node    string
 	Objects *object.Client
@@ -47,12 +47,13 @@ type FetchLimits struct {
 }
 
 // Once converges this machine once on a manifest, whatever was deployed before: it is what kedge run does. It leaves no
-// state except the lock file and what the release strategy keeps beside dest. nil means that the release is live and
-// healthy and its success commands ran; failures of these are only logged.
+// state except the lock file and what the release strategy keeps beside dest. A nil error means that the release is
+// live and healthy, and that its success commands ran; failures of these are only logged.
 //
-// As with stretcher, the failure commands run when staging or the deployment fails, even by the network. A failed
-// release goes back only if the release strategy has another one to go back to. Once waits for another process that
-// deploys to the same dest. If that has made the same release live, Once does nothing more, and returns nil.
+// As with stretcher, the failure commands run when staging or the deployment fails, even because of the network. After
+// a failure, dest goes back to an earlier release only under strategy release, and if there is one. Once waits for
+// another process that deploys to the same dest. If that process has made the same release live, Once does nothing
+// more, and returns nil.
 func Once(ctx context.Context, o OneShot) (err error) {
 	dir, err := os.MkdirTemp("", "kedge-run-")
 	if err != nil {
@@ -160,8 +161,8 @@ func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, err
 	return u.admitBytes(ctx, deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, raw)
 }
 
-// adopt records the release of kedge's that r's dest leads to, unless it is r, as running and good (strategy release
-// only).
+// adopt records the release that r's dest leads to as running and last good, so that a failure of r goes back to it. It
+// does nothing unless r has a tree and strategy release, or if dest leads to r itself or to nothing of kedge's.
 func (u *Unit) adopt(r *artifact.Release) error {
 	if r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 		return nil

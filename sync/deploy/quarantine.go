@@ -38,8 +38,8 @@ type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
 	Step    string // "pre", "switch", "post" or "health"
-	// Reason is ReasonUnhealthy if a check failed, with the fact check, else ReasonQuarantined. Facts: step,
-	// error.
+	// Reason is ReasonUnhealthy if a check failed, else ReasonQuarantined. Facts has step and error, and check if a
+	// check failed. See Failure.Err for an exception.
 	Reason deployments.Reason
 	Facts  deployments.Facts
 	Err    error

@@ -80,8 +80,8 @@ func (j *journal) fail(err error) {
 	d.enter(stepBack)
 }
 
-// handleStepError handles the error of d's step. It returns nil if the deployment goes on, backwards. Otherwise it
-// returns an error: the deployment was undone, or will be finished later.
+// handleStepError handles the error of d's step. It returns nil if the deployment now goes back: runSteps continues.
+// It returns an error if the deployment was undone, or will be finished later.
 func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
@@ -164,7 +164,7 @@ func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error)
 			now.Check = failed.check
 		}
 		d.BackFailure, j.Confirmed = now, false
-		// The commands were not cut off in this try, or are left out as they were too often.
+		// This try was not cut off: forget earlier cut-offs, unless there were so many that the commands are left out.
 		if a := j.attempt(d.owner(), stepBackPost); a.CutOff < u.maxCutOff {
 			j.forgetAttempt(a.Digest, a.Step)
 		}

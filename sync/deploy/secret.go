@@ -29,7 +29,7 @@ const (
 	// duringDeployment is the maximum age of values in a deployment. It is longer than deployments take: all steps use the
 	// values that were read at the beginning, unless the agent restarts.
 	duringDeployment = 24 * time.Hour
-	// duringChecks is the maximal age of values for the checks of a live release.
+	// duringChecks is the maximum age of values for the checks of a live release.
 	duringChecks = 5 * time.Minute
 )
 
@@ -62,7 +62,7 @@ func (u *Unit) readSecrets(ctx context.Context, r *artifact.Release, maxAge time
 }
 
 // withSecrets returns env with r's secrets among its variables. A variable that env has already
-// keeps its value. With an error it returns env as it was.
+// keeps its value. If reading the secrets fails, it returns env as it was, and the error.
 func (u *Unit) withSecrets(
 	ctx context.Context, env command.Env, r *artifact.Release, maxAge time.Duration,
 ) (command.Env, error) {

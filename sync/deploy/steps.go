@@ -79,8 +79,8 @@ func (d *deployment) next() step {
 	return d.Step.next()
 }
 
-// target returns the release that the deployment ends on: its own; once it is undone, what ran before; after a failure,
-// the good one. Zero: no release.
+// target returns the release that the deployment ends on: Release while it goes forward, From while it is undone, and
+// Back after a failure. Zero: it ends on no release.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
@@ -94,8 +94,9 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// advance moves the deployment under way on to its next step. After the last step, no deployment is
-// under way any more, and advance drops the attempts that were kept for it, unless it was undone.
+// advance moves the deployment under way on to its next step. After the last step, no deployment is under way any more.
+// advance then drops the attempts of the release that the deployment ends on, and those of its own release unless it
+// was undone.
 func (j *journal) advance() {
 	d := j.Deployment
 	if next := d.next(); next != "" {
@@ -112,8 +113,8 @@ func (j *journal) advance() {
 	j.forgetAttempts(d.target().Digest)
 }
 
-// runSteps runs the steps of the deployment under way until its end. Nothing else runs steps, of
-// new deployments or of interrupted ones. It returns nil after a success, or once the deployment is
+// runSteps runs the steps of the deployment under way until its end. It alone runs steps, of new
+// deployments and of interrupted ones. It returns nil after a success, or once the deployment is
 // undone or Leave has ended. It returns *Failed if the deployment failed and has gone back. After
 // any other error the deployment may still be under way.
 func (u *Unit) runSteps(ctx context.Context) error {
@@ -312,9 +313,9 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs one list of r's commands; the first that fails ends it. other is KEDGE_PREVIOUS, or
-// nil: the release before or, if r is gone back to, the failed or undone one. Failure commands run
-// even if their secrets can't be read.
+// commands runs one list of r's commands; the first that fails ends it. other is the release for
+// KEDGE_PREVIOUS; nil: there is none. It is the release before r or, if the deployment goes back to
+// r, the one that failed or was undone. Failure commands run even if their secrets can't be read.
 func (u *Unit) commands(
 	ctx context.Context,
 	d *deployment,
@@ -399,8 +400,9 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes the unit's releases but those in keep, the running, good and staged ones, and the first while Before is
-// kept. Under strategy release, as many of the newest others stay as others says; those in drop don't.
+// prune removes the unit's releases, except those in keep, the running, last good and staged ones, and the first one
+// while journal.Before is set. Under strategy release, the newest of the remaining releases stay as well: at most
+// others of them, and none in drop.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)
@@ -421,7 +423,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 func transient(err error) bool {
 	for _, e := range []error{
 		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, exec.ErrNotFound,
-		safefs.ErrUnsafe, // until an administrator corrects its directories
+		safefs.ErrUnsafe, // an administrator has to correct the machine's directories
 	} {
 		if errors.Is(err, e) {
 			return true
