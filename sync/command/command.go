@@ -1,5 +1,5 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
-// wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
+// wait for pipes that a daemon inherited, and bounded output. It treats commands as hostile.
 //
 // A command finds the agent's own environment, without what the agent must keep to itself. That is
 // Consul's token, password and client key, OpenTelemetry's headers, and variables that configure
@@ -8,8 +8,8 @@
 // another user gets that user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault,
 // Google, Azure and the like. Exceptions are AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR.
 // Nor does it get variables whose name says that they are secret, as …_TOKEN, or whose value has a
-// URL with a user name, password or token, as a proxy's. Every command gets these, empty if there
-// is nothing to say:
+// URL with a user name, password or token, as a proxy's. Every command gets these variables; one
+// that doesn't apply is empty:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name
@@ -19,7 +19,7 @@
 //	KEDGE_DEST                          the manifest's dest
 //	KEDGE_DIGEST                        SHA-256 of the manifest
 //	KEDGE_NAME KEDGE_VERSION            the manifest's
-//	KEDGE_COMMIT                        the Git commit that asked for it
+//	KEDGE_COMMIT                        the Git commit that asked for the release
 //	KEDGE_ERROR                         why the deployment failed or was left; for failure commands, and on the way back
 //	KEDGE_RUN                           marks the processes of a step or check: see EndLeftovers; may be unset
 //
@@ -76,8 +76,8 @@ type Env struct {
 
 // Result is the outcome of a command.
 type Result struct {
-	// Output is what the command wrote to both streams, at most MaxOutput bytes. Of more it is the beginning and the end,
-	// around a line that says how much was left out.
+	// Output is what the command wrote to both streams, at most MaxOutput bytes. A longer output is cut to its
+	// beginning and its end, with a line between them that says how much was left out.
 	Output []byte
 	// Exit is the command's exit status; -1 if a signal ended it or it never ran.
 	Exit int
@@ -86,8 +86,8 @@ type Result struct {
 const (
 	// MaxOutput bounds the output that is kept of one command, in bytes.
 	MaxOutput = 64 << 10
-	// MaxLines bounds the logged lines of a command's output, MaxLine the bytes of each, without notes of what is left
-	// out.
+	// MaxLines bounds the logged lines of a command's output, and MaxLine the bytes of each line. The notes of what is
+	// left out come on top.
 	MaxLines = 500
 	MaxLine  = 1 << 10
 	// LineKey is the log attribute that contains a line of output.
@@ -108,8 +108,8 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	return runAs(ctx, log, c, env, stdin, false)
 }
 
-// Check runs c as Run does, without stdin or a log, and kills what it left running, including processes in sessions of
-// their own. A check is tried again and again, and they would pile up.
+// Check runs c as Run does, without stdin or a log, and then kills the processes that c left running, even in sessions
+// of their own. As a check is tried again and again, such processes would pile up.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
 	env.Run = "check-" + rand.Text()
 	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
@@ -155,9 +155,9 @@ func Tool(ctx context.Context, log *slog.Logger, all io.Writer, name string, arg
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil, all)
 }
 
-// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, execute
-// then kills what is left of cmd's group, and processes with the mark in their environment. all, unless nil, gets all
-// of cmd's output.
+// execute runs cmd, whose SysProcAttr must not be nil, until it exits or ctx ends. what names cmd in the log and in
+// errors. If mark is not empty, execute then kills what is left of cmd's group, and processes with the mark in their
+// environment. all, unless nil, gets all of cmd's output.
 func execute(
 	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask, all io.Writer,
 ) (Result, error) {
@@ -202,7 +202,7 @@ func execute(
 	}
 
 	if mark != "" {
-		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // a group's number isn't reused so soon
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // the leader is reaped, but the group's number isn't reused so soon
 		killMarked(mark, began, begunSince(cmd.Process.Pid, begin))
 	}
 	// What the command wrote has been read, or is in the pipe. A process that still holds the other end is a daemon, and
@@ -235,7 +235,7 @@ func execute(
 }
 
 // endGroup sends SIGTERM to the process group of leader and, after the grace period, SIGKILL to members that are left.
-// It returns when leader is reaped, which exited tells, and the group is empty or was sent SIGKILL.
+// It returns when leader is reaped, and the group is empty or was sent SIGKILL. exited receives once leader is reaped.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)

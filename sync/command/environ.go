@@ -66,8 +66,9 @@ func isOwnUsers(name, value string) bool {
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
-// environ returns a command's environment: its part of the agent's, another user's variables (nil: it runs as the agent
-// does), and env. Later variables replace earlier ones. Without a PATH in agent it is defaultPath.
+// environ returns a command's environment. It has those variables of agent, the agent's own environment, that the
+// command may have, then userVars, and then env. Later variables replace earlier ones. userVars are another user's HOME
+// and the like; nil: the command runs as the agent's user. PATH is defaultPath if agent has none.
 func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false
@@ -101,8 +102,8 @@ func environ(agent []string, userVars []string, env Env) []string {
 	return out
 }
 
-// LookupEnv is os.LookupEnv without those of the agent's variables that no command inherits. Manifests may use the
-// variables that it finds.
+// LookupEnv is os.LookupEnv, but doesn't find the variables that no command inherits from the agent. Manifests may use
+// the variables that it finds.
 func LookupEnv(name string) (string, bool) {
 	if isPrivate(name) {
 		return "", false
@@ -114,9 +115,10 @@ func isPrivate(name string) bool {
 	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
-// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's HOME, USER
-// and LOGNAME; nil, with cmd as it was, if name is empty or the agent's own user. A number without an entry in the user
-// database gets only the group of the same number.
+// asUser makes cmd, whose SysProcAttr must not be nil, run as a user with all of the user's groups. name is the user's
+// name or number. asUser returns the user's HOME, USER and LOGNAME. If name is empty or the agent's own user, it
+// returns nil, and leaves cmd as it was. A number without an entry in the user database gets only the group of the same
+// number.
 func asUser(cmd *exec.Cmd, name string) ([]string, error) {
 	if name == "" {
 		return nil, nil

@@ -37,7 +37,7 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 		case waited > 2*grace:
 			return found, fmt.Errorf("processes of a command that was cut off survive SIGKILL (%d, the first is %d): "+
 				"end them by hand", len(pids), pids[0])
-		case waited > grace: // including those that they have started since
+		case waited > grace: // pids includes processes that were started since SIGTERM
 			for _, pid := range pids {
 				unix.Kill(pid, unix.SIGKILL)
 			}
@@ -51,8 +51,8 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 }
 
 // killMarked kills the processes of list that have run's mark and began no earlier than since,
-// whatever their session. As they may have started others meanwhile, it does so until there are
-// none, at most five times. That is enough, as a check doesn't fork faster than it is killed.
+// whatever their session. As they may have started others meanwhile, it repeats that until there
+// are none, at most five times. That is enough, as a check doesn't fork faster than it is killed.
 func killMarked(run string, since uint64, list func() ([]int, error)) {
 	for range 5 {
 		pids, err := markedAmong(list, run, since)
@@ -73,8 +73,8 @@ func markedProcesses(run string) ([]int, error) {
 
 // markedAmong returns those processes of list that have run's mark in their environment, without the agent itself and
 // without those that end meanwhile. It leaves out processes that began before since, a time as beganAt returns it; 0
-// leaves out none. This comes first, because reading the environment of a process that hangs may take long. A process
-// in the middle of execve(2) is read again, for up to execWithin.
+// leaves out none. It compares the times first, because reading the environment of a process that hangs may take long.
+// A process in the middle of execve(2) is read again, for up to execWithin.
 func markedAmong(list func() ([]int, error), run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -113,11 +113,12 @@ func environOf(pid int) (env []byte, execing bool) {
 
 const (
 	execPoll   = 200 * time.Microsecond
-	execWithin = time.Second // for all processes together, as a program may be read from a slow disk
+	execWithin = time.Second // for all processes together; exec may take that long if the disk is slow
 )
 
 // noEnviron reports whether a process has no environment for good: it was given none, is exiting or gone, or is a
-// thread of the kernel. In the middle of execve(2) the place of its environment isn't set yet. See proc(5), stat.
+// thread of the kernel. A process in the middle of execve(2) is none of these: fields 50 and 51, the bounds of its
+// environment, aren't set yet. See proc(5), stat.
 func noEnviron(pid int) bool {
 	const exiting, kernel = 0x4, 0x200000 // PF_EXITING and PF_KTHREAD of linux/sched.h
 	stat := statOf(pid)
@@ -141,15 +142,15 @@ func processes() ([]int, error) {
 }
 
 const (
-	numbersWithin = time.Second // too short for a machine to use all process numbers and begin again
+	numbersWithin = time.Second // a machine can't use up all process numbers, and begin again, in this time
 	numbersMany   = 256         // trying more numbers than this takes longer than trying all processes
 )
 
 // begunSince returns a function that lists the process first, which began at begin, and all that
 // began after it. Some of the numbers in the list may be those of threads, or unused. Looking at
 // all processes of a machine takes longer than most checks, and a check runs every few seconds.
-// Linux assigns process numbers in ascending order, and shows the last one. If that doesn't tell
-// which processes are new, the function lists all processes.
+// Linux assigns process numbers in ascending order, and shows the last one. If the last number
+// doesn't tell which processes are new, the function lists all processes.
 func begunSince(first int, begin time.Time) func() ([]int, error) {
 	return func() ([]int, error) {
 		last, ok := lastNumber()

@@ -35,7 +35,7 @@ type output struct {
 	total  int64
 
 	line    []byte // the current line, at most MaxLine + maskReach bytes of it
-	clipped int    // bytes dropped from it
+	clipped int    // bytes dropped from the current line
 	lines   int
 	last    []string // the last lines beyond those that were logged at once; a ring buffer, once it is full
 }

@@ -1,9 +1,10 @@
 // Package ec2 connects an agent to Amazon EC2: it reads an instance's stage and roles from its tags, and tells
 // AutoScaling when the instance is ready, or that it won't be.
 //
-// Instance metadata is read only by IMDSv2. Tags are in it only if the instance was launched with
-// InstanceMetadataTags enabled; so no node needs ec2:DescribeTags. A lifecycle hook needs
-// autoscaling:CompleteLifecycleAction and autoscaling:RecordLifecycleActionHeartbeat for the instance's own group.
+// Instance metadata is read only by IMDSv2. It has the tags only if the instance was launched with
+// InstanceMetadataTags enabled. No node needs ec2:DescribeTags, as tags are read from the metadata. A lifecycle hook
+// needs autoscaling:CompleteLifecycleAction and autoscaling:RecordLifecycleActionHeartbeat for the instance's own
+// group.
 package ec2
 
 import (
@@ -97,23 +98,24 @@ type Hook struct {
 	Instance Instance
 	// Group is the AutoScaling group; empty: the one in the instance's tags.
 	Group string
-	// Timeout is how long an instance may take to converge before it is abandoned.
+	// Timeout is how long an instance may take to converge before it is abandoned. There is no default.
 	Timeout time.Duration
 	// Beat is the time between heartbeats, which restart AutoScaling's own timeout; 0: a minute.
 	Beat time.Duration
-	Log  *slog.Logger
+	Log  *slog.Logger // must not be nil
 
 	answer time.Duration // bounds a call, as Amazon's client has no timeout; 0: 30 s
-	// actionWait is how long to wait for an action that AutoScaling doesn't know yet, as an instance can be ready
-	// before the action begins. 0: 2 min.
+	// actionWait is how long complete waits for an action that AutoScaling doesn't know yet, as an instance can be
+	// ready before the action begins. 0: 2 min.
 	actionWait time.Duration
 }
 
 // Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the
-// timeout passes first, so that AutoScaling replaces the instance. An instance that converges while
-// AutoScaling can't be reached is kept. An agent that restarts on an instance in service finds no
-// action to complete, which is no error. Calls that fail are repeated until ctx ends. Run returns
-// an error if ctx ends first, the group isn't known, or AWS's configuration can't be read.
+// timeout passes first, so that AutoScaling replaces the instance. An instance that converges after
+// the timeout, while AutoScaling can't be reached, still gets CONTINUE. An agent that restarts on
+// an instance in service finds no action to complete, which is no error. Calls that fail are
+// repeated until ctx ends. Run returns an error if ctx ends first, the group isn't known, or AWS's
+// configuration can't be read.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]
@@ -170,9 +172,9 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 	}
 }
 
-// complete completes the action: with CONTINUE if the instance has converged by then, else with
-// ABANDON. It gives up, without an error, if AutoScaling knows no action once actionWait has
-// passed.
+// complete completes the action: with CONTINUE if the instance has converged by the time of a try,
+// else with ABANDON. It gives up, without an error, if AutoScaling knows no action once actionWait
+// has passed.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	began, logged := time.Now(), ""
@@ -217,7 +219,7 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 	}
 }
 
-// cause returns the API's code for why a call failed, or "no answer" if the API didn't refuse it.
+// cause returns the API's code for why it refused a call, or "no answer" if the call failed otherwise.
 func cause(err error) string {
 	var api smithy.APIError
 	if errors.As(err, &api) {
@@ -226,8 +228,8 @@ func cause(err error) string {
 	return "no answer"
 }
 
-// noAction reports whether AutoScaling answered that the hook doesn't hold the instance back: no longer, or not
-// yet.
+// noAction reports whether AutoScaling answered that the hook doesn't hold the instance back. That may be so no longer,
+// or not yet.
 func noAction(err error) bool {
 	var api smithy.APIError
 	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" &&
