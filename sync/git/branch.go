@@ -42,23 +42,24 @@ type Branch interface {
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading. The caller closes the result.
 	Objects() (*Objects, error)
-	// Distrust reports that what Objects returned could not be read, or that its history has a gap.
-	// The next Head rebuilds the cache of a remote repository; a local one has none.
+	// Distrust tells the Branch that what Objects returned could not be read, or that its history
+	// has a gap. The next Head rebuilds the cache of a remote repository. A local repository has no
+	// cache, and Distrust does nothing.
 	Distrust()
 	// Watch calls changed whenever the branch may have moved, until ctx ends. For a remote repository, which can't be
 	// watched, it only waits until ctx ends.
 	Watch(ctx context.Context, changed func())
-	// Interval returns the time between two calls of Head if nothing changes.
+	// Interval returns the time after which to call Head again if Watch reports no change before. It may change.
 	Interval() time.Duration
-	// Pause returns the least time between two calls of Head, however often they are triggered.
+	// Pause returns the least time between two calls of Head, however often they are triggered. The caller keeps to it.
 	Pause() time.Duration
 	Close() error
 }
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
-	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local repository. Of a
-	// remote repository no object larger than 16 MiB is kept. Branch is the branch's name.
+	// Repo is the repository's address: https://…, ssh://… or git@HOST:PATH, or the path of a local repository. No
+	// object of a remote repository that is larger than 16 MiB is kept. Branch is the branch's name.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: the root.
 	Path string
@@ -73,9 +74,9 @@ type Config struct {
 	// credentials for https. GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name files, as in git(1). KEDGE_GITHUB_APP_ID,
 	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE configure a GitHub App, whose tokens are used instead.
 	// KEDGE_GITHUB_API is the address of GitHub's API; default: https://api.github.com, or for other hosts
-	// https://HOST/api/v3.
+	// https://HOST/api/v3. Env must not be nil for a remote repository.
 	Env func(string) string
-	Log *slog.Logger
+	Log *slog.Logger // must not be nil
 }
 
 // Open checks c, and returns the branch that c names. It does not wait for the repository to be reachable.

@@ -17,19 +17,20 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Commit is a checked Git commit: its deployments tree, and what the history and people see of it.
+// Commit is a checked Git commit: its deployments tree, and what is shown of it to people and kept in the history.
 type Commit struct {
 	Hash    string    // the full hash
 	Author  string    // NAME <EMAIL>
 	When    time.Time // when it was committed, by the committer's clock
 	Subject string
 	Tree    *deployments.Tree
-	// Past has the newest ancestors' hashes, 12 digits each, separated by spaces: at most maxPast, fewer before a gap.
+	// Past has the newest ancestors' hashes, 12 digits each, separated by spaces: at most maxPast. It has fewer if the
+	// history is short or has a gap.
 	Past string
 }
 
-// BadCommit means that a commit's content or signature is invalid, or that it is too large to be fetched. It is also
-// the error if the signers' files can't be read. A retry helps only once these files have changed.
+// BadCommit means that a commit's content or signature is invalid, or that the commit is too large to be fetched. It is
+// also the error if the signers' files can't be read. A retry helps only once the signers' files have changed.
 type BadCommit struct {
 	Hash string
 	Err  error
@@ -47,8 +48,8 @@ func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	return o.loadWith(name, signers.verify)
 }
 
-// LoadTaken reads a commit that was taken before, so that the mirror can go on with it. Its signature may have become
-// invalid since: see Signers.verifyTaken.
+// LoadTaken reads a commit that a mirror has taken before, that is, copied to the store, so that the mirror can go on
+// with it. The commit's signature may have become invalid since: see Signers.verifyTaken. Otherwise it works as Load.
 func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -125,8 +126,9 @@ func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 	}
 }
 
-// signedPart splits a commit's own bytes into the part that was signed and the signature, as git verify-commit does. A
-// payload rebuilt from parsed fields could lack other content. signature is empty if the commit is not signed.
+// signedPart splits a commit's own bytes into the part that was signed and the signature, as git verify-commit does.
+// It doesn't rebuild the payload from parsed fields, because that could lack content that no field has. signature is
+// empty if the commit is not signed.
 func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err error) {
 	r, err := commit.Reader()
 	if err != nil {
@@ -168,7 +170,7 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 // maxPast bounds the hashes in Commit.Past. More commits are hardly ever pushed while somebody waits for one of them.
 const maxPast = 30
 
-// past returns the text of Commit.Past for the commit hash; see ancestors for what it may lack.
+// past returns the text of Commit.Past for the commit hash. It may lack what ancestors leaves out.
 func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	var names []string
 	for _, h := range ancestors(in, hash, maxPast+1) {
@@ -179,8 +181,8 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	return strings.Join(names, " ")
 }
 
-// ancestors returns a commit and its newest ancestors, at most n in all. It stops before a commit
-// whose parent is missing in the repository.
+// ancestors returns a commit and its newest ancestors, at most n in all; nil if the commit can't be
+// read. It stops before a commit whose parent is missing in the repository.
 func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {

@@ -23,7 +23,7 @@ type localRepo struct {
 	every        time.Duration
 	log          *slog.Logger
 	// blind is set while the directory can't be watched, as when the system has no inotify watch left, or the directory
-	// doesn't exist. On a network file system a watch begins, but sees no changes of other machines.
+	// doesn't exist. It isn't set on a network file system, where a watch sees no changes by other machines.
 	blind atomic.Bool
 }
 
@@ -83,11 +83,11 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchUntilError calls changed once, and after each change, except of a lock file, in the
-// directories in which Git puts a new ref into place. These are the branch's directory, its
-// parents, and the Git directory itself, for packed-refs. Git removes and makes directories of
-// branches like a/b as needed, so watchUntilError adds watches after each change. It returns an
-// error when the watch fails, the Git directory is moved or removed, or ctx ends.
+// watchUntilError calls changed once, and then after each change in the directories in which Git
+// puts a new ref into place. Changes of lock files don't count. The directories are that of the
+// branch's ref, its parents, and the Git directory itself, for packed-refs. Git removes and makes
+// directories of branches like a/b as needed, so watchUntilError adds watches after each change. It
+// returns an error when the watch fails, the Git directory is moved or removed, or ctx ends.
 func (r *localRepo) watchUntilError(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {

@@ -63,7 +63,7 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 
 // OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine that holds the pushed
 // objects. It also returns the branches that a mirror is likely to follow: main, and the one that HEAD names, if HEAD
-// can be read. below is as Config.Path, and env returns the hook's environment variables.
+// can be read. below is as Config.Path, and env returns the hook's environment variables. The caller closes in.
 func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects, branches []string, err error) {
 	if dir := env("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
@@ -95,7 +95,8 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 	return in, branches, nil
 }
 
-// Update is a branch's update in a push. Old and New are its hashes before and after; empty: it doesn't exist then.
+// Update is a branch's update in a push. Old and New are the branch's heads before and after the push. Old is empty if
+// the push makes the branch, New if the push removes it.
 type Update struct{ Branch, Old, New string }
 
 // ReadUpdates reads "OLD NEW REF" lines, as githooks(5) describes for pre-receive and post-receive. It ignores
@@ -114,8 +115,8 @@ func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	return all, lines.Err()
 }
 
-// Pushed reads a post-receive hook's lines, and returns the commit that the push made the branch's head. It is empty if
-// the push only moved other references, or removed the branch.
+// Pushed reads a post-receive hook's lines, and returns the commit that the push made the branch's head. commit is
+// empty if the push only moved other references, or removed the branch.
 func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	updates, err := ReadUpdates(stdin)
 	for _, u := range updates {

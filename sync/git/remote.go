@@ -30,15 +30,16 @@ const (
 	fetchTimeout = 10 * time.Minute
 	// stallTimeout is how long a server may send nothing in a fetch before the fetch is cancelled and retried.
 	stallTimeout = 2 * time.Minute
-	// askPause is the least time between two polls of a server. After a quieter time a webhook triggers a poll at once;
-	// repeated webhooks can't use up the server's rate limit.
+	// askPause is the least time between two polls of a server. A webhook triggers a poll at once if the last one was
+	// longer ago. Repeated webhooks can't use up the server's rate limit.
 	askPause = 500 * time.Millisecond
 	// maxPacks is how many packs, one for each fetch, the cache may hold before it is rebuilt: go-git does not
 	// repack.
 	maxPacks = 50
 	// maxObject bounds each object that a fetch keeps, in bytes. No larger object is ever read from a commit.
 	maxObject = maxTree
-	// maxCache bounds the packs of a cache on disk, in bytes. While a cache is rebuilt, both the old and the new exist.
+	// maxCache bounds the packs of a cache on disk, in bytes. While a cache is rebuilt, the disk holds two caches, each
+	// up to that size.
 	maxCache = 4 << 30
 )
 
@@ -53,8 +54,8 @@ type remoteRepo struct {
 	stall   time.Duration // as stallTimeout
 	room    int64         // as maxCache
 	refused *BadCommit    // the last head that was too large to be fetched; only Head uses it
-	putOff  time.Time     // until then Head returns busyErr, as the server asked for a pause; only Head uses it
-	busyErr error
+	putOff  time.Time     // the end of a pause that the server asked for; only Head uses it
+	busyErr error         // what Head returns until putOff
 
 	mu        sync.Mutex
 	dir       string    // holds the cache
@@ -109,7 +110,7 @@ func (r *remoteRepo) kept() string {
 	return name
 }
 
-// Names in the cache's directory: the cache, and the fetch that is to replace it.
+// Names in Config.CacheDir or a temporary directory: the cache, and the fetch that is to replace it.
 const (
 	cacheName       = "repo.git"
 	fetchPrefix     = "fetch-"
@@ -164,7 +165,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 }
 
 // follow returns the hash of the branch's newest commit, and fetches the commit if the cache lacks
-// it. For a commit that was too large before, the error is r.refused.
+// it. If an earlier call found that commit too large, follow doesn't fetch, and returns r.refused.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
@@ -272,7 +273,8 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, want plumbing.Ha
 var errCache = errors.New("the cache can't be used")
 
 // fetchOnce fetches the commit want into the bare repository at dir, unless it is there, and sets the branch to it. If
-// the branch has moved, that may be another commit than want. A repository that doesn't exist yet is made.
+// the branch has moved, it may fetch and set the branch's new head instead. A repository that doesn't exist yet is
+// made.
 func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
 	store, err := openCache(dir, r.server.Address())
 	if err != nil {
@@ -321,7 +323,7 @@ func openCache(dir, address string) (*filesystem.Storage, error) {
 }
 
 // maxHaves bounds the commits that a fetch tells the server it has. They are the cached head and its newest ancestors,
-// so that the server finds a common one after most force pushes, too.
+// so that the server finds a common ancestor after most force pushes, too.
 const maxHaves = 64
 
 // counter counts the bytes that are written to it.
@@ -359,7 +361,7 @@ func sizeOf(dir string) (sum int64) {
 var errStalled = errors.New("the server sends nothing")
 
 // temporaryDir makes a directory in parent, which other mirrors leave alone until held is closed. It also removes the
-// temporary directories that killed mirrors left in parent, but for those that removeAbandoned keeps.
+// temporary directories that killed mirrors left in parent, except those that removeAbandoned keeps.
 func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
 	for _, name := range left {

@@ -52,7 +52,7 @@ type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
 
-	subdir   string // the directory of a commit that holds the deployments repo; ".": the root
+	subdir   string // as Config.Path, clean; ".": the root
 	filtered bool   // the repository may lack files larger than maxFile
 }
 
@@ -175,8 +175,9 @@ func (o *Objects) HasEncodedObject(h plumbing.Hash) error {
 	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
 }
 
-// first calls ask with one directory after another, and returns the first result that isn't plumbing.ErrObjectNotFound:
-// nil, if a directory has the object. If none has, first returns that error.
+// first calls ask with one directory after another, and returns the first result that isn't plumbing.ErrObjectNotFound.
+// A nil result means that the directory has the object. If no directory has it, first returns
+// plumbing.ErrObjectNotFound.
 func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	for _, dir := range o.dirs {
 		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
@@ -293,8 +294,8 @@ const (
 	maxNames    = 300 // in bytes
 )
 
-// missing returns an ErrNoBranch for a branch that the repository at address doesn't have. The error lists up to
-// maxBranches of the branches that exist. existing has the full names of all, and is changed.
+// missing returns an error that wraps ErrNoBranch, for a branch that the repository at address doesn't have. The error
+// lists up to maxBranches of the branches that exist. existing has the full names of all branches; missing changes it.
 func missing(branch, address string, existing []string) error {
 	if len(existing) == 0 {
 		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, address)

@@ -62,7 +62,7 @@ func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) er
 	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err
 	}
-	_ = s.rememberSigned(hash) // for when the signer is removed; a full disk must not refuse a good commit
+	_ = s.rememberSigned(hash) // for verifyTaken; an error is ignored, as a full disk must not refuse a good commit
 	return nil
 }
 
@@ -101,7 +101,7 @@ func (s *Signers) check(payload, signature []byte, now time.Time) error {
 func checkForm(signature []byte) error {
 	text := string(bytes.TrimSuffix(signature, []byte("\n")))
 	if text == "" {
-		return nil // there is none: the signers' check returns that error
+		return nil // the commit isn't signed: VerifyCommit returns the error for that
 	}
 	if strings.Contains(text, "\r") {
 		return fmt.Errorf("%w: the signature has carriage returns, which Git doesn't write", policy.ErrUntrusted)

@@ -36,7 +36,7 @@ var (
 )
 
 // tree is a directory of a commit for deployments.Load. Each object is read when it is needed. Symbolic links are
-// followed within the commit. A submodule is a directory with only .git in it, by which Load knows it.
+// followed within the commit. A submodule is shown as a directory with only .git in it, by which Load recognizes it.
 type tree struct {
 	objects *Objects
 	top     plumbing.Hash // the commit's tree
@@ -242,7 +242,7 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 
 // object returns the object with a hash, which must be of a kind. An object of another kind, or a
 // zero hash, is an error of the commit. A blob that a filtered repository lacks is errTooLarge. Any
-// other object that can't be read is an error of the repository: see failed.
+// other object that can't be read is an error of the repository: see recordFault.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)
@@ -385,7 +385,8 @@ func (t *workTree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// read reads a regular file of up to maxFile: opening a pipe would wait for its writer, and a device may never end.
+// read reads a regular file of up to maxFile bytes. It refuses other kinds: opening a pipe would wait for its writer,
+// and a device may never end.
 func (t *workTree) read(name string) ([]byte, error) {
 	f, err := t.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

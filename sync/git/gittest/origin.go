@@ -37,7 +37,7 @@ func New(tb testing.TB) *Origin {
 	return o
 }
 
-// Git runs git(1) in dir; empty: here. It returns the output, trimmed, and ends the test if git fails.
+// Git runs git(1) in dir; empty: the current directory. It returns the output, trimmed, and ends the test if git fails.
 func (o *Origin) Git(dir string, args ...string) string {
 	o.TB.Helper()
 	out, err := o.Try(dir, args...)
@@ -106,8 +106,8 @@ func (o *Origin) Refer(n int, hash string) {
 	WriteFile(o.TB, filepath.Join(o.Bare, "packed-refs"), refs.String())
 }
 
-// Write runs git(1) in Work, gives it the text in on its standard input, and returns its output:
-// the hash of a new object.
+// Write runs git(1) in Work with the text in on standard input, for a command that writes an object.
+// It returns the output, which is the object's hash.
 func (o *Origin) Write(in string, args ...string) string {
 	o.TB.Helper()
 	cmd := exec.Command("git", args...)

@@ -72,8 +72,10 @@ type indexed struct {
 
 // Limits bounds a pack.
 type Limits struct {
-	Object int64 // bytes; a larger file, or delta of unknown kind, is left out; any other is an ObjectTooLarge
-	Pack   int64 // bytes; a pack of as many or more is a TooLarge
+	// Object is in bytes. A larger file, and a larger delta of unknown kind, is left out. A larger commit, directory or
+	// tag is an ObjectTooLarge.
+	Object int64
+	Pack   int64 // in bytes; a pack of this size or larger is a TooLarge
 }
 
 // Store reads a pack from r, and puts it with its index into dir, a repository's directory of packs. A pack without
@@ -133,8 +135,8 @@ func (x *indexer) scan(r io.Reader) error {
 	return err
 }
 
-// add reads the object after the header h, and adds it to x.objects. The object's size is in h; if the object is stored
-// as a delta, its size is at the beginning of the delta.
+// add reads the object after the header h, and adds it to x.objects. h has the object's size or, if the object is
+// stored as a delta, the delta's; the object's size is then at the beginning of the delta.
 func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	o := indexed{offset: h.Offset, kind: h.Type}
 	at := int32(len(x.objects))
@@ -198,7 +200,8 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	return nil
 }
 
-// resolve computes the hashes of the deltas not left out. A missing base is an error, unless it may be one left out.
+// resolve computes the hashes of the deltas that are not left out. A missing base is an error, unless it may be an
+// object that was left out.
 func (x *indexer) resolve(ctx context.Context) error {
 	x.scanner = packfile.NewScanner(x.file)
 	for i := 1; i < len(x.objects); i++ {
@@ -225,7 +228,7 @@ func (x *indexer) link(i int32) {
 	delete(x.refs, o.hash)
 }
 
-// held is an object on the path to a delta, with its content; nil: the content is computed when it is needed.
+// held is an object on the path to a delta, with its content. If content is nil, it is computed when it is needed.
 type held struct {
 	object  int32
 	content []byte
@@ -311,7 +314,7 @@ func (x *indexer) patch(base []byte, object int32) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pack: a delta: %w", err)
 	}
-	if content == nil { // nil would mean that it isn't held
+	if content == nil { // nil would mean that the content isn't held: see held
 		content = []byte{}
 	}
 	return content, nil

@@ -87,7 +87,7 @@ func Secret(env func(string) string, name string) (string, error) {
 }
 
 // sshAuth returns the authentication for e, and the files that it was read from. Without a key file
-// it has no keys: dialAgent gets them.
+// the authentication has no keys: dial then takes those of the SSH agent.
 func (a Access) sshAuth(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
 	files := []string{a.KnownHosts}
 	if a.KnownHosts == "" {

@@ -14,12 +14,12 @@ const (
 	maxAnswer = 16 << 10
 )
 
-// Refusal is the error if a server answers with an HTTP error, an HTML page or, by ssh, an error
-// text.
+// Refusal is the error if a server answers with an HTTP error or an HTML page, or if it ends a
+// session of ssh with an error text.
 type Refusal struct {
 	Status int           // of HTTP; 0: ssh
 	Words  string        // the server's text, on one line
-	Host   string        // the host that answered: after a redirect another one
+	Host   string        // the host that answered; after a redirect, the host that it leads to
 	After  time.Duration // how long to wait, as the server asked, at most maxRetryAfter; 0: it didn't ask
 }
 

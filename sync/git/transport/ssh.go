@@ -127,7 +127,7 @@ func (s *sshSession) fetch(q Query) (io.Reader, plumbing.Hash, error) {
 
 // advertised reads the list of all references, with which a server of protocol v0 begins.
 func (s *sshSession) advertised() (*packp.AdvRefs, error) {
-	var first []byte // only the first packet, as the server waits after the last
+	var first []byte // the first packet only: peeking further could block, as the server waits after the last packet
 	if length, err := s.out.Peek(4); err == nil {
 		if n, err := strconv.ParseUint(string(length), 16, 16); err == nil {
 			first, _ = s.out.Peek(min(int(n), s.out.Size()))
@@ -274,8 +274,9 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	return config, held.String(), err
 }
 
-// sshAddress returns the address of a URL's host and port. If ~/.ssh/config, or the system's, has a Hostname for the
-// host, it takes that, and the Port there unless the URL has another than 22: go-git doesn't tell 22 from none.
+// sshAddress returns the address of a URL's host and port. get looks up ~/.ssh/config and the system's. If they have a
+// Hostname for the host, sshAddress takes that, and their Port unless the URL has a port other than 22. A URL with port
+// 22 counts as one without a port, as go-git doesn't tell them apart.
 func sshAddress(host string, port int, get func(host, key string) string) string {
 	if name := get(host, "Hostname"); name != "" {
 		if n, err := strconv.Atoi(get(host, "Port")); err == nil && (port == 0 || port == gitssh.DefaultPort) {

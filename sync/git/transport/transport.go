@@ -19,8 +19,8 @@ import (
 type server interface {
 	// Heads returns the hashes of the branches whose full names begin with prefix, by full name.
 	Heads(ctx context.Context, prefix string) (map[string]string, error)
-	// Fetch requests the pack for q, and returns a reader of the pack and the commit that it brings. That is q.Want, or by
-	// protocol v0 the branch's present head. The caller closes the reader.
+	// Fetch requests the pack for q, and returns a reader of the pack and the commit that the pack brings. By protocol
+	// v2 that commit is q.Want, by v0 the branch's present head. The caller closes the reader.
 	Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error)
 	Close()
 }
