@@ -1,4 +1,4 @@
-// Package destwatch watches the dests of releases for changes.
+// Package destwatch watches the dests of releases, the paths at which they are live, for changes.
 package destwatch
 
 import (
