@@ -106,8 +106,8 @@ type Config struct {
 	// boot. nil: the node has no maintenance mode.
 	Maintenance func(ctx context.Context, on bool, reason string) error
 	// Snapshot returns the mirror's last snapshot of desired/. It is called after an error of the store, if nothing is
-	// known of a role's records or pins, until it succeeds. Pins that the snapshot lacks then count as absent. nil:
-	// there is no snapshot.
+	// known of a role's records or pins, until it succeeds. If nothing is known of a role's pins, they then count as
+	// absent. nil: there is no snapshot.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. By default that counts as a mistake.
 	AllowEmpty bool
@@ -129,8 +129,8 @@ type Config struct {
 	StartDelay time.Duration
 	// VerifyEvery is the average time between two background checks of a live tree against its index; 0: no checks.
 	VerifyEvery time.Duration
-	// HashAlways makes the agent hash files of the running release before it shares them with the next, even if
-	// they look untouched.
+	// HashAlways makes the agent hash files of the running release before it shares them with the next release, even if
+	// the files look untouched.
 	HashAlways bool
 	// FreeMemory is called some time after a job that changed something, as an idle agent doesn't need what a deployment
 	// allocated; for example debug.FreeOSMemory. nil: nothing is called.
@@ -321,11 +321,11 @@ func (a *Agent) Addr() string {
 }
 
 // Idle returns a channel that is closed the first time that every unit has converged or can't go on
-// by itself. kedge agent then tells systemd that it is ready.
+// by itself. kedge agent then tells systemd that the service is ready.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
 // Converged returns a channel that is closed the first time that /converged would answer 200. kedge
-// agent then completes the EC2 instance's lifecycle hook, if it has one.
+// agent then completes the lifecycle hook of the EC2 instance, if one is configured.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Node returns this node's name. It may change once if Config gave none.

@@ -100,7 +100,7 @@ func (u *unit) condition() condition {
 		return u.observingCondition()
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
 		return conditionOf(u.phase, u.lastErr)
-	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
+	case s.Unfinished && s.Health.Unhealthy: // the release that the unit went back to isn't healthy yet
 		facts := s.Health.Facts
 		err := fmt.Errorf("the release that the unit went back to is unhealthy: %s: %s",
 			cmp.Or(facts["check"], facts["step"]),

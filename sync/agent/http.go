@@ -150,8 +150,8 @@ func (a *Agent) serveSocket(ctx context.Context, path string) error {
 }
 
 const (
-	// maxConns bounds the connections to each address that the agent serves. One more closes the oldest, even if that is
-	// in use: see conns.Limit.
+	// maxConns bounds the connections to each address that the agent serves. A further connection closes the oldest
+	// one, even if that is in use: see conns.Limit.
 	maxConns = 100
 	// An answer takes milliseconds, except that of /live, which waits up to 10 s for a loop that hangs.
 	headerTimeout = 5 * time.Second
@@ -169,7 +169,7 @@ func onlyThisMachine(addr net.Addr) bool {
 }
 
 // serve serves Config.Listen until ctx ends. /status and /metrics are served there only if no other machine can reach
-// the address: who asks for the node's health need not know them.
+// the address, as clients that ask for the node's health need not see them.
 func (a *Agent) serve(ctx context.Context) error {
 	if a.listener == nil {
 		return nil

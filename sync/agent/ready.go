@@ -40,7 +40,7 @@ func (a *Agent) noteConvergence() {
 		if err := a.dir.Started(); err != nil {
 			a.c.Log.Debug("could not remove the record of this start", "error", err)
 		}
-		close(a.idle) // last, as whoever waits for it expects the record to be gone
+		close(a.idle) // last, as whoever waits for a.idle expects the record of this start to be gone
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
 		a.c.Log.Info("every unit runs what it should, for the first time since the agent started",

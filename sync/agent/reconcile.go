@@ -18,8 +18,8 @@ import (
 )
 
 // Run deploys, reports and waits for changes until ctx ends, and then returns nil. It ends commands
-// under way before it removes this node's reports from the store. Only an error of an address that
-// it serves ends it earlier.
+// under way before it removes this node's reports from the store. It ends earlier, with an error,
+// only if serving one of its addresses fails.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.dir.Close()
 	g, ctx := errgroup.WithContext(ctx)

@@ -189,9 +189,9 @@ func (a *Agent) storeUp() map[string]bool {
 	return up
 }
 
-// knowsRole reports whether the agent knows enough of a role to report on it: the role's records
-// and pins, or that the store has none, and a decision and the state of each unit. A unit whose
-// state can't be opened counts as known.
+// knowsRole reports whether the agent knows enough of a role to report on it. It must know the
+// role's records and pins, or that the store lacks the role's folder. It must also have a decision
+// and the state of each unit. A unit whose state can't be opened counts as known.
 func (a *Agent) knowsRole(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

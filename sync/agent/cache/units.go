@@ -39,8 +39,8 @@ func (s *Source) unitOf(key string) string {
 	return name
 }
 
-// keyFilter returns a function that reports whether the node uses a key of s. all is set if the view is complete, so
-// that keys it lacks are gone.
+// keyFilter returns a function that reports whether the node uses a key of s. all is set if view is complete: the keys
+// that view lacks are gone.
 func (c *Cache) keyFilter(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	if s.desired {
 		return c.recordFilter(s, view, all)

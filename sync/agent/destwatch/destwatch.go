@@ -37,8 +37,9 @@ func New(log *slog.Logger) *Watcher {
 	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]map[deployments.UnitID]func(){}}
 }
 
-// open opens the fsnotify watcher when it is first needed, as the kernel by default allows each
-// user only 128 of them. If that fails, it logs a warning. w.mu is held.
+// open opens the fsnotify watcher, unless an earlier call has tried. Watch calls it, and not New,
+// because by default the kernel allows each user only 128 inotify instances. If opening fails, open
+// logs a warning, and w.watcher stays nil. w.mu is held.
 func (w *Watcher) open() {
 	select {
 	case <-w.opened:

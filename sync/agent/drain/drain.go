@@ -119,7 +119,7 @@ func (d *Tracker) Run(ctx context.Context) {
 		d.mu.Unlock()
 		var again <-chan time.Time
 		var idle <-chan struct{}
-		if !known && !uncertain && !want { // if an earlier run left it on, it stays on until the node is healthy
+		if !known && !uncertain && !want { // a mode that an earlier run left on stays on until d.idle is closed
 			select {
 			case <-d.idle:
 			default:

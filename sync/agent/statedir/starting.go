@@ -19,8 +19,8 @@ type starting struct {
 
 // StartingSince returns the time of the agent's first start since Started was last called, in this
 // boot of the machine. So a node whose agent keeps restarting runs out of the time that a rollout
-// gives it. It returns now if this is the first such start, or if an earlier one left no usable
-// file, as on a full disk.
+// gives it. StartingSince returns now if this is the first such start, or if an earlier start left
+// no usable file, as on a full disk.
 func (d *Dir) StartingSince(now time.Time) time.Time {
 	var s starting
 	data, err := os.ReadFile(d.Path(startingFile))
