@@ -57,7 +57,7 @@ func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte
 		return nil, err
 	}
 	r, err := u.parse(p, raw)
-	if err != nil { // the digest pins the bytes, and this process's variables don't change
+	if err != nil { // a retry can't help: the digest pins the bytes, and this process's variables don't change
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
 	}
 	return r, u.checkPermitted(r)

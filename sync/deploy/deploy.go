@@ -2,9 +2,9 @@
 //
 // # Steps
 //
-// A deployment goes through these steps. From drain on, the journal names each before it is begun.
-// The journal is replaced in one rename, so that after a kill it is known which step may be half
-// done. Each step may be done again.
+// A deployment goes through these steps. From drain on, the journal names each step before it is
+// begun. The journal is replaced in one rename, so that after a kill it is known which step may be
+// half done. Each step may be done again.
 //
 //	stage      the release lies complete and verified on disk; nothing that runs is touched
 //	drain      /ready turns 503, Consul's maintenance mode goes on; then the drain time, unless nothing ran
@@ -134,8 +134,8 @@ type Config struct {
 	Log          *slog.Logger // nil: discard; if there are several units, its attributes should name the unit
 }
 
-// Unit deploys releases of one unit on this node, one at a time. Only one goroutine may call its methods, except State,
-// which any may call.
+// Unit deploys releases of one unit on this node, one at a time. Only one goroutine may call its methods. State is the
+// exception: any goroutine may call it.
 type Unit struct {
 	c         Config
 	log       *slog.Logger // Config.Log, also writing to deployLog, with secrets masked
@@ -179,7 +179,8 @@ type State struct {
 	Drained bool
 	// Unfinished is set while a deployment is under way, or waits for Recover or the next Deploy to finish it.
 	Unfinished bool
-	// RollingBack is set while a deployment that failed goes back, or what an undone one went back to isn't healthy.
+	// RollingBack is set while a deployment that failed goes back. It is also set while the release that an undone
+	// deployment went back to isn't healthy.
 	RollingBack bool
 	// FailedAt is when the deployment under way failed; zero: it didn't fail, there is none, or an earlier version
 	// wrote the journal.

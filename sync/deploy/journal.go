@@ -54,8 +54,8 @@ type journal struct {
 	Deployment *deployment `json:"deployment,omitempty"`
 	// Compared is what Adopt's comparison for the newest deployment found; nil: there was none.
 	Compared *deployments.Compared `json:"compared,omitempty"`
-	// Attempts are the steps that were cut off or began commands with once. A release's are dropped at the end of its
-	// deployment, unless that was undone.
+	// Attempts are the steps that were cut off or began commands with once. The entries of a release are dropped at the
+	// end of its deployment, unless that was undone.
 	Attempts []attempt `json:"attempts,omitempty"`
 	// Before is what was at dest before the first release; nil: nothing was, or it isn't kept for Leave. Restored is the
 	// release that was left or failed, while dest holds again what was there before it.
@@ -129,16 +129,16 @@ func (u *Unit) save(change func(*journal)) error {
 	return nil
 }
 
-// enter begins step s.
+// enter makes s the current step, and gives it a new Run mark.
 func (d *deployment) enter(s step) {
 	d.Step, d.Run, d.Waits = s, rand.Text(), false
 	d.Touched = d.Touched || s == stepSwitch || s == stepBack && d.Leaves
 }
 
-// load reads the journal, if there is one. A damaged one is set aside, and the running release is derived from dest.
+// load reads the journal, if there is one. A damaged journal is set aside; load then finds the running release by dest.
 func (u *Unit) load() error {
 	path := filepath.Join(u.c.Dir, journalFile)
-	// Temporary files of a write that was killed.
+	// A write that was killed left these temporary files.
 	if aside, err := filepath.Glob(filepath.Join(u.c.Dir, "."+journalFile+"*")); err == nil {
 		for _, f := range aside {
 			os.Remove(f)

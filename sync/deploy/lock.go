@@ -95,8 +95,8 @@ func lastDeployed(dest string) deployments.Digest {
 
 func lockName(dest string) string { return "." + filepath.Base(dest) + ".kedge-lock" }
 
-// open opens the lock file. It must be a file with no other name, as the directory's owner could put a link to
-// another file there.
+// open opens the lock file. It refuses a symbolic link and a file with a second name, because the directory's owner
+// could make either lead to a file elsewhere. It also refuses other kinds of files.
 func (l *destLock) open(flags int) (*os.File, error) {
 	f, err := os.OpenFile(l.place.Path(lockName(l.dest)), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
@@ -203,7 +203,7 @@ func (l *destLock) note(last string) {
 	if l == nil || l.file == nil {
 		return
 	}
-	// The lock itself is open for reading, so that the file system can be remounted read-only meanwhile.
+	// l.file is open only for reading, so that the file system can be remounted read-only while the lock is held.
 	f, err := l.open(os.O_WRONLY)
 	if err != nil {
 		return

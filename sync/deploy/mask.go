@@ -14,8 +14,8 @@ import (
 // maxMasked bounds the values that a unit masks; the oldest are dropped.
 const maxMasked = 1000
 
-// secrets are the values of variables and secrets in the manifests that a unit has read. Its log, journal, errors
-// and state must not show them. Safe for concurrent use.
+// secrets are the values of variables and secrets in the manifests that a unit has read. The unit's log, journal,
+// errors and state must not show them. It is safe for concurrent use.
 type secrets struct {
 	mu     sync.Mutex
 	values []string

@@ -43,7 +43,7 @@ type OneShot struct {
 type FetchLimits struct {
 	Timeout   time.Duration // for all tries; 0: no bound
 	Retry     int           // tries after the first
-	RetryWait time.Duration // before each of them
+	RetryWait time.Duration // the pause before each of these
 }
 
 // Once converges this machine once on a manifest, whatever was deployed before: it is what kedge run does. It leaves no
@@ -144,7 +144,7 @@ func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, err
 	switch {
 	case err == nil:
 		return u.admit(ctx, p)
-	case strings.Contains(text, "@sha256:"): // no object's name: a pointer that was cut off while it was copied
+	case strings.Contains(text, "@sha256:"): // not a URL, but a pointer that was cut off while it was copied
 		return nil, err
 	}
 	text = deployments.PlainURL(deployments.Trim(text))

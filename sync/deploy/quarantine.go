@@ -73,7 +73,7 @@ func (u *Unit) Retry(d deployments.Digest) error {
 	})
 }
 
-// SetKey sets the failure key of a quarantined release that has none.
+// SetKey sets the failure key of the release with digest d, if that is in quarantine and has no key.
 func (u *Unit) SetKey(d deployments.Digest, key string) error {
 	return u.save(func(j *journal) {
 		for i := range j.Quarantined {

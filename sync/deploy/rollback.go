@@ -194,7 +194,7 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 		return nil
 	}
 	at := *d
-	at.Step = stepFailure // even if they run early
+	at.Step = stepFailure // even if the commands run before that step
 	if err := u.note(ctx, "a failure command failed: those after it do not run",
 		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
 		return err

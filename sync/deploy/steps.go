@@ -185,7 +185,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	if err != nil {
 		return nil, err
 	}
-	old := from // what a deployment that goes back ends on
+	old := from // once the deployment goes back, the release that it ends on
 	if d.Step.goesBack() {
 		if old, err = u.need(ctx, d.target()); err != nil {
 			return nil, err
