@@ -1,9 +1,9 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
 // wait for pipes that a daemon inherited, and bounded output. It treats commands as hostile.
 //
-// A command finds the agent's own environment, without what the agent must keep to itself. That is
+// A command inherits the agent's own environment, except what the agent must keep to itself. That is
 // Consul's token, password and client key, OpenTelemetry's headers, and variables that configure
-// kedge (KEDGE_…). Nor does it find what systemd passed to the agent alone, such as sockets and
+// kedge (KEDGE_…). Nor does it inherit what systemd passed to the agent alone, such as sockets and
 // credentials. AWS variables stay, because hooks call the aws command. A command that runs as
 // another user gets that user's HOME, USER and LOGNAME, but no variables of AWS, Consul, Vault,
 // Google, Azure and the like. Exceptions are AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR.
@@ -262,7 +262,8 @@ func endGroup(leader int, exited <-chan error) {
 	}
 }
 
-// clip returns the first line of a script, of at most 200 bytes, for a log line or an error.
+// clip returns the first line of a script, with " ..." if there are more lines, cut to 200 bytes. It is for a log line
+// or an error.
 func clip(s string) string {
 	s = strings.TrimSpace(s)
 	if line, _, more := strings.Cut(s, "\n"); more {

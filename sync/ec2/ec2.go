@@ -228,8 +228,8 @@ func cause(err error) string {
 	return "no answer"
 }
 
-// noAction reports whether AutoScaling answered that the hook doesn't hold the instance back. That may be so no longer,
-// or not yet.
+// noAction reports whether AutoScaling answered that the hook doesn't hold the instance back, either no longer or not
+// yet.
 func noAction(err error) bool {
 	var api smithy.APIError
 	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" &&

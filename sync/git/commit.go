@@ -204,7 +204,7 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 // commits first, so that the usual answer needs few reads, however long the history is. Commits that differ only in
 // their signatures count as one: whoever may push can change a signature's text. Such a change must not make the
 // signer's own commit look like another history. The error wraps ErrGap if the walk meets a missing commit before it
-// has read from and from's parents. A missing from is no error.
+// has read the commit from and its parents. If the repository lacks the commit from, that alone is no error.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil

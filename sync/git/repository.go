@@ -97,7 +97,7 @@ func (o *Objects) Close() error {
 // incompleteReason returns the reason why the repository may lack objects by design, with what to do about it; empty:
 // it should have all objects.
 func (o *Objects) incompleteReason() string {
-	if o.filtered { // a cache, for which the server decides what comes
+	if o.filtered { // a cache: the server decides which objects it gets
 		return "the server's repository may be a shallow clone: run git fetch --unshallow in it"
 	}
 	for _, dir := range o.dirs {

@@ -120,8 +120,8 @@ func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	return entries, nil
 }
 
-// find returns the entry at the path name, following symbolic links. The entry is named by name's last element, even if
-// a link leads to another name.
+// find returns the entry at the path name, following symbolic links. The entry's name is the last element of the path,
+// even if a link leads to another name.
 func (t *tree) find(name string) (*entry, error) {
 	if !fs.ValidPath(name) {
 		return nil, fs.ErrInvalid
@@ -160,8 +160,8 @@ func (t *tree) find(name string) (*entry, error) {
 
 func (t *tree) root() *entry { return &entry{tree: t, name: ".", hash: t.top, git: filemode.Dir} }
 
-// target returns the path in the commit to which a symbolic link leads. link is the hash of the link's content, above
-// the elements of its directory's path. A link that leads out of the commit is an error.
+// target returns the path in the commit to which a symbolic link leads. link is the hash of the link's content. above
+// has the elements of the path to the link's directory. A link that leads out of the commit is an error.
 func (t *tree) target(link plumbing.Hash, above []string) (string, error) {
 	to, err := t.blob(link)
 	switch {

@@ -22,7 +22,7 @@ type HTTPSOrigin struct {
 	URL, CAFile string
 	Lists       atomic.Int64 // answers to ls-refs
 	Fetches     atomic.Int64 // requests for a pack
-	Away        atomic.Bool  // every request is answered with 502
+	Away        atomic.Bool  // while set, every request is answered with 502
 	// Half makes the server send the first 50,000 bytes of a pack, and then close the connection or, with Hang, send
 	// nothing more.
 	Half, Hang atomic.Bool
