@@ -17,7 +17,8 @@ import (
 )
 
 // Assemble computes a Fleet as of now from a store's entries; it has no side effects. A key or a value that it can't
-// parse becomes one of the Errors. Units that only pins or reports name are included, up to a bound.
+// parse becomes one of the Errors. Units that only pins or reports name are included, up to maxReportOnly for each
+// role.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
 
 // assembler computes one Fleet after the other from successive views of a store. It parses only those reports and pins
@@ -145,7 +146,7 @@ func (a *assembly) noteReported(id deployments.UnitID, node string) {
 }
 
 // addReportOnly adds the units in reportOnly, at most maxReportOnly of each role. For a role that has more it adds an
-// error, with their number.
+// error that says how many.
 func (a *assembly) addReportOnly() {
 	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.reportOnly), deployments.UnitID.Compare) {
@@ -163,12 +164,12 @@ func (a *assembly) addReportOnly() {
 	}
 }
 
-// someKeys ends those keys of Fleet.Errors whose errors are about some keys of a role. A key that is the role's prefix
-// alone says that the prefix can't be read.
+// someKeys is appended to a role's prefix to get the key in Fleet.Errors of an error about some of the role's keys. An
+// error at the prefix alone says that the prefix can't be read.
 const someKeys = "*"
 
 // takePins adds the pins to their units. Of the units that only pins name it adds at most maxReportOnly for each role,
-// as an operator's token can invent any number. The other pins become an error, with their number.
+// as an operator's token can invent any number. For pins of further units it adds an error that says how many they are.
 func (a *assembly) takePins() {
 	shown, more := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}
 	slices.SortFunc(a.pins, func(x, y keyed) int { return cmp.Compare(x.Key, y.Key) })
@@ -318,8 +319,8 @@ func (a *assembly) countAgentsAndUnassigned() {
 }
 
 // dropExcessNodes removes from each role the nodes that would make its units list more than
-// maxListed nodes together, and counts the live ones removed. It keeps nodes with reports on units
-// rather than others and, of either, live rather than dead.
+// maxListed nodes together, and counts the live ones removed. It prefers nodes with reports on
+// units to nodes without and, within each group, live nodes to dead ones.
 func (a *assembly) dropExcessNodes(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {
@@ -394,8 +395,9 @@ func (a *assembly) nodes(u *Unit) {
 	u.versions = reportedVersions(u.Nodes)
 }
 
-// converged reports whether a node's report r says that the node does what d decides. A node that keeps what it runs
-// may also be waiting. It returns false if d is invalid, or if the node doesn't follow the current record.
+// converged reports whether a node's report r says that the node does what d decides. If d is that the node keeps what
+// it runs, a waiting node counts, too. It returns false if d is invalid, or if the node doesn't follow the current
+// record.
 func converged(d policy.Decision, r deployments.UnitReport) bool {
 	switch {
 	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration:

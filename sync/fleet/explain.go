@@ -13,8 +13,9 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Decision is a policy.Decision in words. Its Trace has more steps, of what only the fleet knows:
-// the store, Git, the node's place in the rollout, and what the node reports.
+// Decision is a policy.Decision in words. Its Trace has the steps of policy.Decision.Trace in
+// words, and adds what policy doesn't know: the store, Git, the node's place in the rollout, and
+// what the node reports.
 type Decision struct {
 	policy.Decision
 	Message string

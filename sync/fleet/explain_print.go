@@ -48,7 +48,8 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
-		ready := " is to be staged on the node's disk before its turn comes" // a node reports that with its next report
+		// The last report may be from before the release was staged.
+		ready := " is to be staged on the node's disk before its turn comes"
 		if n.Report.Staged == d.Stage.Digest {
 			ready = " is staged on the node's disk, for its turn"
 		}
@@ -178,7 +179,8 @@ func (u *Unit) Names(text string) string {
 	})
 }
 
-// names is Unit.Names if the output is a terminal, where a pointer would fill lines. Piped output keeps pointers.
+// names replaces pointers as Unit.Names does if the output is a terminal, where they would fill lines. Piped output
+// keeps pointers.
 func (p *printer) names(u *Unit, text string) string {
 	if p.opt.Width == 0 {
 		return text

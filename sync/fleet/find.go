@@ -20,8 +20,8 @@ type Release struct {
 }
 
 // Releases returns the releases of a unit that the store knows, without duplicates. They are, in this order: Git's, the
-// record's target, the unit pin's, the history's (newest first), and those that nodes run or ran last. It skips a
-// history that may not be read. An unknown unit is an error.
+// record's target, the unit pin's, the history's (newest first), and those that nodes run or ran last. Releases skips a
+// history that the token may not read. An unknown unit is an error.
 func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Release, error) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {

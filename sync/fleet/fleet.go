@@ -1,4 +1,5 @@
-// Package fleet reads a whole store for people (status, explain, history, wait), and writes operators' pins and orders.
+// Package fleet reads the fleet's state from the store for people (status, explain, history, wait), and writes
+// operators' pins and orders.
 package fleet
 
 import (
@@ -19,12 +20,12 @@ import (
 	"kedge/policy"
 )
 
-// Fleet is the state of the units that were read, sorted by ID. Its JSON is that of kedge status.
+// Fleet is the state of the units that were read, sorted by ID. Its JSON is the output of kedge status --json.
 type Fleet struct {
 	At     time.Time                `json:"at"`
 	Mirror *deployments.MirrorState `json:"mirror,omitempty"`
-	// MirrorRunning is set while a mirror holds the lease. Without one, pushed commits, orders, and
-	// pins of units with a rollout have to wait.
+	// MirrorRunning is set while a mirror holds the lease. While none does, pushed commits, orders,
+	// and pins of units with a rollout have to wait.
 	MirrorRunning bool   `json:"mirror_running"`
 	Units         []Unit `json:"units"`
 	// Agents counts the live nodes by the version that their agents report. A node of several roles
@@ -32,9 +33,9 @@ type Fleet struct {
 	Agents map[string]int `json:"agents,omitempty"`
 	// Unassigned are live nodes of a stage and role that has no unit.
 	Unassigned []Unassigned `json:"unassigned"`
-	// Errors has errors by key, by prefix and by role. A key has what is wrong with its value. A
-	// prefix, which ends in "/", has why it can't be read or may be out of date. A role's prefix
-	// that ends in "/*" has what is wrong with some of its keys.
+	// Errors has texts of errors. At a key, the text says what is wrong with the key's value. At a
+	// prefix, which ends in "/", it says why the prefix can't be read or may be out of date. At a
+	// role's prefix with "*" appended, it says what is wrong with some of the role's keys.
 	Errors map[string]string `json:"errors,omitempty"`
 	// incomplete are the prefixes, sorted, that were not read completely: more is stored there than is read, or no answer
 	// came in time.
@@ -76,9 +77,10 @@ type Unit struct {
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
 	// Order is an operator's order, such as retry, that the mirror has yet to take.
 	Order string `json:"order,omitempty"`
-	// GitAhead has an entry for each release that a pin in force names or holds. Its value is how
-	// often Git has changed the release since it last named that one; 0: Git still names it. A
-	// release that neither the record nor the history names has no entry.
+	// GitAhead has an entry for each release that a pin in force names, or that live nodes under a
+	// hold pin run. Its value is how often Git has changed the unit's release since it last named the
+	// entry's release; 0: Git still names it. A release that neither the record nor the history names
+	// has no entry.
 	GitAhead map[deployments.Pointer]int `json:"git_ahead,omitempty"`
 	// Nodes are the nodes that report on the unit, and live nodes that should run it and have yet
 	// to report on it. They are sorted by name. If some are left out, Fleet.Errors says so.
@@ -96,7 +98,7 @@ type Unit struct {
 	versions map[deployments.Digest]string
 }
 
-// Unassigned is a node that no unit is for: its agent's stage or role may be mistyped.
+// Unassigned is a live node whose stage and role have no unit. Its agent's stage or role may be mistyped.
 type Unassigned struct {
 	Stage string `json:"stage"`
 	Role  string `json:"role"`
@@ -137,11 +139,11 @@ type Node struct {
 	Converged bool                `json:"converged"`
 	Want      deployments.Pointer `json:"want,omitzero"`
 	Message   string              `json:"message"`
-	joined    uint64              // Report.Joined of the whole report
+	joined    uint64              // deployments.Report.Joined, of the report on all the node's units
 }
 
 // PinnedOrHeld reports whether a pin, not the record, decides for the node, or the node only
-// observes: the mirror then doesn't admit it by rank.
+// observes. In both cases the mirror doesn't admit the node by rank.
 func (n *Node) PinnedOrHeld() bool {
 	return n.Report.Pinned || n.Report.State == deployments.StateHeld
 }
@@ -156,8 +158,8 @@ func (f Filter) takes(id deployments.UnitID) bool {
 }
 
 // prefix returns the prefix of a kind to read for the filter. It is a role's prefix if the filter
-// names stage and role, or else the whole kind. Both have folder keys, without which a missing key
-// isn't known to be absent.
+// names stage and role, or else that of the whole kind. Both have folder keys, which tell an absent
+// key from one that the token may not read.
 func (f Filter) prefix(kind string) string {
 	if f.Stage == "" || f.Role == "" {
 		return kind
@@ -186,20 +188,21 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 }
 
 // kinds are the prefixes that a Fleet is read from; in addition, the history of pinned units is
-// read. Read reads them in this order, which keeps its Fleet consistent. A mirror deletes an order
-// in the transaction that obeys it. It writes its state together with, or after, the records that
-// the state is about. A node reports after it has read its record.
+// read. Read reads them in this order, so that its Fleet is consistent. The mirror deletes an order
+// in the transaction that obeys it. The mirror writes its state together with, or after, the
+// records that the state is about. A node reports after it has read its record.
 var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
-// Read reads the fleet once, from the leader.
+// Read reads the fleet once, with Consul from the servers' leader.
 //
-// If a part of the store can't be read, as the token may not or no mirror has run yet, Errors says so. It is an error
-// if that holds for every part, unless the store is known to be empty.
+// If a part of the store can't be read, because the token may not read it or no mirror has run yet, Errors says so. It
+// is an error if no part can be read, unless the store is known to be empty.
 //
-// If all orders, pins or reports are too many for one read, Read reads them role by role, for roles
-// that have a record. Any other part that holds too much is left out. So is the first part, a kind
-// or a role, for which no answer comes in time, if the store then answers another request.
-// CheckComplete names all these parts. A second late part is an error, as is any other failure.
+// If the orders, the pins or the reports of all roles are too many for one read, Read reads them
+// role by role, for roles that have a record. Any other part that holds too much is left out. So is
+// the first part, a kind or a role, for which no answer comes in time, if the store then answers
+// another request. CheckComplete names all these parts. A second late part is an error, as is any
+// other failure.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	r := reading{store: store, failed: map[string]error{}}
 	ofKinds := map[string]error{}
@@ -242,7 +245,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	return filter.narrow(withErrors(Assemble(r.entries, time.Now()), r.failed)), nil
 }
 
-// reading is a Read under way.
+// reading is the state of one call of Read.
 type reading struct {
 	store   kv.Store
 	entries []kv.Entry
@@ -293,10 +296,10 @@ func (e *lateError) Unwrap() error { return e.err }
 func (r *reading) byRole(ctx context.Context, kind string) error {
 	records := r.entries
 	if kind == kv.ControlPrefix {
-		// Orders are read before records. These only name the roles: Read reads them again.
+		// Orders are read before records. Here the records only name the roles: Read reads them again.
 		var err error
 		if records, err = r.store.List(ctx, kv.DesiredPrefix); err != nil {
-			return nil // Read returns the error, or records it, in its turn
+			return nil // Read meets this error, too, when it reads the records
 		}
 	}
 	size := 0
@@ -368,17 +371,18 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 	return f
 }
 
-// watchPause is the least time between two calls of Watch's f, and longestPause the most after a call that took long.
+// watchPause is the least pause after a call of Watch's f, and longestPause the most, after a call that took long.
 const (
 	watchPause   = 100 * time.Millisecond
 	longestPause = 5 * time.Second
 )
 
-// Watch calls f with the fleet until ctx ends. The first call comes once every part was read or
-// can't be; others follow after changes, when pins expire, and at least hourly. Watch returns ctx's
-// error, or that of a store that can't be watched. It calls f at most ten times a second, and less
-// often if that would take more than a twentieth of a core: see longestPause. While the store is
-// away, the fleet stays as it was last known, and Errors says why.
+// Watch calls f with the fleet until ctx ends. The first call comes once every part has been read,
+// or is known to be unreadable. Others follow after changes, when pins expire, and at least hourly.
+// Watch returns ctx's error, or the error of a store that can't be watched. It calls f at most ten
+// times a second, and less often if that would take more than a twentieth of a core: see
+// longestPause. While the store is away, the fleet stays as it was last known, and Errors has the
+// store's errors.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}

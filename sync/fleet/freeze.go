@@ -15,7 +15,7 @@ import (
 // FreezeAhead is how far ahead FreezeOf and the dashboard announce freeze windows.
 const FreezeAhead = 7 * 24 * time.Hour
 
-// Freezes returns the freeze windows in the mirror's state, and how many more there are that it can't return.
+// Freezes returns the freeze windows in the mirror's state, and how many more there are that the state doesn't list.
 func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 	if f.Mirror == nil {
 		return nil, 0
@@ -24,8 +24,8 @@ func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 }
 
 // FreezeOf returns a text that says until when a unit's rollouts are frozen, or when the next freeze begins. It is
-// empty if there is none within FreezeAhead. It is empty, too, if the unit's rollout is in phase frozen, as its reason
-// says the same.
+// empty if no freeze is in force or begins within FreezeAhead. It is empty, too, if the unit's rollout is in phase
+// frozen, as the rollout's reason says the same.
 func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if u, err := f.Unit(id); err == nil && u.Record != nil && u.Record.Rollout != nil &&
 		u.Record.Rollout.Phase == deployments.PhaseFrozen {
@@ -57,7 +57,7 @@ const maxFreezeNotes = 3
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
 		rank freezeRank
-		at   time.Time // when it opens, if it doesn't freeze now
+		at   time.Time // when the window opens; zero: it freezes rollouts now
 		says string
 	}
 	var lines []line
@@ -127,7 +127,7 @@ const (
 func rankFreeze(w deployments.Freeze, o policy.Opening, allowed []string, now time.Time) freezeRank {
 	switch {
 	case o.To.IsZero():
-		return notShown // a window that never opens is none: its cron line doesn't parse
+		return notShown // a window that never opens has no effect: its cron line doesn't parse
 	case w.Kind == deployments.FreezeDeny && o.From.IsZero():
 		return denies
 	case w.Kind == deployments.FreezeDeny && o.From.Before(now.Add(statusAhead)):

@@ -65,10 +65,8 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 	return all
 }
 
-// gitAhead returns Unit.GitAhead. Its key is a release that a pin in force names or holds, its
-// value how often Git has changed the release since it last named that one. A release that neither
-// the record nor history names has no entry. history is that of u, in any order. Without a record
-// the result is nil.
+// gitAhead returns Unit.GitAhead. history is that of u, in any order. Without a record the result
+// is nil.
 func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil
@@ -127,7 +125,7 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running returns the releases that live nodes run, of the nodes that selected takes.
+// running returns the releases of the live nodes for which selected returns true, one for each node.
 func running(u *Unit, selected func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {

@@ -35,8 +35,8 @@ func HistoryRow(h deployments.History) []Text {
 	}
 }
 
-// PinOf returns the unit pin, listed in h, whose release generation h rolls out. ok is false if h rolls out Git's
-// release, or if h doesn't list the pin.
+// PinOf returns the pin of the whole unit whose release is rolled out in the generation of h. ok is false if the
+// generation rolls out Git's release, or if h.Pins lacks the pin.
 func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
 	if h.Pinned == nil {
 		return pin, false
@@ -50,7 +50,7 @@ func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
 }
 
 // HistoryNotes returns the lines to show below a generation: its note unless a pin says more, then its pins and orders,
-// oldest first. A last line says if the history has left some out.
+// oldest first. If the history left some of them out, a last line says so.
 func HistoryNotes(h deployments.History) []Text {
 	type event struct {
 		at   time.Time

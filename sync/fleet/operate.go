@@ -23,9 +23,9 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	return writePin(ctx, store, id, pin, func(value []byte) kv.Op { return kv.Put(key, value) })
 }
 
-// ReplacePin writes a unit's pin as Pin does, unless somebody has changed it meanwhile: then it
-// returns a kv.ErrConflict. version is the entry version of the pin that it replaces; 0: there is
-// none.
+// ReplacePin writes a unit's pin as Pin does, but only in place of the pin whose entry has the
+// given version; 0: only if there is no pin. If somebody has changed the pin meanwhile, the error
+// is a kv.ErrConflict.
 func ReplacePin(ctx context.Context, store kv.Store, id deployments.UnitID, version uint64, pin deployments.Pin) error {
 	return writePin(ctx, store, id, pin, func(value []byte) kv.Op {
 		if version == 0 {
@@ -90,7 +90,7 @@ func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error 
 }
 
 // Unpin removes the pin of a unit or, if node isn't empty, of that node. It reports whether there
-// was one; this may be false, too, if the token may not read pins. If the pin changes meanwhile,
+// was one. The result is also false if the token may not read pins. If the pin changes meanwhile,
 // the error is a kv.ErrConflict.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
@@ -101,7 +101,7 @@ func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node stri
 	op := kv.Delete(key)
 	i := slices.IndexFunc(entries, func(e kv.Entry) bool { return e.Key == key })
 	switch {
-	case errors.Is(err, kv.ErrDenied): // or there is no folder: deleting will return the error
+	case errors.Is(err, kv.ErrDenied): // or there is no folder; the deletion fails if the token may not delete
 	case errors.Is(err, kv.ErrTooLarge): // somebody's junk must not keep a pin in force
 		pin, err := store.Get(ctx, key)
 		switch {
@@ -176,7 +176,8 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 	prefix := kv.HistoryPrefixOf(id)
 	entries, err := store.List(ctx, prefix)
 	if errors.Is(err, kv.ErrDenied) {
-		// A unit without history has no folder of its own; its role has one, or else the whole history.
+		// A unit without history has no folder of its own. Its role's folder is read instead or, if that is missing, the
+		// whole history's.
 		for _, wider := range []string{kv.RolePrefix(kv.HistoryPrefix, id.Stage, id.Role), kv.HistoryPrefix} {
 			if entries, err = store.List(ctx, wider); !errors.Is(err, kv.ErrDenied) {
 				break
@@ -207,10 +208,10 @@ type RollbackOptions struct {
 }
 
 // Rollback pins a unit to the last good release before the current one, and returns the pin. The
-// current one is that of the unit's pin, if one is in force that isn't a hold, or else the record's
-// target. Rollback chooses among the releases of the record and of the history. A release isn't
-// good if a node has it in quarantine, or if it failed and was not tried again later. If no release
-// is good, that is an error.
+// current release is that of the unit's pin, if a pin other than a hold is in force, or else the
+// record's target. Rollback chooses among the releases of the record and of the history. A release
+// isn't good if a node has it in quarantine, or if it failed and was not tried again later. If no
+// release is good, that is an error.
 func Rollback(
 	ctx context.Context,
 	store kv.Store,
@@ -272,7 +273,8 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
-	// Only older releases count, so that repeated rollbacks go further back: none that nodes were told again after from.
+	// Only releases before from count, so that repeated rollbacks go further back. A release that nodes were told to run
+	// again after from doesn't count.
 	i := max(0, slices.Index(told, from))
 	seen := map[deployments.Pointer]bool{{}: true, from: true}
 	for _, p := range told[:i] {
@@ -348,7 +350,7 @@ func CheckSelected(ctx context.Context, store kv.Store, f *Fleet, filter Filter)
 	}
 	all, err := Read(ctx, store, Filter{})
 	if err != nil {
-		return nil // whatever could be read was read
+		return nil // f has what could be read
 	}
 	return noUnit(all, strings.Trim(filter.Stage+"/"+filter.Role+"/"+filter.Unit, "/"))
 }

@@ -111,8 +111,8 @@ func AfterUnpinNote(ctx context.Context, store kv.Store, id deployments.UnitID, 
 }
 
 // RunsAlreadyNote returns a text that says that every live node of a unit runs a release already.
-// It is empty if some node doesn't, if no node is live, or if that is unknown, as for nodes that
-// aren't listed.
+// It is empty if some live node doesn't, if no node is live, or if that is unknown, as for nodes
+// that aren't listed.
 func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || len(f.incomplete) > 0 || f.Units[0].Live == 0 {
@@ -132,7 +132,7 @@ func RunsAlreadyNote(ctx context.Context, store kv.Store, id deployments.UnitID,
 	return says
 }
 
-// allRun reports whether all live nodes of u are known to run a release. Of nodes that aren't listed that is unknown.
+// allRun reports whether all live nodes of u are known to run a release. It returns false if a live node isn't listed.
 func (u *Unit) allRun(release deployments.Pointer) bool {
 	same := 0
 	for _, n := range u.Nodes {

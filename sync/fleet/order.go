@@ -22,10 +22,10 @@ type Before struct {
 	Orders []deployments.PastOrder
 }
 
-// SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns what was there before.
-// It doesn't write an order that would change nothing, or one for a unit without a record: the error says why. It
-// replaces an order that the mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb if
-// nobody says who or why, else JSON.
+// SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns what the store held
+// before. It doesn't write an order that would change nothing, or one for a unit without a record: the error says why.
+// It replaces an order that the mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb
+// if nobody says who or why, else JSON.
 func SendOrder(
 	ctx context.Context,
 	store kv.Store,
@@ -77,9 +77,10 @@ var ErrNotTaken = errors.New("no mirror has taken the order")
 const orderPoll = 50 * time.Millisecond
 
 // AwaitOutcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
-// SendOrder. The error wraps ErrNotTaken if that takes longer than within, even because the store can't be read, or if
-// ctx ends first. It wraps the store's last error, too, if the last try failed. It is also an error if another order
-// took its place, if the mirror refused it, or if the record hasn't changed or can't be read.
+// SendOrder. The error wraps ErrNotTaken if no mirror takes the order in the time within, even if only because the
+// store can't be read, or if ctx ends first. If the last try failed, the error also wraps the store's error. It is an
+// error, too, if another order took this one's place, if the mirror refused it, or if the record hasn't changed or
+// can't be read.
 func AwaitOutcome(
 	ctx context.Context,
 	store kv.Store,
@@ -120,9 +121,9 @@ func withCause(err, cause error) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
-// outcomeOf returns the unit's state in words after an order was taken. was is what was there before. It is an error if
-// the history says that the mirror refused the order, if the record hasn't changed since, or if it can't be read. A
-// change needn't be the order's.
+// outcomeOf returns the unit's state in words after an order was taken. was is the result of SendOrder. It is an error
+// if the history says that the mirror refused the order, or if the record hasn't changed since or can't be read. A
+// change of the record need not come from the order.
 func outcomeOf(
 	ctx context.Context,
 	store kv.Store,
@@ -174,9 +175,9 @@ func ordersIn(ctx context.Context, store kv.Store, id deployments.UnitID, genera
 }
 
 // ordersSince returns the orders that the mirror took since was, oldest first. It reads the history
-// from the generation of was to the generation reached, at most HistoryKept of them. The mirror
-// notes an order in the transaction that takes it, mostly in the generation that the order met or
-// began. The record may have moved on since then.
+// from the generation of was to the generation reached, at most the newest HistoryKept generations.
+// The mirror notes an order in the transaction that takes it, mostly in the generation that the
+// order met or began. The record may have moved on since then.
 func ordersSince(
 	ctx context.Context,
 	store kv.Store,
@@ -194,8 +195,8 @@ func ordersSince(
 	return all
 }
 
-// newOrders returns the orders in all that aren't in known. Times of the mirror's clock are compared with one another
-// alone: this machine's clock, or that of another mirror, may be ahead.
+// newOrders returns the orders in all that aren't in known. It compares the orders' times only for equality, as the
+// clock of this machine or of another mirror may be ahead.
 func newOrders(known, all []deployments.PastOrder) []deployments.PastOrder {
 	return slices.DeleteFunc(slices.Clone(all), func(o deployments.PastOrder) bool {
 		return slices.ContainsFunc(known, func(k deployments.PastOrder) bool {
@@ -204,10 +205,10 @@ func newOrders(known, all []deployments.PastOrder) []deployments.PastOrder {
 	})
 }
 
-// refusalOf returns why the mirror refused an order; taken are the orders that it took since that
-// one was written. The result is empty if the mirror obeyed the order, or if taken lacks it. Orders
-// with the same verb, author and reason can't be told apart: if the mirror obeyed one of them, the
-// result is empty.
+// refusalOf returns why the mirror refused an order; taken are the orders that the mirror took
+// since this order was written. The result is empty if the mirror obeyed the order, or if taken
+// lacks it. Orders with the same verb, author and reason can't be told apart: if the mirror obeyed
+// one of them, the result is empty.
 func refusalOf(order deployments.Order, taken []deployments.PastOrder) (reason deployments.Reason) {
 	order.By, order.Reason = deployments.PastWords(order.By), deployments.PastWords(order.Reason)
 	for _, o := range taken {

@@ -33,7 +33,8 @@ var escapes = [...]string{
 
 const reset = "\x1b[0m"
 
-// Text is a text with its tone. It contains no control characters but line breaks, wherever it came from.
+// Text is a text with its tone. It must contain no control characters but line breaks: whoever makes one cleans
+// untrusted text first, as CleanLines does.
 type Text struct {
 	Text string
 	Tone Tone
@@ -107,7 +108,7 @@ func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 // gap is the space between two columns.
 const gap = 2
 
-// columns returns the width of each column, and the total width including gaps.
+// columns returns the width of each column, and the total width including gaps. There must be at least one row.
 func columns(rows [][]Text) (wide []int, total int) {
 	wide = make([]int, len(rows[0]))
 	for _, row := range rows {
@@ -122,8 +123,8 @@ func columns(rows [][]Text) (wide []int, total int) {
 	return wide, total
 }
 
-// wrap writes head and then text in tone s. It breaks lines that are too wide between words, and indents further lines
-// by indent columns.
+// wrap writes head and then text in tone s. Lines that are too wide are broken between words. Lines after the first are
+// indented by indent columns.
 func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	column := width(head)
 	line, empty := head, true
@@ -152,7 +153,7 @@ func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	p.raw(strings.TrimRight(line, " "))
 }
 
-// width returns a text's width in columns, one for each character. Escape sequences have none.
+// width returns a text's width in columns, one for each character. Escape sequences have no width.
 func width(s string) (n int) {
 	escape := false
 	for _, r := range s {

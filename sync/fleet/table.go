@@ -16,8 +16,8 @@ type TableOptions struct {
 	// Width is the terminal's width in columns; 0: no terminal, so no line is cut or wrapped.
 	Width int
 	Color bool
-	// Nodes shows every node; otherwise at most maxNodes live ones of a unit that are not
-	// converged, or have a note.
+	// Nodes shows every node. Without it, a unit shows at most maxNodes nodes: live ones that aren't
+	// converged or have a problem.
 	Nodes bool
 	// LeftOut is how many units were left out of the fleet because they need no attention.
 	LeftOut int
@@ -167,8 +167,8 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	}
 }
 
-// maxNodes is how many nodes of a unit are shown unless all are asked for, and how many of its
-// nodes' pins.
+// maxNodes bounds the nodes that a unit shows, unless TableOptions.Nodes asks for all, and its pins
+// of single nodes that are listed.
 const maxNodes = 20
 
 // WriteHistory writes a unit's generations, one per line, each followed by its notes.

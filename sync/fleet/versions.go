@@ -12,7 +12,8 @@ import (
 
 // Versions returns a function that names releases by version; "-" for the zero pointer. The
 // beginning of the digest follows if another release that the function knows has the same version.
-// It knows those of the record, the unit's pin and the nodes, and those that it has named before.
+// It knows the releases of the record, the unit's pin and the nodes, and those that it has named
+// before.
 func (u *Unit) Versions() func(deployments.Pointer) string {
 	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
@@ -72,8 +73,8 @@ const maxVersion = 24
 // maxReleases is how many running releases a row names.
 const maxReleases = 3
 
-// runs returns the releases that most live nodes run, at most maxReleases, each with its number of
-// nodes; "-": no live node is listed.
+// runs returns the releases that live nodes run, the most common first and at most maxReleases,
+// each with its number of nodes; "-": no live node is listed.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	counts := map[string]int{}
 	wanted := true

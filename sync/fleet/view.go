@@ -13,14 +13,14 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Note is one remark about a fleet, a unit or a node. About is what it is about, in a few words,
-// and may be empty.
+// Note is one remark about a fleet, a unit or a node. Says is its text. About names its subject in
+// a few words, and may be empty.
 type Note struct {
 	About, Says Text
 }
 
 // unavailablePrefixes returns the prefixes that can't be read because the store is unavailable, and
-// the reason for the first of them. Mostly these are all prefixes, for one reason.
+// the reason for the first of them. Usually these are all prefixes, for the same reason.
 func unavailablePrefixes(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
 		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
@@ -37,8 +37,8 @@ func unavailablePrefixes(f *Fleet) (parts []string, why string) {
 }
 
 // doubtfulPrefixes returns the prefixes below which f may be out of date or incomplete, and a text
-// that says so. Both are empty if there are none. Prefixes that the token may not read aren't among
-// them.
+// that says so. Both results are empty if there are none. Prefixes that the token may not read
+// aren't among them.
 func doubtfulPrefixes(f *Fleet) (parts []string, text string) {
 	parts, why := unavailablePrefixes(f)
 	var texts []string
@@ -52,8 +52,8 @@ func doubtfulPrefixes(f *Fleet) (parts []string, text string) {
 	return append(parts, f.incomplete...), strings.Join(texts, "; ")
 }
 
-// IncompleteText returns a text that says which parts of f may be out of date or incomplete, and why. It is empty if
-// there are none but those that the token may not read.
+// IncompleteText returns a text that says which parts of f may be out of date or incomplete, and why. Parts that the
+// token may not read don't count. The text is empty if there are no others.
 func (f *Fleet) IncompleteText() string {
 	_, text := doubtfulPrefixes(f)
 	return text
@@ -72,7 +72,7 @@ func (f *Fleet) Faults() (all []Note) {
 	for _, u := range f.Units {
 		units[u.ID] = true
 	}
-	shown := func(name string) bool { // its unit shows it already
+	shown := func(name string) bool { // reports whether a unit, or the note above, shows the error already
 		key, err := kv.ParseKey(name)
 		return slices.Contains(away, name) ||
 			err == nil && (key.Kind == kv.DesiredPrefix || key.Kind == kv.PinsPrefix) && units[key.UnitID()]
@@ -308,8 +308,8 @@ func (u *Unit) RolloutReason() string {
 }
 
 // NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been in
-// that state. problem joins the node's error, its drift from the release, and how dest compares with the release. It is
-// empty if there is nothing to say.
+// that state. problem joins the node's error, its drift from the release, and how dest compares with the release;
+// empty: there is nothing to say.
 func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	r := n.Report
 	problem = message.OneLine(r.Error)
@@ -336,9 +336,9 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, problem
 }
 
-// Next returns what an operator can do about a unit whose rollout waits or has stopped, that is
-// orphaned, or whose nodes fail; empty: nothing. For a pinned unit it is empty, too, unless the
-// mirror rolls out the pin and that rollout is paused or rolled back.
+// Next returns what an operator can do about a unit if its rollout waits or has stopped, if it is
+// orphaned, or if its nodes fail; empty: nothing. For a pinned unit the text is empty, too, unless
+// the mirror rolls out the pin and that rollout is paused or rolled back.
 func (u *Unit) Next(now time.Time) string {
 	switch p := rollout(u, now); {
 	case u.Record == nil:
@@ -374,7 +374,7 @@ func (n *Node) Shown() Text {
 	case n.Converged:
 		return Text{string(r.State), Good}
 	case r.State == deployments.StateConverged && r.Running.Digest == n.Want.Digest:
-		return Text{"converged", Warn} // but a value is invalid, or the record is older than the one that it follows
+		return Text{"converged", Warn} // but a value is invalid, or the record is older than the last that the node followed
 	case r.State == deployments.StateConverged:
 		return Text{"outdated", Warn} // it has yet to learn what it should run
 	case r.State == deployments.StateFetching && r.Total > 0:
@@ -410,8 +410,8 @@ func pinDetails(p deployments.Pin, now time.Time) string {
 }
 
 // gitAheadText returns in words how many releases Git is ahead of the release that pin names;
-// empty: unknown. For a hold pin it returns the largest such number among the releases that live
-// nodes run. It counts only nodes for which holds returns true.
+// empty: unknown. For a hold pin it returns the largest such number among the releases of the live
+// nodes for which holds returns true.
 func gitAheadText(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	pinned := []deployments.Pointer{pin.Release}
 	if pin.Hold {

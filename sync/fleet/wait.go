@@ -37,7 +37,8 @@ type WaitOptions struct {
 //
 // An error that wraps ErrRefused means that waiting longer can't help. One that wraps kv.ErrUnavailable means that the
 // store was unreachable for longer than opt.Patience. If ctx ends, the error says what was still missing, and wraps
-// ctx.Err(). It is an error, too, if Commit is no hash, or if Git, at Commit, has no such unit.
+// ctx.Err(). It is an error, too, if opt.Commit is no hash, or if Git has no unit that filter selects once that commit
+// is taken.
 func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
 	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push,
 		sinceBeforeOrder: map[waitKey]time.Time{}}
@@ -80,8 +81,8 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 		}
 		missing, result = w.check(f)
 		if missing == "" || result != nil {
-			// The parts of a watched fleet arrive separately, so that changes by a new head or an order may not be
-			// there yet. So the fleet is read once more, in order.
+			// The parts of a watched fleet arrive separately, so changes by a new head or an order may be missing. So confirm
+			// reads the fleet once more, in the order of kinds.
 			missing, result = w.confirm(watching, store, filter)
 		}
 		if missing == "" || result != nil {
@@ -158,7 +159,7 @@ type waiter struct {
 	head   *string // the first head that was seen
 	outage *outage
 	// sinceBeforeOrder has, for the nodes of each unit with a pending order, when they entered their states
-	// (UnitReport.Since). A node that is still in that state says nothing about the order's effect.
+	// (UnitReport.Since). As long as a node's Since is the same, its state says nothing about the order's effect.
 	sinceBeforeOrder map[waitKey]time.Time
 }
 
@@ -252,8 +253,8 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 	return strings.Join(all, "; "), nil
 }
 
-// refusal returns a text to append to "no such unit" if the mirror refused the newest commit, which may have the unit.
-// Otherwise it is empty.
+// refusal returns a text to append to "no such unit". It says that the mirror refused the newest commit, which may have
+// the unit. It is empty if the mirror refused none.
 func (f *Fleet) refusal() string {
 	if f.Mirror == nil || f.Mirror.Refused == "" {
 		return ""
@@ -324,7 +325,7 @@ func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 }
 
 // listedIn reports whether ancestors, which is MirrorState.Ancestors, lists w.commit. If so, the
-// mirror's head descends from w.commit. Both may be abbreviated.
+// mirror's head descends from w.commit. The listed hashes and w.commit may be abbreviated.
 func (w *waiter) listedIn(ancestors string) bool {
 	return slices.ContainsFunc(strings.Fields(ancestors), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
@@ -333,7 +334,8 @@ func (w *waiter) listedIn(ancestors string) bool {
 
 // skippedCommits reports whether the mirror's head has changed since w first saw it, and the new
 // Ancestors don't list that first head. The commits in between are then unknown, and may include
-// w.commit. If Ancestors do list the first head, they are known, and w.commit may yet come.
+// w.commit. If Ancestors do list the first head, the commits in between are known, and w.commit may
+// yet come.
 func (w *waiter) skippedCommits(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Ancestors, short(*w.head))
 }
@@ -346,7 +348,7 @@ func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 		for _, n := range u.Nodes {
 			w.sinceBeforeOrder[waitKey{u.ID, n.Name}] = n.Report.Since
 		}
-		return nil // its state is about to change
+		return nil // the order is about to change the unit's state
 	}
 	for _, n := range u.Nodes {
 		r := n.Report

@@ -111,8 +111,8 @@ func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 const clockSkew = time.Minute
 
 // writePin writes a pin, unless the unit is pinned to that release already. It returns an error if
-// the unit has no record, or if another pin of somebody else is there that doesn't parse or may
-// still be in force.
+// the unit has no record, if the unit's pin doesn't parse, or if somebody else's pin may still be
+// in force.
 func writePin(
 	ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin,
 ) (changed bool, err error) {

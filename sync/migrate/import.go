@@ -59,7 +59,8 @@ type Imported struct {
 // Import copies the newest manifest of each unit to a key that contains its digest, and writes the unit file, which
 // names the copy. In an existing file it changes only the release. It skips what is done already, so that it can run
 // after each deployment until all nodes use kedge. It leaves out manifests that no node would take: see
-// Imported.Refused. strange are the URLs of those that belong to no unit. With an error, done has the units before it.
+// Imported.Refused. strange are the URLs of manifests that belong to no unit. If a unit can't be imported, done has the
+// units imported before it.
 func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
@@ -166,8 +167,9 @@ func CopyByDigest(
 // releaseLine matches the release line of a unit file.
 var releaseLine = regexp.MustCompile(`(?m)^release:[^\n#]*?([ \t]*#[^\n]*)?$`)
 
-// writeUnit sets the release in a unit file of a repo, or makes the file, with adopt set. It reports whether it had
-// to. As the repo may not be trusted, it follows no link out of the repo, and only reads and replaces regular files.
+// writeUnit sets the release in a unit file of a repo, or makes the file, with adopt set. It reports whether it wrote
+// the file. As the repo may be untrusted, writeUnit follows no link out of it, and only reads and replaces regular
+// files.
 func writeUnit(repo, file, from string, p deployments.Pointer) (bool, error) {
 	if err := os.MkdirAll(repo, 0o755); err != nil {
 		return false, err
@@ -208,7 +210,7 @@ adopt: true # nodes that hold this release already take it over as it is
 	return true, root.Rename(aside, file)
 }
 
-// writeSynced writes a file whose content is complete after a power cut once it is renamed.
+// writeSynced writes a new file and syncs it. After it is renamed, even a power cut leaves its content complete.
 func writeSynced(root *os.Root, name, text string) error {
 	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
@@ -218,7 +220,7 @@ func writeSynced(root *os.Root, name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// readUnit reads a unit file. One that isn't a regular file, or is too large, is an error.
+// readUnit reads a unit file. A file that isn't regular or has more than deployments.MaxUnitFile bytes is an error.
 func readUnit(root *os.Root, file string) ([]byte, error) {
 	f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {

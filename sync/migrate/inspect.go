@@ -167,8 +167,9 @@ func describeTree(tree string) (*Archive, error) {
 	return a, err
 }
 
-// Find reads the manifests that text names. It may be a file or a URL, or - for what in contains. It may also be a
-// directory, or a URL that ends in a slash: Find then reads all .yml and .yaml files below it.
+// Find reads the manifests that text names: a file's path, a URL, or - for the content of in. text may also be a
+// directory, or a URL that ends in a slash. Then Find reads all .yml and .yaml files below it, and it is an error if
+// there are none.
 func Find(ctx context.Context, objects *object.Client, text string, in io.Reader) ([]Source, error) {
 	if text == "-" {
 		raw, err := io.ReadAll(io.LimitReader(in, deployments.MaxManifest+1))

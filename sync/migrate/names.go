@@ -11,9 +11,9 @@ import (
 
 // Naming derives a unit from a manifest's key.
 type Naming struct {
-	// Patterns are tried in order. {stage}, {role} and {unit} match a part of a path segment, * matches any text in one.
-	// .yml and .yaml match each other. A pattern matches the end of a path, from the beginning of a segment. Empty:
-	// DefaultPatterns.
+	// Patterns are tried in order. {stage}, {role} and {unit} each match at least one character of a path segment; *
+	// matches any number of them. .yml and .yaml match each other. A pattern matches the end of a path, from the beginning
+	// of a segment. Empty: DefaultPatterns.
 	Patterns []string
 	// Stage, Role and Unit are the parts that a pattern lacks. A pattern that yields another value for one of them doesn't
 	// count as a match.

@@ -53,8 +53,8 @@ type acceptor struct {
 // outcome is the result of accept; zero: there is nothing new, or the check of the head's releases is running.
 type outcome struct {
 	taken   bool          // the branch's head was taken now
-	refused error         // why it is refused
-	unsure  error         // why it is not taken yet
+	refused error         // why the head is refused
+	unsure  error         // why the head is not taken yet
 	retry   time.Duration // if unsure is set: the time after which to check again; 0: once a running check ends
 }
 
@@ -217,7 +217,7 @@ type candidate struct {
 	// that it breaks.
 	rules deployments.MirrorRules
 	to    *git.Commit
-	// descends is set if the commit in to descends from the one in from.
+	// descends is set if the commit to descends from the commit from.
 	descends bool
 	// accepted is as acceptor.accepts returns it. If it is set, descends isn't determined.
 	accepted bool
@@ -325,7 +325,7 @@ type inspection struct {
 	result chan error // has room for one
 	ended  time.Time  // zero: it is running
 	next   time.Time  // if it failed: when it is retried
-	err    error      // its result; while it runs, that of the same commit's inspection before
+	err    error      // its result; while it runs, the result of the same commit's last inspection
 }
 
 // failed reports whether the inspection ended because releases could not be read, so that it is to be retried. Problems
@@ -355,8 +355,8 @@ func (a *acceptor) recheckSoon() {
 
 // inspect checks the releases that a commit introduces, or for whose stage it changes the bounds.
 // The check runs beside the rounds, as slow storage must not hold up rollouts under way. done
-// reports whether the check has ended; until then err is that of the commit's check before. After
-// an error other than deployments.Problems the check is retried: see releaseRetry.
+// reports whether the check has ended; until then err is the result of the same commit's last
+// check. After an error other than deployments.Problems the check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.checkedPair {

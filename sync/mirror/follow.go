@@ -28,7 +28,7 @@ type follower struct {
 	changed chan struct{} // closed and replaced when now changes
 }
 
-// question asks whether the commit in to descends from the one in from.
+// question asks whether the commit to descends from the commit from.
 type question struct{ from, to string }
 
 // gap is the state of a question that the repository can't answer, as its history has a gap.
@@ -131,7 +131,7 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 	return load(from)
 }
 
-// descends reports whether the commit in to descends from the one in from. If the repository lacks
+// descends reports whether the commit to descends from the commit from. If the repository lacks
 // commits between them, the error wraps git.ErrGap. A later call may have the repository fetched
 // anew, as somebody may have completed the history on the server, which moves no branch.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {

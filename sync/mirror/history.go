@@ -40,9 +40,9 @@ type historyKeeper struct {
 
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // releases that were stable and have not failed since
-	// pins has the pins of the newest entry, and open pins of earlier entries that the newest
-	// lacks. It lacks them if its mirror had not read the history, or is of a version without pins
-	// in the history. Units without pins have no key.
+	// pins has the pins of the newest entry, and open pins of earlier entries that the newest lacks.
+	// The newest entry lacks them if the mirror that wrote it had not read the history, or is of a
+	// version that records no pins. Units without pins have no key.
 	pins      map[deployments.UnitID][]deployments.PastPin
 	readRoles map[deployments.RoleID]bool
 }
@@ -96,8 +96,8 @@ func (a *historyKeeper) addWritten(w change) {
 }
 
 // needsHistory reports whether the decision about a unit needs its history. It does if there is no record to go on
-// from, or if an order is to be recorded. It also does if the target may be about to change, and fast_back lets one
-// that was stable before skip the gates.
+// from, or if an order is to be recorded. It also does if the target may be about to change, and fast_back lets a
+// release that was stable before skip the gates.
 func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s keyState) bool {
 	if s == unknown || ordered {
 		return true

@@ -41,14 +41,14 @@ type leader struct {
 	folders   *folderKeeper
 	dead      *deadNodes
 	ranks     map[deployments.UnitID]*policy.Ranks
-	lostSince map[deployments.UnitID]time.Time // when nodes were first seen ahead of the store
+	lostSince map[deployments.UnitID]time.Time // as inputs.lostSince
 	badOrders string                           // the orders that can't be obeyed, as last logged
 	// waitedForReports is set if units waited for their nodes' reports in the last round.
 	waitedForReports bool
 	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
-	// badOrderLines bounds the log lines about orders that can't be obeyed: whoever may write control/ can change one
-	// after another.
+	// badOrderLines bounds the log lines about orders that can't be obeyed: whoever may write control/ can change them at
+	// any rate.
 	badOrderLines *rate.Limiter
 }
 

@@ -10,15 +10,15 @@
 // in part, even by another mirror, and restores a record that was changed by hand.
 //
 // A commit is not taken if it contains any mistake, or if signers are configured and none has
-// signed it. Unless Config.Accept names it, a commit isn't taken either if it doesn't descend from
-// the last commit taken, or removes the records of too many units. Both rules depend on the last
-// commit's settings: allow_rewind and max_removed.
+// signed it. A commit is also refused if it doesn't descend from the last commit taken, or if it
+// removes the records of too many units. Both rules depend on the last commit's settings:
+// allow_rewind and max_removed. Neither rule applies to a commit that Config.Accept names.
 //
 // Nor is a commit taken if a release does more than the commit's own kedge.yaml allows for the
 // stage (dests, users, commands). To check that, the mirror reads manifests in stages with such
 // bounds: those of releases that the commit introduces, or for whose stage it changes the bounds.
-// The commit waits while one can't be read. With Releases.Trust, the mirror reads them in other
-// stages, too, and the commit also waits while one has no valid signature.
+// The commit waits while one of these can't be read. With Releases.Trust, the mirror reads such
+// manifests in all stages, and the commit also waits while one of them has no valid signature.
 //
 // Only the newest commit's signature is checked, as it covers the whole tree. Git binds no
 // signature to a branch: whoever may push can push any signed commit that descends from the last.
@@ -75,9 +75,9 @@ type Config struct {
 	// ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts, as far as they exist. What https needs is read from Env: see
 	// git.Config. The authorities in the file that GIT_SSL_CAINFO names are trusted in addition to the system's.
 	SSHKey, KnownHosts string
-	// CacheDir is a directory that keeps a remote repo's objects, so that a mirror that starts
-	// while Git is away can go on. It also keeps which commits had a valid signature. Each mirror
-	// needs its own. Default: a temporary directory for the objects, which Run removes.
+	// CacheDir is a directory that keeps a remote repo's objects, so that a mirror that starts while
+	// Git is away can go on. It also keeps which commits had a valid signature. Each mirror needs a
+	// directory of its own. Default: a temporary directory for the objects, which Run removes.
 	CacheDir string
 	// SignedBy is an allowed_signers file. If it or SignedByPGP is set, a commit that none of their signers has signed is
 	// refused.
@@ -89,14 +89,15 @@ type Config struct {
 	// KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
 	// Releases reads the manifests of the releases that a commit introduces or bounds anew. With Trust it reads all of
-	// them, else those of stages that kedge.yaml bounds by more than sources. Its Objects default to object.New.
+	// them. Without Trust it reads only those of stages that kedge.yaml bounds by more than sources. Releases.Objects
+	// defaults to object.New.
 	Releases inspect.Releases
 	// Snapshot, if set, is called with the records that the leading mirror wrote, or found as Git asks, after they changed
-	// and once an hour. It serves nodes that boot while the store is away. Calls don't overlap, and get the newest state.
-	// An error is logged and the call is retried.
+	// and once an hour. The snapshot serves nodes that boot while the store is away. Calls don't overlap, and get the
+	// newest state. An error is logged and the call is retried.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
 	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends. Its error ends the
-	// leadership. What it writes it commits with the lease, as another mirror may lead already.
+	// leadership. It must commit its writes with the lease, as another mirror may lead already.
 	Leading func(ctx context.Context, lease kv.Lease) error
 	Version string // shown at /live
 	// Env reads an environment variable; default os.Getenv.

@@ -274,8 +274,8 @@ func recordFor(u deployments.Unit, commit string, r deployments.Record) deployme
 	return r
 }
 
-// goal returns the release that r was made to roll out. That is want if r rolls back, or rolled
-// back, want's digest, whatever its URL. Otherwise it is r.Target.
+// goal returns the release that r was made to roll out. That is want if r rolls back, or has rolled
+// back, a release with want's digest, whatever its URL. Otherwise it is r.Target.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want

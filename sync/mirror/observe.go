@@ -157,7 +157,8 @@ func (o *observer) fleet(v kv.View) {
 }
 
 // trackLeft records which keys of status/ are no longer in listed, the keys that the store shows. It returns, by role,
-// when the keys vanished that are still missing. It forgets keys after leftFor, and the earliest beyond maxLeft.
+// when the keys vanished that are still missing. It forgets keys after leftFor and, if there are more than maxLeft,
+// those that vanished first.
 func (o *observer) trackLeft(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
 	for name := range o.listed {
 		if _, there := listed[name]; !there {

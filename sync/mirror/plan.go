@@ -36,7 +36,7 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 		if after.Generation > before.Generation {
 			after, how = firstRecord(tree, u, commit, before, at)
 		}
-		after.Paced = u.Rollout != nil // as the mirror reads pins
+		after.Paced = u.Rollout != nil // as a mirror that can read pins sets it
 		switch {
 		case !present:
 			changes = append(changes, Change{Unit: u.ID, Kind: "create", After: &after, How: how})

@@ -43,9 +43,9 @@ type inputs struct {
 	fleetSince time.Time
 	// leftSince is as observedFleet.leftSince; nil: no entry vanished, and the mirror has always watched for that.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
-	// lostSince has the time at which a unit's nodes were first seen ahead of the store. It is kept
-	// between calls. Once rebuildWait has passed since then, the record is rebuilt from the nodes'
-	// reports. Nil: no record is rebuilt.
+	// lostSince has the time at which policy.IsLost was first true of a unit: its nodes report newer
+	// records than the store has. It is kept between calls. Once rebuildWait has passed since then,
+	// the record is rebuilt from the nodes' reports. Nil: no record is rebuilt.
 	lostSince map[deployments.UnitID]time.Time
 	// rebuildWait is how long nodes have to report before a missing or lost record is written, or a
 	// rollout begins.
@@ -401,7 +401,7 @@ func (in inputs) withAcceptNote(note string) string {
 }
 
 // failedBy returns the release that failed before the new generation in w; zero: none. It is the
-// one that the rollout went back from, or a replaced target that a node has in quarantine.
+// release that the rollout went back from, or a replaced target that a node has in quarantine.
 func (in inputs) failedBy(w change) deployments.Digest {
 	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
 		return w.after.Rollout.Failed
@@ -442,8 +442,9 @@ func (in inputs) noteOf(w change, did string) string {
 	return did
 }
 
-// carryPins copies the open pins of the generation before into the entry of a new one, and updates them if all pins are
-// known. If the entry before was not read, recordPins copies them, because carryPins doesn't know when a pin began.
+// carryPins copies the open pins of the last generation into h, the entry of a new one, and updates them if all pins
+// are known. If the last entry was not read, recordPins copies the pins later, because carryPins doesn't know when a
+// pin began.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return
@@ -454,8 +455,8 @@ func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	}
 }
 
-// noteOrder returns the history entry that records the order consumed by a change: that of its new generation, or else
-// the newest one. If the newest isn't known, it is made from the record.
+// noteOrder returns the history entry that records the order consumed by a change: the entry of the change's new
+// generation or, if it begins none, the newest entry. If the newest entry isn't known, it is made from the record.
 func (in inputs) noteOrder(w change, step policy.Transition) *deployments.History {
 	entry := w.history
 	if newest, known := in.history[w.unit]; entry == nil && known {

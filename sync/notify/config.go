@@ -28,7 +28,7 @@ type Config struct {
 type Receiver struct {
 	// Name identifies the receiver in logs, metrics and the store, where its cursor is kept.
 	Name string `yaml:"name"`
-	// URL is the endpoint. URLFile is a file with the URL, if that is a secret. One of them is set.
+	// URL is the endpoint. URLFile is a file with the URL, if that is a secret. Exactly one of the two is set.
 	URL     string `yaml:"url"`
 	URLFile string `yaml:"url_file"`
 	// SecretFile is a file with the secret that signs messages according to Standard Webhooks; empty: they are unsigned.

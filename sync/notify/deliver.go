@@ -39,7 +39,7 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 		return err
 	}
 	if err := checkURL(to); err != nil { // of a file; url was checked when the configuration was read
-		return fmt.Errorf("%w: the URL in %s: %w", errRefused, r.URLFile, err) // it holds up no other event
+		return fmt.Errorf("%w: the URL in %s: %w", errRefused, r.URLFile, err) // and so not tried for a day
 	}
 	body, kind, err := r.encode(source, e)
 	if err != nil {

@@ -162,11 +162,11 @@ func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 		p := r.Rollout
 		wasOrphaned := was.RolloutState == string(KindOrphaned) || was.RolloutState == orphanedMidway
 		switch {
-		case r.Orphaned && wasOrphaned && was.Generation == r.Generation: // told by an earlier version, in other words
+		case r.Orphaned && wasOrphaned && was.Generation == r.Generation: // an earlier version sent it
 		case r.Orphaned:
 			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
 		case p == nil && was.Generation == r.Generation && was.RolloutState == string(KindOrphaned):
-			// back in Git: as before
+			// back in Git, with no rollout before or after
 		case p == nil && (r.Paced || was.Generation == r.Generation && was.RolloutState != now.RolloutState):
 			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: the rollout of %s is complete", u.id, nameOf(r.Target)))
 		case p == nil, now.RolloutState == "":

@@ -40,9 +40,9 @@ type Notifier struct {
 	source string
 	lease  kv.Lease // nil: none is needed; Run sets it
 	sent   *prometheus.CounterVec
-	// giveUp is how long an event or a status is tried. statusPause is the least time between a unit's status and its next
-	// pending one, healthPause that between two reads of the nodes' reports, historyPause that before a history is read
-	// again. healthHold is as the constant healthHold.
+	// giveUp is how long an event or a status is tried. The pauses are the least times between two actions: statusPause
+	// from a unit's status to its next pending one, healthPause from one read of the nodes' reports to the next,
+	// historyPause until a history that could not be read is tried again. healthHold is as the constant healthHold.
 	giveUp, statusPause, healthPause, historyPause, healthHold time.Duration
 
 	mu      sync.Mutex
@@ -285,8 +285,8 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 	}
 }
 
-// load reads a receiver's cursor into c. c.Units stays nil if the store has no cursor for it, or one that doesn't
-// parse.
+// load reads a receiver's cursor into c. c.Units stays nil if the store has no cursor for the receiver, or one that
+// doesn't parse.
 func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	e, err := n.store.Get(ctx, c.key)
 	switch {
@@ -304,8 +304,8 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. Its error is that the lease is lost; after any other failure the next call tries
-// again, and until then a new mirror would resend.
+// save writes a cursor if it changed. Its only error is a lost lease. After any other failure the next call tries
+// again; until then a new mirror would resend.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) error {
 	value, err := json.Marshal(c)
 	if err != nil {

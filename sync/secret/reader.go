@@ -79,8 +79,9 @@ func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	return nil
 }
 
-// Read returns the values of references, by the names of their variables: all, or an error. What was read less than
-// maxAge ago is not read again. If maxAge is above 0, a value that can't be read again keeps its last known value.
+// Read returns the values of references, by the names of their variables: all, or an error. A secret that was read less
+// than maxAge ago is not read again. If maxAge is above 0, and a secret can't be read again, its last known value
+// counts.
 func (r *Reader) Read(
 	ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration,
 ) (map[string]string, error) {
@@ -101,7 +102,7 @@ func (r *Reader) Read(
 	return values, nil
 }
 
-// read returns the value of one reference, read at since or later. If its source fails, stale allows an older one.
+// read returns the value of one reference, read at since or later. If its source fails, stale allows an older value.
 func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time.Time, stale bool) (string, error) {
 	source, name, field := ref.Parts()
 	key := source + ":" + name

@@ -150,7 +150,8 @@ func isDeleted(body []byte) bool {
 	return errors.Is(err, errDeleted)
 }
 
-// vaultFields returns the fields of a KV entry, which version 2 wraps in another object; an error if there are none.
+// vaultFields returns the fields of a KV entry, which version 2 wraps in another object. It is an error if there are
+// none: errDeleted if the entry's newest version was deleted.
 func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage, error) {
 	var one, two map[string]json.RawMessage
 	if json.Unmarshal(answer["data"], &one) != nil || one == nil {

@@ -113,8 +113,8 @@ func (s *Sender) left() int {
 	return len(s.waiting)
 }
 
-// send sends one batch of the queued spans. If it returns an error, they stay queued; spans that the collector
-// refuses for good are dropped.
+// send sends one batch of the queued spans. If it returns an error, the batch stays queued. A batch that the collector
+// refuses for good is dropped.
 func (s *Sender) send(ctx context.Context) error {
 	s.mu.Lock()
 	batch := append([]Span(nil), s.waiting[:min(len(s.waiting), maxSent)]...)

@@ -1,9 +1,9 @@
 // Package trace sends spans to an OpenTelemetry collector: they show a push's way from the mirror to its last node.
 //
-// KV contains nothing of a trace. The mirror and every agent derive the ids of a push's trace, and
-// of its root span, from the unit, the commit and the release of a pin. Spans are sent as OTLP over
-// HTTP, in JSON, which every collector accepts at port 4318. What can't be sent in time is dropped:
-// a collector never holds up a deployment.
+// The KV store contains nothing of a trace. The mirror and every agent derive the ids of a push's
+// trace, and of its root span, from the unit, the commit and the release of a pin. Spans are sent
+// as OTLP over HTTP, in JSON, which every collector accepts at port 4318. What can't be sent in
+// time is dropped: a collector never holds up a deployment.
 package trace
 
 import (
@@ -78,7 +78,7 @@ type Config struct {
 	// URL is the collector's endpoint for traces; empty: nothing is traced.
 	URL     string
 	Headers map[string]string
-	// Within bounds one request.
+	// Within bounds one request; 0: there is no bound.
 	Within time.Duration
 	// Resource has the attributes of the sender: service.name and those in the environment.
 	Resource []Attribute
@@ -86,7 +86,7 @@ type Config struct {
 
 // FromEnvironment reads OpenTelemetry's own variables; an invalid one is an error. If they name no collector or switch
 // tracing off, the Config is zero. service is the program's name if neither OTEL_SERVICE_NAME nor service.name in
-// OTEL_RESOURCE_ATTRIBUTES is set. Of the two, OTEL_SERVICE_NAME comes first.
+// OTEL_RESOURCE_ATTRIBUTES is set. If both are set, OTEL_SERVICE_NAME counts.
 func FromEnvironment(getenv func(string) string, service string) (Config, error) {
 	first := func(names ...string) string {
 		for _, name := range names {

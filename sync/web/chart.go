@@ -38,7 +38,7 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	}
 	x := func(t time.Time) int { return int(int64(t.Sub(c.From)) * chartWidth / int64(span)) }
 	classes := []string{"v0", "v1", "v2", "v3", "v4", othersClass, "vn"}
-	// Each area reaches down to the base line; the next one is drawn over it.
+	// Each area reaches down to the base line, so the highest is drawn first, and the lower ones over it.
 	tops := make([]int, len(samples))
 	for _, class := range classes {
 		drawn := false
@@ -58,9 +58,10 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	return c
 }
 
-// pastClass returns the class of a release that live nodes run or ran; vn for none. One that no
-// node runs any more keeps the class of the target or of the stable release. The one that was
-// rolled back gets v2 if no other has it. All others share othersClass.
+// pastClass returns the class of a release that live nodes run or ran; vn for no release. A release
+// that no live node runs any more has v0 if it is the target, and v1 if it is the stable release.
+// If it was rolled back, it has v2 unless another release has that class. All others share
+// othersClass.
 func (u *unit) pastClass(d deployments.Digest) string {
 	if class := u.classes[d]; class != "" {
 		return class

@@ -107,7 +107,7 @@ func (f filter) takes(u *unit) bool {
 }
 
 // cutWord divides a word of the search into its kind, such as stage, and its value. kind is empty
-// for a plain word, whose colon at the end doesn't count.
+// for a plain word. A colon at the word's end is dropped.
 func cutWord(word string) (kind, value string) {
 	kind, value, _ = strings.Cut(word, ":")
 	if value == "" {
@@ -186,8 +186,8 @@ type pager struct {
 	Previous, Next string // addresses; empty: there is none
 }
 
-// paged returns the rows of the filter's page, and what to show about the other pages. A page beyond the last is the
-// last. path is the list's URL path.
+// paged returns the rows of the filter's page, and what to show about the other pages. A page number beyond the last
+// page selects the last page. path is the list's URL path.
 func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	pages := max(1, (len(rows)+pageRows-1)/pageRows)
 	f.Page = min(f.Page, pages)

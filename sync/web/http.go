@@ -41,8 +41,8 @@ var assetTypes = map[string]string{
 	"kedge.css": "text/css; charset=utf-8", "kedge.js": "text/javascript; charset=utf-8", "kedge.svg": "image/svg+xml",
 }
 
-// asset returns the URL of one of the dashboard's files. It contains a hash of the content, so browsers may cache it
-// for a year.
+// asset returns the URL of one of the dashboard's files. The URL contains a hash of the file's content, so browsers may
+// cache the file for a year.
 func asset(name string) templ.SafeURL {
 	data, _ := static.ReadFile("static/" + name)
 	sum := sha256.Sum256(data)
@@ -201,9 +201,9 @@ const maxHistories = 64
 
 // history returns a unit's history, from the cache unless that has expired, or the record's
 // Generation or Retry has changed. If the store can't be reached, an expired history serves on. If
-// none is cached, or after any other error, the result has err. For a unit without a record it is
-// empty. away is set if the store is known to be unavailable. If an expired history is cached,
-// history then waits only awayWithin for a newer one.
+// none is cached, or after any other error, the result has err. For a unit without a record the
+// result is empty. away says that the store is known to be unavailable. With away set and an
+// expired history in the cache, history waits only awayWithin for a newer one.
 func (w *Web) history(ctx context.Context, u *fleet.Unit, away bool) *unitHistory {
 	if u.Record == nil {
 		return &unitHistory{}

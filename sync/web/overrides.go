@@ -49,7 +49,7 @@ type frozenRow struct {
 	ID             deployments.UnitID
 	Window, Reason string
 	ThawsAt        time.Time
-	// Never is set if no window will open that allows it.
+	// Never is set if no window will open that lets the rollout go on.
 	Never          bool
 	PromoteCommand string
 }

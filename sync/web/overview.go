@@ -138,8 +138,8 @@ func problems(units []*unit) (worst []problem, more int) {
 }
 
 // findNodes returns at most maxFound nodes whose names contain one of the words of a query. It
-// passes over units whose STAGE/ROLE/UNIT contains one. Words like stage:prod don't count, except
-// node:NAME.
+// passes over units whose STAGE/ROLE/UNIT contains one of the words. Words like stage:prod don't
+// count, except node:NAME.
 func findNodes(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
@@ -218,7 +218,7 @@ func commitOf(hash, commitURL string) commitView {
 	return c
 }
 
-// maxLines bounds a long text, such as the mirror's error: in bytes if it keeps its lines, else in characters.
+// maxLines bounds a long text, such as the mirror's error: clipLines counts bytes, fleet.Clean characters.
 const maxLines = 2000
 
 func clipLines(s string) string {

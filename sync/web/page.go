@@ -251,8 +251,8 @@ func (r *rendered) setErrorPage(code int, s *snapshot, text string) {
 	r.add("message", nothing(text, faults))
 }
 
-// addIfEmpty adds to a list without rows a row that says why it has none: filtered if the filter leaves anything out,
-// else none.
+// addIfEmpty adds a row with a text to a list that has no rows. The text is filtered if the filter may leave rows out,
+// or else none.
 func (r *rendered) addIfEmpty(list string, f filter, none, filtered string) {
 	switch {
 	case len(r.lists[list]) > 0:

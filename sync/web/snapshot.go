@@ -14,8 +14,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// snapshot is a fleet as read at one time, with the counts that pages show. What it says doesn't change: it has no
-// elapsed times, but times from which browsers compute them.
+// snapshot is a fleet as read at one time, with the counts that pages show. It doesn't change with time: instead of
+// elapsed times it has points in time, from which browsers compute those.
 type snapshot struct {
 	*fleet.Fleet
 	// storeError is why the store can't be read now; empty: it can, or that wasn't checked yet.
@@ -79,8 +79,8 @@ func healthOf(n *fleet.Node) health {
 	return busy
 }
 
-// share is how many live nodes run a release. Release is zero for nodes that run nothing, and for the other releases
-// together.
+// share is how many live nodes run a release. Release is zero in the share of nodes that run nothing, and in the one
+// share of all releases without a colour.
 type share struct {
 	Release deployments.Pointer
 	Name    string
@@ -99,12 +99,12 @@ const maxShares = 5
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
-	// target is the release that the unit is meant to reach: that of its pin if one is in force
-	// that isn't a hold, or else the record's target. Nodes may have to run another one, such as
-	// stable once the target was rolled back.
+	// target is the release that the unit is meant to reach: that of its pin if one is in force that
+	// isn't a hold, or else the record's target. Nodes may have to run another release, such as stable
+	// once the target was rolled back.
 	target deployments.Pointer
-	// shares has the number of live nodes for each release that has a colour, and for none, most
-	// common first. One share for all other releases together follows.
+	// shares has a share for each release that has a colour, and one for nodes that run nothing, the
+	// most common first. The last share is for all other releases together, if any.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int

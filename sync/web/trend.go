@@ -27,18 +27,18 @@ type sample struct {
 var othersDigest = deployments.Digest{1}
 
 const (
-	// maxSamples bounds the samples of a unit. Beyond it every other one is dropped, so that the chart grows
-	// coarser, not longer.
+	// maxSamples bounds the samples of a unit. Beyond that every other sample is dropped, so that the chart grows coarser,
+	// not longer.
 	maxSamples = 60
 	// maxTrends bounds the units that have a trend.
 	maxTrends = 2000
-	// sampleEvery is the least time between a new sample of a unit and the one before its last: until then the last is
-	// updated.
+	// sampleEvery bounds how often a unit gets a new sample. While the last sample but one is younger than this, a change
+	// only updates the last one.
 	sampleEvery = 2 * time.Second
 )
 
-// record adds a sample for each unit whose shares changed, or updates its last one. It forgets
-// units that no longer exist.
+// record adds a sample for each unit whose shares changed, or updates the unit's last sample: see
+// sampleEvery. It forgets units that no longer exist.
 func (t *trends) record(units []*unit, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -96,8 +96,8 @@ func (t *trends) of(id deployments.UnitID) []sample {
 // minTrend is how long nodes must have been changing before their pace is used for an estimate.
 const minTrend = 15 * time.Second
 
-// estimateEnd estimates the time at which the release runs on the wanted number of nodes, by its
-// pace in samples. The time is zero if there is no estimate.
+// estimateEnd estimates when the release will run on the wanted number of nodes, by its pace in
+// samples. It returns the zero time if there is no estimate.
 func estimateEnd(samples []sample, release deployments.Digest, wanted int) time.Time {
 	if len(samples) < 3 {
 		return time.Time{}
@@ -108,7 +108,7 @@ func estimateEnd(samples []sample, release deployments.Digest, wanted int) time.
 		first--
 	}
 	for first < len(samples)-1 && samples[first+1].counts[release] == samples[first].counts[release] {
-		first++ // the pace counts from when the first of them changed
+		first++ // the pace counts from when the first node changed
 	}
 	moved, took := last.counts[release]-samples[first].counts[release], last.at.Sub(samples[first].at)
 	missing := wanted - last.counts[release]

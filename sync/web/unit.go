@@ -16,7 +16,8 @@ type unitPage struct {
 	Path    string
 	Row     unitRow
 	Problem *problem
-	// Freeze says until when the unit's rollouts are frozen, or when next; "": not within a week, or Steps say so.
+	// Freeze says until when the unit's rollouts are frozen, or from when they will be; "": not within fleet.FreezeAhead,
+	// or Steps say so.
 	Freeze   string
 	Notes    []fleet.Note
 	Steps    []step
@@ -129,7 +130,7 @@ func (s *snapshot) unitOf(u *unit, path string, f filter, past *unitHistory, com
 	return v
 }
 
-// urgency returns a node's rank in a list that begins with rank 0: failing, changing, converged, and gone nodes.
+// urgency returns a node's rank in a list: 0 for failing nodes, then changing, converged and gone ones.
 func urgency(n *fleet.Node) int {
 	switch healthOf(n) {
 	case failing:

@@ -2,14 +2,14 @@
 //
 // It is read-only: its forms only search, it takes only GET and HEAD, and needs a token that may
 // list keys and no more. It asks nobody who they are, so whoever reaches its port sees the fleet.
-// Config.Hosts says why a web site that its users visit does not see it. All that it shows was
-// written by others, and is escaped, cleaned and bounded.
+// Config.Hosts keeps web sites that its users visit from reading it. All that the dashboard shows
+// was written by others, and is escaped, cleaned and bounded.
 //
-// A page is whole without scripts. With them it follows the store, by server-sent events that have what changed.
+// A page is whole without scripts. With scripts it follows the store, by server-sent events that have what changed.
 //
-// Pages are made in three steps: fleet.Fleet, what snapshot.go counts of it, and a view. A view is
-// made by overview.go, unit.go, node.go or overrides.go, and put in HTML by a template of the same
-// name. After a change of a template: go generate ./sync/web.
+// A page is made in three steps. Package fleet reads a Fleet, snapshot.go computes the counts that
+// pages show of it, and overview.go, unit.go, node.go or overrides.go makes a view. A template of
+// the same name puts the view in HTML. After a change of a template: go generate ./sync/web.
 package web
 
 import (
@@ -38,7 +38,7 @@ type Config struct {
 	Store kv.Store
 	// Listen is HOST:PORT; with port 0 the system chooses one, see Addr.
 	Listen string
-	// Hosts are the host names by which browsers reach the dashboard, besides localhost and IP addresses. Others are
+	// Hosts are the host names by which browsers reach the dashboard, besides localhost and IP addresses. Other names are
 	// refused: otherwise a web site could point its own name at this server, and read the dashboard through its visitors'
 	// browsers (DNS rebinding).
 	Hosts []string
@@ -72,7 +72,7 @@ const maxViewers = 200
 // again.
 const maxConns = 1000
 
-// New returns a dashboard that listens at c.Listen, for Run to serve. It is an error if it can't listen there, or if
+// New returns a dashboard that listens at c.Listen, for Run to serve. It is an error if New can't listen there, or if
 // c.CommitURL is invalid.
 func New(c Config) (*Web, error) {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
@@ -159,9 +159,9 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// copied returns a copy of a snapshot, without its rendered pages; nil if s is nil. Pages are then
-// rendered anew though the fleet is the same: the store went away or came back, or the units'
-// newest changes were read.
+// copied returns a copy of a snapshot, without its rendered pages; nil if s is nil. It is for pages
+// to be rendered anew though the fleet is the same: when the store went away or came back, or the
+// units' newest changes were read.
 func (s *snapshot) copied() *snapshot {
 	if s == nil {
 		return nil
@@ -178,9 +178,9 @@ func (w *Web) latest() (*snapshot, <-chan struct{}) {
 	return w.current, w.changed
 }
 
-// readChanges waits for changes of the fleet until ctx ends. After each it reads what began the
-// units' current generations, of at most maxChanges units that the cache lacks. Pages are then
-// rendered anew.
+// readChanges waits for changes of the fleet until ctx ends. After each it reads the history
+// entries of the units' current generations, for at most maxChanges units that the cache lacks. If
+// it has read all of them, pages are rendered anew.
 func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 	for {
 		select {
@@ -210,8 +210,9 @@ func (w *Web) noteRequest() {
 	w.lastRequested = time.Now()
 }
 
-// probe checks every probeEvery, until ctx ends, that the store answers, and makes storeError say
-// so if it doesn't. It pauses while no page is requested or followed.
+// probe checks every probeEvery, until ctx ends, that the store answers. It sets the current
+// snapshot's storeError while the store doesn't, and clears it afterwards. It pauses while no page
+// is requested or followed.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {

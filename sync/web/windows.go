@@ -50,13 +50,13 @@ func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	slices.SortStableFunc(rows, func(a, b windowRow) int {
 		switch {
 		case a.Open && b.Open:
-			return a.To.Compare(b.To) // what closes soonest first
+			return a.To.Compare(b.To) // the window that closes soonest comes first
 		case a.Open:
 			return -1
 		case b.Open:
 			return 1
 		case a.From.IsZero() != b.From.IsZero():
-			return b.From.Compare(a.From) // what doesn't open last
+			return b.From.Compare(a.From) // a window that doesn't open comes last
 		}
 		return a.From.Compare(b.From)
 	})

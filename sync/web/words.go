@@ -49,8 +49,8 @@ func when(condition bool, class string) string {
 	return ""
 }
 
-// current returns the attribute that marks the link to the current page if is is set; otherwise
-// nil.
+// current returns the attribute that marks the link to the current page; nil unless the argument is
+// true.
 func current(is bool) templ.Attributes {
 	if is {
 		return templ.Attributes{"aria-current": "page"}
@@ -112,7 +112,8 @@ func describeShares(all []share) string {
 	return text
 }
 
-// boxes returns the parts of a rollout's bar: nodes that converged, that change or have yet to go back, that failed.
+// boxes returns the parts of a rollout's bar: converged nodes, then nodes that change or have yet to go back, then
+// failed nodes.
 func (p *progress) boxes() []rect {
 	moving := max(0, p.Admitted-p.Converged-p.Failed)
 	if p.back() {

@@ -25,7 +25,7 @@ func Bounded(t *testing.T, address string, most int, answers func() bool) {
 		defer c.Close()
 		held = append(held, c)
 	}
-	if !answers() { // by then the server has accepted all of them
+	if !answers() { // connections are accepted in order, so all held ones have been by then
 		t.Error("it doesn't answer beside connections that are held")
 	}
 	var open atomic.Int32

@@ -159,7 +159,7 @@ func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments
 	p := &deployments.Progress{Phase: deployments.Phase(f["phase"]), Reason: reason, Facts: f, Message: f["message"],
 		Forced: f["forced"] != ""}
 	if f["baking"] != "" {
-		p.HealthySince = time.Unix(0, 0) // any time will do
+		p.HealthySince = time.Unix(0, 0) // any time but zero will do
 	}
 	if f["outranked_by"] == "" {
 		hint = rolloutHint(id, p, f["by_pin"] != "", f["first"] != "")

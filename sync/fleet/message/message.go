@@ -1,5 +1,5 @@
 // Package message puts reasons, rollouts and decisions in words for people, with commands to type.
-// Code that decides knows only their codes and facts.
+// The code that makes decisions knows only codes and facts.
 package message
 
 import (

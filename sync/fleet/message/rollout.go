@@ -8,7 +8,7 @@ import (
 
 // Transition returns why a rollout went on, or stays in its phase, in words; empty: there is no reason.
 func Transition(reason deployments.Reason, facts deployments.Facts) string {
-	switch reason { // these also name a node's state, with other words
+	switch reason { // these reasons also explain a node's state, in other words
 	case "":
 		return ""
 	case deployments.ReasonUnhealthy:
@@ -60,8 +60,8 @@ func Progress(p *deployments.Progress) string {
 }
 
 // RolloutHint returns what an operator can do about a rollout or an orphaned unit, with the command
-// to type. It is empty if there is no rollout, or if the rollout is admitting nodes or rolling
-// back, unless a freeze holds it up.
+// to type. It is empty for a unit that is neither orphaned nor in a rollout. It is also empty while
+// the rollout is rolling back, or admits nodes without being held up by a freeze.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {

@@ -42,10 +42,10 @@ type sized struct {
 	size   int
 }
 
-// Read returns the reports among a view's entries, in the order of the entries. If those of a role
-// exceed MaxRole, it prefers live nodes to dead ones and, among either, short reports to long ones.
-// So a few huge reports don't displace those of all other nodes. A report that it leaves out has
-// ErrTooMuch as its Err.
+// Read returns the reports among a view's entries, in the order of the entries. If the reports of a
+// role exceed MaxRole, it prefers live nodes to dead ones and, within each group, short reports to
+// long ones. So a few huge reports don't displace those of all other nodes. A report that it leaves
+// out has ErrTooMuch as its Err.
 func (r *Reader) Read(entries []kv.Entry) []Report {
 	all := make([]Report, 0, len(entries))
 	for _, e := range entries {
@@ -58,8 +58,8 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 		order[i] = &all[i]
 	}
 
-	// Which are read first matters only if there are too many. As long as there are, views are sorted at once: another
-	// order would parse reports that the view before left out.
+	// The order matters only if there are too many reports. If the last view had too many, this one is sorted at once: in
+	// another order, read would parse reports that the last view left out.
 	was := r.parsed
 	if !r.full && r.read(order, was) {
 		return all

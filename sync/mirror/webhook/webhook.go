@@ -70,10 +70,10 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	w.WriteHeader(code)
 }
 
-// PassOn passes webhooks on, until ctx ends, to the mirror that holds the lease; while that is this
-// mirror, it passes on none. Neither a Git server nor a load balancer knows which mirror that is,
-// or tries another. If a mirror is about to lose the lease, its webhooks aren't lost: the next
-// leader polls.
+// PassOn passes webhooks on, until ctx ends, to the mirror that holds the lease; while this mirror
+// holds the lease, PassOn passes on none. Neither a Git server nor a load balancer knows which
+// mirror leads, or tries another. If a mirror is about to lose the lease, its webhooks aren't lost:
+// the next leader polls.
 func (r *Receiver) PassOn(ctx context.Context) {
 	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
@@ -116,8 +116,8 @@ func (r *Receiver) mayComplain(now time.Time) bool {
 	return true
 }
 
-// Check returns 202 if one of a webhook's signatures, or its token, is valid for the secret; else another status and
-// why. body must be bounded by http.MaxBytesReader.
+// Check returns 202 if one of a webhook's signatures, or its token, is valid for the secret. Otherwise it returns the
+// HTTP status of the refusal, and why. body must be bounded by http.MaxBytesReader.
 func Check(secret string, body io.Reader, h http.Header) (code int, why string) {
 	if secret == "" {
 		return http.StatusForbidden, "webhooks are off: the mirror has no KEDGE_WEBHOOK_SECRET"
@@ -176,8 +176,8 @@ func sharedSecret(h http.Header) string {
 	return password
 }
 
-// standardKey returns the key that Standard Webhooks, and GitLab's signing tokens, derive from a secret: what follows
-// whsec_, decoded, or else the secret itself.
+// standardKey returns the key that Standard Webhooks, and GitLab's signing tokens, derive from a secret: the base64
+// text after whsec_, decoded, or the secret itself if it has no such form.
 func standardKey(secret string) []byte {
 	if text, found := strings.CutPrefix(secret, "whsec_"); found {
 		if key, err := base64.StdEncoding.DecodeString(text); err == nil && len(key) > 0 {

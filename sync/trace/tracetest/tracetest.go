@@ -91,7 +91,7 @@ func Named(spans []Span, name string) []Span {
 	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
 }
 
-// What is accepted of opentelemetry-proto 1.x's message ExportTraceServiceRequest, in the JSON that it specifies.
+// The part of opentelemetry-proto 1.x's message ExportTraceServiceRequest that the collector accepts, in its JSON form.
 type (
 	value     struct{ StringValue string }
 	attribute struct {
