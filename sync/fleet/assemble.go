@@ -115,8 +115,8 @@ type reporter struct {
 	agent string
 	gone  bool
 	units map[string]deployments.UnitReport
-	err   error // its report can't be used
-	// joined is Report.Joined
+	err   error // why its report can't be used; nil: it can
+	// joined is deployments.Report.Joined.
 	joined uint64
 }
 

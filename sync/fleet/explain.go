@@ -252,7 +252,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	if d.Invalid != nil && reportError == message.OneLine(d.Invalid.Error()) {
 		reportError = "" // another step says it already
 	}
-	// A node that has nothing to do for a new generation doesn't report that it knows it.
+	// A node that has nothing to do for a new generation doesn't report that it knows the generation.
 	idle := r.State == deployments.StateConverged && r.Want == d.Target
 	behind := u.Record != nil && !r.Pinned && !idle && r.Generation < u.Record.Generation &&
 		(d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)

@@ -159,7 +159,7 @@ func anyStep(Step) bool { return true }
 // first colon. It examines only steps for which some returns true.
 func mentions(d Decision, text string, some func(Step) bool) bool {
 	text = message.OneLine(text)
-	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix
+	_, tail, _ := strings.Cut(text, ": ") // a step may leave out the prefix
 	return slices.ContainsFunc(d.Trace, func(s Step) bool {
 		says := message.OneLine(s.Says)
 		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))

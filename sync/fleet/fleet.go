@@ -306,7 +306,7 @@ func (r *reading) byRole(ctx context.Context, kind string) error {
 	for role := range unitsByRole(records) {
 		prefix := kv.RolePrefix(kind, role.Stage, role.Role)
 		some, err := r.store.List(ctx, prefix)
-		if errors.Is(err, kv.ErrDenied) { // it has no folder, and holds nothing
+		if errors.Is(err, kv.ErrDenied) { // the role has no folder, and so no keys
 			continue
 		}
 		if err != nil {

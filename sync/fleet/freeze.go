@@ -29,7 +29,7 @@ func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if u, err := f.Unit(id); err == nil && u.Record != nil && u.Record.Rollout != nil &&
 		u.Record.Rollout.Phase == deployments.PhaseFrozen {
-		return "" // its rollout says so
+		return "" // the rollout's reason says so
 	}
 	windows, _ := f.Freezes()
 	from, v := policy.NextFreeze(windows, id, f.At, f.At.Add(FreezeAhead))

@@ -56,7 +56,7 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 		}
 		if known, ok := h[id]; !ok || known.record != version {
 			read, err := store.List(ctx, kv.HistoryPrefixOf(id))
-			if err == nil || errors.Is(err, kv.ErrDenied) { // denied: there is none
+			if err == nil || errors.Is(err, kv.ErrDenied) { // denied: the unit has no history
 				h[id] = versioned{version, read}
 			}
 		}
@@ -75,7 +75,7 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	slices.SortFunc(history, newestFirst)
 	named := []deployments.Pointer{namedByGit(u.Record.Target, u.Record.Pinned)}
 	for _, h := range history {
-		// Rollbacks and retries begin generations, too.
+		// Rollbacks and retries begin generations, too, without a change in Git.
 		if p := namedByGit(h.Release, h.Pinned); !p.IsZero() && p != named[len(named)-1] {
 			named = append(named, p)
 		}

@@ -25,7 +25,7 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 
 // ReplacePin writes a unit's pin as Pin does, but only in place of the pin whose entry has the
 // given version; 0: only if there is no pin. If somebody has changed the pin meanwhile, the error
-// is a kv.ErrConflict.
+// wraps kv.ErrConflict.
 func ReplacePin(ctx context.Context, store kv.Store, id deployments.UnitID, version uint64, pin deployments.Pin) error {
 	return writePin(ctx, store, id, pin, func(value []byte) kv.Op {
 		if version == 0 {
@@ -47,8 +47,8 @@ func writePin(
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
 	}
-	// Before a mirror has run, the agents of this role can't tell a missing key from a lost permission. An
-	// operator may lack the right to create some of these folders, and doesn't need it.
+	// Without these folder keys, which a mirror would make, the agents of this role can't tell a missing key from a lost
+	// permission. An operator may lack the right to create some of these folders, and doesn't need it.
 	for _, kind := range []string{kv.PinsPrefix, kv.DesiredPrefix} {
 		err := store.EnsureFolders(ctx, kind, kv.RolePrefix(kind, id.Stage, id.Role))
 		if err != nil && !errors.Is(err, kv.ErrDenied) {
@@ -91,7 +91,7 @@ func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error 
 
 // Unpin removes the pin of a unit or, if node isn't empty, of that node. It reports whether there
 // was one. The result is also false if the token may not read pins. If the pin changes meanwhile,
-// the error is a kv.ErrConflict.
+// the error wraps kv.ErrConflict.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -183,7 +183,7 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 				break
 			}
 		}
-		if errors.Is(err, kv.ErrTooLarge) { // others' history can be read, so this unit has none
+		if errors.Is(err, kv.ErrTooLarge) { // the token may read the wider history, so this unit has none
 			entries, err = nil, nil
 		}
 	}
@@ -225,7 +225,7 @@ func Rollback(
 	if err != nil {
 		return deployments.Pin{}, err
 	}
-	unread := f.CheckComplete() // which may hide the pin, or what failed on the nodes
+	unread := f.CheckComplete() // unread parts may hide the pin, or what failed on the nodes
 	switch {
 	case unread != nil:
 		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w: name a release with kedge pin", id, unread)

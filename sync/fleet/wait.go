@@ -154,9 +154,9 @@ func (e waitError) Unwrap() error { return e.err }
 type waiter struct {
 	filter Filter
 	commit string
-	push   bool // check only what the commit changed
-	taken  bool
-	head   *string // the first head that was seen
+	push   bool    // check only what the commit changed
+	taken  bool    // the mirror has, or may have, taken commit or a later one
+	head   *string // the mirror's head when it was first seen; nil: not seen yet
 	outage *outage
 	// sinceBeforeOrder has, for the nodes of each unit with a pending order, when they entered their states
 	// (UnitReport.Since). As long as a node's Since is the same, its state says nothing about the order's effect.
@@ -215,7 +215,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		case w.commit == "" && !f.CommitTaken():
 			return "the store knows no such unit, and no mirror has taken a commit yet" + f.refusal(), nil
 		case w.commit == "":
-			return "the store knows no such unit" + f.refusal(), nil // it may still come
+			return "the store knows no such unit" + f.refusal(), nil // the unit may still come
 		case w.filter == Filter{}:
 			return "", nil // the commit is taken, and a repo without units has no nodes to wait for
 		}
@@ -248,7 +248,7 @@ func (w *waiter) check(f *Fleet) (missing string, err error) {
 		all = append(all, "no mirror runs now")
 	}
 	if m := f.Mirror; m != nil && len(all) > 0 && m.Error != "" && m.Refused == "" {
-		all = append(all, "the mirror says: "+message.OneLine(m.Error)) // which may be why
+		all = append(all, "the mirror says: "+message.OneLine(m.Error)) // the error may be the reason
 	}
 	return strings.Join(all, "; "), nil
 }
@@ -340,9 +340,9 @@ func (w *waiter) skippedCommits(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Ancestors, short(*w.head))
 }
 
-// checkHopeless returns an ErrRefused if a node has refused what u should run, or if the rollout was rolled back and no
-// pin is pending. Waiting longer doesn't help then. While u has a pending order, checkHopeless fills sinceBeforeOrder
-// instead, and returns nil.
+// checkHopeless returns an error that wraps ErrRefused if a node has refused what u should run, or if the rollout was
+// rolled back and no pin is pending. Waiting longer doesn't help then. While u has a pending order, checkHopeless fills
+// sinceBeforeOrder instead, and returns nil.
 func (w *waiter) checkHopeless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {

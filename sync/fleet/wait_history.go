@@ -69,7 +69,7 @@ const tooLargeInterval = 10 * time.Second
 
 // list returns the entries below prefix, none if nobody has written there or the token may not read them. It retries
 // until the store answers; if ctx ends, it returns ctx.Err(). If more is stored than is read, it calls unread with the
-// error and tries again. With unread nil it returns that error, a kv.ErrTooLarge.
+// error and tries again. With unread nil it returns that error, which wraps kv.ErrTooLarge.
 func (w *waiter) list(
 	ctx context.Context, store kv.Store, prefix string, unread func(error),
 ) ([]kv.Entry, error) {

@@ -97,7 +97,7 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 }
 
 // mirrorRuns reports whether a mirror holds the lease; false if no mirror has ever run. If the token may not read that,
-// the error is ErrDenied. Servers before Consul 1.4 answer such a token as if no mirror ran.
+// the error wraps kv.ErrDenied. Servers before Consul 1.4 answer such a token as if no mirror ran.
 func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	e, err := store.Get(ctx, kv.MirrorLease)
 	if errors.Is(err, kv.ErrNotFound) {

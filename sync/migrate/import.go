@@ -52,7 +52,7 @@ type Imported struct {
 	Fixed []string `json:"fixed,omitempty"`
 	// Notes are surprises in the manifest or its archive: see Inspection.
 	Notes []deployments.Problem `json:"notes,omitempty"`
-	// Refused says why no node would take the manifest: nothing was copied or written.
+	// Refused says why no node would take the manifest. Unless it is empty, nothing was copied or written.
 	Refused deployments.Problems `json:"refused,omitempty"`
 }
 

@@ -24,7 +24,7 @@ const maxPrefix = 100_000
 type Source struct {
 	// Name names the manifest for people: a URL, a file's path, or - for the standard input.
 	Name string
-	// URL is the manifest's URL; a file, and the standard input, have one with file://.
+	// URL is the manifest's URL. For a file, and for the standard input, it begins with file://.
 	URL string
 	Raw []byte
 }

@@ -43,7 +43,7 @@ type acceptor struct {
 
 	countedBad string // the last head that was counted as refused because it is invalid or its signature doesn't count
 
-	// acceptedByFlag is the last commit whose history wasn't checked, as Config.Accept names it.
+	// acceptedByFlag is the last commit whose history was left unchecked, because Config.Accept names it.
 	acceptedByFlag string
 	inspection     *inspection // of the candidate's releases; nil: not begun
 	releaseRetry   *wait.Backoff
@@ -155,7 +155,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 		return false
 	}
 	follows, err := a.follower.descends(ctx, c.to.Hash, c.from)
-	if follows { // an error means that the store's commit isn't in this repository
+	if follows { // an error mostly means that this repository lacks the store's commit
 		return false
 	}
 	history := "the commit does not descend from the one that it replaces"
@@ -186,7 +186,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 	}
 	for id, cell := range cells {
 		own, known := a.own.records[id]
-		removed := known && own.value == nil // even if the watch has yet to show it
+		removed := known && own.value == nil // even if the watch has yet to show the removal
 		if cell.err == nil && ours(cell.record) && !removed {
 			had[id] = true
 		}
@@ -506,7 +506,7 @@ func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Relea
 	if u.Old != "" {
 		last, err := from.Load(u.Old, nil)
 		switch {
-		case errors.As(err, new(*git.BadCommit)): // it was not taken
+		case errors.As(err, new(*git.BadCommit)): // the mirror didn't take it
 		case err != nil:
 			return err
 		default:

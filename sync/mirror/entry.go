@@ -54,12 +54,12 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 		}
 	}
 	for _, p := range shown {
-		if stands[p.Node] || p.Expired(now) { // it ended above, or before a mirror saw it
+		if stands[p.Node] || p.Expired(now) { // it goes on, or has ended: above, or before a mirror saw it
 			continue
 		}
 		p.At = now
-		// A pin's time distinguishes it from others of its node. JSON has no time after the year 9999, which an
-		// entry may name.
+		// A pin's At distinguishes it from other pins of its node. An At in an entry may be in the year 9999, the last that
+		// JSON can hold.
 		if began, ok := last[p.Node]; ok && !now.After(began) && began.Year() < 9999 {
 			p.At = began.Add(time.Millisecond)
 		}

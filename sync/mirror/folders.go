@@ -38,7 +38,7 @@ type folderKeeper struct {
 	store kv.Store
 	log   *slog.Logger
 	made  map[string]time.Time // when each key was last made
-	late  bool                 // a key that was made has yet to show
+	late  bool                 // a key that was made has yet to show in a watch
 }
 
 // missingFolders returns the folder keys to make. If this mirror never made a key of a role, or a watch lacks one, all

@@ -127,9 +127,8 @@ type Mirror struct {
 // Default durations; tests have their own.
 const (
 	// defaultReleaseRetry is the average time until the mirror looks again for a release that is
-	// missing, can't be read or has no valid signature. With each try it grows, up to
-	// maxReleaseRetry: the upload may take long or may never come. A new commit or a webhook starts
-	// over.
+	// missing, can't be read or has no valid signature. With each try it grows, up to maxReleaseRetry:
+	// the upload may take long or may never come. A new commit or a webhook resets it.
 	defaultReleaseRetry = 5 * time.Second
 	maxReleaseRetry     = time.Minute
 	// defaultForgetAfter is how long the entry of a node that died stays in status/ for people to see: longer than a

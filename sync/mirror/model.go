@@ -155,7 +155,7 @@ func (o outage) goesOn(u deployments.UnitReport) bool {
 	if u.State == o.state {
 		return u.Since.Equal(o.entered)
 	}
-	return o.state == deployments.StateSwitching // it went back, and its checks fail
+	return o.state == deployments.StateSwitching // the unit has gone back, and now its checks fail
 }
 
 // order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that obeys or refuses it removes the key.
@@ -177,7 +177,7 @@ type writtenRecord struct {
 	record deployments.Record
 	value  []byte // nil: the key was removed
 	// base is the version that the write replaced (0: none). version is the version that it made; 0
-	// until the store has shown that. An adopted record has the same in both.
+	// until the store has shown that. In an adopted record both are the version of its entry.
 	base, version uint64
 	at            time.Time
 	// vouched is set if a commit that was signed, or that needs no signature, named the unit. Then

@@ -96,7 +96,7 @@ func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following
 		return left, following
 	}
 	if in.fleetSince.After(following) {
-		following = in.fleetSince // nobody saw what vanished before
+		following = in.fleetSince // nobody could see what vanished before that
 	}
 	return left, in.toPresentClock(following)
 }
@@ -266,7 +266,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		Seen: in.fleetCurrentSince(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
 		Order: string(o.Verb), Freeze: policy.FreezeAt(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
-	// After the store was restored, nodes join anew before a record may rely on their earlier reports.
+	// After the store was restored, nodes report anew, with a new Joined. A new generation waits for that: it must not
+	// rely on their earlier reports.
 	if until := in.fleetCurrentSince().Add(in.rebuildWait); u.Rollout != nil &&
 		step.Record.Generation > w.before.Generation && in.now.Before(until) {
 		return change{}, doWait, until

@@ -44,7 +44,7 @@ func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	}
 	s.offered = entries
 	select {
-	case <-s.offers: // run has yet to take the one before
+	case <-s.offers: // the offer before, which run has yet to take, is dropped
 	default:
 	}
 	s.offers <- entries

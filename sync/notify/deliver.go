@@ -180,7 +180,7 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 		resp.StatusCode == http.StatusRequestTimeout,
 		resp.StatusCode == http.StatusForbidden && limitsRate(resp.Header):
 		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
-		// The seconds are bounded first: as a duration, many overflow.
+		// The seconds are bounded before the conversion, as many would overflow a Duration.
 		return &retryAfterError{time.Duration(max(0, min(seconds, int(maxPause/time.Second)))) * time.Second, err}
 	default:
 		return fmt.Errorf("%w: %w", errRefused, err)

@@ -55,7 +55,7 @@ type seen struct {
 	units map[deployments.UnitID]unitNow
 	// mirrorState is the last mirror/state that parses; zero: there was none.
 	mirrorState deployments.MirrorState
-	// recordsSynced is set once desired/, and mirrorSynced once mirror/, has been read with certainty.
+	// recordsSynced is set once desired/, and mirrorSynced once mirror/, has been read: see kv.View.Synced.
 	recordsSynced, mirrorSynced bool
 }
 
@@ -80,7 +80,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 
 // Run sends events and writes statuses until ctx ends, or the store can't be watched, and returns why it ended. It may
 // be called again then: it begins with what the store holds by that time, as another mirror may have led meanwhile.
-// What receivers were notified of is written only while lease is held; once it turns out to be lost, the error is
+// What receivers were notified of is written only while lease is held; once it turns out to be lost, the error wraps
 // kv.ErrLeaseLost. A nil lease is never lost.
 func (n *Notifier) Run(ctx context.Context, lease kv.Lease) error {
 	n.lease = lease
@@ -150,7 +150,7 @@ func (n *Notifier) seeMirror(v kv.View) {
 		if e.Key != kv.MirrorKey {
 			continue
 		}
-		if s, err := deployments.ParseMirrorState(e.Value); err == nil { // the mirror replaces one that doesn't parse
+		if s, err := deployments.ParseMirrorState(e.Value); err == nil { // the mirror will replace a state that doesn't parse
 			same = same && s.Refused == now.Refused && s.Error == now.Error
 			now = s
 		}
@@ -304,8 +304,8 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. Its only error is a lost lease. After any other failure the next call tries
-// again; until then a new mirror would resend.
+// save writes a cursor if it changed. It returns an error only if the lease is lost: one that wraps kv.ErrLeaseLost.
+// After any other failure the next call tries again; until then a new mirror would resend.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) error {
 	value, err := json.Marshal(c)
 	if err != nil {

@@ -21,8 +21,7 @@ const (
 	// maxWaiting bounds the spans that wait for the collector, maxSent those of one request.
 	maxWaiting = 2048
 	maxSent    = 256
-	// sendEvery is how long spans wait for others, and lastWithin how long sending the last ones may take at the
-	// program's end.
+	// sendEvery is how long spans wait for others, and lastWithin how long sending the last spans may take when Run ends.
 	sendEvery  = time.Second
 	lastWithin = 2 * time.Second
 	// maxRetry is the longest average of the pauses between tries to send: one pause may be twice as long.
@@ -64,7 +63,7 @@ func (s *Sender) Add(spans ...Span) {
 	}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, spans...)
-	if len(s.waiting) > maxWaiting { // many at a time, as each drop copies the rest
+	if len(s.waiting) > maxWaiting { // drop many at a time, as each drop copies the rest
 		over := len(s.waiting) - maxWaiting*3/4
 		s.waiting = append([]Span(nil), s.waiting[over:]...)
 		s.dropped += over

@@ -65,7 +65,7 @@ func (w *Web) handler() http.Handler {
 	mux.HandleFunc("GET /{path...}", w.page)
 	streams := http.NewServeMux()
 	streams.HandleFunc("GET /-/live/{path...}", w.live)
-	streams.Handle("/", gzhttp.GzipHandler(mux)) // the events of streams are patches of a few hundred bytes
+	streams.Handle("/", gzhttp.GzipHandler(mux)) // not for streams: their events are patches of a few hundred bytes
 	return w.guarded(streams)
 }
 
@@ -168,7 +168,7 @@ func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 		cells[i] = [3]string{fleet.Clean(nodes[i].Name, 63), stateOf(&nodes[i]), runs}
 	}
 	rw.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(rw).Encode(cells) // the client is gone
+	_ = json.NewEncoder(rw).Encode(cells) // an error means that the client is gone
 }
 
 func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
@@ -183,7 +183,7 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	rw.WriteHeader(page.code)
-	_ = document(page).Render(r.Context(), rw) // the client is gone
+	_ = document(page).Render(r.Context(), rw) // an error means that the client is gone
 }
 
 // unitHistory is a unit's history, newest first, and the record's generation and retry when it was

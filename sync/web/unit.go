@@ -271,7 +271,7 @@ func commandsOf(u *unit) (all []command) {
 	}
 	if p := u.progress; p != nil {
 		abort := func(does string) {
-			if u.Record.CanGoBack() { // otherwise it only pauses
+			if u.Record.CanGoBack() { // otherwise abort only pauses the rollout
 				add(does, "kedge abort "+id)
 			}
 		}

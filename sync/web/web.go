@@ -104,7 +104,7 @@ func (w *Web) Run(ctx context.Context) error {
 		WriteTimeout: writeWithin, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 16 << 10,
 		ConnState:      (&conns.Limit{Max: maxConns}).Note,
-		BaseContext:    func(net.Listener) context.Context { return ctx }, // ends the streams
+		BaseContext:    func(net.Listener) context.Context { return ctx }, // the end of ctx ends the streams
 		ErrorLog:       slog.NewLogLogger(w.c.Log.Handler(), slog.LevelDebug),
 	}
 	var helpers sync.WaitGroup

@@ -37,7 +37,7 @@ func Rollout(p *deployments.Progress) string {
 	}
 	text := Transition(reason, facts)
 	if reason == "" {
-		text = OneLine(p.Message) // the record's mirror gave no code
+		text = OneLine(p.Message) // the mirror that wrote the record gave no code
 	}
 	if p.Phase == deployments.PhaseRolledBack {
 		text = strings.TrimSuffix(rolledBackPrefix+strings.TrimPrefix(text, rolledBackPrefix), ": ")
@@ -53,7 +53,7 @@ const rolledBackPrefix = "rolled back: "
 // Progress returns a rollout's phase, and why the rollout is in it.
 func Progress(p *deployments.Progress) string {
 	phase, text := Phase(p.Phase), strings.TrimPrefix(Rollout(p), rolledBackPrefix)
-	if strings.HasPrefix(text, phase+" ") { // as in frozen by, paused by
+	if strings.HasPrefix(text, phase+" ") { // as in "frozen by", "paused by"
 		return text
 	}
 	return strings.TrimSuffix(phase+": "+text, ": ")

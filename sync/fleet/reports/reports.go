@@ -44,8 +44,8 @@ type sized struct {
 
 // Read returns the reports among a view's entries, in the order of the entries. If the reports of a
 // role exceed MaxRole, it prefers live nodes to dead ones and, within each group, short reports to
-// long ones. So a few huge reports don't displace those of all other nodes. A report that it leaves
-// out has ErrTooMuch as its Err.
+// long ones. So a few huge reports don't displace those of all other nodes. The Err of a report
+// that it leaves out wraps ErrTooMuch.
 func (r *Reader) Read(entries []kv.Entry) []Report {
 	all := make([]Report, 0, len(entries))
 	for _, e := range entries {
@@ -72,7 +72,7 @@ func (r *Reader) Read(entries []kv.Entry) []Report {
 }
 
 // read parses reports in the given order, and takes those that haven't changed from was, the view before. It returns
-// false if a role passes MaxRole: that role's further reports get an ErrTooMuch.
+// false if a role passes MaxRole: the Err of that role's further reports wraps ErrTooMuch.
 func (r *Reader) read(order []*Report, was kv.ParseCache[sized]) bool {
 	known, parse := was.Next(len(order), parse)
 	sizes, full := map[deployments.RoleID]int{}, map[deployments.RoleID]error{}
