@@ -311,7 +311,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 }
 
 // gitAheadOfPin returns in words how many releases Git is ahead of the pin that decided for n. It
-// is empty if no pin did, or if the number is unknown.
+// is empty if no pin decided, or if the number is unknown.
 func gitAheadOfPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {
@@ -323,7 +323,7 @@ func gitAheadOfPin(u *Unit, n *Node, from policy.Source) string {
 	return ""
 }
 
-// Explanation is the JSON of kedge explain: a decision, and the report of its node.
+// Explanation is a decision, and the report of its node. Its JSON is the output of kedge explain --json.
 type Explanation struct {
 	Unit      deployments.UnitID     `json:"unit"`
 	Node      string                 `json:"node"`

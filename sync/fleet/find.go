@@ -101,7 +101,7 @@ func FindRelease(
 	)
 }
 
-// NodeUnits are the units of one node, as the JSON of kedge node.
+// NodeUnits are the units of one node. Their JSON is the output of kedge node --json.
 type NodeUnits struct {
 	Node  string     `json:"node"`
 	Units []NodeUnit `json:"units"`

@@ -43,8 +43,8 @@ type Bridged struct {
 // Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies
 // the manifest, which old scripts overwrite, to a key that doesn't change. The copy's pointer
 // becomes the unit's record or, if a mirror runs, its pin. A repeated event changes nothing; of two
-// concurrent ones the later wins. Under a mirror, it is an error if the unit has no record, or if
-// somebody else's pin hasn't expired, unless that pin names the same release.
+// concurrent ones the later wins. While a mirror runs, it is an error if the unit has no record, or
+// if somebody else's pin hasn't expired, unless that pin names the same release.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	if err := o.Naming.check(); err != nil {

@@ -129,7 +129,7 @@ func (a *acceptor) readAccepted(head string) {
 
 // readAcceptedUnsigned sets unvouched to the commit that the store holds, so that orders, pins and
 // rollouts go on. It does so only if the commit was refused for nothing but its signature, and
-// reports whether it was.
+// reports whether that is so.
 func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
@@ -410,7 +410,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 }
 
 // basis returns the commit that the store is reconciled with, nil if none is known. vouched reports whether the
-// commit's signature counts or is not required. If it isn't set, the commit is as recorded returns it.
+// commit's signature counts or is not required. If vouched isn't set, the commit is as recorded returns it.
 func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
 	switch {
 	case a.commit != nil:

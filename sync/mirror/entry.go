@@ -27,9 +27,9 @@ func openPins(pins []deployments.PastPin) []deployments.PastPin {
 	return slices.DeleteFunc(slices.Clone(pins), func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
 }
 
-// followPins returns the updated pins of a history entry. Pins that expired, or that the store no longer shows or shows
-// changed, have ended; new ones are added. shown are the unit's pins in the store, at most one for each node and one
-// for all. truncated reports whether there are more than an entry keeps.
+// followPins returns the updated pins of a history entry. A pin has ended if it expired, or if the store no longer
+// shows it or shows it changed. New pins are added. shown are the unit's pins in the store, at most one for each node
+// and one for all. truncated reports whether there are more than an entry keeps.
 func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deployments.PastPin, truncated bool) {
 	now = now.UTC().Truncate(time.Millisecond)
 	byNode := make(map[string]deployments.PastPin, len(shown))

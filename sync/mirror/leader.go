@@ -172,7 +172,7 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin makes the top folder keys, and reads the state that the last leader left at mirror/state. One that doesn't
+// begin makes the top folder keys, and reads the state that the last leader left at mirror/state. A state that doesn't
 // parse counts as none.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
@@ -319,7 +319,7 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsLogged is the number of conflicts in a row from which on they are reported. From the
+// conflictsLogged is how many conflicts in a row are needed before they are reported. From the
 // second on they are at least 0.8 s apart, however often the store changes. So conflictsLogged of
 // them take longer than watchLag, and a late watch doesn't explain them.
 const conflictsLogged = 9

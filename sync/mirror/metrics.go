@@ -73,8 +73,8 @@ func (m *metrics) countCommit(err error) {
 
 func (m *metrics) countOps(ops int) { m.keys.Add(float64(ops)) }
 
-// setLeading exports whether this mirror holds the lease. If it doesn't, it resets what setState
-// exported, as that may no longer be true.
+// setLeading exports whether this mirror holds the lease. If this mirror doesn't, setLeading resets
+// what setState exported, as that may no longer be true.
 func (m *metrics) setLeading(leading bool) {
 	m.leading.Set(oneIf(leading))
 	if !leading {

@@ -5,9 +5,9 @@
 // which passes a webhook on to the mirror that leads.
 //
 // The mirror is driven by state, not by events. After each wake-up (a push, a poll, a change of the
-// store, the clock) it takes the newest commit if it may, compares the last commit taken with what
-// the store holds, and writes the difference. So the next round finishes a commit that was written
-// in part, even by another mirror, and restores a record that was changed by hand.
+// store, the clock) it takes the newest commit if it may. Then it compares the last commit taken
+// with what the store holds, and writes the difference. So the next round finishes a commit that
+// was written in part, even by another mirror, and restores a record that was changed by hand.
 //
 // A commit is not taken if it contains any mistake, or if signers are configured and none has
 // signed it. A commit is also refused if it doesn't descend from the last commit taken, or if it

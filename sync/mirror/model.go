@@ -258,9 +258,9 @@ const maxBatch = 300 << 10
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
 // recordFor returns the record that a unit's file asks for, given the present record r (zero:
-// none). It is a new generation, open to every node, if r has generation 0 or was made to roll out
-// another release (see goal). Otherwise r is kept. In both cases After, Drift and Adopt are the
-// file's, and Orphaned is cleared.
+// none). The result is a new generation, open to every node, if r has generation 0 or was made to
+// roll out another release (see goal). Otherwise r is kept. In both cases After, Drift and Adopt
+// are the file's, and Orphaned is cleared.
 func recordFor(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{

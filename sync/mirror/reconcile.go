@@ -25,7 +25,8 @@ type inputs struct {
 	cells          map[deployments.UnitID]cell
 	own            map[deployments.UnitID]writtenRecord
 	orders         map[deployments.UnitID]order
-	// pins has the pins of whole units. Nil: they can't be read, and nodes follow them on their own.
+	// pins has the pins of whole units. Nil: they have not been read. If that is because they may not be, nodes follow
+	// them on their own.
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
 	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
@@ -82,8 +83,8 @@ func (in inputs) toPresentClock(at time.Time) time.Time {
 }
 
 // vanishTimes returns the times at which entries of a unit's nodes vanished that have not come
-// back. following is the time from which the mirror has watched for that without a gap; zero:
-// always or, while in.blind is set, not yet. All times are by the present clock.
+// back. following is the time from which the mirror has watched for that without a gap; zero: it
+// always has or, while in.blind is set, it has yet to begin. All times are by the present clock.
 func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
@@ -113,7 +114,7 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	return nodes
 }
 
-// pin returns what pins/ holds for a unit; nil: pins can't be read.
+// pin returns what pins/ holds for a unit; nil: in.pins is nil.
 func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 	if in.pins == nil {
 		return nil
@@ -185,9 +186,9 @@ const (
 )
 
 // removed returns the change for a record whose unit Git doesn't name: the record is removed if
-// kedge.yaml sets prune, or else marked as orphaned. It returns doNothing for a record that no
-// mirror wrote or that doesn't parse, while a write of this mirror is in flight, and without prune
-// for a record that is marked already.
+// kedge.yaml sets prune, or else marked as orphaned. It returns doNothing if no mirror wrote the
+// record, if the record doesn't parse, or while a write of this mirror is in flight. Without prune,
+// it also returns doNothing if the record is marked already.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || compareKey(c, own, known, in.now) == inFlight {
@@ -311,8 +312,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 }
 
 // lost returns the record to go on from if the store lost newer records of a unit. ok reports
-// whether it did. until is the end of the time that nodes have to report. known is the highest
-// generation in the store, its history included.
+// whether the store did. until is the end of the time that nodes have to report. known is the
+// highest generation in the store, its history included.
 func (in inputs) lost(
 	u deployments.Unit,
 	nodes []policy.Node,

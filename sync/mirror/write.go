@@ -66,7 +66,8 @@ func (w *written) unconfirmed() bool {
 }
 
 // lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. It is false while the
-// view is out of date. If the watch may still be late to show the write, lostState can't tell yet; at is when it can.
+// view is out of date, or if this mirror has yet to write there. If the watch may still be late to show the write,
+// lostState can't tell yet; at is when it can.
 func (w *written) lostState(state observedState, now time.Time) (lost bool, at time.Time) {
 	if !state.current || w.stateAt.IsZero() || bytes.Equal(state.value, encodeStatus(w.state)) {
 		return false, at

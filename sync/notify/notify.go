@@ -4,8 +4,9 @@
 // notified of. An event that a receiver didn't take is sent again with the same ID, even by the
 // next mirror. It is dropped once it was refused three times, or tried for a day.
 //
-// A slow or dead receiver delays no other. When it is back, it gets each unit's latest state, and
-// an event "started" for at most maxPast generations that it missed, but not each step on the way.
+// A slow or dead receiver delays no other. When a dead one is back, it gets each unit's latest
+// state, and not each step on the way. For at most maxPast generations that it missed, it gets an
+// event "started".
 package notify
 
 import (

@@ -23,7 +23,7 @@ type sample struct {
 	counts map[deployments.Digest]int
 }
 
-// othersDigest is no release's digest: a sample counts those without a colour of their own under it.
+// othersDigest is no release's digest. A sample counts the releases without a colour of their own under it.
 var othersDigest = deployments.Digest{1}
 
 const (

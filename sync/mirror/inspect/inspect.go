@@ -84,8 +84,8 @@ func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 
 // Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a digest
 // names the same manifest for ever. unread are manifests that could not be read or have no valid signature. For these a
-// retry may help: the release isn't there yet, or the storage is away. Both are sorted by place. Once unread has
-// maxUnread entries, one for each unit, Inspect begins no further reads.
+// retry may help: the release isn't there yet, or the storage is away. problems and unread are sorted by place. Once
+// unread has maxUnread entries, one for each unit, Inspect begins no further reads.
 func (r Releases) Inspect(
 	ctx context.Context,
 	s deployments.Settings,
