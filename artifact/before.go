@@ -49,7 +49,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	}
 	args, err := s.args(r, dest)
 	if errors.Is(err, ErrUntouched) {
-		return nil // the switch will fail because of it
+		return nil // the archive lacks the file of exclude_from, so that the switch will fail
 	}
 	if err != nil {
 		return err
@@ -103,7 +103,7 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if s.c.Before == "" || !safefs.Exists(s.keptTree()) {
 		return false, nil
 	}
-	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // the file of exclude_from lies in its tree
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // exclude_from names a file in r's tree
 		return false, err
 	}
 	dest, err := s.open(r, true)
@@ -210,8 +210,8 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes the failed release at aside. It only logs what something is mounted on: a mount
-// shall not prevent the restore.
+// discard removes the failed release at aside. If something is mounted in it, discard leaves that
+// and only logs it: a mount must not prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := safefs.RemoveTree(aside)
 	if errors.Is(err, safefs.ErrMounted) && m.c.Log != nil {

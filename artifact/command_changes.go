@@ -69,7 +69,8 @@ const (
 	typeOther fileType = "other"
 )
 
-// whole reports whether the commands made, replaced or removed the path with everything below it, not only changed it.
+// whole reports whether the commands made, replaced or removed the path with everything below it. It returns false if
+// they only changed the path's content or attributes.
 func (m *commandChange) whole() bool {
 	return m.What == "extra" || m.What == "type" || m.What == "missing"
 }
@@ -137,7 +138,7 @@ func writeChanges(file string, made []commandChange) error {
 }
 
 // recordBefore records the differences of a tree before its release's commands run, without those that commands caused
-// earlier. If there is a record already, the commands may have run, and been cut off: it is kept.
+// earlier. An existing record is kept, as the commands may have run since, and been cut off.
 func (f changeRecord) recordBefore(dir string, differences []Difference) error {
 	if safefs.Exists(f.before) {
 		return nil
@@ -218,7 +219,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []commandChang
 	return found
 }
 
-// changeAt describes what exists at a path; its Type is empty if nothing does, or if that can't be read.
+// changeAt describes what exists at a path. Type is empty if nothing exists there, or if lstat fails.
 func changeAt(root *os.Root, p string) commandChange {
 	m := commandChange{Path: p}
 	info, err := root.Lstat(p)
@@ -261,7 +262,7 @@ func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 
 var errTooLarge = errors.New("it is too large")
 
-// openRegular opens a regular file. It fails if something else lies at the path by then.
+// openRegular opens a regular file. It fails if anything else lies at the path.
 func openRegular(root *os.Root, p string) (*os.File, error) {
 	f, err := root.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -322,7 +323,7 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 
 // difference returns the first difference between m's path and how the commands left it, in a word of Difference.What;
 // empty: none. It compares content if its digest was recorded, and the owner if only that was changed. A path that
-// comesAndGoes may be missing, or have changed.
+// comesAndGoes may be missing, or have changed in all but its type.
 func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {

@@ -49,8 +49,8 @@ func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// RecordAfter records what the release's commands made, changed and removed in its tree, which belongs to the release
-// then. If the index is missing or damaged, nothing is recorded.
+// RecordAfter records what the release's commands made, changed and removed in its tree. From then on, these changes
+// belong to the release. If the index is missing or damaged, nothing is recorded.
 func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

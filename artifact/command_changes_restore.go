@@ -21,7 +21,7 @@ type restorer struct {
 	live *os.Root // nil: it is missing
 	// late makes carry leave paths alone that the new tree has already.
 	late bool
-	// inPlace is set if both trees are the same: a path that is as the commands left it stays.
+	// inPlace is set if tree and live are the same tree: a path that is as the commands left it stays.
 	inPlace bool
 }
 
@@ -62,8 +62,8 @@ func restoreChanges(dir, live string, made []commandChange) error {
 	return nil
 }
 
-// restoreLate carries over what was added to directories that the commands made while the release
-// was healed. By then the new tree at dir is live, and the tree that it replaced lies at old.
+// restoreLate carries over what was added, while the release was healed, to directories that the
+// commands had made. By then the new tree at dir is live, and the tree that it replaced lies at old.
 func restoreLate(dir, old string, made []commandChange) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
@@ -147,7 +147,7 @@ func (r *restorer) restore(m *commandChange) error {
 }
 
 // asLeft reports whether the live tree still has m's path as the commands left it. The type must be the same and, if a
-// digest was recorded, the content.
+// digest was recorded, the content. r.live must not be nil.
 func (r *restorer) asLeft(m *commandChange) bool {
 	if changeAt(r.live, m.Path).Type != m.Type {
 		return false
@@ -191,8 +191,8 @@ func (r *restorer) attributes(m *commandChange) error {
 	return r.tree.Chmod(m.Path, m.Mode)
 }
 
-// mode sets the mode of a file whose content is as the commands left it, by the record. If this
-// process may not do that, as with another user's file, Verify goes on reporting the mode. A file
+// mode sets a file's mode to the recorded one, if the file's content is as the commands left it. If
+// this process may not do that, as with another user's file, Verify goes on reporting the mode. A file
 // with another content, or whose content isn't recorded, is left alone: its application may have
 // replaced it, with a mode of its own.
 func (r *restorer) mode(m *commandChange) error {
@@ -217,7 +217,7 @@ func (r *restorer) mode(m *commandChange) error {
 }
 
 // link makes the symbolic link that the commands left. It makes the link under another name and
-// renames it, as something may be read through the link that is wrong.
+// renames it, so that a wrong link, through which something may be reading, is replaced at once.
 func (r *restorer) link(m *commandChange) error {
 	now := changeAt(r.tree, m.Path)
 	if now.Type == typeLink && now.Target == m.Target {
@@ -319,7 +319,7 @@ func (r *restorer) share(p string) error {
 }
 
 // keepOwners gives each path of a new tree the owner of the same path in the live one, if both are of the same type.
-// It is for releases that name no owner: their commands may have set owners.
+// It is for releases whose manifest names no owner: their commands may have set owners.
 func keepOwners(dir, live string) error {
 	tree, err := os.OpenRoot(dir)
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 // maxDictionary bounds, in bytes, the memory that an xz stream can make its decoder allocate. xz -9 needs 64 MiB.
 const maxDictionary = 64 << 20
 
-// foreign lists the magic numbers of formats that kedge does not read. Such an archive is refused, unless it is a zip
-// that zipFiles names: deployed as a single file, it would replace a whole tree.
+// foreign lists the magic numbers of formats that kedge does not read. An archive in one of these formats is refused:
+// deployed as a single file, it would replace a whole tree. A zip whose name ends as zipFiles says is deployed.
 var foreign = []struct{ magic, name string }{
 	{"PK\x03\x04", "zip"},
 	{"PK\x05\x06", "zip"},
@@ -41,7 +41,7 @@ var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 
 // decompress detects the compression by the first bytes of raw. It returns a reader of the decoded bytes, which fails
 // with errBomb beyond limit, and name without the compression's suffix. Uncompressed input is returned as it is,
-// without that bound. An archive of a foreign format is an error that names it. close frees the decoder.
+// without that bound. An archive of a foreign format is an error that names it. close frees the decoder; with an error it is nil.
 func decompress(
 	raw *bufio.Reader,
 	name string,

@@ -1,5 +1,6 @@
-// Package artifact publishes, fetches and keeps releases: trees of files. In object storage, each lies as one archive,
-// and on a node as one directory. Package archive has the formats of archive, index and delta.
+// Package artifact publishes, fetches and keeps releases: trees of files. In object storage a release is one archive,
+// and on a node it is one directory. Package archive defines the formats of archive, index and delta, and the frames
+// of an archive: the pieces that can be fetched and decoded alone.
 //
 // # Fetching
 //
@@ -12,30 +13,30 @@
 // synced in the background: the sync before the switch, which alone counts, then has little left to
 // do.
 //
-// There is no journal. With strategy release, the fetch after one that was cut finds what there is
-// by hashing it: files whole, large ones also by frame. With the other strategies, it starts again.
-// A delta of more than 4 MiB is fetched after the index, once it is known that the disk holds the
-// delta beside the tree. If it is cut, the next fetch resumes it. It is read once its hash is
-// right.
+// A fetch keeps no journal. With strategy release, the fetch after an interrupted one hashes what
+// that left on the disk: files whole, large ones also by frame. With the other strategies, it
+// starts again. A delta of more than 4 MiB is fetched after the index, if the disk has room for the
+// delta and the tree. If fetching the delta is interrupted, the next fetch resumes it. The delta is
+// read only after its hash was verified.
 //
-// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If this
-// was killed, or the storage went away, the next try fetches an archive of 16 MiB or more to a file
-// beside the tree. Each further try goes on where that file ends. For this, the object must have
-// the ETag of before, its server must keep to Range, and the disk must have room for archive and
-// tree. Otherwise the archive is streamed again. The file is unpacked once all of it has the
-// manifest's checksum. It is removed when the release is whole or refused, or when another archive
-// is fetched like this.
+// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If the
+// process was killed, or the storage went away, the next try fetches an archive of 16 MiB or more
+// to a file beside the tree. Each further try goes on where that file ends. For this, the object
+// must have the same ETag as before, its server must keep to Range, and the disk must have room for
+// archive and tree. If one of these fails, the archive is streamed again. The file is unpacked
+// after all of it was fetched and has the manifest's checksum. It is removed when the release is
+// whole or refused, or when another archive is fetched like this.
 //
 // If the node's configuration names mirrors, each object is asked for there first; a mirror that
 // failed within the last minute is asked last. What comes is used only if its hash is right, so any
 // place may give it. An archive without an index whose checksum is shorter than SHA-256 is read
 // only from its own URL.
 //
-// A file made of frames is not hashed a second time: the index names each frame, and a frame
-// decodes to one thing. That this is the content whose hash the index gives the file is up to who
-// packed it: publish takes both from the same bytes. If an index contradicts itself in this,
-// verifying the release names the file.
+// A file made of frames is not hashed a second time: the index has the hash of each frame, and a
+// frame always decodes to the same bytes. The index also has the file's own hash. Whoever packed
+// the archive must have taken both hashes from the same bytes, as publish does. If the two disagree
+// in an index, verifying the release reports the file.
 //
-// Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. Seen at most, with GOGC=50
-// as in the agent: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.
+// Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. The most that was measured,
+// with GOGC=50 as in the agent: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.
 package artifact

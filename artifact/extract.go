@@ -51,7 +51,7 @@ type extractor struct {
 	// checkOwner returns an error if an entry may not belong to a user and group; nil: any owner is
 	// allowed.
 	checkOwner func(uid, gid int) error
-	// uids and gids cache looked-up users and groups; -1: unknown here.
+	// uids and gids cache looked-up users and groups; -1: this machine doesn't know the name.
 	uids, gids map[string]int
 	manifest   *deployments.Manifest
 	// symlinks says where symbolic links may lead.
@@ -76,9 +76,9 @@ type attributes struct {
 	time     time.Time
 }
 
-// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take
-// precedence over numbers if they are known here, and a directory keeps set-group-id and the sticky
-// bit. If checkOwner refuses the owner, its error is returned.
+// attributesOf returns the owner, mode and time for an entry. As with tar, the name of a user or
+// group takes precedence over its number if this machine knows the name. A directory keeps
+// set-group-id and the sticky bit. If checkOwner refuses the owner, its error is returned.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -357,8 +357,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	return x.finish(name, a)
 }
 
-// parents makes the directories above an entry that no entry has made. They count towards the bound of entries, as one
-// long name may need many.
+// parents makes dir, the directory of an entry, and those above dir, unless they exist. Directories made here count
+// towards the bound of entries, as one long name may need many.
 func (x *extractor) parents(dir string) error {
 	if _, there := x.dirs[dir]; there || dir == "." {
 		return nil

@@ -22,7 +22,8 @@ const (
 	maxSpan     = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
 	spanGap     = 128 << 10 // so many unwanted bytes are cheaper to read than a second request
 	connections = 8
-	tries       = 4 // requests for a span that gain no frame, until another source is tried; a mirror gets one
+	// tries is how many requests in a row may bring no frame of a span until another source is tried; of a mirror, one.
+	tries = 4
 )
 
 // base is a release on disk to take unchanged files from; nil: none.
@@ -90,7 +91,7 @@ type fetch struct {
 	tree    *builder
 	old     *source        // nil: none
 	delta   *archive.Delta // nil: none
-	// large is a delta to fetch once it is known that the disk has room for it and the tree; nil: none.
+	// large is a delta that is fetched only if the disk has room for the delta and the tree; nil: none.
 	large *deployments.Delta
 	// only returns, by entry of the index, which files to make. If it is set, links are left out, and directories' modes
 	// aren't set. nil: all files are made.

@@ -127,7 +127,8 @@ func (f *fetch) fetchLarge(
 }
 
 // fetchLargeFrom fetches a delta from one source, and returns its complete file, open at the start. It resumes even
-// what another source sent. If the hash is wrong then, it fetches the whole delta, once.
+// what another source sent. If the hash of a resumed delta is wrong, it fetches the whole
+// delta, once.
 func (f *fetch) fetchLargeFrom(
 	ctx context.Context,
 	from object.Source,
@@ -166,7 +167,8 @@ func (f *fetch) fetchLargeFrom(
 	return file, nil
 }
 
-// copyRest copies a blob from an offset to its end. If that isn't at blob.Size, the error wraps deployments.ErrDigest.
+// copyRest copies a blob from an offset to its end. If the blob doesn't end at blob.Size, the error wraps
+// deployments.ErrDigest.
 func (f *fetch) copyRest(ctx context.Context, s object.Source, blob deployments.Delta, from int64, to io.Writer) error {
 	if from == blob.Size {
 		return nil
@@ -227,7 +229,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		if err == nil {
 			defer file.Close()
 			src, size = file, old.index.Entries[from].Size
-		} // otherwise nothing is read from the old file, and the patch is skipped below
+		} // if it can't be opened, src stays empty: a patch that needs the old file doesn't match, and is skipped
 	}
 	out := &patched{}
 	if !w.ready[i] {

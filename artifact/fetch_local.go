@@ -158,8 +158,9 @@ type sharing struct {
 	noClone *atomic.Bool
 }
 
-// newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into live trees then. Only
-// files of m's owner (none: of this process's user) are linked: a change of owner would change the live release.
+// newSharing returns a sharing that allows hard links if m is immutable, as nothing writes into the live tree of such a
+// release. Only files of m's owner are linked, or of this process's user if m names none: a change of owner would
+// change the live release.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := safefs.LookupOwner(m.Owner)
 	if uid == -1 {
@@ -174,7 +175,8 @@ func (s sharing) mayLink(info unix.Stat_t, e *archive.Entry) bool {
 		info.Mode&0o7777 == archive.UnixMode(e.Mode)
 }
 
-// takeLocal makes entry i if that needs no fetching. It is no error if the old release lacks what it should have.
+// takeLocal makes entry i if that needs no fetching. If the old release lacks content that its index has, takeLocal
+// makes nothing, and returns nil.
 func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	e := &w.index.Entries[i]
 	switch {
@@ -183,7 +185,7 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 		if !w.ready[i] && e.Sum == archive.EmptyDigest {
 			return w.writeFile(i, nil)
 		}
-	// ready is read last: if old has the content, no other goroutine uses it
+	// ready is read last: if old has the content, no other goroutine uses ready[i]
 	case old != nil && old.has(i) && !w.ready[i]:
 		n := int(old.matches[i])
 		if linked, err := w.linkKnown(i, n, old, share); linked || err != nil {
@@ -199,8 +201,8 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks copies into the large file of entry i the frames that the old release has, too. If the
-// file is whole then, it is marked as ready.
+// takeChunks copies into the large file of entry i the frames that the old release has, too. If
+// that makes the file whole, takeChunks sets ready[i].
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.Entries[i]
 	var to *os.File
@@ -265,12 +267,12 @@ func (r *sourceReader) hasContent(f oldFile, e *archive.Entry) bool {
 	return err == nil && sum == e.Sum
 }
 
-// copyFrom makes entry i from the file in f, which should have its content: by a hard link, a clone or a copy. If the
-// content differs or can't be read, it makes nothing, and returns nil.
+// copyFrom makes entry i from the file in f, which should have the entry's content: by a hard link, a clone or a copy.
+// If the content differs or can't be read, it makes nothing, and returns nil.
 func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
 	e, from := &w.index.Entries[i], f.fd
 	if w.partly(i) {
-		// It is hashed first, so that frames from an interrupted fetch are given up only for the complete file.
+		// The old file is hashed first: frames from an interrupted fetch are given up only for a file that is right.
 		if !old.hasContent(f, e) {
 			return nil
 		}
@@ -381,7 +383,7 @@ func (w *treeWorker) linkNamed(e *archive.Entry, from int, oldName string, befor
 		return nil, err
 	}
 	if unix.Linkat(from, oldName, dir, name, 0) != nil {
-		return nil, nil // the way with an open file finds out why
+		return nil, nil // the caller tries again with an open file, and learns the reason
 	}
 	var after unix.Stat_t
 	err = unix.Fstatat(dir, name, &after, unix.AT_SYMLINK_NOFOLLOW)
@@ -397,15 +399,16 @@ func (w *treeWorker) link(from int, e *archive.Entry) error {
 	if err != nil {
 		return err
 	}
-	// It links the descriptor, not the old name, where another file may lie by now. AT_EMPTY_PATH needs
-	// CAP_DAC_READ_SEARCH or, since Linux 6.10, that this process opened the file; the way by /proc always works.
+	// This links the descriptor, not the old name, where another file may lie by now. AT_EMPTY_PATH needs
+	// CAP_DAC_READ_SEARCH or, since Linux 6.10, that this process opened the file. Linking by /proc always works.
 	if err := unix.Linkat(from, "", dir, name, unix.AT_EMPTY_PATH); err == nil {
 		return nil
 	}
 	return unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(from), dir, name, unix.AT_SYMLINK_FOLLOW)
 }
 
-// read passes a file of known size to each, piece by piece, until the end or until each returns false.
+// read passes a file of known size to each, piece by piece, until the end or until each returns false. The pieces share
+// one buffer: each must not keep them.
 func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
 	for at := int64(0); at < size; {
 		data := r.buffer[:min(size-at, int64(len(r.buffer)))]

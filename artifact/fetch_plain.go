@@ -45,7 +45,7 @@ func extractFrom(
 			return nil
 		}
 		err := extract(ctx, s, m, dir, opt, checkOwner)
-		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // the tree alone may have room
+		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // without the spool, the tree may have room
 			if own = errors.Join(dropSpools(dir, ""), safefs.EmptyDir(dir)); own != nil {
 				return nil
 			}
@@ -175,7 +175,7 @@ func openPlain(
 	}{io.TeeReader(stream, meter), stream}, nil
 }
 
-// nameIn returns the last part of a URL's path; empty if src is no URL.
+// nameIn returns the last part of a URL's path; "." or "/" if the path has none, and empty if src is no URL.
 func nameIn(src string) string {
 	u, err := url.Parse(src)
 	if err != nil {

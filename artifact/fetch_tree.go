@@ -31,7 +31,7 @@ type builder struct {
 	withheld uint32
 
 	// ready says for each entry whether it is made and verified, or isn't wanted; for a directory, whether its mode is
-	// final. The goroutine that makes an entry sets its element; others read it once that goroutine has ended.
+	// final. The goroutine that makes an entry sets its element. Others may read the element after that goroutine ended.
 	ready []bool
 	// fetching says which entries writeFrame makes; selectMissingFrames sets it.
 	fetching []bool
@@ -221,8 +221,8 @@ func (b *builder) sweep() (kept []int, err error) {
 	return kept, err
 }
 
-// examine hashes the file of entry i. It keeps the file if its content is right, or else the right frames of a large
-// file without other hard links. Otherwise, or if the file can't be read, it removes the file.
+// examine hashes the file of entry i. It keeps the file if its content is right. It also keeps a file without other
+// hard links of which at least one frame is right. It removes any other file, and a file that can't be read.
 func (b *builder) examine(i int) error {
 	e := &b.index.Entries[i]
 	f, err := b.root.Open(e.Path)
@@ -244,8 +244,8 @@ func (b *builder) examine(i int) error {
 		}
 	}
 	useful := false
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 &&
-		info.Size() <= e.Size { // otherwise it may be hard-linked to a live release's file
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 && // a file with more links may be a live release's
+		info.Size() <= e.Size {
 		from, to := b.index.FramesOf(e)
 		for n := from; n < to; n++ {
 			if hashesTo(f, b.index.Frames[n].Start-e.Offset, b.index.Frames[n]) {
@@ -351,7 +351,7 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		if !w.fetching[i] {
 			continue
 		}
-		// If it can be written at once, ctx is ignored: what was fetched need not be fetched again because another
+		// If content can be written at once, ctx is ignored: what was fetched need not be fetched again because another
 		// request failed.
 		var err error
 		if !w.dirMade(i) {
@@ -387,7 +387,7 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 	return nil
 }
 
-// create creates a file, which must not exist, with its mode whatever the umask.
+// create creates the file of e, which must not exist, with e's mode whatever the umask.
 func (w *treeWorker) create(e *archive.Entry) (fd int, err error) {
 	fd, err = w.dirs.OpenFile(e.Path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.Mode.Perm()))
 	if err != nil || w.getsAllBits(e.Mode) {
@@ -415,7 +415,7 @@ func (w *treeWorker) discard(i int) error {
 	e := &w.index.Entries[i]
 	from, to := w.index.FramesOf(e)
 	for n := from; n < to; n++ {
-		if w.chunks[n] { // otherwise the frame may hold several files, whose goroutines read this element
+		if w.chunks[n] { // a false element isn't written: its frame may hold several files, whose goroutines read it
 			w.chunks[n] = false
 		}
 	}
@@ -442,7 +442,7 @@ func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	return errors.Join(l.file.Chmod(w.index.Entries[i].Mode), l.file.Close())
 }
 
-// openLargeFile returns the large file of entry i, which all workers open once.
+// openLargeFile returns the large file of entry i. The first worker that needs the file opens it, for all workers.
 func (w *treeWorker) openLargeFile(i int) (*largeOpen, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -30,7 +30,7 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 			return nil
 		}
 		if d.IsDir() && strings.Count(p, "/") >= archive.MaxLevels {
-			return fs.SkipDir // no release is so deep: its owner made it
+			return fs.SkipDir // no release is so deep: the tree's owner made it
 		}
 		info, err := d.Info()
 		if err != nil {

@@ -42,7 +42,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	if err != nil && !errors.Is(err, ErrNoRelease) {
 		return err
 	}
-	liveDir, _ := filepath.EvalSymlinks(r.link()) // even if its record is damaged
+	liveDir, _ := filepath.EvalSymlinks(r.link()) // found even if the live release's record is damaged
 	names, err := r.names()
 	if err != nil {
 		return err
@@ -99,7 +99,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		switch {
 		case isIndex && !strings.HasPrefix(name, unfinishedPrefix) && !protected(indexed[max(0, len(indexed)-12):]) &&
 			!safefs.Exists(filepath.Join(r.private(), indexed+recordSuffix)):
-			// it was killed before it wrote the record, or after it removed that
+			// staging was killed before it wrote the record, or remove after it removed the record
 			left = errors.Join(left, safefs.RemoveTree(filepath.Join(r.private(), name)))
 		case strings.HasSuffix(name, recordSuffix),
 			isIndex,

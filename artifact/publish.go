@@ -72,7 +72,8 @@ type PublishedDelta struct {
 	Version  string              `json:"version,omitempty"` // version of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is the number of bytes to fetch with a delta that was not published, as a node fetches no more without it.
+	// Dropped is the number of bytes to fetch with a delta that was made but not published, as a node fetches no more
+	// without it; 0: the delta was published.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 
@@ -91,7 +92,7 @@ const MaxSignature = 16 << 10
 // options give the same bytes, if Find finds the same releases. An object that exists with other
 // bytes is an error (object.ErrExists), except a signature that CheckSignature accepts. After an
 // interruption Publish can be run again: it takes the time of the release from the first run's
-// manifest. Therefore the signature, which covers that time, is uploaded last.
+// manifest. The signature covers that time, and is therefore uploaded after the manifest.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -178,7 +179,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	return out, nil
 }
 
-// publishedManifest is the manifest that is stored for this version already: mostly there is none. It is not trusted.
+// publishedManifest is the manifest that is stored for this version already, if any. It is not trusted.
 type publishedManifest struct {
 	raw      []byte
 	manifest *deployments.Manifest // nil: none that parses

@@ -30,10 +30,11 @@ const (
 type earlier struct {
 	pointer  deployments.Pointer
 	manifest *deployments.Manifest
-	named    bool // the caller named it: it is an error if it can't be used
+	named    bool // PublishOptions.Since names it: if it can't be used, that is an error
 }
 
-// earlier returns the releases to make deltas from, newest first: PublishOptions.Since or, if none, what is found.
+// earlier returns the releases to make deltas from, newest first: those of PublishOptions.Since or, if Since is empty,
+// those that findEarlier returns.
 func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	if len(p.opt.Since) == 0 {
 		return p.findEarlier(index)
@@ -163,8 +164,9 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: deployments.DigestOf(raw)}, manifest: m}, nil
 }
 
-// deltas makes a delta from each earlier release, and uploads it if nodes that run that release then fetch fewer bytes
-// than without it. costs has what they fetch. A release that can't be used is an error if named, else left out.
+// deltas makes a delta from each earlier release, and uploads it if nodes that run that release fetch fewer bytes with
+// the delta than without. costs says how much these nodes fetch. A release that can't be used is an error if the caller
+// named it; if not, it is left out.
 func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := deployments.DigestOf(made.Index)
 	found, err := p.earlier(index)
@@ -199,10 +201,10 @@ func (p *publisher) deltas(made archive.Packed) (deltas []deployments.Delta, cos
 // errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes the delta from an earlier release, and uploads it if nodes that run that release then
-// fetch fewer bytes. Otherwise, or if done has from, d is nil. from is the digest of the earlier
-// release's index. Of a release that was published with an index, only those files are fetched that
-// files of this one are patched from.
+// delta makes the delta from an earlier release, and uploads it if nodes that run that release fetch
+// fewer bytes with it. If they don't, or if done has from, d is nil. from is the digest of the
+// earlier release's index. If the earlier release has an index, delta fetches only the files that
+// the new release's files are patched from.
 func (p *publisher) delta(
 	e earlier,
 	made archive.Packed,

@@ -48,7 +48,7 @@ type Releases struct {
 	hashAlways bool
 	// step is called before and after changes on disk. Tests kill the process in it. May be nil.
 	step func(name string)
-	// places are the directories that enter has opened; nil: none are open.
+	// places are the directories that enter has opened; nil: enter has opened none.
 	places *heldPlaces
 }
 
@@ -112,8 +112,9 @@ func (r *Releases) WithBounds(within []string, owner string, checkOwner func(uid
 }
 
 // enter opens dest's parent, DEST.releases and its private directory for one call. in is a copy of r whose paths lead
-// through these directories, so that renaming a parent redirects nothing. If r has them open, in is r. leave closes
-// them. With create, missing ones are made; otherwise the error wraps ErrNoRelease if one is missing or a file.
+// through these directories, so that renaming a parent redirects nothing. leave closes them. If r has them open
+// already, in is r, and leave does nothing. With create, enter makes missing ones. Without create, a directory that is
+// missing or a file is an error that wraps ErrNoRelease.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.places != nil {
 		return r, func() {}, nil
@@ -187,7 +188,7 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-"    // trees that replace exchanged for others
+	healPrefix    = "heal-"    // the old directories that replace exchanged for staged ones
 	adoptedPrefix = "adopted-" // followed by a time
 	adoptedTime   = "20060102T150405.000000"
 	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or
@@ -257,7 +258,7 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 }
 
 // names returns the directory names of all releases that have a record. Those that were staged,
-// healed or switched to last come first.
+// healed or switched to most recently come first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {

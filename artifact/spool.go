@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	// archiveSuffix, followed by 12 hexadecimal digits that identify the archive, is appended to a directory's name. That
-	// is the name of the spool of the archive that is unpacked into the directory.
+	// archiveSuffix, followed by 12 hexadecimal digits that identify the archive, is appended to a directory's name to
+	// name the spool of the archive that is unpacked into the directory.
 	archiveSuffix = ".archive-"
 	// minSpooled is the size, in bytes, below which an archive is streamed again rather than spooled.
 	minSpooled = 16 << 20
@@ -29,7 +29,7 @@ const (
 
 // spool is a file that lets an interrupted fetch of an archive without an index be resumed. It lies beside the
 // directory that the archive is unpacked into. The first try streams the archive, and leaves the spool empty. If the
-// disk has room, a try that finds the spool appends to it, from where the last try ended. It unpacks the spool once
+// disk has room, a try that finds the spool appends to it, from where the last try ended. It unpacks the spool after
 // that is complete and has the right checksum.
 type spool struct {
 	path    string // empty: the archive gets no spool
@@ -62,8 +62,8 @@ func openSpool(dir string, o object.Object, checksum string) (spool, error) {
 // directory of a release that is being removed may have such a name.
 var spoolName = regexp.MustCompile(regexp.QuoteMeta(archiveSuffix) + `[0-9a-f]{12}$`)
 
-// dropSpools removes all spools beside dir except the file keep, including those of releases that were superseded
-// before they were complete.
+// dropSpools removes all spools beside dir except the file keep. Among them may be spools of other releases, which were
+// superseded before they were complete.
 func dropSpools(dir, keep string) error {
 	beside := filepath.Dir(dir)
 	entries, err := os.ReadDir(beside)

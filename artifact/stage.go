@@ -62,11 +62,11 @@ func (r *Releases) stage(
 	}
 	defer leave()
 	if rel, err := r.Find(p.Digest); err == nil {
-		return rel, r.setMode(rel) // a kill may have come before it
+		return rel, r.setMode(rel) // the staging may have been killed before it set the mode
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.changeRecord(nameOf(m.Version, p.Digest)).remove(); err != nil { // of an earlier tree
+	if err := r.changeRecord(nameOf(m.Version, p.Digest)).remove(); err != nil { // it is about an earlier tree
 		return nil, err
 	}
 	return r.stageAnew(ctx, p, m, raw, r.base(opt.Base), opt, false)
@@ -192,7 +192,7 @@ func (r *Releases) syncTree(ctx context.Context, staging string, tree fetchedTre
 			return addStats(ctx, staging, x, stats)
 		})
 	}
-	err = group.Wait() // which sets stats
+	err = group.Wait() // only after this is stats set
 	return stats, err
 }
 

@@ -21,7 +21,7 @@ import (
 // fileStat identifies a state of a file in which its content was written or hashed. Whoever writes to the file
 // changes its ctime, which only root can set. Zero: unknown.
 //
-// The device is not part of it, as it has another number after a reboot, and in each machine booted from an image.
+// The device number is left out: it may change with a reboot, and differs between machines booted from one image.
 type fileStat struct {
 	inode        uint64
 	mtime, ctime int64 // nanoseconds
@@ -42,7 +42,7 @@ func (s fileStat) sameContent(later fileStat) bool {
 // use.
 type knownFiles struct {
 	mu      sync.Mutex
-	stats   []fileStat // nil: none is known, and none is recorded
+	stats   []fileStat // nil: no file is known, and recordLink does nothing
 	changed bool
 }
 
@@ -132,7 +132,7 @@ func statTree(ctx context.Context, dir string, x *archive.Index) ([]fileStat, er
 	return stats, addStats(ctx, dir, x, stats)
 }
 
-// addStats is statTree for those files whose stats are still zero.
+// addStats is statTree for those files whose element of stats is still zero: it sets these elements.
 func addStats(ctx context.Context, dir string, x *archive.Index, stats []fileStat) error {
 	top, err := safefs.OpenDir(dir)
 	if err != nil {

@@ -253,9 +253,9 @@ func (r *Releases) adopt() error {
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// restore puts back what was at dest before kedge, and reports whether dest holds that now. If dest
-// is no link of kedge's, whatever lies there counts as put back, and nothing doesn't. Otherwise restore exchanges dest
-// for the tree or link that was kept last; if none was kept, it returns false.
+// restore puts back what was at dest before kedge, and reports whether dest holds that now. If dest is a link of
+// kedge's, restore exchanges it for the tree or link that was kept last, and returns false if none was kept. If dest is
+// no link of kedge's, restore leaves it as it is, and reports whether anything lies there.
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)
 	if errors.Is(err, ErrNoRelease) {
@@ -265,21 +265,21 @@ func (r *Releases) restore() (bool, error) {
 		return false, err
 	}
 	defer leave()
-	if err := r.adopt(); err != nil { // a kill may have come before it
+	if err := r.adopt(); err != nil { // the last switch may have been killed before it did this
 		return false, err
 	}
 	kept, err := filepath.Glob(globLiteral.Replace(filepath.Join(r.top(), adoptedPrefix)) + "*")
 	if err != nil {
 		return false, err
 	}
-	// The prefix may begin a version, too, but the name of its release ends in no time.
+	// A version may begin with the prefix, too, but its release's name doesn't end in a time.
 	kept = slices.DeleteFunc(kept, func(k string) bool {
 		_, err := time.Parse(adoptedPrefix+adoptedTime, filepath.Base(k))
 		return err != nil
 	})
 	slices.Sort(kept)
 	if !r.leadsHere(r.link()) {
-		// It was put back already if a kill came before the end.
+		// A restore that was killed after the exchange left kedge's link under the kept name.
 		for _, k := range kept {
 			if r.leadsHere(k) {
 				err = errors.Join(err, os.Remove(k))

@@ -173,7 +173,7 @@ func (s rsyncSwitcher) excludeFrom(r *Release) (string, error) {
 		return "", nil
 	}
 	file := filepath.Join(s.tree(r), from)
-	// rsync's exit status would be that of a failing disk, which is tried again for ever.
+	// For a missing file, rsync's exit status is that of a failing disk, and the deployment would be retried for ever.
 	if !safefs.Exists(file) {
 		return "", fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
 	}
@@ -186,7 +186,7 @@ func (s rsyncSwitcher) excludeFrom(r *Release) (string, error) {
 func rsyncPattern(p, suffix string) string {
 	pattern := "/" + rsyncEnds.Replace(p) + suffix
 	if !strings.ContainsAny(pattern, "*?[") {
-		return pattern // rsync takes a backslash literally then
+		return pattern // without wildcards, rsync takes a backslash literally
 	}
 	return "/" + rsyncLiteral.Replace(p) + suffix
 }
@@ -380,8 +380,8 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 }
 
 // excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's
-// path. It leaves out paths that rsync is to correct: those of which only the mode or owner is
-// restored afterwards, and files whose changed content is lost.
+// path. The caller removes the file. It leaves out paths that rsync is to correct: those of which
+// only the mode or owner is restored afterwards, and files whose changed content is lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
@@ -408,7 +408,7 @@ type itemized struct {
 	// found are differences at paths of the archive.
 	found []Difference
 	// unread are files of the same size as in the archive and with another time, whose content
-	// rsync hasn't compared. What says how their mode or owner differs; empty: not at all.
+	// rsync hasn't compared. Their field What is "mode" or "owner" if these differ, else empty.
 	unread []Difference
 	// extra are the first maxExtra paths that aren't in the archive, of which an application can make any number; more
 	// counts the others. Nothing in extra lies below another path in it.
@@ -447,7 +447,7 @@ func (i *itemized) addExtra(it item) {
 	for it.dir && below > 0 && strings.HasPrefix(i.extra[below-1].Path, it.Path+"/") {
 		below--
 	}
-	if below < len(i.extra) { // what was left out came after these, and thus lies in the directory, too
+	if below < len(i.extra) { // the paths that more counts came after these, and thus lie in the directory, too
 		i.extra, i.more = i.extra[:below], 0
 	}
 	if len(i.extra) >= maxExtra {
@@ -478,7 +478,7 @@ var (
 	itemEscape = regexp.MustCompile(`\\#[0-7]{3}`)
 )
 
-// parseItem parses a line of itemized. It returns an empty item for any other line.
+// parseItem parses a line of rsync's output with --out-format=%i/%n. It returns an empty item for any other line.
 func parseItem(line string) (it item) {
 	m := itemLine.FindStringSubmatch(line)
 	if m == nil {
@@ -507,7 +507,7 @@ func parseItem(line string) (it item) {
 	case flags[6] == 'o' || flags[7] == 'g':
 		it.What = "owner"
 	}
-	// Without --checksum, a file of the same size that a command has written, or only touched, shows its time alone.
+	// Without --checksum, if a command has written or touched a file and left its size, rsync shows only the new time.
 	it.unread = flags[0] == '>' && (it.What == "" || it.What == "mode" || it.What == "owner")
 	return it
 }

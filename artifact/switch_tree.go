@@ -18,8 +18,8 @@ import (
 	"kedge/deployments/durable"
 )
 
-// treeSwitcher is what the strategies rsync and mv share: trees unpacked at TREES/DIGEST, complete if that name
-// exists.
+// treeSwitcher is what the strategies rsync and mv share. A release's tree is unpacked in SwitcherConfig.Trees, and has
+// the name DIGEST only if it is complete.
 type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
@@ -125,7 +125,7 @@ func pruneCopies(parent *safefs.Place, r *Release, protect []deployments.Digest)
 // leaves no differences.
 func (t treeSwitcher) RecordBefore(context.Context, *Release) error { return nil }
 
-// RecordAfter does nothing with mv, for the same reason; rsyncSwitcher has its own.
+// RecordAfter does nothing with mv, as verify can't compare a moved tree. rsyncSwitcher overrides it.
 func (t treeSwitcher) RecordAfter(context.Context, *Release) error { return nil }
 
 // besideName returns the name under which r's tree is copied beside dest, before it gets dest's name.

@@ -28,13 +28,13 @@ type Switcher interface {
 	// Switch makes rel, which must be staged, live at dest.
 	Switch(ctx context.Context, rel *Release) error
 	// SwitchBack makes rel live again, however far the deployment of failed has come. It stages rel
-	// again if rel's tree is gone. dirty is set if a deployment that was superseded before may have
-	// changed dest, too.
+	// again if rel's tree is gone. The caller sets dirty if an earlier deployment, which was
+	// superseded, may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
-	// Keep stores what the strategy needs for Restore to put back what is at dest now. It is called before a deployment
-	// changes anything, while none of the unit's releases runs.
+	// Keep stores what the strategy needs for Restore to put back what is at dest now. The caller must call it before a
+	// deployment changes anything, and only while none of the unit's releases is live.
 	Keep(ctx context.Context, rel *Release) error
-	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
+	// Restore puts back what was at dest before the first release, rel. It returns true if dest then holds that.
 	Restore(ctx context.Context, rel *Release) (bool, error)
 	// IsLive reports whether dest holds rel. With rsync and mv, it only reports whether dest is a
 	// directory or a link to one; without src, it returns true.
@@ -47,8 +47,8 @@ type Switcher interface {
 	// RecordBefore records how rel's tree differs from its archive before rel's commands run, so
 	// that RecordAfter leaves these differences out. With rsync and mv, it records nothing.
 	RecordBefore(ctx context.Context, rel *Release) error
-	// RecordAfter records what rel's commands, up to the post commands, changed in rel's tree. From
-	// then on, these changes belong to the release. With mv, it records nothing.
+	// RecordAfter records what rel's commands, up to and including the post commands, changed in
+	// rel's tree. From then on, these changes belong to the release. With mv, it records nothing.
 	RecordAfter(ctx context.Context, rel *Release) error
 	// Verify returns how rel's tree differs from rel. What rel's commands changed is compared with
 	// how they left it. With strategy release, it reads rel's own directory; with rsync, dest. It
@@ -60,9 +60,9 @@ type Switcher interface {
 	// left are the remaining differences: those that only rel's commands can remove.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
 	// Prune removes what interrupted copies left beside dest, except complete copies of rel and of
-	// the releases in protect. With strategy release, it also removes stored releases. The live one
-	// and those in protect stay, and as many of the newest others as others says. Releases in drop
-	// are not among these others.
+	// the releases in protect. With strategy release, it also removes stored releases. It keeps the
+	// live one, those in protect and, of all others that aren't in drop, the newest. The parameter
+	// others is the number of these.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -70,8 +70,8 @@ type Switcher interface {
 type SwitcherConfig struct {
 	Objects *object.Client
 	Log     *slog.Logger // nil: discard
-	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Changes is one for records of what
-	// releases' commands made with rsync; empty: nothing is recorded.
+	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Changes is a private directory for
+	// records of what releases' commands made, with rsync; empty: nothing is recorded.
 	Trees, Changes string
 	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv;
 	// empty: it is not kept.
@@ -83,8 +83,8 @@ type SwitcherConfig struct {
 	// CheckOwner returns an error if a path of an archive may not get the owner that the archive
 	// gives it; nil: any owner is allowed.
 	CheckOwner func(uid, gid int) error
-	// HashAlways makes the Switcher hash each file of the old release before using it. Otherwise a file is trusted if its
-	// inode, size, mtime and ctime are the same as when it was last written or hashed.
+	// HashAlways makes the Switcher hash each file of the old release before using it. If it is false, a file is trusted
+	// if its inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
 	// Tool runs a system program, such as rsync, in the C locale. It returns at least the beginning
 	// and the end of the program's output. If all is not nil, Tool writes the whole output to all

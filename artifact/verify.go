@@ -80,7 +80,7 @@ type verifier struct {
 	seen  []fs.FileInfo
 	stats []fileStat
 	found []Difference
-	// made are paths that the release's commands made, which aren't extra, nor is what lies below them.
+	// made are paths that the release's commands made. Neither these paths nor paths below them count as extra.
 	made pathSet
 	// extra counts the paths in found that the index lacks, at most maxExtra; more counts such paths beyond these.
 	extra, more int
@@ -96,10 +96,10 @@ func (v *verifier) run(ctx context.Context) error {
 			return err
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // it was removed while the tree was read: missing, if it should be there
+			return nil // p was removed while the tree was read: if the index has it, it is reported as missing below
 		}
 		if unreadable(err) {
-			return nil // it is a directory: what should be in it is missing
+			return nil // p is a directory: what the index has in it is reported as missing below
 		}
 		if err != nil {
 			return err
@@ -115,7 +115,7 @@ func (v *verifier) run(ctx context.Context) error {
 		}
 		i := v.index.Find(p)
 		if i < 0 && d.IsDir() && isAbove(p, v.skip) {
-			return nil // it leads to a path that is skipped
+			return nil // p leads to a path that is skipped
 		}
 		if i < 0 {
 			v.addExtra(p)
@@ -237,7 +237,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 		return deployments.Digest{}, err
 	}
 	sum, err := hashSlowly(ctx, io.LimitReader(f, e.Size+1), v.limit,
-		v.buffer) // otherwise it might grow as long as it is read
+		v.buffer) // limited, as the file might grow as long as it is read
 	if err == nil && sum == e.Sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
 		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
 		v.stats[i] = statOf(&after)

@@ -15,8 +15,8 @@ import (
 )
 
 // Verify returns how a release's tree differs from its index or, if it was published without one,
-// from the list of hashes taken when it was staged. If that is missing or damaged, this is the only
-// difference, as no other can be known. Verify reads each file whose size is right, at most limit
+// from the list of hashes taken when it was staged. If the index or list is missing or damaged, the
+// only Difference is "index" at ".". Verify reads each file whose size is right, at most limit
 // bytes a second (0: no bound). It skips shared paths and mounts. What the release's own commands
 // made is compared with how they left it.
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {

@@ -37,9 +37,9 @@ func (d *Delta) Close() error {
 	return d.raw.Close()
 }
 
-// ReadDelta opens the delta that r reads, whose hash the caller has verified. It returns the delta, and the new index,
-// which the delta's first patch makes from oldIndex. Delta.Close closes raw; on an error ReadDelta does. The error
-// wraps ErrDelta, or ErrNotApplied if that patch does not match oldIndex.
+// ReadDelta opens the delta that r reads. The caller must have verified the delta's hash. ReadDelta returns the delta,
+// and the new index, which the delta's first patch makes from oldIndex. Delta.Close closes raw; if ReadDelta fails, it
+// closes raw itself. The error wraps ErrDelta, or ErrNotApplied if the first patch does not match oldIndex.
 func ReadDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *Delta, newIndex []byte, err error) {
 	d := &Delta{raw: raw}
 	defer func() {
@@ -98,8 +98,9 @@ func noEOF(err error) error {
 }
 
 // Next returns the entry of the new index that the next patch makes, and the entry of the old index that it patches
-// (-1: none). Both are -1 at the end. last is the entry that the call before returned, at first -1. entries and old
-// are the numbers of entries in the new and the old index.
+// (-1: none). Both are -1 at the end. The caller must apply that patch before it calls Next again. last is the entry
+// that the previous call returned, and -1 in the first call. entries and old are the numbers of entries in the new and
+// the old index.
 func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {
@@ -110,8 +111,9 @@ func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 }
 
 // Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match old, or
-// old can't be read, the error wraps ErrNotApplied. Sections may have been written by then, and reading the delta can
-// continue after the patch.
+// old can't be read, the error wraps ErrNotApplied. The delta can still be read on, after this patch. With any error,
+// some sections may have been written. If the delta is damaged, the error wraps ErrDelta; an error of w is returned as
+// it is.
 func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
 	var out []byte
@@ -149,8 +151,8 @@ type patchSection struct {
 
 // section reads the next section, which must produce n bytes.
 func (d *Delta) section(n int) (*patchSection, error) {
-	// The sections that kedge makes stay below these bounds: an op produces more bytes than it takes, a run at
-	// least one byte for two.
+	// The sections that kedge makes stay below these bounds: an op takes fewer bytes than it produces, and a run of
+	// two bytes produces at least one.
 	bounds := [4]int{n + 32, 2*n + 32, n, n}
 	var lengths [4]uint64
 	for i, max := range bounds {
@@ -225,7 +227,7 @@ func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 			return nil, extra.err
 		}
 	}
-	// Nothing may remain: otherwise many patches would give the same result.
+	// Nothing may remain: if unused bytes were allowed, many patches would give the same result.
 	if len(ops.rest)+len(runs.rest)+len(differ)+len(extra.rest) > 0 || same+other > 0 {
 		return nil, errors.New("a section has unused bytes")
 	}

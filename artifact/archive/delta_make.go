@@ -22,8 +22,8 @@ import (
 // larger, the new file comes from the archive.
 const maxPatched = 1 << 30
 
-// MakeDelta writes a delta from one release to another, both unpacked. It is an error if a file that it reads doesn't
-// match its index; it reads those that ChoosePatches returns.
+// MakeDelta writes a delta from one release to another, both unpacked, to w. It reads the files that ChoosePatches
+// returns. A file that doesn't match its index is an error, which wraps deployments.ErrDigest. progress may be nil.
 func MakeDelta(
 	ctx context.Context,
 	oldTree string,
@@ -146,8 +146,8 @@ func (x *Index) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf returns a path with # for each run of hexadecimal digits that are all decimal, or at least eight. These
-// change from build to build.
+// shapeOf returns a path with # in place of each run of hexadecimal digits that are all decimal, or that are at least
+// eight. Such runs change from build to build.
 func shapeOf(p string) string {
 	var b strings.Builder
 	for len(p) > 0 {
@@ -176,8 +176,8 @@ func isHex(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
 }
 
-// run makes the patches of jobs, and writes them in order. Files of one section are patched in parallel; of a larger
-// file, its sections are.
+// run makes the patches of jobs, and writes them in order. Files of one section are patched in parallel. A larger file
+// is patched when its turn to be written comes, its sections in parallel.
 func (m *deltaMaker) run(ctx context.Context, jobs []FilePatch) error {
 	type result struct {
 		job   FilePatch

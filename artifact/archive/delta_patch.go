@@ -21,7 +21,7 @@ const (
 // the time and memory. Most of what it misses is covered by the nearly equal bytes around it.
 type matcher struct {
 	old   []byte
-	slots []uint32 // place + 1
+	slots []uint32 // a place in old, plus 1; 0: empty
 	shift int
 }
 
@@ -33,7 +33,7 @@ func newMatcher(old []byte) *matcher {
 	size := bits.Len(uint(len(old) / stride * 3 / 2))
 	size = max(4, min(size, 26))
 	m := &matcher{old: old, slots: make([]uint32, 1<<size), shift: 64 - size}
-	// It goes backwards, so that the first of several equal places wins.
+	// The loop goes backwards, so that the first of several equal places wins.
 	for at := (len(old) - seedSize) / stride * stride; at >= 0 && len(old) >= seedSize; at -= stride {
 		m.slots[m.slot(old[at:])] = uint32(at) + 1
 	}
@@ -149,7 +149,8 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 }
 
 // follow compares the next 32 bytes, or those that are left, with the current place. If at least five eighths are
-// equal, it returns half of their number: no other place is searched for before that. Otherwise it returns 0.
+// equal, it returns half of their number: so many bytes the caller skips before it searches for another place. If fewer
+// are equal, it returns 0.
 func (s *sectionMaker) follow(scan, to, shift int) int {
 	there := scan + shift
 	if there < 0 || there >= len(s.old) {
@@ -180,8 +181,8 @@ func (s *sectionMaker) reach(begin, scan, shift int) int {
 	return cut
 }
 
-// split divides new[begin:scan] where the next place takes over. Up to cut, bytes are those of old at shift, changed.
-// Up to end they are extra bytes. From end on they belong to the next place, extended backwards.
+// split divides new[begin:scan] between the current place, at shift, and the next one. new[begin:cut] are changed bytes
+// of the current place, new[cut:end] are extra bytes, and new[end:scan] belong to the next place, extended backwards.
 func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, end int) {
 	cut, end = begin, scan
 	if aligned {

@@ -11,9 +11,9 @@
 //     and, on a directory, sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid
 //     and setgid files are refused when packing, and symbolic links out of the tree unless the manifest allows them.
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
-//     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames. From
-//     768 KiB on, one ends before an entry whose path's FNV-1a hash is divisible by four, and in any case at about
-//     2 MiB. So borders follow names, and stay where they were when one file grows.
+//     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames. A
+//     frame of 768 KiB or more ends before the next entry whose path's FNV-1a hash is divisible by four, and in any
+//     case at about 2 MiB. So borders follow names, and stay where they were when one file grows.
 //   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
 //     same compression, whatever the number of cores.
 //
@@ -38,7 +38,7 @@
 //	entries, frames   their numbers
 //	each entry, in the archive's order:
 //	  kind        0 file, 1 directory, 2 symbolic link, 3 hard link
-//	  shared      how many bytes its path shares with the path before it, as many as it can
+//	  shared      length, in bytes, of the longest common beginning of its path and the path before it
 //	  length, the rest of the path
 //	  mode
 //	  file:       size, SHA-256 (32 bytes), and, of an archive, gap: the bytes of the tar stream between the end of the
@@ -49,11 +49,11 @@
 //	  size        of the frame in the archive
 //	  2n or 2n+1  it decodes to n bytes
 //	  SHA-256     of the frame as it lies in the archive
-//	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
+//	  SHA-256     only if the number before is 2n+1: of the decoded bytes, all of which are one file's content
 //
 // The top directory has no entry. Every other directory has one, before what is in it; no path
-// leads through a link. Unless the manifest allows any, a symbolic link's target is relative, its
-// ".." come first and do not climb above the top. A path has at most 4,096 bytes, in at most 128
+// leads through a link. Unless the manifest allows any target, a symbolic link's target is relative,
+// and its ".." come first and do not climb above the top. A path has at most 4,096 bytes, in at most 128
 // parts of at most 255 bytes. All paths together have at most 64 MiB plus 32 times the size of the
 // index. A tree has at most 64 TiB, an index 4,194,304 entries and 512 MiB. A reader refuses
 // everything else before it makes a file.
@@ -72,8 +72,8 @@
 //	index's entry that is patched, or 0 for none; its patch
 //	0
 //
-// Files whose content the old release has, under whatever name, are not in it; others may be missing as well, and
-// come from the archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
+// Files whose content the old release has, under whatever name, are not in the delta. Others may be missing as well,
+// and come from the archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
 //
 //	lengths of four parts, then the parts:
 //	  ops         seek (signed varint: from where the section's last op stopped in the old file, at first 0), add, extra

@@ -95,8 +95,8 @@ func (x *Index) ArchiveSize() int64 {
 	return last.Offset + last.Size
 }
 
-// FramesOf returns the range of frames that hold a file's content, up to but not including the frame in to. It is empty
-// for an empty file. Of a list of hashes, which has no frames, it means nothing.
+// FramesOf returns the range of frames that hold a file's content: those from number from on, before number to. The
+// range is empty for an empty file. If x is a list of hashes, which has no frames, the result has no meaning.
 func (x *Index) FramesOf(e *Entry) (from, to int) {
 	if e.Size == 0 {
 		return 0, 0

@@ -14,8 +14,8 @@ import (
 )
 
 // DecodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than 64 MiB
-// and some 60 times their length. The result keeps every rule of the package comment but those for symbolic links'
-// targets: see CheckTargets. Any other index is an error that wraps ErrIndex.
+// plus some 60 times their length. An index that breaks a rule of the package comment is an error that wraps ErrIndex.
+// Only the rules for symbolic links' targets are left to CheckTargets.
 func DecodeIndex(data []byte) (*Index, error) {
 	if len(data) > MaxIndex {
 		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), MaxIndex)
@@ -144,7 +144,7 @@ func (x *Index) decodeEntries(r *cursor) (end int64, err error) {
 
 func (x *Index) decodeFrames(r *cursor, end int64) error {
 	var offset, start int64
-	within := 0 // the files among the entries before this one end by start
+	within := 0 // the files among x.Entries[:within] end at start or before
 	for i := range x.Frames {
 		f := &x.Frames[i]
 		f.Offset, f.Start = offset, start

@@ -8,16 +8,16 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Compression is how hard Pack compresses an archive, as an index into compressions. Every agent reads all of these.
+// Compression is how hard Pack compresses an archive, as an index into compressions. Every agent can read them all.
 type Compression uint8
 
 // CompressionDefault makes an archive about as large as one stream of zstd -3: see compressions.
 const CompressionDefault Compression = 0
 
-// compression is a named setting of the encoder, to which zstd's numeric levels map, too.
+// compression is a named setting of the encoder, which one of zstd's numeric levels can choose, too.
 type compression struct {
 	name string
-	// upTo is the highest of zstd's levels that maps to it.
+	// upTo is the highest of zstd's levels that chooses this compression.
 	upTo int
 	// usual is the level for most frames, incompressible the level for frames that hardly compress.
 	usual, incompressible zstd.EncoderLevel

@@ -46,7 +46,7 @@ type Packed struct {
 }
 
 // Pack writes the tree in dir to w as an archive. What a release can't contain is an error, such as a symbolic link
-// that symlinks doesn't allow. So is a file that changes while it is read.
+// that symlinks doesn't allow. So is a file that changes while it is read. progress may be nil.
 func Pack(
 	ctx context.Context,
 	dir string,
@@ -103,7 +103,7 @@ type part struct {
 	entry   int
 	header  bool
 	from, n int64
-	pad     bool // padding follows the n bytes, which may be none
+	pad     bool // padding follows the n bytes; n may be 0
 	end     bool // it is the archive's end
 }
 
@@ -402,8 +402,9 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 }
 
-// read reads a part of a file into raw, and returns the file's mtime. The error is ErrChanging if
-// the path isn't a regular file of the entry's size, or if the file changes meanwhile.
+// read reads a part of a file into raw, and returns the file's mtime. The error wraps
+// safefs.ErrChanging if the path isn't a regular file of the entry's size, or if the file changes
+// meanwhile.
 func (w *packWorker) read(e *Entry, part part) (mtime unix.Timespec, err error) {
 	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -50,9 +50,9 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// CheckTarget returns an error unless target can be a symbolic link's and leads from p to a path in the tree. With
-// SymlinksAny it may lead anywhere. Other links on its way need not be resolved: its ".." must come first, and only
-// real directories lie above p.
+// CheckTarget returns an error unless target can be the target of a symbolic link at p, and leads to a path in the
+// tree. With SymlinksAny it may lead anywhere. Other links on its way need not be resolved: its ".." must come first,
+// and only real directories lie above p.
 func CheckTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err

@@ -17,7 +17,7 @@ import (
 // 0. What a release can't contain is an error, but not a symbolic link that leaves the tree: see CheckTargets.
 func Scan(ctx context.Context, top *os.File) ([]Entry, error) {
 	s := &scanner{ctx: ctx, seen: map[inode]int{}}
-	// a descriptor with a read position of its own
+	// Another descriptor, as reading the directory must not move top's read position.
 	dir, err := safefs.OpenAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, safefs.PathError("open", top.Name(), err)

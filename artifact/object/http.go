@@ -263,5 +263,5 @@ func retryAfter(h http.Header) time.Duration {
 	if err != nil || seconds < 0 {
 		return 0
 	}
-	return min(time.Duration(min(seconds, math.MaxInt32))*time.Second, maxRetryAfter) // a longer one would overflow
+	return min(time.Duration(min(seconds, math.MaxInt32))*time.Second, maxRetryAfter) // more seconds would overflow
 }

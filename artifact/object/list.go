@@ -27,8 +27,8 @@ type Listed struct {
 }
 
 // List returns, in any order, objects whose URL begins with prefix, which must end in a slash. It returns up to most
-// of them; more is set if there are others. If there are none, that is no error. For gs:// and https:// the error is
-// ErrNoList. S3 needs s3:ListBucket, without which the error is ErrDenied.
+// of them; more is set if there are others. If no object is found, that is no error. For gs:// and https:// the error
+// wraps ErrNoList. S3 needs s3:ListBucket, without which the error wraps ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
 	if !strings.HasSuffix(prefix, "/") {
 		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", deployments.ShownURL(prefix))
@@ -104,7 +104,7 @@ func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int
 	s.requests.Add(1)
 	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {
 		switch {
-		case errors.Is(err, fs.ErrNotExist): // there are none, or it was removed meanwhile
+		case errors.Is(err, fs.ErrNotExist): // the prefix doesn't exist, or p was removed meanwhile
 			return nil
 		case err != nil:
 			return err

@@ -23,7 +23,7 @@ type metered struct {
 	left   time.Duration // time left for the rest of the current stallLeast bytes
 	since  int           // how many of the current stallLeast bytes have come
 
-	limited time.Duration // how long the bandwidth limit has held it up
+	limited time.Duration // how long the bandwidth limit has delayed reads
 }
 
 func (m *metered) Close() error { return m.r.Close() }

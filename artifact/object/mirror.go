@@ -21,7 +21,7 @@ const (
 	mirrorTries     = 2
 	mirrorStall     = 3 * time.Second
 	mirrorLeastRate = 64 << 10 // bytes a second
-	// mirrorPause is how long a mirror that failed is tried only after all other places.
+	// mirrorPause is how long a mirror that failed is tried only after the object's own place and the other mirrors.
 	mirrorPause = time.Minute
 )
 
@@ -172,9 +172,9 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 	return own
 }
 
-// ReadPinned reads an object of at most max bytes from its mirrors or its own place, and returns the first bytes that
-// check accepts. check compares them with a known digest or signature, and returns an error for any others. With an
-// error, out means nothing.
+// ReadPinned reads an object of at most max bytes from its mirrors or its own place, one after the other, until check
+// accepts the object's bytes, and returns these. check must compare them with a known digest or signature, and return
+// an error for any others. With an error, the caller must not use out.
 func (c *Client) ReadPinned(
 	ctx context.Context,
 	url string,

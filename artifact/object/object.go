@@ -27,7 +27,7 @@ var (
 	// ErrUnavailable means that the storage, or the network to it, fails: the same call may succeed later, and the
 	// release is not to blame.
 	ErrUnavailable = errors.New("the storage is unavailable")
-	// ErrCredentials means that AWS credentials could not be got, so that no request was sent. Such an error is
+	// ErrCredentials means that AWS credentials could not be got, so that no request was sent. Such an error matches
 	// ErrUnavailable, too: an instance's role takes a moment at boot.
 	ErrCredentials = errors.New("no AWS credentials")
 	ErrNotFound    = errors.New("no such object")
@@ -62,8 +62,8 @@ type Config struct {
 	// allows any. In any case a redirect from https must lead to https, and one from another machine never leads to this
 	// one.
 	Redirect func(url string) error
-	// Sources are URLs, or prefixes of URLs. Plain http is read from another machine only if the URL is one of these or
-	// lies below one.
+	// Sources are URLs, or prefixes of URLs. Plain http is read from another machine only if the URL is in Sources or
+	// lies below a URL of Sources.
 	Sources []string
 	// NoLocal refuses connections to loopback, link-local and similar addresses, whatever name leads there. It applies to
 	// http:// and https:// URLs that Sources doesn't name, and not to connections through a proxy.
@@ -76,7 +76,7 @@ type Config struct {
 // Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown) with
 // backoff, up to seven tries without progress, or two from a mirror. Between seven tries it pauses for some 6 seconds
 // in all, or longer if the server says so. After the last try the error wraps a sentinel of this package if one fits.
-// Without Config.S3, AWS's own environment, profile or instance role counts when the first s3:// URL is used.
+// Without Config.S3, AWS's own environment, profile or instance role is read when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -113,7 +113,7 @@ type PutOptions struct {
 	Progress func(sent int64)
 }
 
-// store is one kind of storage. Each method makes one try, but for the parts of a multipart upload.
+// store is one kind of storage. Each method makes one try; only a part of a multipart upload is tried again.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
 	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. If the server
@@ -221,7 +221,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", deployments.ShownURL(text))
 }
 
-// Stat returns an object's description. An object whose size an http server doesn't announce is read for that.
+// Stat returns an object's description. If an http server doesn't announce the size, the whole object is read for it.
 func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -306,8 +306,8 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		b.progress = func(int64) {}
 	}
 	err = c.retry(ctx, "put "+deployments.ShownURL(url), func() error {
-		// That spares sending what is there. S3 says ErrDenied of a missing object to who may not list the bucket. Then
-		// only a conditional put keeps an object that may be there.
+		// The stat spares sending an object that exists. To a caller who may not list the bucket, S3 denies access to a
+		// missing object. After that, only a conditional put keeps an object that may exist.
 		switch _, err := s.stat(ctx, u); {
 		case err == nil:
 			return errOccupied

@@ -33,7 +33,7 @@ type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails permanently, or has failed Client.maxTries times, or
 // until ctx has ended. what names the call in the log. A transient error becomes ErrUnavailable. If
-// ctx ends in a pause, the cause of ctx is the error.
+// ctx ends in a pause, retry returns the cause of ctx.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {

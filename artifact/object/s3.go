@@ -116,7 +116,7 @@ func checkAWSFiles() error {
 
 // s3Client returns the client for requests to S3. It keeps the transport of AWS's configuration, which knows of
 // AWS_CA_BUNDLE. AWS's own client follows redirects to anywhere without end; this one follows only 307 and 308, and
-// checks and bounds these. Credentials are fetched by AWS's own client: an instance's are at a link-local address.
+// checks and bounds these. Credentials are fetched by AWS's own client, as an instance's role has a link-local address.
 func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 	buildable, ok := made.(*awshttp.BuildableClient)
 	if !ok {
@@ -129,7 +129,7 @@ func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 		case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 			return check(r, via)
 		}
-		return http.ErrUseLastResponse // s3Error tells what it says, such as the bucket's region
+		return http.ErrUseLastResponse // s3Error reports what the answer says, such as the bucket's region
 	}
 	return client
 }
@@ -137,7 +137,7 @@ func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 type s3Store struct {
 	client *s3.Client
 	retry  retry
-	// unconditional is set if a put doesn't ask the storage to keep an existing object.
+	// unconditional is Config.UnconditionalPut.
 	unconditional bool
 }
 
@@ -172,7 +172,7 @@ func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 		&s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u), Range: aws.String(firstByte)},
 	)
 	var api smithy.APIError
-	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // it is empty
+	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // the object is empty
 		out, err := s.client.HeadObject(ctx,
 			&s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)})
 		if err != nil {
@@ -226,7 +226,7 @@ func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int6
 			out.Body.Close()
 			return nil, 0, ErrChanged
 		}
-		before = offset // it ignores Range
+		before = offset // the server ignores Range
 	}
 	return out.Body, before, nil
 }
@@ -284,7 +284,7 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 			n := min(size, b.size-offset)
 			number := int32(i + 1)
 			var out *s3.UploadPartOutput
-			// each part by itself, or else all others would be sent again
+			// Each part is retried by itself, so that the others aren't sent again.
 			err := s.retry(groupCtx, "put a part of "+deployments.ShownURL(u.String()), func() (err error) {
 				out, err = s.client.UploadPart(groupCtx, &s3.UploadPartInput{
 					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,

@@ -29,7 +29,7 @@ func s3Error(err error) error {
 	if err == nil {
 		return nil
 	}
-	// Before the answer is looked at: it may be the metadata service's, or STS's, and no word of S3's on the object.
+	// This comes before the answer is examined, which may be the metadata service's or STS's, and not S3's.
 	if _, why, is := strings.Cut(err.Error(), "get credentials: "); is {
 		why = strings.TrimPrefix(why, "failed to refresh cached credentials, ")
 		return &transientError{
@@ -63,7 +63,7 @@ func s3Error(err error) error {
 	if asAPI {
 		message = strings.TrimSpace(api.ErrorCode() + " " + safetext.Clip(safetext.Printable(api.ErrorMessage()), maxMessage))
 		switch api.ErrorCode() {
-		case "AccessDenied", "Forbidden": // the latter where the answer has no body
+		case "AccessDenied", "Forbidden": // Forbidden if the answer has no body
 			if strings.Contains(strings.ToLower(api.ErrorMessage()), "kms") {
 				return fmt.Errorf(
 					"%w: %s answered %s: the policy of the KMS key, or the role's, doesn't allow the use of that key",

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrChanging means that a file changed while it was read.
+// ErrChanging means that a file changed while it was read, or is not of the type or size that its reader expects.
 var ErrChanging = errors.New("it changed while it was read")
 
 // Dirs opens the files of one tree relative to descriptors of their directories. For consecutive files of a directory
@@ -17,7 +17,7 @@ var ErrChanging = errors.New("it changed while it was read")
 // be reached. A tree of 44,567 files took 0.26 of the system calls of os.Root, and 0.35 when files were linked. Not
 // safe for concurrent use.
 type Dirs struct {
-	Top  *os.File // the tree; its opener closes it
+	Top  *os.File // the tree; Close leaves it open
 	path string   // path of the innermost open directory
 	open []level
 }
@@ -107,7 +107,8 @@ func (d *Dirs) Mkdir(p string, mode uint32) error {
 	return PathError("mkdir", p, unix.Mkdirat(dir, name, mode))
 }
 
-// Chmod sets the mode of a path that the caller made, and that is no symbolic link.
+// Chmod sets the mode of a path. The caller must have made what lies there, and it must not be a symbolic link, which
+// Chmod would follow.
 func (d *Dirs) Chmod(p string, mode uint32) error {
 	dir, name, err := d.At(p)
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package safefs works on files below a directory that others may change meanwhile. They can't lead it out of there:
+// Package safefs works on files below a directory that other users may change meanwhile. These users can't make it work
+// on files outside of that directory:
 //
 //   - Place is a directory that is held open. It was reached through no symbolic link that an untrusted user could have
 //     put there. PlaceOptions says whose directories may lead to it.

@@ -22,7 +22,7 @@ func LookupOwner(owner string) (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-// LookupUID returns the number of the user name.
+// LookupUID returns the ID, in decimal, of the user called name.
 func LookupUID(name string) (uid string, err error) {
 	u, err := user.Lookup(name)
 	if err != nil {

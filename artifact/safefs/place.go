@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnsafe means that dest leads out of where it may be, or that users who aren't trusted could redirect it. Nothing
-// is done there until dest, or its directories' owners and modes, are put right.
+// ErrUnsafe means that dest leads out of where it may be, or that users who aren't trusted could redirect it. Whoever
+// operates the node must put dest, or the owners and modes of its directories, right.
 var ErrUnsafe = errors.New("dest is not safe to write to")
 
 // maxLinks bounds the symbolic links on the way to a directory, as the kernel does.
@@ -32,7 +32,8 @@ type Place struct {
 }
 
 // trust says whose links and directories may lead to a place: root's, this process's user's (self), and those of the
-// owner of / (top). Below bounds owner may own directories, too (-1: none); without bounds anybody may.
+// owner of / (top). Directories below bounds may also belong to the user owner (-1: none). Without bounds, directories
+// may belong to anybody.
 type trust struct {
 	self, top int
 	owner     int
@@ -134,8 +135,8 @@ func (p *Place) OpenPrivate(name string, create bool) (*Place, error) {
 	return below, nil
 }
 
-// MakePrivate makes an empty directory that others may move but not enter, and opens it. What an earlier run left
-// under its name is removed.
+// MakePrivate makes an empty directory that others may move but not enter, and opens it. It first removes what lies
+// under that name, such as what an earlier run left.
 func (p *Place) MakePrivate(name string) (*Place, error) {
 	if err := RemoveTree(p.Path(name)); err != nil {
 		return nil, err
@@ -179,8 +180,8 @@ func (t trust) has(uid uint32) bool {
 	return uid == 0 || int(uid) == t.self || int(uid) == t.top
 }
 
-// replaceable reports whether untrusted users can replace an entry of the directory dir. In a sticky one only the
-// entry's owner and the directory's can.
+// replaceable reports whether untrusted users can replace an entry of the directory dir. In a sticky directory only the
+// entry's owner and the directory's owner can.
 func (t trust) replaceable(dir, entry *unix.Stat_t) bool {
 	return t.plantable(dir) && (dir.Mode&unix.S_ISVTX == 0 || !t.has(dir.Uid) || !t.has(entry.Uid))
 }

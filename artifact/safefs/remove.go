@@ -24,8 +24,9 @@ const maxOpenLevels = 64
 // RemoveTree removes the tree at path, even if its owner may not write into its directories. It
 // follows no symbolic link, and never crosses a mount point, including bind mounts of the same file
 // system. Mount points and the directories above them stay. The error names the first three paths
-// that could not be removed, and one more if these are all mount points, or none is. It wraps
-// ErrMounted if any is; ExceptMounts returns the others. A missing tree is no error.
+// that could not be removed. If these three are all mount points, it also names the first other
+// path; if none of them is, the first mount point. It wraps ErrMounted if it names a mount point;
+// ExceptMounts returns the other failures. A missing tree is no error.
 func RemoveTree(path string) error {
 	_, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG) {
@@ -174,8 +175,8 @@ func (r *remover) empty(d *os.File, path string, level int) {
 	}
 }
 
-// openBelow opens the directory name in dir for reading. It follows no link and crosses no mount. If its mode keeps
-// the owner from reading or changing the directory, it is set to 0700.
+// openBelow opens the directory name in dir for reading. It follows no link and crosses no mount. If the directory's
+// mode keeps its owner from reading or changing it, openBelow sets the mode 0700.
 func openBelow(dir int, name string) (fd int, err error) {
 	path, err := openInMount(dir, name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {

@@ -176,7 +176,7 @@ func Random(seed byte, n int) []byte {
 	return data
 }
 
-// proseTexts has the longest text that Prose has made of each seed: under the race detector making one is slow.
+// proseTexts has the longest text that Prose has made of each seed, as making a text is slow under the race detector.
 var proseTexts sync.Map
 
 // Prose returns n bytes that compress well, as text does. A shorter text of a seed is the beginning of a longer one.
@@ -265,7 +265,7 @@ func MakeDeep(t *testing.T, top string, levels int) {
 	unix.Close(fd)
 }
 
-// TempDir is t.TempDir for trees with directories that only root could empty as they are.
+// TempDir is t.TempDir for trees with directories whose modes keep all but root from emptying them.
 func TempDir(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -303,8 +303,9 @@ func MountTmpfs(t testing.TB, dir, options string) {
 		t.Fatalf("mounting a small file system: %v", err)
 	}
 	t.Cleanup(func() {
-		// It goes when nobody holds it any more: the kernel lets go of an image on it some time after the image's own
-		// unmount, and not at all while a machine that another test boots has copies of all mounts.
+		// A detached mount ends when nothing uses it any more. A plain unmount would fail: the kernel releases an image on
+		// dir only some time after the image's own unmount, and not while a machine that another test boots has copies of
+		// all mounts.
 		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
@@ -329,7 +330,7 @@ func BindMount(t *testing.T, path string) (file string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // wherever the directory has gone
+	t.Cleanup(func() { // finds the mount even if the test has moved the directory
 		mounts, err := os.ReadFile("/proc/self/mountinfo")
 		if err != nil {
 			t.Error(err)
