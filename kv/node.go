@@ -14,8 +14,8 @@ type Namer interface {
 	NodeName(ctx context.Context) (string, error)
 }
 
-// ErrTokenUnknown is an ErrDenied: this machine's Consul agent doesn't know the token. It caches
-// that answer for half a minute, while the servers may already know a new token.
+// ErrTokenUnknown is an ErrDenied: this machine's Consul agent doesn't know the token. The agent
+// caches that for half a minute, while the servers may already know a new token.
 var ErrTokenUnknown = fmt.Errorf("unknown token: %w", ErrDenied)
 
 // Maintainer is a Store whose nodes offer services, so that it can take a node out of service.

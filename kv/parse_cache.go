@@ -13,9 +13,9 @@ type parsedValue[T any] struct {
 	err    error
 }
 
-// Next returns the cache for the watch's next view, and a function that parses an entry of that view and caches it. For
-// an unchanged value the function returns the earlier result or error. size is about how many entries there are. The
-// new cache lacks keys for which the function isn't called.
+// Next returns the cache for the watch's next view, and a function that parses an entry of that view with parse and
+// caches it. For an unchanged value the function returns the earlier result or error. size is about how many entries
+// the view has. The new cache lacks keys for which the function isn't called.
 func (p ParseCache[T]) Next(size int, parse func(value []byte) (T, error)) (ParseCache[T], func(Entry) (T, error)) {
 	next := make(ParseCache[T], size)
 	return next, func(e Entry) (T, error) {

@@ -24,16 +24,17 @@
 // Absence is the dangerous answer. Consul lists nothing to a token that may not read, and a server that is isolated or
 // behind can answer with less than there is. So a Watch takes a key for absent only if the answer has the folder key of
 // the watched prefix, and Consul left nothing out of it. The folder key of pins/prod/web/ is that prefix itself, with
-// an empty value: see EnsureFolders. Whatever looks like a step back is first confirmed by the leader. The directory
-// needs neither folder keys nor that. During an error a View keeps what was last known, and Err says what is wrong.
+// an empty value: see EnsureFolders. Whatever looks like a step back is first confirmed by the leader. The watched
+// directory needs neither folder keys nor a leader. During an error a View keeps what was last known, and Err says what
+// is wrong.
 // Watch never gives up: it tries again, with Consul after a backoff with jitter.
 //
 // # What a writer may rely on
 //
 // A Commit happens whole or not at all. ErrConflict, ErrDenied, ErrLeaseLost and ErrTooLarge mean that it didn't
-// happen; after ErrUnavailable, or if its context ended, the outcome is unknown, so read again. A Commit under a Lease
-// is checked against it where it is applied, so a holder that lost it unnoticed writes nothing. Lease.Context only
-// saves such a holder the work.
+// happen; after ErrUnavailable, or if its context ended, the outcome is unknown, so read again. The store applies a
+// Commit under a Lease only if the lease is held at that moment. So a holder that lost its lease without noticing
+// writes nothing. Lease.Context only spares such a holder useless work.
 package kv
 
 import (
@@ -49,7 +50,7 @@ var (
 	ErrConflict = errors.New("the key was changed meanwhile")
 	ErrDenied   = errors.New("permission denied")
 	ErrNoFolder = errors.New("no such folder") // an ErrDenied: no right to read the folder key, or no mirror has made it
-	// ErrEmpty is an ErrNoFolder whose folder key the token may read: there is none. It makes messages more exact.
+	// ErrEmpty is an ErrNoFolder, too: the token may read the folder key, which doesn't exist. It makes messages exact.
 	ErrEmpty       = errors.New("the folder holds no key yet")
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")
@@ -102,7 +103,7 @@ type Op struct {
 	Version uint64
 }
 
-// OpKind is what an Op does, and on which condition. If that fails, Commit returns ErrConflict.
+// OpKind is what an Op does, and on which condition. If the condition fails, Commit returns ErrConflict.
 type OpKind int
 
 const (
@@ -129,28 +130,29 @@ type Store interface {
 	Get(ctx context.Context, key string) (Entry, error)
 
 	// List reads every key below prefix, with Consul from the leader, sorted, without folder keys. prefix ends in "/"
-	// or is empty. With Consul, a list is ErrDenied if the token may not read all of its keys, or if it has neither an
-	// entry nor prefix's folder key. Without the folder key that error is ErrNoFolder, too. It is also ErrEmpty if
-	// nothing was left out, and the token may read the folder key. More than MaxListBytes is ErrUnavailable and
-	// ErrTooLarge.
+	// or is empty. With Consul, the error is ErrDenied if the token may not read all of these keys, or if there is
+	// neither an entry nor prefix's folder key. If the folder key is missing, that error is ErrNoFolder, too. It is also
+	// ErrEmpty if nothing was left out, and the token may read the folder key. More than MaxListBytes is ErrUnavailable
+	// and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
-	// Watch calls f with a first view as soon as there is one. Until ctx ends, it does so after every change of
+	// Watch calls f with a first view as soon as there is one. Until ctx ends, it calls f again after every change of
 	// entries, folders or the kind of Err. One call ends before the next begins. If the first reads fail, the first
 	// view has Err and isn't Synced. Changes that come together may be seen as one: Watch tells state, not events. It
 	// returns ctx's error or, if prefix is invalid, an error at once.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
-	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a lease,
-	// nothing is applied unless the lease is held at that moment; otherwise the error is ErrLeaseLost. More than MaxOps by
-	// their Cost, or more than some 370 KiB of values, are ErrTooLarge; each key may occur once. Writing the value that is
-	// there already wakes no watch. After ErrUnavailable, or if ctx ended, the outcome is unknown: read again.
+	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. lease is nil
+	// or a lease of this store. If that lease isn't held when the ops are to be applied, the error is ErrLeaseLost. More
+	// than MaxOps by their Cost, or more than some 370 KiB of values, are ErrTooLarge; each key may occur once. Writing
+	// the value that is there already wakes no watch. After ErrUnavailable, or if ctx ended, the outcome is unknown: read
+	// again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
 	// Lease waits until it holds the lease at key. holder is shown to people, as the field "holder" of the key's JSON
-	// value. Consul takes a ttl of 10 s to 24 h. Without a heartbeat it may take twice the ttl to give a dead holder's
-	// lease to another. Lease waits as long as the store is unavailable, but another error, such as ErrDenied, ends it at
-	// once. A lease stays held when ctx ends later.
+	// value. Consul takes a ttl of 10 s to 24 h; a directory takes any positive ttl, and ignores it. Without a heartbeat
+	// Consul may take twice the ttl to give a dead holder's lease to another. Lease waits as long as the store is
+	// unavailable, but another error, such as ErrDenied, ends the wait at once. A lease stays held when ctx ends later.
 	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
 
 	// Presence returns a Presence, which ties entries to the life of this process on the named node, until it is closed.
@@ -216,7 +218,7 @@ type Lease interface {
 	// answer: at the latest one ttl after the last successful renewal was sent. If the process was suspended longer, it
 	// ends soon after the process goes on; a Commit fails at once.
 	Context() context.Context
-	// Release frees the lease for the next holder, at once. A lease that is lost already is no error.
+	// Release frees the lease for the next holder, at once. If the lease is lost already, that is no error.
 	Release(ctx context.Context) error
 }
 
@@ -226,12 +228,12 @@ type LeaseHolder struct {
 }
 
 // Presence writes entries that show whether their writer lives: they have a Session as long as it
-// does. With Consul they keep the Session for up to a minute longer. Without a heartbeat, as when
+// lives. With Consul they keep the Session for up to a minute longer. Without a heartbeat, as when
 // the token may register no service, they keep it until the node is gone, unless the session has a
 // TTL.
 type Presence interface {
-	// Join writes and holds an entry, as Put does. It returns in since a number that grows with each Join to any entry
-	// of the store. With Consul the number stays the same if the presence holds that value already. A list that shows
+	// Join writes and holds an entry, as Put does. since is a number that grows with each Join to any entry of the
+	// store. With Consul the number stays the same if the presence holds that value already. A list that shows
 	// an entry also shows all entries of lower numbers that still exist. lost is closed once the session of the entries
 	// was lost, or a restored snapshot changed them. The numbers are void then, and each entry has to join again. An
 	// entry that is deleted, or taken by another process, doesn't close lost.

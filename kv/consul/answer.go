@@ -48,7 +48,7 @@ func (a answers) CloseIdleConnections() {
 var errLongAnswer = fmt.Errorf("the answer has more than %d MiB: see whether CONSUL_HTTP_ADDR leads to a Consul agent",
 	maxAnswer>>20)
 
-// boundedBody is an answer's body whose reads fail with errLongAnswer if more than left bytes remain.
+// boundedBody is an answer's body. If the body is longer than left bytes, reads beyond these fail with errLongAnswer.
 type boundedBody struct {
 	io.ReadCloser
 	left int

@@ -171,8 +171,9 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return l.entries, nil
 }
 
-// mayRead reports whether the token may read the missing folder key of a prefix; false, too, if Consul doesn't answer.
-// Consul refuses to read one key without the right, but leaves it out of a list. Servers before 1.4 answer both alike.
+// mayRead reports whether the token may read the folder key of a prefix, which a list lacked. It returns false, too, if
+// Consul doesn't answer. Without the right, Consul refuses to read a single key, but leaves it out of a list without an
+// error. Servers before 1.4 answer a read of a missing key and of a forbidden key alike.
 func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 	err := s.do(ctx, "get the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
 		_, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
@@ -186,7 +187,7 @@ type listing struct {
 	entries []kv.Entry // sorted
 	folders []string   // the folder keys below the prefix, sorted
 	// folder reports whether the answer has the prefix's own key. If not, a missing key may be one that the token can't
-	// see, as Consul answers both alike.
+	// see, as Consul leaves out both.
 	folder bool
 	// filtered reports whether Consul says that it left out entries that the token may not read.
 	filtered bool

@@ -19,9 +19,10 @@ const (
 	// LeaseService is the service that a lease's holder registers at its Consul agent. It shows people where the holder
 	// runs, and its check ends a dead holder's lease. The token needs service:write for it.
 	LeaseService = "kedge-mirror"
-	// PresenceService is the service of a presence's process; its check shows that the process lives. It
-	// is registered only if the token has service:write for it; without it, a node whose process died
-	// counts as live. Heartbeats go to the local agent alone, and cost the servers nothing.
+	// PresenceService is the service of a presence's process; its check shows that the process lives.
+	// The service is registered only if the token has service:write for it. Without the service, a
+	// node whose process died counts as live. Heartbeats go to the local agent alone, and cost the
+	// servers nothing.
 	PresenceService = "kedge-agent"
 	// heartbeatMargin is how long before the end of its check's TTL a holder that is cut off gives
 	// up its lease.
@@ -55,7 +56,7 @@ type heartbeat struct {
 	beaten time.Time // when the last heartbeat that succeeded was sent
 }
 
-// left returns for how much longer the holder may rely on the check; 0 or less: no more.
+// left returns for how much longer the holder may rely on the check. If it is 0 or less, the holder must not.
 func (h *heartbeat) left() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -68,7 +69,8 @@ func (h *heartbeat) beat(at time.Time) {
 	h.mu.Unlock()
 }
 
-// startHeartbeat registers a heartbeat's service; keep sends the heartbeats. A token without the right gets ErrDenied.
+// startHeartbeat registers a heartbeat's service. The caller must run keep, which sends the heartbeats. If the token
+// lacks service:write, the error is ErrDenied.
 func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
 	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
 	err := h.register(ctx)
@@ -147,8 +149,8 @@ func (h *heartbeat) keep(ctx context.Context) {
 			h.beat(asked)
 		case ctx.Err() != nil:
 			return
-		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
-			if !lost { // an agent that lost it and can't take it again yet counts once
+		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost the service, or another agent answered
+			if !lost { // an agent that lost the service and can't register it again yet counts once
 				h.store.strayed.add(asked)
 			}
 			lost = true

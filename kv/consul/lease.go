@@ -45,7 +45,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		var lease *lease
 		held, err := s.awaitFree(ctx, key)
 		if held {
-			heartbeatTries = 0 // refusals before another's term say nothing of now
+			heartbeatTries = 0 // failures from before another process held the lease say nothing about now
 		}
 		if held && err == nil {
 			pause.Reset()
@@ -80,8 +80,8 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease tries once to take the lease. Nil without an error: Consul didn't grant it.
-// withoutHeartbeat is as leaseSession says.
+// tryLease tries once to take the lease. It returns nil without an error if Consul didn't grant the
+// lease. See leaseSession for withoutHeartbeat.
 func (s *Store) tryLease(
 	ctx context.Context,
 	key, holder string,
@@ -154,7 +154,8 @@ func (s *Store) leaseSession(
 	return nil, session, err
 }
 
-// awaitFree returns without an error once no session holds the key. held reports whether one was seen to hold it.
+// awaitFree waits until no session holds the key. held reports whether a session was seen to hold it, even with an
+// error.
 func (s *Store) awaitFree(ctx context.Context, key string) (held bool, err error) {
 	var index uint64
 	for {
@@ -293,7 +294,7 @@ func (l *lease) check(timeout time.Duration) error {
 func (l *lease) Release(ctx context.Context) error {
 	l.cancel(context.Canceled)
 	<-l.done
-	// The key is unlocked first, as destroying a session that holds it would leave the lock-delay behind. The
+	// The key is unlocked first, as destroying a session that holds the key would start the lock-delay. The
 	// end of a heartbeat may have ended the session already.
 	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
 		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))

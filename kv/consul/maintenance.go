@@ -11,7 +11,7 @@ import (
 	"kedge/kv"
 )
 
-// nodeMaintenance is the ID of the check that keeps a node in maintenance mode. Its notes are the reason.
+// nodeMaintenance is the ID of the check that keeps a node in maintenance mode. The check's notes are the reason.
 const nodeMaintenance = "_node_maintenance"
 
 func (s *Store) SetMaintenance(ctx context.Context, on bool, reason string) error {

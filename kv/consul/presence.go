@@ -38,11 +38,15 @@ const (
 	addHeartbeatMost = time.Minute
 )
 
-// presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is tied
-// to that node's health. If the token may register one, it is also tied to a check of the process that gets heartbeats
-// at that agent. It then costs the servers nothing. Otherwise, as for a distant server's address or a node without a
-// serfHealth check, the session has a TTL and is renewed. A booting node may get its check only later, so each Put
-// tries again to tie the session to it. Its Consul agent may take heartbeats only later, so addHeartbeat tries again.
+// presence holds entries by one session, of one of two kinds:
+//
+//   - If the local Consul agent's node has the presence's name and a serfHealth check, the session is tied to that
+//     node's health, and costs the servers nothing. If the token may register a heartbeat's service at that agent, the
+//     session is also tied to the heartbeat's check.
+//   - If the Consul agent's node has another name, or no serfHealth check, the session has a TTL and is renewed.
+//
+// A booting node may get its serfHealth check only later, so each Put tries again to tie the session to that check. The
+// node's Consul agent may take heartbeats only later, so addHeartbeat tries again.
 type presence struct {
 	store *Store
 	name  string
@@ -50,7 +54,7 @@ type presence struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
-	wake   wait.Signal // set when a new session must be watched
+	wake   wait.Signal // set when there is a new session, or a first entry, for keep to watch
 
 	sweeping sync.Mutex // held by sweep's call, and by Close; locked before putting
 	// putting serializes all methods that use the fields below.
@@ -72,8 +76,8 @@ type presence struct {
 	// sweep ends the sessions of earlier processes; nil: openSession made no node session yet.
 	sweep             *time.Timer
 	gone              chan struct{}   // closed, and made anew, when the session is lost
-	hasTTL            bool            // of the session
-	awaitsHealthCheck bool            // it has a TTL because the node has no health check yet
+	hasTTL            bool            // the session has a TTL
+	awaitsHealthCheck bool            // the session has a TTL because the node has no health check yet
 	mine              map[string]bool // all sessions that this presence has had
 	held              map[string][]byte
 	// tried has the last values to put, whether or not the store confirmed them.
@@ -102,8 +106,9 @@ func (p *presence) KeepAtClose(key string) {
 }
 
 // Join puts an entry and returns the index of the entry's last write. That write is an earlier one
-// if the entry was held with this value already. The index of the session would not order nodes as
-// their entries do. If other processes keep taking the entry, the error is ErrConflict.
+// if the entry was held with this value already. Join doesn't return the session's index, which
+// would not order nodes as their entries do. If other processes keep taking the entry, the error is
+// ErrConflict.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -190,7 +195,8 @@ func (p *presence) moveTo(ctx context.Context, id string) error {
 	return nil
 }
 
-// put writes one entry and holds it, with a new session if the old one is gone; ErrConflict: others keep taking it.
+// put writes one entry and holds it, with a new session if the old one is gone. If other processes keep taking the
+// entry, the error is ErrConflict.
 func (p *presence) put(ctx context.Context, key string, value []byte) error {
 	for range 4 {
 		if p.session == "" {
@@ -229,8 +235,8 @@ func (p *presence) acquire(ctx context.Context, key string, value []byte) (held 
 	return held, err
 }
 
-// evict takes the entry over from the session that holds it, so that it always has a holder. The error is ErrConflict
-// if no other session holds it, or if that changed meanwhile.
+// evict takes the entry over from the session that holds it, in one step, so that the entry always has a holder. The
+// error is ErrConflict if no other session holds the entry, or if its holder changed meanwhile.
 func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
 	old, err := s.Get(ctx, key)
@@ -261,8 +267,8 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 }
 
 // openSession creates the session, tied to this node if possible, or else with a TTL. With the
-// first one that is tied to this node it ends the sessions of earlier processes, the newest of them
-// only after endOthersAfter.
+// first session that is tied to this node, openSession ends the sessions of earlier processes, the
+// newest of them only after endOthersAfter.
 func (p *presence) openSession(ctx context.Context) error {
 	id, err := p.openNodeSession(ctx)
 	if err == nil {
@@ -311,9 +317,9 @@ func (p *presence) namedSessions(ctx context.Context, node string) (all []*api.S
 }
 
 // endOthers destroys the sessions in all that aren't in mine, except the newest ones, as many as
-// keep says. Most are sessions of killed processes. Such a session may live as long as the node. So
-// may those of its entries that this process doesn't write, such as those of a role that the node
-// had before. If a process of this name is still alive, it opens a new session.
+// keep says. Most are sessions of killed processes. Such a session may live as long as the node.
+// While it lives, it holds entries that this process doesn't write, such as those of a role that the
+// node had before. If a process of this name is still alive, it opens a new session.
 func (p *presence) endOthers(all []*api.SessionEntry, mine map[string]bool, keep int) {
 	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return mine[e.ID] })
 	for _, e := range all[min(keep, len(all)):] {
@@ -350,9 +356,9 @@ func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 	return "", err
 }
 
-// withHeartbeat replaces a session that depends only on the node's health by one that also depends on this process. If
-// there can't be one, it returns plain: a dead agent is then noticed only when its node is gone, unless addHeartbeat
-// replaces that session later.
+// withHeartbeat replaces plain, a session that depends only on the node's health, by one that also depends on this
+// process, and returns that. If this fails, it returns plain: a dead agent is then noticed only when its node is gone,
+// unless addHeartbeat replaces plain later.
 func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) {
 	if p.heartbeatDenied {
 		return plain
@@ -423,13 +429,13 @@ func mayBeatLater(ctx context.Context, err error) bool {
 	return ctx.Err() != nil || errors.Is(err, kv.ErrUnavailable)
 }
 
-// addHeartbeat moves the entries from a session without a heartbeat to one that has one, and tries again later if the
-// Consul agent isn't ready for it yet.
+// addHeartbeat moves the entries from a session without a heartbeat to one with a heartbeat, and tries again later if
+// the Consul agent isn't ready for heartbeats yet.
 func (p *presence) addHeartbeat() {
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	if p.closed || p.ctx.Err() != nil || p.session == "" || p.session != p.sessionWithoutHeartbeat {
-		return // a session that is opened later tries to have a heartbeat by itself
+		return // openNodeSession tries to give a later session a heartbeat
 	}
 	id, err := p.heartbeatSession(p.ctx, knownCheck)
 	if err != nil {
@@ -444,7 +450,8 @@ func (p *presence) addHeartbeat() {
 }
 
 // knownCheck is how long to wait until the servers know a check that was registered earlier. After the restore of a
-// snapshot they have lost it, and the Consul agent notices that only after minutes. A new check reaches them at once.
+// snapshot the servers have lost such a check, which the Consul agent notices only after minutes. A new check reaches
+// the servers at once.
 const knownCheck = time.Second
 
 // stopHeart ends the heartbeat, if there is one, and so the session that depends on it.
@@ -494,8 +501,8 @@ func (p *presence) Close(ctx context.Context) error {
 	var errs []error
 	for _, session := range sessions {
 		for _, key := range slices.Sorted(maps.Keys(p.held)) {
-			// Only entries that it still holds are deleted: after a failure of the session, an entry may belong to a
-			// later process.
+			// Only entries that the session still holds are deleted: after a failure of the session, an entry may belong to
+			// a later process.
 			if err := p.deleteHeld(ctx, key, session); err != nil && !errors.Is(err, kv.ErrConflict) {
 				errs = append(errs, err)
 			}
@@ -505,7 +512,7 @@ func (p *presence) Close(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// deleteHeld deletes an entry that a session holds; ErrConflict: the session doesn't hold it.
+// deleteHeld deletes an entry that a session holds. If the session doesn't hold it, the error is ErrConflict.
 func (p *presence) deleteHeld(ctx context.Context, key, session string) error {
 	s := p.store
 	ops := api.TxnOps{

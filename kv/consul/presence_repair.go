@@ -66,8 +66,8 @@ func (p *presence) keep() {
 }
 
 // watchEntry waits until the value or the holder of an entry differs from what was put, or for presenceCheckAfter or
-// somewhat longer. holds reports whether both are surely as they were put. The reads are stale ones, which repair
-// confirms.
+// somewhat longer. holds reports whether both value and holder are certainly as they were put. The reads are stale
+// ones: repair confirms a difference.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s := p.store
 	most := min(watchWait, s.presenceCheckAfter)
@@ -111,8 +111,8 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 // trusted reports whether a server that answered a stale read is in contact with its leader.
 func trusted(meta *api.QueryMeta) bool { return meta.KnownLeader && meta.LastContact <= maxLastContact }
 
-// holdsAll reports whether a server shows each entry as it was put and held by the session, and none is taken. If so,
-// the session is alive, and the leader need not be asked.
+// holdsAll reports whether a server shows each entry as it was put and held by the session, and no entry is taken. If
+// so, the session is alive, and the leader need not be asked. It returns false if that is in doubt.
 func (p *presence) holdsAll(session string) bool {
 	p.putting.Lock()
 	keys := slices.Collect(maps.Keys(p.held))
@@ -166,10 +166,10 @@ func (p *presence) isLastPut(key string, value []byte) bool {
 }
 
 // repair puts each entry again that this presence's session doesn't hold as it was put. An entry that a later process
-// of this node has taken stays with that process as long as it lives. Afterwards repair puts it again: a node whose
-// agent was started twice must not be gone when the second agent ends. If the session holds an entry with a value that
-// wasn't tried last, readers see the node's old state, as after a restored snapshot. Then repair opens another session,
-// and each entry has to join again.
+// of this node has taken stays with that process as long as the process lives. Afterwards repair puts the entry again:
+// a node whose agent was started twice must not be gone when the second agent ends. If the session holds an entry with
+// a value other than the last that was tried, readers see the node's old state, as after a restored snapshot. Then
+// repair opens another session, and each entry has to join again.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -204,7 +204,7 @@ func (p *presence) repair() error {
 				"writing it again", "name", p.name, "key", key)
 			before = p.session
 			p.lose()
-		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back one of its own
+		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back an own session
 			if !p.taken[key] {
 				p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
 					"key", key)

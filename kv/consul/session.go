@@ -16,8 +16,8 @@ import (
 // errNoHealthCheck means that the node whose Consul agent answers has no serfHealth check to tie a session to.
 var errNoHealthCheck = errors.New("the node has no serfHealth check")
 
-// createSession creates a session. With a TTL it depends on no check. Without one it is tied to the health of the node
-// whose Consul agent answers. If that node has no serfHealth check, the error is errNoHealthCheck.
+// createSession creates a session. With a TTL it depends on no check. Without a TTL it is tied to the health of the
+// node whose Consul agent answers. If that node has no serfHealth check, the error is errNoHealthCheck.
 func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 		if e.TTL != "" {
@@ -51,7 +51,7 @@ func (s *Store) destroySession(id string) {
 	}
 }
 
-// renewSession extends a session with a TTL. The error is ErrNotFound if it is gone.
+// renewSession extends a session that has a TTL. If the session is gone, the error is ErrNotFound.
 func (s *Store) renewSession(ctx context.Context, id string, timeout time.Duration) error {
 	return s.do(ctx, "renew a session", timeout, func(q *api.QueryOptions) error {
 		_, err := s.client.Raw().Write("/v1/session/renew/"+id, nil, nil, writeOptions(q))
@@ -63,7 +63,7 @@ func (s *Store) renewSession(ctx context.Context, id string, timeout time.Durati
 	})
 }
 
-// sessionInfo returns a session, nil without an error if it is gone, and the index to wait on.
+// sessionInfo returns a session and the index to wait on. If the session is gone, e is nil, without an error.
 func (s *Store) sessionInfo(
 	ctx context.Context,
 	id string,

@@ -53,8 +53,8 @@ func (t *tokenSource) get() (string, error) {
 	return t.token, nil
 }
 
-// reread reads the token file again, even if it seems unchanged, and returns the token. If the file can't be read, that
-// is the last token.
+// reread reads the token file again, even if it seems unchanged, and returns the token. If the file can't be read, it
+// returns the last token.
 func (t *tokenSource) reread() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -37,8 +37,8 @@ const (
 )
 
 // Watch reads from the leader. If the answer has an entry or the folder key, Watch then blocks on any server, which
-// spares the leader and survives its loss. Otherwise Watch polls. A blocking answer that looks like a step back is not
-// believed. Watch then starts again with a read from the leader, as after every error.
+// spares the leader and survives its loss. If the answer has neither, Watch polls the leader. A blocking answer that
+// looks like a step back is not believed: Watch starts again with a read from the leader, as after every error.
 func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return fmt.Errorf("watch: %w", err)
@@ -166,8 +166,9 @@ func (l listing) size() (sum int) {
 	return sum
 }
 
-// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. After
-// the restore of a snapshot the index goes back, or stays the same although the wait had not ended.
+// nextIndex returns the index to wait on after an answer. If the answer is doubtful, it returns 0, with which the next
+// read doesn't wait. After the restore of a snapshot the index goes back, or stays the same although the wait had not
+// ended.
 func nextIndex(sent, got uint64, took, maxWait time.Duration) uint64 {
 	if sent > 0 && (got < sent || got == sent && took < maxWait) {
 		return 0

@@ -25,7 +25,7 @@ type change struct {
 	Value  []byte `json:",omitempty"`
 	Delete bool   `json:",omitempty"`
 	// Holder is the session that holds the key from now on. DropHolder takes the key from its
-	// holder, as Delete does. With none of these, the holder stays as it was.
+	// holder, as Delete does. With none of these three, the holder stays as it was.
 	Holder     string `json:"Hold,omitempty"`
 	DropHolder bool   `json:"Unhold,omitempty"`
 	// KeepValue leaves the value alone.
@@ -105,9 +105,10 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 	return &change{Key: op.Key, Value: op.Value}, nil
 }
 
-// commit makes all of the changes or none. The caller holds the lock. Several changes count as made
-// once the journal is in place. If commit then fails, with ErrUnavailable, the next process that
-// takes the lock finishes them. A single change needs no journal.
+// commit makes all of the changes or none. The caller must hold the store's lock exclusively. Several
+// changes count as made once the journal is in place. If commit fails after that, the error is
+// ErrUnavailable, and the next process that takes the lock finishes the changes. A single change
+// needs no journal.
 func (d *Store) commit(changes []change) error {
 	if err := d.prepare(changes); err != nil {
 		return err
@@ -130,9 +131,9 @@ func (d *Store) commit(changes []change) error {
 	return d.apply(changes)
 }
 
-// prepare returns an error if this process may not make the changes to directories that apply would make. A journalled
-// commit that nobody but root can finish would stop every other process. prepare creates missing directories and moves
-// others aside, which changes no key.
+// prepare returns an error if this process may not make the changes in directories that apply would make. A journalled
+// commit that nobody but root can finish would stop every other process. prepare creates missing directories, and moves
+// a directory aside that has the name of a key's file, which changes no key.
 func (d *Store) prepare(changes []change) error {
 	checked := map[string]bool{}
 	for i, c := range changes {
@@ -196,9 +197,9 @@ func mayReplace(euid int, dir, file uint32) bool {
 }
 
 // finishJournal completes the journalled commit, if there is one: the caller's, or that of a
-// process that failed or was killed in it. The caller holds the lock exclusively, so no temporary
-// file is in use: finishJournal removes them. A journal that can't be read is set aside, without an
-// error.
+// process that failed or was killed in it. The caller must hold the store's lock exclusively. No
+// temporary file is then in use, so finishJournal removes them all. A journal that isn't valid JSON
+// is set aside, without an error.
 func (d *Store) finishJournal() error {
 	left, err := os.ReadDir(d.path(tempDir))
 	if err != nil {
@@ -218,7 +219,7 @@ func (d *Store) finishJournal() error {
 	}
 	var changes []change
 	if err := json.Unmarshal(data, &changes); err != nil {
-		// It was renamed into place whole, so no crash did this. Moving it away keeps the evidence.
+		// The journal was renamed into place whole, so no crash damaged it. Moving it away keeps the evidence.
 		kept := d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix()))
 		d.log.Error("the store's journal of an interrupted commit can't be read: the journal is renamed, and the commit lost",
 			"file", d.path(journalFile), "kept", kept, "error", err)
@@ -234,7 +235,7 @@ func (d *Store) finishJournal() error {
 	return durable.SyncDir(d.path(metaDir))
 }
 
-// apply puts changes in place, one after the other. When it returns nil, they are on disk, but for the holders.
+// apply puts changes in place, one after the other. When it returns nil, all but the changes of holders are on disk.
 func (d *Store) apply(changes []change) error {
 	staged, err := d.stage(changes)
 	if err != nil {

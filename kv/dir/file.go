@@ -22,8 +22,8 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, but at most one byte more than Consul accepts for a value. A file that is longer yields that
-// beginning and no error: an error would hide all keys beside it, and keep a commit from replacing it. Package
+// readValue reads a file, but at most one byte more than Consul accepts for a value. Of a longer file it returns that
+// beginning and no error: an error would hide all keys beside it, and keep a commit from replacing the file. Package
 // deployments refuses such records, pins, orders and reports by their size. The version is computed from what was read
 // and from the file's metadata, because people who edit the file don't count versions.
 func readValue(path string) (fileValue, error) {

@@ -18,7 +18,7 @@ const leasePoll = 200 * time.Millisecond
 
 // Lease waits until it holds the lease at key. The holder keeps it until its process dies or releases it, or somebody
 // removes its files. ttl must be positive, and has no other effect: a suspended process keeps its flock. Each commit
-// under the lease checks that it is still held.
+// under the lease checks that the lease is still held.
 func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	if err := backend.CheckKey(key); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)
@@ -99,7 +99,7 @@ func (l *lease) endWhenLost() {
 	defer close(l.done)
 	for wait.For(l.ctx, leasePoll) == nil {
 		valid := true
-		// It is checked under the lock, so that a write in progress doesn't look like a loss.
+		// The lease is checked under the store's lock, so that a write in progress doesn't look like a loss.
 		err := l.store.withReadLock(l.ctx, func() error {
 			valid = l.valid()
 			return nil

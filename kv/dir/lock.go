@@ -56,8 +56,8 @@ func (d *Store) withReadLock(ctx context.Context, f func() error) error {
 // lockTimeout is how long a commit or read waits for a process that holds the lock.
 const lockTimeout = 15 * time.Second
 
-// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when its process dies. If others, such as
-// a suspended process, hold it for lockTimeout, the error is ErrUnavailable.
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees the lock when the process dies. If other
+// processes, such as a suspended one, hold it for lockTimeout, the error is ErrUnavailable.
 func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
 	for began := time.Now(); ; {

@@ -29,7 +29,8 @@ type subscription struct {
 	dirs   map[string]bool // guarded by notifier.mu
 }
 
-// subscribe returns a subscription without directories. An error means that the kernel can't notify changes here.
+// subscribe returns a subscription without directories, which the caller must end. An error means that the kernel can't
+// notify changes here.
 func (n *notifier) subscribe() (*subscription, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -78,8 +79,8 @@ func (n *notifier) signal(which func(*subscription) bool) {
 	}
 }
 
-// watchDir subscribes to the changes in a directory. It may be called again once the directory was created anew. The
-// error comes from the kernel, such as its limit of watches.
+// watchDir subscribes to the changes in a directory. If the directory is removed and made anew, the caller must call it
+// again. The error comes from the kernel, such as its limit of watches.
 func (c *subscription) watchDir(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true

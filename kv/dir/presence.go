@@ -56,7 +56,7 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 }
 
 // Join puts an entry. since is the time of the write in Unix nanoseconds, taken under the store's lock. So the times
-// order the entries as long as the clock isn't set back. lost is as kv.Presence says.
+// order the entries as long as the clock isn't set back. See kv.Presence for lost.
 func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	since uint64, lost <-chan struct{}, err error,
 ) {
@@ -91,7 +91,7 @@ func (p *presence) KeepAtClose(key string) {
 }
 
 // ensureSession creates a session unless the current one is alive. The caller holds the store's
-// lock.
+// lock exclusively.
 func (p *presence) ensureSession() error {
 	if p.session != nil && p.session.valid() {
 		return nil
@@ -110,7 +110,8 @@ func (p *presence) ensureSession() error {
 	return nil
 }
 
-// put writes entries and holds them, with a new session if the old one is gone. The caller holds the store's lock.
+// put writes entries and holds them, with a new session if the old one is gone. The caller holds p.mu, and the store's
+// lock exclusively.
 func (p *presence) put(entries map[string][]byte) error {
 	if err := p.ensureSession(); err != nil {
 		return err
@@ -123,7 +124,8 @@ func (p *presence) put(entries map[string][]byte) error {
 }
 
 // dropTakenAndListLost returns the held entries that have no live holder any more, or not the value
-// that was put. It forgets entries that another process has taken.
+// that was put. It forgets entries that another process has taken. The caller holds p.mu, and the
+// store's lock at least shared.
 func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 	lost := map[string][]byte{}
 	for key, value := range p.held {

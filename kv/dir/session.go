@@ -35,7 +35,7 @@ func (d *Store) openSession(name string) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	// This waits at most for another process that tests the lock, for an instant.
+	// This waits only while another process tests the lock in alive, which takes an instant.
 	if err := unix.Flock(int(s.file.Fd()), unix.LOCK_EX); err != nil {
 		s.close()
 		return nil, fmt.Errorf("lock the session %s: %w", s.path(), err)
@@ -58,8 +58,8 @@ func (s *session) close() {
 	s.file.Close()
 }
 
-// alive reports whether the process that made the session lives, and has not closed the session. An error, such as too
-// many open files, means that this isn't known.
+// alive reports whether the process that made the session lives, and has not closed the session. With an error, such as
+// too many open files, neither is known.
 func (d *Store) alive(id string) (bool, error) {
 	if ignoredFile(id) {
 		return false, nil // no session has such an ID: a power cut may have damaged the record of a holder

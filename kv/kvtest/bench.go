@@ -7,7 +7,8 @@ import (
 	"kedge/kv"
 )
 
-// BenchmarkWake measures the time from a write by hand to the view of a blocked watch. write writes pins/prod/web/app.
+// BenchmarkWake measures the time from a write by hand to the view of a blocked watch. write must write value to the
+// key pins/prod/web/app.
 func BenchmarkWake(b *testing.B, s kv.Store, write func(value string)) {
 	if err := s.EnsureFolders(b.Context(), "pins/prod/web/"); err != nil {
 		b.Fatal(err)

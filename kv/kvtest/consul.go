@@ -30,7 +30,7 @@ type ConsulOptions struct {
 	Servers int
 	// Clients are the names of nodes that run a client agent, as a fleet's machines do.
 	Clients []string
-	// ACL turns on default deny; Consul.RootToken may do everything, and Consul.Token creates other tokens.
+	// ACL turns on ACLs that deny by default. Consul.RootToken may do everything, and Consul.Token creates other tokens.
 	ACL bool
 	// Persistent keeps the data of a lone server on disk, so that it can be restarted after Stop or Kill. The first
 	// start then takes some 2 s longer. Servers of a cluster, and clients, can always be restarted.
@@ -290,8 +290,8 @@ func newUUID() string {
 		rand.Uint32N(1<<12), rand.Uint64N(1<<48))
 }
 
-// Versions returns the ModifyIndex of every key that begins with prefix: a key that changed between two calls was
-// written or deleted.
+// Versions returns the ModifyIndex of every key that begins with prefix. If a key's index differs between two calls, or
+// only one has it, the key was written or deleted meanwhile.
 func (c *Consul) Versions(prefix string) map[string]uint64 {
 	c.tb.Helper()
 	pairs, _, err := c.Client().KV().List(prefix, nil)

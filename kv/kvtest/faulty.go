@@ -39,16 +39,17 @@ func Faulty(s kv.Store) *FaultyStore {
 	return &FaultyStore{store: s, changed: make(chan struct{}), counts: map[string]int{}}
 }
 
-// FailWrites makes the store call hook before each Commit, Put and Join, unless it is down. hook gets the number of the
-// write, from 0, and its keys. It returns when the write fails with ErrUnavailable; 0, or a nil hook, lets it pass.
+// FailWrites makes the store call hook before each Commit, Put and Join, unless the store is down. hook gets the number
+// of the write, from 0, and its keys. If hook returns Before or After, the write fails with ErrUnavailable at that
+// point. If hook returns 0 or is nil, the write passes.
 func (f *FaultyStore) FailWrites(hook func(write int, keys []string) When) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook, f.n = hook, 0
 }
 
-// SetDown makes reads, views, EnsureFolders and writes fail with err, until SetDown is called with nil. Lease waits
-// meanwhile. A lease that is held stays, and so does a presence; both can be ended.
+// SetDown makes reads, views, EnsureFolders and writes fail with err, until SetDown is called with nil. Until then
+// Lease waits. Leases and presences stay held, and can be released and closed.
 func (f *FaultyStore) SetDown(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -122,7 +123,8 @@ func (f *FaultyStore) List(ctx context.Context, prefix string) ([]kv.Entry, erro
 	return f.store.List(ctx, prefix)
 }
 
-// Watch shows the store's views. While the store is down it shows the last view with the error; then the latest one.
+// Watch shows the store's views. When the store goes down, Watch shows the last view again, with SetDown's error. When
+// the store is up again, Watch shows the latest view.
 func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.View)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

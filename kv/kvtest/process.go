@@ -12,7 +12,7 @@ import (
 type process struct {
 	cmd   *exec.Cmd
 	done  chan struct{} // closed once the process has ended
-	state error         // why the process ended; valid after done
+	state error         // why the process ended; valid once done is closed
 }
 
 func startProcess(logFile, program string, args ...string) (*process, error) {

@@ -6,7 +6,7 @@ import "strings"
 const maxCauses = 8
 
 // Causes are the errors seen since the last success, so that each kind is logged once. An outage that begins with a
-// refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is ready.
+// refused connection may go on as an expired certificate, which has to be logged, too. The zero value is ready.
 type Causes map[string]bool
 
 // FirstOfKind reports whether err is the first of its kind since the last success, and of one of

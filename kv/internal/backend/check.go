@@ -17,7 +17,7 @@ import (
 // with the values in base64.
 const maxCommitBytes = 500 << 10
 
-// CheckKey returns an error unless a key is valid in both stores.
+// CheckKey returns an error unless a key is valid in Consul and in a directory.
 func CheckKey(key string) error {
 	for s := range strings.SplitSeq(key, "/") {
 		if err := deployments.CheckSegment("a part of the key", s); err != nil {
@@ -39,8 +39,8 @@ func CheckPrefix(prefix string) error {
 	return CheckKey(folder)
 }
 
-// CheckCommit returns an error unless both stores can apply the operations in one commit. It is ErrTooLarge beyond a
-// bound, and ErrConflict for version 0, which no key has.
+// CheckCommit returns an error unless Consul and a directory can both apply the operations in one commit. The error
+// wraps kv.ErrTooLarge beyond kv.MaxOps or maxCommitBytes, and kv.ErrConflict for version 0, which no key has.
 func CheckCommit(ops []kv.Op) error {
 	seen := make(map[string]bool, len(ops))
 	cost, size := 0, 0

@@ -9,8 +9,8 @@ import (
 // TooMuchError is the error of a list that was given up because more than kv.MaxListBytes is stored below its prefix.
 // It is a kv.ErrTooLarge, and also a kv.ErrUnavailable: what was known before stays in force.
 type TooMuchError struct {
-	// Prefix is the prefix that was listed, without the store's own; Sample is a key below it at which there was no
-	// room any more.
+	// Prefix is the prefix that was listed, without the store's own. Sample is the key below Prefix at which the bound
+	// was exceeded.
 	Prefix, Sample string
 }
 

@@ -10,7 +10,7 @@ import (
 	"kedge/kv"
 )
 
-// Viewer holds a watch's current view, and calls f when that changes.
+// Viewer holds a watch's current view, and calls f when that changes. Not safe for concurrent use.
 type Viewer struct {
 	f      func(kv.View)
 	log    *slog.Logger
@@ -23,7 +23,7 @@ type Viewer struct {
 	foldersChanged bool
 }
 
-// NewViewer returns a viewer with an empty view. The prefix is for its log.
+// NewViewer returns a viewer with an empty view. The prefix is only for its messages in log.
 func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 	return &Viewer{f: f, log: log, prefix: prefix}
 }
