@@ -35,7 +35,7 @@ func newBackgroundSync(name string, dir int) *backgroundSync {
 }
 
 // wrote counts n bytes as written. Whenever step bytes have been written since the last sync started, it starts
-// another, unless one is running.
+// another, unless a sync is still running.
 func (w *backgroundSync) wrote(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -54,8 +54,8 @@ func (w *backgroundSync) wrote(n int64) {
 	})
 }
 
-// wait waits until no sync is running, and returns the errors of all of them. The caller must not drop that error: the
-// kernel reports a page that it could not write only once, and the final sync would succeed.
+// wait waits until no sync is running, and returns the errors of all syncs. The caller must not drop them: if the
+// kernel can't write a page, it reports that only once, and the final sync would succeed.
 func (w *backgroundSync) wait() error {
 	w.running.Wait()
 	return errors.Join(w.errs...)

@@ -28,8 +28,8 @@ func (t treeSwitcher) forget() error {
 // keptTree returns the path of the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
-// Keep replaces an earlier copy by one of what is at dest, except excluded files and mounts, which
-// rsync leaves alone there. It keeps nothing if dest is missing, empty or no directory, if the
+// Keep copies what is at dest, and removes an earlier copy. It leaves out excluded files and mounts,
+// which rsync doesn't change. It copies nothing if dest is missing, empty or no directory, if the
 // archive lacks the file of exclude_from, or if Before isn't configured. If the disk has no room
 // for the copy, that is an error.
 func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
@@ -38,7 +38,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	}
 	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil // nothing can be served from there
+		return nil // dest is no directory, so nothing is served from it
 	}
 	if err != nil {
 		return err

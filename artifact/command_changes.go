@@ -153,7 +153,7 @@ func (f changeRecord) recordBefore(dir string, differences []Difference) error {
 }
 
 // recordAfter records what commands made in the tree at dir: the differences, except those that
-// recordBefore recorded and that haven't changed since. If there are none, it removes both files.
+// recordBefore recorded and that haven't changed since. If no difference is left, it removes both files.
 // left counts the paths beyond maxChanges, which aren't recorded.
 func (f changeRecord) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)

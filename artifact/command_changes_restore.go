@@ -15,7 +15,7 @@ import (
 )
 
 // restorer restores what a release's commands made, in a newly unpacked tree or the live one. What the live tree has as
-// the commands left it is carried over, files by hard links. All else is made from the record, if it suffices.
+// the commands left it is carried over, files by hard links. All else is made from the record, if the record suffices.
 type restorer struct {
 	tree *os.Root
 	live *os.Root // nil: it is missing
@@ -25,7 +25,7 @@ type restorer struct {
 	inPlace bool
 }
 
-// openRestorer opens the tree to restore at dir and the live one, which may be missing or the same.
+// openRestorer opens the tree to restore, at dir, and the live tree, at live, which may be missing or the same tree.
 func openRestorer(dir, live string) (r *restorer, err error) {
 	r = &restorer{}
 	if r.tree, err = os.OpenRoot(dir); err != nil {

@@ -41,7 +41,8 @@ var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 
 // decompress detects the compression by the first bytes of raw. It returns a reader of the decoded bytes, which fails
 // with errBomb beyond limit, and name without the compression's suffix. Uncompressed input is returned as it is,
-// without that bound. An archive of a foreign format is an error that names it. close frees the decoder; with an error it is nil.
+// without that bound. An archive of a foreign format is an error that names it. close frees the decoder; with an
+// error it is nil.
 func decompress(
 	raw *bufio.Reader,
 	name string,

@@ -13,19 +13,19 @@
 // synced in the background: the sync before the switch, which alone counts, then has little left to
 // do.
 //
-// A fetch keeps no journal. With strategy release, the fetch after an interrupted one hashes what
-// that left on the disk: files whole, large ones also by frame. With the other strategies, it
-// starts again. A delta of more than 4 MiB is fetched after the index, if the disk has room for the
-// delta and the tree. If fetching the delta is interrupted, the next fetch resumes it. The delta is
-// read only after its hash was verified.
+// A fetch keeps no journal. With strategy release, a fetch hashes what an interrupted fetch left on
+// the disk, and keeps what is right: whole files, and of large files also single frames. With the
+// other strategies, it starts again. A delta of more than 4 MiB is fetched after the index, if the
+// disk has room for the delta and the tree. If fetching the delta is interrupted, the next fetch
+// resumes it. The delta is read only after its hash was verified.
 //
 // An archive without an index is unpacked as it comes, and nothing is kept of the stream. If the
 // process was killed, or the storage went away, the next try fetches an archive of 16 MiB or more
 // to a file beside the tree. Each further try goes on where that file ends. For this, the object
 // must have the same ETag as before, its server must keep to Range, and the disk must have room for
-// archive and tree. If one of these fails, the archive is streamed again. The file is unpacked
-// after all of it was fetched and has the manifest's checksum. It is removed when the release is
-// whole or refused, or when another archive is fetched like this.
+// archive and tree. If one of these conditions fails, the archive is streamed again. The file is
+// unpacked after all of it was fetched and has the manifest's checksum. It is removed when the
+// release is whole or refused, or when another archive is fetched like this.
 //
 // If the node's configuration names mirrors, each object is asked for there first; a mirror that
 // failed within the last minute is asked last. What comes is used only if its hash is right, so any

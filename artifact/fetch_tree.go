@@ -41,8 +41,8 @@ type builder struct {
 	partial atomic.Bool
 	// stats has, by entry, the stats of files that were hard-linked to verified ones, from after linking; zero: none.
 	stats []fileStat
-	// made has a channel for every gateWidth entries. It is closed once the directories among these entries, and those
-	// above them, exist.
+	// made has a channel for every gateWidth entries. The channel is closed when the directories among these entries, and
+	// those above them, exist.
 	made []chan struct{}
 
 	// back syncs the file system in the background, after each backgroundSyncStep bytes that workers report as written.
@@ -186,7 +186,7 @@ func (b *builder) probeWithheld() error {
 	if err = errors.Join(err, b.root.Remove(name)); err != nil {
 		return err
 	}
-	if info.Mode()&fs.ModeSetgid == 0 { // otherwise the directories inherit it, and must not keep it
+	if info.Mode()&fs.ModeSetgid == 0 { // with set-group-id inherited, each new directory needs a chmod to remove the bit
 		b.withheld = 0o777 &^ uint32(info.Mode().Perm())
 	}
 	return nil

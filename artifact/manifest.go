@@ -47,8 +47,8 @@ func hasDigest(want deployments.Digest) func([]byte) error {
 const maxVersions = 20
 
 // olderVersion returns p's manifest from an older version of the object at p.URL: some publishers
-// overwrite one key with each release. If none of the last maxVersions has p's digest, or the
-// storage keeps none, the error is deployments.ErrDigest.
+// overwrite one key with each release. If none of the last maxVersions versions has p's digest, or
+// the storage keeps no versions, the error is deployments.ErrDigest.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {

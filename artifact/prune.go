@@ -13,9 +13,9 @@ import (
 	"kedge/deployments"
 )
 
-// Prune removes old releases. It keeps the current one, those in protect, and the newest of the rest; keep is the
-// number of these. It also removes partly staged trees, except those of releases in protect. If dest can't be read, it
-// removes nothing and returns the error. A release with a mount in it stays: the error then wraps safefs.ErrMounted.
+// Prune removes old releases. It keeps the current one and those in protect. Of all others it keeps the newest, as many
+// as keep says. It also removes partly staged trees, except those of releases in protect. If dest can't be read, it
+// removes nothing and returns the error. A release with a mount in it stays, and the error wraps safefs.ErrMounted.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }

@@ -62,7 +62,7 @@ type Published struct {
 	// Again is set if this version was published already, with the same bytes.
 	Again bool `json:"again,omitempty"`
 	// Deltas has an element for each earlier release that a delta was made from. It is empty if
-	// there is none, or if an earlier run of Publish had made the deltas.
+	// there is no such release, or if an earlier run of Publish had made the deltas.
 	Deltas []PublishedDelta `json:"deltas"`
 }
 
@@ -200,7 +200,7 @@ func (p *publisher) storedManifest() (b publishedManifest, err error) {
 }
 
 // created returns the time of the stored manifest, since publishing a version again must give the same bytes. It
-// returns now if there is no such time, if it is not before now, or if now is zero.
+// returns now if there is no such time, if that time is not before now, or if now is zero.
 func (b publishedManifest) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created

@@ -55,8 +55,8 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 }
 
 // findEarlier returns the releases that were published last below TO/NAME/, at most PublishOptions.Find, each tree
-// once. It leaves out the tree whose index has the digest in index. If it finds fewer, nodes only fetch more, so its
-// only error is that ctx has ended.
+// once. It leaves out the tree whose index has the digest in index. Finding fewer is no error, as nodes then only fetch
+// more. The only error is that ctx has ended.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil
@@ -160,7 +160,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	if m.Src != beside+archiveName || m.Index.URL != beside+indexName {
 		return earlier{}, errors.New("the release's archive and index don't lie beside its manifest")
 	}
-	m.Deltas = nil // one of them may begin at this tree, and lie anywhere
+	m.Deltas = nil // a delta from the tree to publish would be fetched, and its URL may lead anywhere
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: deployments.DigestOf(raw)}, manifest: m}, nil
 }
 

@@ -19,9 +19,9 @@ import (
 // sharedSuffix, appended to dest, names the directory of the manifest's shared paths. It is never removed.
 const sharedSuffix = ".shared"
 
-// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH doesn't exist
-// yet, the archive's content at PATH is moved there; otherwise that content is dropped. If neither exists, an empty
-// directory is made. DEST.shared may belong to anybody: links in it aren't followed out of it.
+// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. If DEST.shared/PATH exists, the
+// archive's content at PATH is dropped. If not, that content is moved there. If neither exists, an empty directory is
+// made. DEST.shared may belong to anybody: links in it aren't followed out of it.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil
@@ -160,7 +160,7 @@ func (s *sharer) make(p string) error {
 	if s.uid < 0 && s.gid < 0 {
 		return nil
 	}
-	// The directory is opened, not named: the owner of the one above could replace it by a link to any file.
+	// The directory is opened, not named: the owner of the directory above could replace it by a link to any file.
 	dir, err := safefs.OpenAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return safefs.PathError("open", p, err)

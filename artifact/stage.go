@@ -238,7 +238,7 @@ func (r *Releases) prepare(staging string) error {
 	return durable.SyncDir(r.parent())
 }
 
-// replace exchanges the staged tree for the directory at dir, and reports whether there was one. Such a directory is a
+// replace exchanges the staged tree for the directory at dir, and reports whether dir existed. Such a directory is a
 // release to heal, or has no valid record. Without a record it can't be trusted, and must be gone before the record is
 // written. The exchange is one system call, as dest may lead to dir. Processes may still work in the old directory,
 // which is kept until the release is removed or healed again.

@@ -118,7 +118,7 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 	return nil, nil
 }
 
-// Heal unpacks again, as it was published, a tree that is missing at dest. It leaves an existing one as it
+// Heal unpacks r's tree again, as it was published, if dest is missing. It leaves an existing dest as it
 // is.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if safefs.Exists(r.Manifest.Dest) {
@@ -136,7 +136,7 @@ func asideName(rel *Release) string {
 }
 
 // removeAside removes the failed release that an interrupted SwitchBack or Restore left beside dest. The next
-// SwitchBack or Restore would take it for one that it has moved there itself.
+// SwitchBack or Restore would take that release for one that it has moved aside itself.
 func removeAside(parent *safefs.Place, rel *Release) error {
 	if err := safefs.RemoveTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)

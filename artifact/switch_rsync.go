@@ -75,7 +75,7 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *safefs.Place,
 }
 
 // replaceLink replaces the link that the release strategy left at dest, if any, by a whole tree. It
-// does so in one exchange, as a release is served from there.
+// exchanges them in one step, as the link's release is live.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *safefs.Place, r *Release) error {
 	if !s.hasReleaseLink(parent, r) {
 		return nil
@@ -287,8 +287,8 @@ func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
 	return err
 }
 
-// itemize adds to items what rsync would change in dest, except in mounts. With quick, rsync
-// compares files by size and time, else by content.
+// itemize adds to items what rsync would change in dest, except in mounts. If quick is set, rsync
+// compares files by size and time, and if not, by content.
 func (s rsyncSwitcher) itemize(ctx context.Context, r *Release, dest *safefs.Place, items *itemized, quick bool) error {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -380,7 +380,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 }
 
 // excludeChanges writes a file of rsync patterns for the paths in made, and returns the file's
-// path. The caller removes the file. It leaves out paths that rsync is to correct: those of which
+// path. The caller must remove the file. It lacks paths that rsync is to correct: those of which
 // only the mode or owner is restored afterwards, and files whose changed content is lost.
 func (s rsyncSwitcher) excludeChanges(r *Release, dest *safefs.Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))

@@ -34,12 +34,13 @@ type Switcher interface {
 	// Keep stores what the strategy needs for Restore to put back what is at dest now. The caller must call it before a
 	// deployment changes anything, and only while none of the unit's releases is live.
 	Keep(ctx context.Context, rel *Release) error
-	// Restore puts back what was at dest before the first release, rel. It returns true if dest then holds that.
+	// Restore puts back what was at dest before rel, the unit's first release. It returns true if dest then holds that.
 	Restore(ctx context.Context, rel *Release) (bool, error)
 	// IsLive reports whether dest holds rel. With rsync and mv, it only reports whether dest is a
 	// directory or a link to one; without src, it returns true.
 	IsLive(rel *Release) bool
-	// Dir returns rel's directory, which commands find in KEDGE_RELEASE: dest with rsync and mv; empty if there is none.
+	// Dir returns rel's directory, which commands find in the variable KEDGE_RELEASE. With rsync and mv, it is always
+	// dest. It is empty without src and, with strategy release, if rel isn't complete on this disk.
 	Dir(rel *Release) string
 	// Compare returns how the tree at dest, whoever put it there, differs from rel, which must be staged. limit is
 	// Verify's.
@@ -92,7 +93,7 @@ type SwitcherConfig struct {
 	Tool func(ctx context.Context, all io.Writer, name string, args ...string) (output []byte, err error)
 }
 
-// NewSwitcher returns the Switcher of m's strategy and dest; without src, one that does nothing.
+// NewSwitcher returns the Switcher of m's strategy and dest. If m has no src, the Switcher does nothing.
 func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	switch {
 	case m.Src == "":
@@ -149,7 +150,8 @@ func PruneChanges(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// ReadRelease reads a file that WriteRelease wrote. If there is none, the error wraps fs.ErrNotExist.
+// ReadRelease reads a file that WriteRelease wrote. If the file is missing, the error wraps fs.ErrNotExist. With an
+// error, the Release must not be used.
 func ReadRelease(path string) (*Release, error) {
 	var rel Release
 	return &rel, readRecord(path, &rel, &rel)

@@ -174,7 +174,7 @@ func (v *verifier) addExtra(p string) {
 }
 
 // dirBits are the bits of a directory's mode that are always compared. Set-group-id is compared only if the entry has
-// it, as a directory may inherit that bit from the one above.
+// it, as a directory may inherit that bit from the directory above.
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {

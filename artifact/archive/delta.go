@@ -111,7 +111,7 @@ func (d *Delta) Next(last, entries, old int) (entry, from int, err error) {
 }
 
 // Apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match old, or
-// old can't be read, the error wraps ErrNotApplied. The delta can still be read on, after this patch. With any error,
+// old can't be read, the error wraps ErrNotApplied. The caller can then go on with the next patch. With any error,
 // some sections may have been written. If the delta is damaged, the error wraps ErrDelta; an error of w is returned as
 // it is.
 func (d *Delta) Apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {

@@ -93,9 +93,10 @@ type deltaMaker struct {
 type FilePatch struct{ Entry, From int }
 
 // ChoosePatches returns the files whose content the old release lacks, and for each the most similar old file, if any.
-// That is the one at the same path. Else it is the file nearest in size at a path that differs only in digits and
-// hash-like parts (hashed assets, versioned directories). Else it is the file nearest in size of the same name. A file
-// is left out if it is empty, or if it or its old file has more than maxPatched bytes.
+// That is the file at the same path or, if there is none, the file nearest in size at a path that differs only in
+// digits and hash-like parts (hashed assets, versioned directories). If there is no such file either, it is the file
+// nearest in size of the same name. A new file is left out if it is empty, or if it or its old file has more than
+// maxPatched bytes.
 func ChoosePatches(old, new *Index) []FilePatch {
 	type key struct{ by, name string }
 	have := make(map[deployments.Digest]bool, len(old.Entries))

@@ -149,8 +149,8 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 }
 
 // follow compares the next 32 bytes, or those that are left, with the current place. If at least five eighths are
-// equal, it returns half of their number: so many bytes the caller skips before it searches for another place. If fewer
-// are equal, it returns 0.
+// equal, it returns half of their number: the caller skips that many bytes before it searches for another place. If
+// fewer are equal, it returns 0.
 func (s *sectionMaker) follow(scan, to, shift int) int {
 	there := scan + shift
 	if there < 0 || there >= len(s.old) {

@@ -51,7 +51,7 @@
 //	  SHA-256     of the frame as it lies in the archive
 //	  SHA-256     only if the number before is 2n+1: of the decoded bytes, all of which are one file's content
 //
-// The top directory has no entry. Every other directory has one, before what is in it; no path
+// The top directory has no entry. Every other directory has an entry, before what is in it; no path
 // leads through a link. Unless the manifest allows any target, a symbolic link's target is relative,
 // and its ".." come first and do not climb above the top. A path has at most 4,096 bytes, in at most 128
 // parts of at most 255 bytes. All paths together have at most 64 MiB plus 32 times the size of the

@@ -21,7 +21,8 @@ type httpStore struct {
 }
 
 // stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and works with presigned
-// URLs. An empty object takes a HEAD as well, and one of unknown size is read.
+// URLs. If the object is empty, stat sends a HEAD as well. If the server doesn't announce the size, stat reads the
+// whole object.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	h, err := requestHeaders(u)
 	if err != nil {

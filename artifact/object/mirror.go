@@ -59,7 +59,7 @@ func (m Mirrors) of(url string) (prefixes, urls []string) {
 	return m[longest], urls
 }
 
-// allows reports whether a redirect may lead to a URL: one below a mirror.
+// allows reports whether a URL lies below a mirror, so that a redirect may lead there.
 func (m Mirrors) allows(url string) bool {
 	for _, prefixes := range m {
 		if deployments.FromSource(url, prefixes) {

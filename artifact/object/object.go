@@ -59,8 +59,8 @@ type Config struct {
 	// ErrUnavailable. Default 1 KiB/s. Time spent waiting for MaxBandwidth doesn't count, except in ReadAll.
 	LeastRate int64
 	// Redirect returns an error if a redirect may not lead to url, which is passed without its query. A nil function
-	// allows any. In any case a redirect from https must lead to https, and one from another machine never leads to this
-	// one.
+	// allows any. In any case a redirect from https must lead to https, and a redirect from another machine may not lead
+	// to this machine.
 	Redirect func(url string) error
 	// Sources are URLs, or prefixes of URLs. Plain http is read from another machine only if the URL is in Sources or
 	// lies below a URL of Sources.
@@ -120,8 +120,8 @@ type store interface {
 	// ignores Range, r gives the whole object. before is how many bytes of r come before the
 	// requested ones.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
-	// put writes an object. If one exists, the error is errOccupied, unless body.replace or Config.UnconditionalPut is
-	// set: then the object is replaced atomically.
+	// put writes an object. If the object exists, the error is errOccupied. With body.replace or Config.UnconditionalPut,
+	// put replaces an existing object atomically instead.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 

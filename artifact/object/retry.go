@@ -122,7 +122,7 @@ type pace struct {
 }
 
 // tooSlowAfter counts in p a read of n bytes. Each time that minStalls stallTimeouts have passed,
-// it reports whether the rate over this time was too low, and starts p anew. Otherwise it returns
+// it reports whether the rate over this time was too low, and starts p anew. Until then it returns
 // false.
 func (c *Client) tooSlowAfter(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)

@@ -89,8 +89,8 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	return l.store, nil
 }
 
-// awsLogger returns a logger for AWS's own code that writes to log at the level debug. By default its messages would
-// be on standard error, such as that a metadata service is an old one.
+// awsLogger returns a logger for AWS's own code that writes to log at the level debug. By default that code writes its
+// messages, such as that a metadata service is outdated, to standard error.
 func awsLogger(log *slog.Logger) logging.Logger {
 	return logging.LoggerFunc(func(kind logging.Classification, format string, args ...any) {
 		log.Debug("message of the AWS SDK", "kind", kind, "message", fmt.Sprintf(format, args...))
@@ -116,7 +116,7 @@ func checkAWSFiles() error {
 
 // s3Client returns the client for requests to S3. It keeps the transport of AWS's configuration, which knows of
 // AWS_CA_BUNDLE. AWS's own client follows redirects to anywhere without end; this one follows only 307 and 308, and
-// checks and bounds these. Credentials are fetched by AWS's own client, as an instance's role has a link-local address.
+// checks and bounds these. AWS's own client fetches credentials, as an instance gets them at a link-local address.
 func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 	buildable, ok := made.(*awshttp.BuildableClient)
 	if !ok {
@@ -165,7 +165,7 @@ func (s *s3Store) ifNone() *string {
 }
 
 // stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and its errors have a
-// message. An empty object takes a HEAD as well.
+// message. If the object is empty, stat sends a HEAD as well.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 	out, err := s.client.GetObject(
 		ctx,

@@ -192,8 +192,8 @@ func (t trust) plantable(st *unix.Stat_t) bool {
 	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
 }
 
-// realDirs returns dirs, and the paths that they have once trusted links are resolved. A directory that is missing, or
-// behind an untrusted link, is returned only as it is.
+// realDirs returns dirs and, for each, the path that it has after trusted links are resolved. A directory that is
+// missing, or behind an untrusted link, is returned only as it is.
 func realDirs(dirs []string) (real []string, err error) {
 	for _, dir := range dirs {
 		dir = filepath.Clean(dir)

@@ -86,8 +86,9 @@ func ExceptMounts(err error) error {
 type remover struct {
 	top   int // descriptor of the tree's top; -1: not open yet
 	moved int
-	// failed counts the failures, of which errs has the first few, and at least one of a mount
-	// point and one of another kind if there are such. A directory in which it rose is not empty.
+	// failed counts the failures. errs has the first few of them, and in any case the first of a mount
+	// point and the first of another kind. If failed rises while a directory is emptied, the directory
+	// is not empty.
 	failed int
 	errs   []error
 }
