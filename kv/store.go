@@ -160,15 +160,15 @@ type Store interface {
 	Presence(ctx context.Context, name string) (Presence, error)
 
 	// EnsureFolders creates the missing folder keys of prefixes. The mirror, which may write everywhere, calls it at its
-	// start and when one is missing. Agents and operators call it as far as their tokens allow. Agents need folder keys to
-	// tell absence from a lost permission. Consul needs one in every watched prefix, as a watch that sees no key wakes on
-	// every write anywhere.
+	// start and when a folder key is missing. Agents and operators call it as far as their tokens allow. Agents need
+	// folder keys to tell absence from a lost permission. Consul needs a key in every watched prefix, as a watch that
+	// sees no key wakes on every write anywhere.
 	EnsureFolders(ctx context.Context, prefixes ...string) error
 
 	// String describes the store for people: consul at http://127.0.0.1:8500, prefix kedge/.
 	String() string
 
-	// Close releases the store's resources. Owners of leases and presences close those first.
+	// Close releases the store's resources. Callers must release their leases, and close their presences, before that.
 	Close() error
 }
 
@@ -181,7 +181,7 @@ const (
 )
 
 // MaxListBytes returns the bound of the entries below a prefix, as the sum of their Size, in bytes. It is MaxRoleList
-// for a part of the records or pins, otherwise MaxList.
+// for a prefix within DesiredPrefix or PinsPrefix, such as a role's, and MaxList for any other prefix.
 func MaxListBytes(prefix string) int {
 	for _, kind := range []string{DesiredPrefix, PinsPrefix} {
 		if strings.HasPrefix(prefix, kind) && prefix != kind {

@@ -22,8 +22,8 @@ const (
 	leaseLockDelay = time.Millisecond
 	// maxHeartbeatTries is how many times Lease tries to start its heartbeat at a Consul agent that
 	// is unavailable, within some 10 s and while nobody holds the lease. After that it does without
-	// a heartbeat. An agent with a full disk, for example, registers no service but answers
-	// otherwise.
+	// a heartbeat. An agent with a full disk, for example, registers no service, but answers
+	// other requests.
 	maxHeartbeatTries = 8
 )
 
@@ -203,8 +203,8 @@ type lease struct {
 func (l *lease) Context() context.Context { return l.ctx }
 
 // left returns for how long neither the session's TTL nor its heartbeat's check can end the
-// session; 0 or less: they may have ended it. Consul counts from the request's arrival, so the true
-// time is longer.
+// session; 0 or less: one of them may have ended it. Consul counts from the request's arrival, so
+// the true time is longer.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)

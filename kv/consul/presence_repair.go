@@ -204,7 +204,7 @@ func (p *presence) repair() error {
 				"writing it again", "name", p.name, "key", key)
 			before = p.session
 			p.lose()
-		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back an own session
+		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back a session in mine
 			if !p.taken[key] {
 				p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
 					"key", key)

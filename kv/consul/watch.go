@@ -25,7 +25,7 @@ const (
 	// distrusted.
 	maxLastContact = 10 * time.Second
 	// largeAnswer is the size, in bytes, from which on a watch pauses after an answer, and longestRest bounds the pause.
-	// Each change of one report of 10,000 brings all of them, 9 MB.
+	// When one of 10,000 reports changes, the answer has all of them, 9 MB.
 	largeAnswer = 512 << 10
 	longestRest = 5 * time.Second
 	// unavailableLimit is the longest average pause between tries to reach a store that is away. A pause is at
