@@ -58,8 +58,8 @@ func (a *archiveSource) nextSource(ctx context.Context, from archiveCopy, err er
 }
 
 // open makes the next source that has the archive, in the size that the index says, the current one. A mirror must also
-// keep to Range. If no source is left, the error is that of the archive's own URL if this call tried that URL, else one
-// that says that no place is left.
+// keep to Range. If no source is left, open returns the error of the archive's own URL, if this call tried that URL, or
+// an error that says that no place is left.
 func (a *archiveSource) open(ctx context.Context) error {
 	err := errors.New("no place is left to read the archive from")
 	for len(a.left) > 0 {

@@ -96,10 +96,10 @@ func (v *verifier) run(ctx context.Context) error {
 			return err
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // p was removed while the tree was read: if the index has it, it is reported as missing below
+			return nil // p was removed while the tree was read: if the index has it, the end of run reports it as missing
 		}
 		if unreadable(err) {
-			return nil // p is a directory: what the index has in it is reported as missing below
+			return nil // p is a directory: the end of run reports what the index has in it as missing
 		}
 		if err != nil {
 			return err

@@ -403,7 +403,7 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 }
 
 // read reads a part of a file into raw, and returns the file's mtime. The error wraps
-// safefs.ErrChanging if the path isn't a regular file of the entry's size, or if the file changes
+// safefs.ErrChanging if the opened file isn't a regular one of the entry's size, or if it changes
 // meanwhile.
 func (w *packWorker) read(e *Entry, part part) (mtime unix.Timespec, err error) {
 	fd, err := w.dirs.OpenFile(e.Path, unix.O_RDONLY|unix.O_NONBLOCK, 0)

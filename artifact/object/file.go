@@ -68,8 +68,8 @@ const putPrefix = ".kedge-"
 // putPiece is how many bytes put writes between two checks of its context.
 const putPiece = 4 << 20
 
-// put writes to a temporary file, syncs it, and links it to its name, which fails if the name exists. To replace an
-// object it renames the file instead.
+// put writes to a temporary file, syncs it, and links it to the object's name. Linking fails if that name exists. To
+// replace an object, put renames the file instead.
 func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)

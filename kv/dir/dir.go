@@ -155,7 +155,7 @@ type scanned struct {
 const steadyAfter = 500 * time.Millisecond
 
 // scan reads every key below prefix, while no commit runs. A missing folder has no keys. If visit
-// is not nil, scan calls it with DIR and each directory below it that is read, before reading that
+// is not nil, scan calls visit with each directory that it reads, DIR included, before it reads that
 // directory.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
