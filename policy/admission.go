@@ -72,8 +72,9 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	// A release that failed here before it became stable isn't tried again just because a new rollout begins: many
 	// nodes would try it at once.
 	refuses := unnamed && slices.Contains(f.Quarantined, r.Stable.Digest)
-	// A node that runs what the record doesn't name goes to stable first, and on from there. Should the target fail on
-	// it, it is back on stable. On its old release, the next record or a rollback would move it past the budget.
+	// A node that runs what the record doesn't name goes to stable first, and on from there. If the target then fails
+	// there, the node goes back to stable. If it went back to its old release, the next record or a rollback would move it
+	// past the budget.
 	first := unnamed && !refuses && !part && !r.Stable.IsZero()
 	switch {
 	// whether or not the node is admitted: the mirror has to know first what lies at dest

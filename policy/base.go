@@ -14,8 +14,8 @@ import (
 	"kedge/deployments"
 )
 
-// AbsurdGeneration is the lowest generation that is ignored as corrupt. Counting on from one near the upper bound of
-// int64 would overflow to a negative generation, which every node refuses.
+// AbsurdGeneration is the lowest generation that is ignored as corrupt. Counting on from a generation near the upper
+// bound of int64 would overflow to a negative generation, which every node refuses.
 const AbsurdGeneration = 1 << 53
 
 // Base is the record that a unit's next record is made from.
@@ -28,15 +28,15 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
-// joinedNone returns the Record.Joined of a record that the store had lost, as it isn't known how many nodes are
-// changing. The record applies to no node yet that serves something and reports a Joined. A node that reports none
-// can't be held back.
+// joinedNone returns the Record.Joined for a record that the store had lost. Nobody knows how many nodes are changing,
+// so the record applies to no node yet that serves something and reports a Joined. A node that reports none can't be
+// held back.
 func joinedNone() uint64 { return 1 }
 
-// WithGeneration returns next, the record that follows the base, with a generation that nodes don't
-// take for an older one. It is at least that of stored, unless that is an AbsurdGeneration, and at
-// least any that nodes have acted on. Claim and Retry are set to match. stored is the valid record
-// in the store, or nil.
+// WithGeneration returns next, the record that follows the base, with a generation that no node
+// takes for an older record's. It is at least the generation of stored, unless that is an
+// AbsurdGeneration, and at least each generation that nodes have acted on. Claim and Retry are set
+// to match. stored is the valid record in the store, or nil.
 func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
 	if more := next.Generation - b.Record.Generation; more > 0 {
 		next.Generation = b.Floor + more
@@ -174,8 +174,9 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 
 // FromHistory returns the record of the generation that h describes, for a unit whose record the store has lost. The
 // history doesn't tell how far that generation's rollout had come. A rollback begins anew, with all nodes. Any other
-// rollout goes on after its canaries, within max_unavailable, and Next ends it if every node is converged. There is
-// none if the release was stable already, or the first, not failed, of a unit without rollouts.
+// rollout goes on after its canaries, within max_unavailable, and Next ends it if every node is converged. The record
+// has no rollout if the release was stable already. For a unit without rollouts, a first release that hasn't failed has
+// none either.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}

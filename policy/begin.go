@@ -28,8 +28,8 @@ func followTarget(in *inputs, st state) state {
 	return st
 }
 
-// activePin returns the unit pin that names the record's target, and whether there is one. There is none if the pin is
-// missing, invalid, expired or a hold. A unit without a rollout has none either, as its nodes follow pins by
+// activePin returns the unit pin whose release the mirror rolls out, and whether there is one. There is none if the pin
+// is missing, invalid, expired or a hold. A unit without a rollout has none either, as its nodes follow pins by
 // themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
 	if in.Pin == nil || !in.Pin.Present || in.Pin.Err != nil || in.Unit.Rollout == nil {
@@ -40,8 +40,8 @@ func activePin(in *inputs) (deployments.Pin, bool) {
 }
 
 // handledRelease returns the release that the record deals with already: its target, or Git's
-// release if the record's rollout rolls that one back, or did. No other rollout begins while Git
-// names this release.
+// release if the record's rollout is rolling that release back, or has done so. No other rollout
+// begins while Git names the release that is returned.
 func handledRelease(in *inputs) deployments.Pointer {
 	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
 		return in.Unit.Release
@@ -103,8 +103,8 @@ func begin(in *inputs, st state, target deployments.Pointer) state {
 }
 
 // launch starts a new rollout, or ends it at once. It ends the rollout if nodes run the target
-// already. It does so, too, if the unit has no rollout, unless a freeze holds the target up: all
-// nodes then go at once.
+// already. If the unit has no rollout and no freeze holds up the target, it ends the rollout, too,
+// so that all nodes go at once.
 func launch(in *inputs, st state) state {
 	revert := st.r.Stable == st.r.Target
 	was := in.Record
@@ -127,10 +127,10 @@ func launch(in *inputs, st state) state {
 }
 
 // firstRelease ends the rollout of a unit's first release once every live node without a pin has
-// reported that nothing else serves at dest. All nodes then take the release at once. There must be
-// such a node. One that refuses the release counts as if it had reported that. If a node reports
-// that something serves, firstRelease sets Serving, and the rollout goes on within its budget.
-// ended reports whether firstRelease ended the rollout.
+// reported that nothing else serves at dest. All nodes then take the release at once. At least one
+// node must have reported. A node that refuses the release counts as if it had reported that
+// nothing serves. If a node reports that something serves, firstRelease sets Serving, and the
+// rollout goes on within its budget. ended reports whether firstRelease ended the rollout.
 func firstRelease(in *inputs, st state) (next state, ended bool) {
 	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
 		return st, false
@@ -203,12 +203,13 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	return launch(in, next)
 }
 
-// gitsRecord returns what the record keeps of Git's wishes while a pin overrides them; endPin goes back to that.
+// gitsRecord returns what the record keeps of Git's wishes while a pin overrides them. endPin goes back to what Git
+// names then.
 func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned
 		if st.r.Target == git.Target {
-			// The pin asked for Git's release last: that stays out of nodes where it has failed since.
+			// The pin was the last to ask for Git's release. This claim keeps the release off nodes where it has failed since.
 			git.Claim = st.r.RequestGeneration()
 		}
 		return git
@@ -221,14 +222,15 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// targetPinned reports whether a record's target is there by pins alone: it wasn't Git's stable release before.
+// targetPinned reports whether a record's target comes from pins alone, and wasn't Git's stable release before.
 func targetPinned(r deployments.Record) bool {
 	return r.Pinned != nil && (r.Target != r.Pinned.Stable || r.Pinned.StablePinned)
 }
 
-// endPin goes back to the release that Git names. If the pin's rollout had ended on that release, it only clears
-// Pinned. A release that was stable before the pin goes without gates, any other as a new target. One that was rolled
-// back isn't rolled out again: its rollback goes on. If successor has no room, the result is as in begin.
+// endPin goes back to the release that Git names. If the pin's rollout had ended on that release, endPin only clears
+// Pinned and sets Commit. A release that was rolled back before the pin isn't rolled out again: its rollback goes on. A
+// release that was stable before the pin goes without gates, any other as a new target. If successor has no room, the
+// result is as in begin.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)
 	target := in.Unit.Release

@@ -10,14 +10,14 @@ import (
 	"kedge/deployments"
 )
 
-// Bounds limit what releases may do. An agent's configuration sets them for its node, whatever KV says, and
-// kedge.yaml for the releases of a commit. The zero value allows everything but plain http:// of other machines.
+// Bounds limit what releases may do. An agent's configuration sets them for its node, whatever KV says, and kedge.yaml
+// sets them for the releases of a commit. The zero value allows everything but plain http:// of other machines.
 type Bounds struct {
 	// Sources are URLs, or prefixes of URLs by whole path segments, that a release may come from: its manifest, and what
 	// that fetches. Empty: any, except plain http:// of other machines, which must be named.
 	Sources []string
 	// NoLocal refuses file://, http:// and https:// that lead to this machine or its link, unless Sources name them.
-	// Otherwise whoever may only pin could make the agent read files and send requests with its own rights.
+	// Without NoLocal, whoever may only pin could make the agent read files and send requests with its own rights.
 	NoLocal bool
 	// Dests are directories that a tree may go live at or below; empty: any.
 	Dests []string
@@ -38,8 +38,8 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 }
 
 // NeedManifest reports whether a release's manifest has to be read, as nothing else shows if the
-// release keeps to the bounds. It is false if they bound only sources. The pointer then shows where
-// the manifest lies, though not what the manifest fetches.
+// release keeps to the bounds. It is false if the bounds limit at most sources. The pointer then
+// shows where the manifest lies, though not what the manifest fetches.
 func (b Bounds) NeedManifest() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
 // CheckSource returns an error if the bounds forbid fetching from a URL.

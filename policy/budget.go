@@ -8,9 +8,9 @@ import (
 )
 
 // room returns how many more nodes may begin to change. Nodes that are not listed count as changing. A negative room
-// means that more nodes may be changing than allowed. Then no node may be told to change that isn't outside of the
-// budget, not even one that seems to be changing already. spent is set if nodes past their deadline had used up the
-// room. They are then left out of the count, as max_failures stops the rollout if there are too many of them.
+// means that more nodes may be changing than allowed. Then only nodes that have outsideBudget and don't count as
+// changing yet may be told to change. spent is set if nodes past their deadline had used up the room. They are then
+// left out of the count, as max_failures stops the rollout if there are too many of them.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -169,7 +169,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		own.Cutoff, own.Generation = 0, 0 // in a rollback the cutoff says who stays, not who may begin
 	}
 	unlisted, _ := in.unlisted(was.Nodes)
-	var acted []deployments.Digest // releases that a node may yet begin, not only run
+	var acted []deployments.Digest // releases that a node may yet begin to deploy
 	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
 		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
 		for i := 0; i < len(in.Nodes) && !used; i++ {
@@ -194,7 +194,8 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		}
 		list = append(list, o)
 	}
-	// Without a stable release nodes keep what they run, named or not: a long list can do without what none may begin.
+	// Without a stable release, nodes keep what they run, whether the list names it or not. So a list that is too long can
+	// lose the targets that no node may begin.
 	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
 		if !slices.Contains(acted, list[i].Digest) {
 			list = slices.Delete(list, i, i+1)

@@ -3,8 +3,8 @@
 //
 // # Phases
 //
-// A record without a rollout admits every node. In one with a rollout, advance (rollout.go) runs the step of its phase,
-// each time that the mirror calls Next:
+// A record without a rollout admits every node. In a record with a rollout, advance (rollout.go) runs the step of the
+// rollout's phase each time that the mirror calls Next:
 //
 //	phase             ends when                                    next
 //	frozen            the freeze window ends, or promote           canary, or rolling if no gates are to be passed
@@ -15,23 +15,24 @@
 //	rolling-back      every node is back on stable                 rolled-back
 //	rolled-back       retry                                        frozen, canary or rolling
 //
-// Rolling doesn't wait for failed nodes that are tolerated, nodes with another pin, and nodes away for a deadline.
-// Rolling-back doesn't wait for nodes past their deadline. A first release leaves canary, pending-approval and rolling
-// at once if nothing else serves on any live node: the rollout ends, and all nodes take the release.
+// In rolling, a rollout doesn't wait for tolerated failed nodes, for nodes with a pin to another release, or for nodes
+// that have been away for a deadline. In rolling-back, it doesn't wait for nodes past their deadline. A first release
+// leaves canary, pending-approval and rolling at once if nothing else serves on any live node: the rollout ends, and
+// all nodes take the release.
 //
-// From canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back; with
-// on_failure: pause, or under a unit pin, to paused. Abort leads to rolling-back, pause to paused. If there is nothing
-// to go back to, paused stands for rolling-back. Another target, from Git or a pin, begins a rollout of its own in any
-// phase, unless more than MaxSuperseded were replaced before it.
+// In canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back. With on_failure:
+// pause, or under a unit pin, they lead to paused. Abort leads to rolling-back, pause to paused. If there is nothing to
+// go back to, a rollout is paused instead of rolled back. Another target, from Git or a pin, begins a rollout of its
+// own in any phase, unless nodes may still run more than deployments.MaxSuperseded of the targets before it.
 //
 // # Threat model
 //
-// Who holds what, and what its theft gives:
+// What each credential allows, also to whoever steals it:
 //
 //   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what
 //     it runs if the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources;
 //     TestBounds in sync/deploy). A node with signers uses nothing of a manifest that none of them signed
-//     (TestVerifyManifest). Without either, such a token is the fleet's root.
+//     (TestVerifyManifest). Without sources and signers, such a token is as good as root on the whole fleet.
 //   - A token that writes pins/ and control/ can fill them with junk. Nodes, the mirror and whoever looks at status
 //     spend time in proportion to it, and show a bounded part (TestJunkPins in sync/agent, TestFloodOfPins,
 //     TestFloodOfOrders and TestJunkOrders in sync/mirror, TestAssembleBoundsPinsAndOrders in sync/fleet).
@@ -40,14 +41,15 @@
 //     link-local addresses only by URLs that its sources name, unless local_sources allows all. Other spellings of an
 //     address, names and redirects don't get around that (TestLocalSources; TestNothingIsFetchedFromThisMachine,
 //     TestRedirectsByNameStayOutside and TestRedirectsOfS3 in artifact/object).
-//   - Who may fire an event that kedge bridge follows chooses a manifest, of those that --sources allows, that becomes
-//     a record or a pin (TestBridge in sync/migrate).
+//   - Whoever may fire an event that kedge bridge follows chooses, among the manifests that --sources allows, which one
+//     becomes a record or a pin (TestBridge in sync/migrate).
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest
-//     those of all the rest, so that what was replaced is refused. Against such a key together with a token as above,
-//     only Signers and Bounds help.
-//   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of
-//     its own, name the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one
-//     gives what was desired within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
+//     names the digests of all other objects, so that nodes refuse a replaced object. Against such a key together with
+//     a token that writes pointers, only Signers and Bounds help.
+//   - The same key replaces the snapshot that first boots use while Consul is away. The snapshot must be signed in a
+//     namespace of its own, name the URL that it lies at, and be young; the pointers in it are checked as any others
+//     are. An old snapshot brings back what was desired at most snapshot_max_age ago (TestSnapshot,
+//     TestFirstBootWithoutConsul in cmd/kedge).
 //   - A node's token, which anything that runs as root on the node has, writes that node's report and ends sessions of
 //     its Consul node. It chooses nothing that a node runs (TestThefts; TestDocs in cmd/kedge logs a node in by a JWT,
 //     and has the keys of others refused). What it writes is bounded before it is believed (TestFloodOfReports,
@@ -57,57 +59,58 @@
 //   - Whoever writes keys can write more than is read of a prefix (kv.MaxList): then nodes, mirror or dashboard don't
 //     see what changes below it. They go on with what they know, in bounded memory, and the error names the prefix
 //     (TestConformance and TestEndlessAnswers in kv/consul).
-//   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as
-//     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
-//     no setting of a record and no removal from that commit, and signs no snapshot. What the mirror writes meanwhile
-//     gets into a later snapshot only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
-//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). Of a record that another mirror wrote, target, after,
-//     drift and adopt are compared with the commit. Its rollout's progress gets into the snapshot as it stands.
-//   - A Git push without a signing key reaches no node if the mirror has signers: the commit is refused, and what
-//     stood stays (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which
-//     also plays a good signature on another commit, and an old signed commit brought back by force;
+//   - The mirror's token writes desired/ and mirror/. On a node with signers, it can run no more than the tokens above.
+//     A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release, no
+//     setting of a record and no removal from that commit, and signs no snapshot. What the mirror writes meanwhile gets
+//     into a later snapshot only if a signed commit asks for it (TestSignerIsTakenOutAndNothingIsRemembered and
+//     TestSnapshotsLeaveOutWhatNobodySigned in sync/mirror). If another mirror wrote a record, the record's target,
+//     after, drift and adopt are compared with the commit. The progress of its rollout gets into the snapshot as it
+//     stands.
+//   - A Git push without a signing key reaches no node if the mirror has signers: the commit is refused, and the
+//     records stay as they are (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in
+//     sync/mirror, which also plays a good signature on another commit, and an old signed commit brought back by force;
 //     TestMovedSignatures plays good ones in other places of a commit). With or without a key, what such a push holds
-//     is refused once and for all, in bounded time (TestCommitsThatAreAtFault). It can still hold the mirror up: a
-//     remote repo is fetched before its commit can be judged, and the largest object in it must fit the mirror's
-//     memory.
+//     is refused once and for all, in bounded time (TestCommitsThatAreAtFault). Such a push can still hold up the
+//     mirror: a remote repo is fetched before its commit can be judged, and the largest object in it must fit the
+//     mirror's memory.
 //   - A Git push that the mirror takes names any release. For a stage that kedge.yaml bounds by dests, users or
 //     commands, the mirror takes only a release whose manifest keeps to these bounds. The same push may change the
 //     bounds: who reviews changes decides who may change kedge.yaml (TestReleasesBeyondTheirStagesBounds in
-//     sync/mirror, TestBoundsNeedManifest). Pins don't come that way: only nodes bound those.
+//     sync/mirror, TestBoundsNeedManifest). Pins don't come from Git: only the nodes' own bounds limit them.
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
 //   - A signed manifest of an older release stays good, but a node with signers refuses what was made before its
-//     version floor, unless its own configuration lets a pin name it
-//     (TestNothingOlderThanTheFloor in sync/deploy). That holds for the release's name and for its dest, under
-//     whatever unit (TestOldCodeUnderANewName). A release that only pins brought raises no floor, so the one before it
-//     may follow (TestStableOfAPin). A release that claims to be made ahead of the node's clock counts as made when it
-//     rolled out (TestMadeAheadOfTheClock). A kill in the middle loses no floor
-//     (TestKilledWhileItRaisesFloors). Until a release that says when it was made has rolled out on a node, and after
-//     the node lost its state, only a key's valid-before bounds that.
+//     version floor, unless its own configuration lets a pin name it (TestNothingOlderThanTheFloor in sync/deploy). The
+//     floor holds for a release's name and for its dest, whichever unit names the release (TestOldCodeUnderANewName). A
+//     release that only pins brought raises no floor, so the release before it may follow (TestStableOfAPin). A release
+//     that claims to be made ahead of the node's clock counts as made when it rolled out (TestMadeAheadOfTheClock). A
+//     kill in the middle loses no floor (TestKilledWhileItRaisesFloors). Until a release that says when it was made has
+//     rolled out on a node, and after the node lost its state, only a key's valid-before limits how old a release may
+//     be.
 //   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old
 //     releases, objects that were overwritten, and a node's own token used on the keys of others.
-//   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are
-//     none.
+//   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which users are allowed, or
+//     that commands are not.
 //   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let
-//     one go further than max_unavailable, counted by what the others say. Who can delete status keys makes the list of
-//     nodes short. A rollout ends by it only after 2 minutes (or a shorter deadline), or an hour if most are missing
-//     (TestAShortListIsNotTheFleet). Nodes that the record knew of and that have left the list take room in the budget
-//     for as long as they may take to put their keys back, 2 minutes at most (TestWhoIsNotListedTakesRoom,
-//     TestSimulation).
+//     one go further than max_unavailable, counted by what the others say. Whoever can delete status keys makes the
+//     list of nodes short. A rollout ends by such a list only after 2 minutes (or a shorter deadline), or after an hour
+//     if most nodes are missing (TestAShortListIsNotTheFleet). Nodes that the record knew of and that have left the
+//     list take room in the budget for as long as they may take to put their keys back, 2 minutes at most
+//     (TestWhoIsNotListedTakesRoom, TestSimulation).
 //
 // # Budget
 //
 // TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in flight
 // than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target that
 // admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in mid-switch are
-// counted: an agent begins a switch once the store holds its report of it, so that none can die unnoticed in its first
-// steps (TestASwitchIsSaidBeforeItBegins in sync/agent). A node on which a release failed counts until what it went
-// back to is healthy, or its deadline has passed, whatever it should run by then.
+// counted: an agent begins a switch only once the store holds its report of the switch, so that no node can die
+// unnoticed in the first steps (TestASwitchIsSaidBeforeItBegins in sync/agent). A node on which a release failed counts
+// until what it went back to is healthy, or until its deadline has passed, whatever it should run by then.
 //
-// Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
-// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when
-// it joined (Report.Joined) follows the record as soon as it is back.
+// Not counted are nodes that run nothing yet, pins of one node, pins with at_once, units without a rollout, and nodes
+// past their deadline, if max_failures tolerates these. A node whose agent doesn't tell when it joined (Report.Joined)
+// follows the record as soon as it is back.
 //
-// A node that came back with a release that the record doesn't name goes to stable first, unless that failed on it. If
-// the target then fails, the node is back on stable, which later records name, and waits for its turn as others do.
+// A node that came back with a release that the record doesn't name goes to stable first, unless stable failed there.
+// If the target then fails, the node is back on stable, which later records name, and waits for its turn as others do.
 package policy

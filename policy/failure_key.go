@@ -28,7 +28,7 @@ func SameRequest(failed, asks string) bool {
 	switch {
 	case !f.known || !a.known:
 		return false
-	case a.lost: // the retries were lost, too: a retry ordered since then is more than none
+	case a.lost: // the count of retries was lost, too, and began again at 0: more than 0 is a new request
 		return a.retry == 0 && f.generation <= a.generation
 	case f.lost:
 		return f.retry == 0 && a.generation <= f.generation
@@ -36,8 +36,8 @@ func SameRequest(failed, asks string) bool {
 	return a.generation <= f.generation && a.retry <= f.retry // less: a record that came back with a snapshot
 }
 
-// failureKey is a parsed result of FailureKey. known is false if the text isn't one. If lost is set, generation is an
-// upper bound.
+// failureKey is a parsed result of FailureKey. known is false if the text isn't such a key. If lost is set, generation
+// is an upper bound.
 type failureKey struct {
 	known, lost       bool
 	generation, retry int64

@@ -6,8 +6,8 @@ import (
 	"kedge/deployments"
 )
 
-// Refusal returns why an order would change nothing about a record; empty: it would change something. Next refuses a
-// promote, too, if Git or a pin names another target by then.
+// Refusal returns why an order would change nothing about a record; an empty reason: the order would change something.
+// Next also refuses a promote if Git or a pin names another target by the time that it is called.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
 	return c.reason, c.facts
@@ -102,8 +102,9 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 }
 
 // retry begins the rollout anew. Nodes that run the target keep it. Nodes on which the target
-// failed are admitted once more, in their turn. If no rollout is under way, one begins if any node
-// is unconverged. Otherwise the nodes on which the target failed try it again at once.
+// failed are admitted once more, in their turn. If no rollout is under way and unconverged counts
+// any nodes, a rollout to them begins. If it counts none, the nodes on which the target failed try
+// it again at once.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// checkFleet summarizes the fleet while a rollout goes forward. If nodes are healthy no longer, or the node that it
-// waited for begins to change, deadlines count from now, and the bake starts over.
+// checkFleet summarizes the fleet while a rollout goes forward. If nodes are no longer healthy, or if the node that the
+// rollout waited for begins to change, deadlines count from now, and the bake starts over.
 func checkFleet(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if awaitedBegan(st, v) {
@@ -35,8 +35,8 @@ func awaitedBegan(st state, v summary) bool {
 	})
 }
 
-// limit returns how many failed nodes the rollout tolerates: max_failures, and those that resume
-// accepted or an earlier rollout left.
+// limit returns how many failed nodes the rollout tolerates: max_failures, plus the failed nodes
+// that a resume accepted or that an earlier rollout left.
 func limit(in *inputs, st state, v summary) int {
 	limit := st.p.Tolerated
 	if u := in.Unit.Rollout; u != nil {
@@ -77,12 +77,12 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	case frozen:
 		st = st.recheckBy(in.Freeze.ChangesAt)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
-			// nodes that begin to change before the freeze ends aren't late for the last step: see checkFleet
+			// this lets checkFleet restart the deadlines if nodes begin to change before the freeze ends
 			st.p.HealthySince = in.Now
 		}
 		return st.becauseFrozen(in), true
 	case v.live == 0 && v.followers > 0: // no node has to be admitted
-	// otherwise all nodes would run the target at once, untried, when their pins end
+	// without this wait all nodes would run the target at once, untried, when their pins end
 	case v.live == 0 && v.pinned > 0 && v.gone == 0:
 		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
 	case v.live == 0:

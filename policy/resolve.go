@@ -90,7 +90,7 @@ type Decision struct {
 	Reason deployments.Reason `json:"reason"`
 	Facts  deployments.Facts  `json:"facts,omitempty"`
 	// Invalid is set if a value didn't parse, isn't allowed, or is a pin without a record; status shows it as an error. It
-	// may come with any Action, as a bad unit pin does where a node pin decides. In JSON it is the error's text.
+	// may come with any Action: a bad unit pin sets it even if a node pin decides. In JSON it is the error's text.
 	Invalid error `json:"-"`
 	// Recheck is when time alone could change the answer, as a pin's until; zero: never.
 	Recheck time.Time `json:"recheck,omitzero"`
@@ -111,14 +111,14 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 	}{plain(d), invalid})
 }
 
-// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's
-// unless it is Paced, else the record's. The record's is the target if the node is admitted, and
-// otherwise stable or, until its turn, what the node runs (FromRunning). If a first release is
-// rolled back, it is what was at dest before (ActLeave). Resolve has no side effects, and the same
-// inputs give the same Decision.
+// Resolve decides which release of a unit a node should run. A node pin decides first, then a unit
+// pin that isn't Paced, then the record. The record gives the target if the node is admitted. If
+// the node isn't, the record gives stable or, until the node's turn, what it runs (FromRunning). If
+// a first release is rolled back, the node goes back to what was at dest before (ActLeave). Resolve
+// has no side effects, and the same inputs give the same Decision.
 //
-// The value that decides changes nothing if it doesn't parse (ActKeep with Invalid), even if one of lower precedence is
-// valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
+// If the value that decides doesn't parse, nothing changes (ActKeep with Invalid), even if a value of lower precedence
+// is valid. A typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
 // ErrNoRecord. A quarantined digest may be the Target, and the Trace says so: the agent doesn't run it, and reports
 // that.
 func Resolve(f ResolveInputs) Decision {
@@ -150,9 +150,9 @@ func (d *Decision) decide(s deployments.Step) {
 	d.note(s)
 }
 
-// applyPin evaluates one pin, and reports whether it decides; an invalid one does, and nothing
-// changes. If a pin of higher precedence has decided, this one is only added to the trace, and its
-// error to Invalid.
+// applyPin evaluates one pin, and reports whether it decides. An invalid pin decides, too: nothing
+// changes. If a pin of higher precedence has decided, applyPin only adds this pin to the trace, and
+// its error to Invalid.
 func (d *Decision) applyPin(f ResolveInputs, from Source, v Value[deployments.Pin], key string) bool {
 	step := deployments.Step{What: string(from)}
 	above := d.decidedBy()
@@ -199,8 +199,8 @@ func (d *Decision) applyPin(f ResolveInputs, from Source, v Value[deployments.Pi
 	return true
 }
 
-// pinFacts returns a pin's facts: what it is for, what it names, who set it, until when and why. A pin that holds
-// has no release.
+// pinFacts returns a pin's facts: whether it is a node's or a unit's, its release, who set it, until when and why. A
+// pin that holds has no release.
 func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	facts := deployments.Facts{"pin": string(from)}
 	set := func(name, value string) {
@@ -273,7 +273,7 @@ func (d *Decision) applyRecord(f ResolveInputs, decided bool) {
 	}
 }
 
-// origin returns facts about a record: its commit, or that its target is there by a pin; its generation; whether its
+// origin returns facts about a record: its commit, or that its target comes from a pin; its generation; whether its
 // unit was removed from Git. A record written by hand has neither commit nor generation.
 func origin(r deployments.Record) deployments.Facts {
 	facts := deployments.Facts{}
@@ -292,12 +292,12 @@ func origin(r deployments.Record) deployments.Facts {
 	return facts
 }
 
-// byPin reports whether a record's target is there by a unit pin, and not as Git named it.
+// byPin reports whether a record's target comes from a unit pin, and isn't the release that Git names.
 func byPin(r deployments.Record) bool { return r.Pinned != nil && r.Target != r.Pinned.Target }
 
 // progressFacts returns the facts of a record's rollout, its phase, whether it is a pin's, and
-// whether it has nothing to go back to, as the first one. They include Message only if the mirror
-// that wrote it gave no reason.
+// whether it has nothing to go back to, as a first release. They include Message only if the mirror
+// that wrote the record gave no reason code.
 func progressFacts(r deployments.Record) deployments.Facts {
 	p := r.Rollout
 	facts := p.Facts.With("phase", string(p.Phase))
@@ -322,7 +322,7 @@ func progressFacts(r deployments.Record) deployments.Facts {
 
 // checkBounds takes releases that the bounds forbid out of the decision. If Target is forbidden,
 // nothing is to change. If only Stage is, nothing is staged. Unless Target was forbidden,
-// checkBounds then calls quarantine.
+// checkBounds then calls noteQuarantine.
 func (d *Decision) checkBounds(f ResolveInputs) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {

@@ -45,8 +45,8 @@ func turnBack(in *inputs, st state, why cause) state {
 }
 
 // stepRollingBack lets nodes go back to stable, as many at a time as the budget allows. It ends
-// once no live node has to go back and no node is in flight, apart from nodes past their deadline,
-// and none is unlisted. If all known nodes are gone or pinned, it waits.
+// once no live node has to go back, none is unlisted, and none but nodes past their deadline are in
+// flight. If all known nodes are gone or pinned, it waits.
 func stepRollingBack(in *inputs, st state) (state, bool) {
 	v := summarize(in, st)
 	if v.live == 0 && v.gone+v.pinned > 0 {

@@ -23,9 +23,9 @@ type Transition struct {
 }
 
 // Next computes the next record of a unit from its record, its unit file and pin, the fleet's reports, an order and the
-// time. It changes nothing but Ranks, and the same Situation gives the same Transition. Once the record is written,
-// Next is called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing,
-// and Reason says so.
+// time. It changes nothing but Ranks, and the same Situation gives the same Transition. The mirror calls Next again
+// once it has written the record. An order is always consumed: one that makes no sense in the rollout's phase changes
+// nothing, and Reason says so.
 //
 // A new target goes to the canaries, bakes, and waits for approval if that is configured. Then it
 // goes to as many nodes at a time as max_unavailable leaves room for. A unit pin, and with

@@ -32,7 +32,7 @@ type Situation struct {
 	Listed time.Time
 	// Pin is the unit's value in pins/; nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]
-	// StableBefore are the digests that were stable in one of the last generations, by the history.
+	// StableBefore are the digests of the releases that were stable in one of the last generations, as the history says.
 	StableBefore []deployments.Digest
 	// Order is an operator's order at control/: promote, pause, resume, abort or retry; empty: none.
 	Order string
@@ -54,12 +54,12 @@ type Node struct {
 	// UnhealthySince is when the mirror first saw that the unit is unhealthy or rolls back on the node, by the mirror's
 	// own clock; zero: unknown, or the unit does neither.
 	UnhealthySince time.Time
-	// Started is when its agent started, by the node's clock; zero: unknown.
+	// Started is when the node's agent started, by the node's clock; zero: unknown.
 	Started time.Time
 	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: it has no number
 	// yet, or doesn't report it. A record applies to such a node.
 	Joined uint64
-	// Report is the node's report on the unit; zero: it has not reported on it yet.
+	// Report is the node's report on the unit; zero: the node has not reported on the unit yet.
 	Report deployments.UnitReport
 }
 
@@ -112,7 +112,7 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 func (r *Ranks) forget() { r.known = nil }
 
 // update recomputes the ranks after the list of nodes changed. The old and the new list are mostly sorted by name. If
-// one isn't, a known name may be hashed once more.
+// either isn't, a known name may be hashed once more.
 func (k *ranking) update(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0
@@ -137,7 +137,7 @@ func (k *ranking) update(nodes []Node) {
 	k.names, k.ranks, k.byRank = names, ranks, byRank
 }
 
-// state is a record being built, with its reasons: steps take one and return the next.
+// state is a record being built, with the reason for the change. A step takes a state, and returns the next one.
 type state struct {
 	r deployments.Record // its Rollout is in p, if on
 	p deployments.Progress

@@ -43,8 +43,8 @@ type summary struct {
 	// setback is set if a pending node runs a release and is not overdue, or if a canary is missing. In the rolling phase,
 	// a node that started since the bake began is no setback.
 	setback bool
-	// unlisted are nodes that had an entry and have none now: they may still act on the record. unlistedUntil is when the
-	// first of them stops counting.
+	// unlisted are nodes that had an entry in status/ and have none now: they may still act on the record. unlistedUntil
+	// is when the first of them stops counting.
 	unlisted      int
 	unlistedUntil time.Time
 	// waiting are nodes that came back, and would change if the record applied to them: see readmit.
@@ -60,8 +60,8 @@ type rolloutNode struct {
 	replaced bool // it runs a target that was superseded
 	inflight bool
 	overdue  bool // it is in flight, and its deadline has passed
-	// outsideBudget is set if the node may be admitted, or go back, even if the budget has no room. It is there already,
-	// is out of service anyway, or goes later, by readmit.
+	// outsideBudget is set if the node may be admitted, or go back, even if the budget has no room. It has arrived
+	// already, is out of service anyway, or goes later, by readmit.
 	outsideBudget bool
 }
 
@@ -76,7 +76,7 @@ func (in *inputs) deadline() time.Duration {
 
 // due returns the deadline of a node in flight. For a gone node it counts from the node's departure, if that is known.
 // For others it counts from the rollout's last step, the store's last outage or the start of the node's agent,
-// whichever is latest. No node can report during an outage, and one that restarts late in a bake would be overdue at
+// whichever is latest. No node can report during an outage, and a node that restarts late in a bake would be overdue at
 // once.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
@@ -101,13 +101,13 @@ func (in *inputs) dueBack(st state, n *Node) time.Time {
 	return later(n.UnhealthySince, in.Seen).Add(in.deadline())
 }
 
-// shortList is how long a list of nodes must have been too short before the rollout believes it, at most a deadline.
-// Old agents take up to a minute to write a deleted status key again.
+// shortList is how long nodes must have been missing from the list before the rollout goes on without them. A shorter
+// deadline counts instead. Old agents take up to a minute to write a deleted status key again.
 const shortList = 2 * time.Minute
 
 // unlisted returns how many nodes without an entry in status/ still take room in the budget. until is when the first of
 // them stops counting, as a live node would have written its entry again by then; zero: there are none. known is how
-// many nodes the record knows of. A unit without a rollout has no budget, and so none of them.
+// many nodes the record knows of. For a unit without a rollout, which has no budget, unlisted returns none.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	if in.Unit.Rollout == nil {
 		return 0, time.Time{}
@@ -252,8 +252,8 @@ func byJoined(a, b *rolloutNode) int { return cmp.Compare(a.node.Joined, b.node.
 
 // countGone counts a node that is gone. A node that left on its way to the target, or in the middle
 // of a switch, is in flight until its deadline; in a rollback, only the latter is. A node on its
-// way counts as failed then, or at once if the target failed on it. If a converged canary is gone,
-// another one is admitted only after the same deadline.
+// way counts as failed once the deadline has passed, or at once if the target failed on it. If a
+// converged canary is gone, another one is admitted only after the canary's deadline.
 func (v *summary) countGone(in *inputs, st state, n *Node, x rolloutNode, back, aware, there bool) {
 	u := &n.Report
 	v.gone++

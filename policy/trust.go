@@ -23,7 +23,7 @@ const (
 // ErrUntrusted means that a signature is missing, invalid, too weak, or not by an allowed signer.
 var ErrUntrusted = errors.New("not signed by an allowed signer")
 
-// Signers are the keys of an allowed_signers file: only their signatures count.
+// Signers are the keys of an allowed_signers file: only their signatures count. The zero Signers accepts no signature.
 type Signers struct{ all []signer }
 
 // signer is one line of an allowed_signers file.
@@ -120,7 +120,7 @@ func parseValid(s string) (time.Time, error) {
 
 // VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest makes it,
 // and returns the signer's principals. The key must be valid now: a signature's own time proves nothing, because the
-// signer chooses it.
+// signer chooses it. Every error wraps ErrUntrusted.
 func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (principal string, err error) {
 	if len(bytes.TrimSpace(signature)) == 0 {
 		return "", fmt.Errorf("%w: the manifest has no signature", ErrUntrusted)
