@@ -4,7 +4,7 @@
 // People type manifests, unit files, kedge.yaml, agent.yaml, pins and orders. These are parsed strictly: an unknown
 // field, a field that is given twice and a bad value are errors with line and column. Programs write records, reports,
 // history and mirror state. These are parsed leniently: an unknown field is passed over, so that two versions run side
-// by side. What an older reader would get dangerously wrong raises min_agent in the record.
+// by side. A change of a format that an older reader would get dangerously wrong raises min_agent in the record.
 //
 // Durations are written as in 30s, 5m or 1h30m, at most a year, except in agent.yaml. An amount of nodes is a number,
 // or a percentage of the live nodes, rounded up. A pointer is URL@sha256:HEX: where a manifest lies, and the digest of
@@ -13,7 +13,8 @@
 // # Manifest
 //
 // A manifest says what a release is and how it goes live. kedge publish writes one beside each archive; stretcher's are
-// manifests, too. Once a pointer names its digest it never changes. Fields like x-NAME are ignored. At most 1 MiB.
+// manifests, too. Once a pointer names a manifest's digest, the manifest never changes. Fields like x-NAME are ignored.
+// At most 1 MiB.
 //
 // Example of a manifest:
 //
@@ -69,12 +70,12 @@
 //	sha256  its digest
 //	from    of a delta: the digest of the index of the release that it starts from
 //
-// Of commands; pre, post, success and failure are lists, of which the first command that fails ends its list:
+// Of commands; pre, post, success and failure are lists, and the first command that fails ends its list:
 //
 //	env      variables for all commands, by name, beside those of kedge (KEDGE_...)
 //	timeout  of each command that has none of its own (10m)
-//	pre      before the switch; one that fails leaves all as it was
-//	post     after the switch; one that fails goes back
+//	pre      before the switch; if one fails, all stays as it was
+//	post     after the switch; if one fails, the node goes back to what it ran before
 //	success  after the health checks passed
 //	failure  after something failed
 //
@@ -144,7 +145,7 @@
 //	on_failure       rollback (the default) or pause
 //	approval         auto (the default) or manual: wait for kedge promote after the bake
 //	deadline         how long an admitted node may take before it counts as failed (10m)
-//	fast_back        false: a release that was stable lately goes by the gates, too (true)
+//	fast_back        false: a release that was stable lately goes through the gates, too (true)
 //
 // # kedge.yaml
 //
@@ -172,25 +173,26 @@
 //	prune         true: a unit that is removed loses its record; nodes keep what they run (false)
 //	max_removed   the percentage of units that one commit may remove, with prune; binds the next commit (30)
 //	allow_rewind  true: a head that doesn't descend from the last one is taken; binds the next commit (false)
-//	rollout       what every unit file has that doesn't say otherwise; its fields are as there
+//	rollout       the defaults for the fields of rollout in unit files; its fields are the same
 //	drift         as in the unit file, for all
 //	freeze        windows in which no rollout may start, or outside of which none may, a list
 //
 // Of freeze; each has deny or allow:
 //
-//	name      is shown to whom it stops
-//	deny      when a window begins in which none may start: minute, hour, day, month, day of week
-//	allow     when a window begins outside of which none may
+//	name      is shown to those whose rollouts the window stops
+//	deny      when a window begins in which no rollout may start: minute, hour, day, month, day of week
+//	allow     when a window begins outside of which no rollout may start
 //	duration  how long the window is open
 //	zone      whose wall clock counts, by its IANA name (UTC)
 //	units     patterns STAGE/ROLE/UNIT with * for any name (all)
 //	running   finish (the default) or wait: what a rollout under way does
-//	reason    is shown to whom it stops
+//	reason    is shown to those whose rollouts the window stops
 //
 // # agent.yaml
 //
 // /etc/kedge/agent.yaml configures an agent. Each field is also a flag (--state-dir for state_dir) and a variable
-// (KEDGE_STATE_DIR). The flag wins over the variable, and that over the file. A list is a list, or a text with commas.
+// (KEDGE_STATE_DIR). The flag wins over the variable, and the variable over the file. A list is a list, or a text with
+// commas.
 //
 // Example of agent.yaml:
 //
@@ -226,8 +228,8 @@
 //	adopt              true: take over what is a first release's already, as adopt in a unit file (false)
 //	maintenance        true: the node is in Consul's maintenance mode while it switches (false)
 //	snapshot           the URL of the mirror's copy of the desired state, for a first boot while Consul is away (none)
-//	snapshot_signers   a file of SSH keys, of which one must have signed it
-//	snapshot_max_age   how old it may be (72h)
+//	snapshot_signers   a file of SSH keys, of which one must have signed the snapshot
+//	snapshot_max_age   how old the snapshot may be (72h)
 //	ec2                true: stage and roles come from the instance's tags kedge:stage and kedge:roles (false)
 //	lifecycle_hook     the AutoScaling hook to complete once the node has converged (none)
 //	lifecycle_timeout  how long the node may take before it is given up (15m)
@@ -261,8 +263,8 @@
 //
 // # Order
 //
-// An order at control/STAGE/ROLE/UNIT tells the mirror what to do about a rollout. The mirror removes it when it has
-// obeyed or refused it. It is a bare verb, or YAML or JSON with fields. At most 4 KiB.
+// An order at control/STAGE/ROLE/UNIT tells the mirror what to do about a rollout. The mirror removes the order once it
+// has obeyed or refused it. An order is a bare verb, or YAML or JSON with fields. At most 4 KiB.
 //
 // Example of an order:
 //
@@ -294,14 +296,14 @@
 //	stable      what nodes run that are not admitted: the last target that completed its rollout
 //	generation  grows with each new target, and when a rollout turns back or is tried again
 //	retry       grows with each kedge retry
-//	commit      the Git commit that set target or, while that is a pin's, the target before it
+//	commit      the Git commit that set target or, while target is a pin's, the commit of the target before
 //	after       the unit file's
 //	drift       the unit file's
 //	adopt       the unit file's
 //	paced       true: the mirror rolls out unit pins, apart from hold and at_once
-//	joined      nodes that joined later, and run something else, keep that for now
-//	claim       the generation that first asked for target under its commit; a release that failed there stays out;
-//	            negative: lost with the store's data, some generation up to that
+//	joined      nodes that joined later keep what they run for now, unless the record names it
+//	claim       the generation that first asked for target under its commit: nodes on which target has failed since
+//	            don't try it again; negative: lost with the store's data, some generation up to -claim
 //	nodes       how many nodes the unit had when its rollout last moved
 //	orphaned    true: Git names the unit no longer, and pruning is off
 //	pinned      what Git's record was when a unit pin took its place: target, stable, claim, stable_pinned, failed
@@ -313,21 +315,21 @@
 //	phase               canary, pending-approval, frozen, rolling, paused, rolling-back or rolled-back
 //	cutoff              admits the nodes whose rank is not above it; in a rollback these stay for now
 //	early               admits canaries that run a target that was replaced
-//	fast                true: it needs no gates, as it was stable before, or is a pin
-//	serving             true: a first release, and something else serves on a node, so that it goes by its gates
+//	fast                true: the rollout needs no gates, as its target was stable before, or is a pin's
+//	serving             true: a first release, and something else serves on a node, so that it goes through its gates
 //	unproven            true: stable never became healthy everywhere
 //	stable_pinned       true: stable is a pin's release, or may be: it raises no version floor
 //	since               when the phase, or the last step within it, began
 //	reason              why it stands there, as a code
 //	facts               what the reason is about
-//	message             both in words
+//	message             reason and facts in words
 //	failed              the digest that was rolled back: it stays out until Git names another, or kedge retry
 //	promoted            true: it is past its canaries
 //	no_canary           true: it has none, as the unit's file asked for none when it began
 //	forced              true: it may go on within a freeze, by an operator's order or after a pin
 //	healthy_since       when the bake began
 //	tolerated_failures  how many failed nodes are accepted, by resume or from an earlier rollout
-//	superseded          targets that it replaced before they had ended: digest, cutoff, generation, back
+//	superseded          targets that it replaced before their rollouts had ended: digest, cutoff, generation, back
 //
 // # Report
 //
@@ -357,7 +359,7 @@
 //	version       its manifest's
 //	want          the pointer of what should run
 //	message       why want is what should run, or what the unit waits for, in words
-//	generation    the highest of the record that the node knows of, or one before for which it had to do something
+//	generation    the record's, as far as the node knows; it may be an earlier one if the node had nothing to do since
 //	staged        the digest of a release that lies ready on disk
 //	quarantined   digests that failed on this node
 //	failed        the digest of want, if it failed on this node and what the node went back to does not serve yet
@@ -367,8 +369,8 @@
 //	pinned        true: a pin decided, not the record
 //	error         what is wrong now, one line of at most 300 bytes
 //	errors        up to three of the newest error lines of the unit's log, newest first: at, text. Only those since
-//	              the agent started: the node's own log has the older ones, and a line costs no write to its disk
-//	              this way, which may be what fails
+//	              the agent started, as they are not written to the node's disk, which may be what fails. The
+//	              node's own log has older ones
 //	since         when the state was entered, by the node's clock
 //	drift         up to five paths that differ from the release: dest, or paths in its tree
 //	serves        true: no release of the unit runs, and something else lies at dest, or another unit deploys there
@@ -408,10 +410,11 @@
 //	orders      the orders that the mirror took in it, at most 50, the oldest first; see below
 //	truncated   true: there were more pins or orders than the entry keeps
 //
-// The mirror rewrites the newest entry when it sees that a pin came or ended, and when it takes an order. A pin that
-// stands when the next generation begins stands in that entry, too, and ends there.
+// The mirror rewrites the newest entry when it sees that a pin came or ended, and when it takes an order. A pin that is
+// in force when the next generation begins is listed in that generation's entry, too, and its end only there.
 //
-// Of a pin and of an order, the words are cut at 200 bytes. The time "at" is when the mirror saw it or took it:
+// Of a pin and of an order, the words are cut at 200 bytes. The time "at" is when the mirror saw the pin or took the
+// order:
 //
 //	ended    when a pin had been removed or replaced, or its until had come; missing while it stands
 //	node     the one node that a pin was for
@@ -441,7 +444,7 @@
 //	repo         the address of the repository that head is of
 //	past         commits that head descends from, in short and newest first
 //	refused      the commit at the branch's head, if it was not taken
-//	error        why, or what else is wrong
+//	error        why it was refused, or what else is wrong
 //	applying     a commit that takes several transactions, while they are under way
 //	freeze       the freeze windows, with the fields that they have in kedge.yaml: to show what is to come
 //	freeze_more  how many windows are left out, if there are many

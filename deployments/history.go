@@ -14,8 +14,8 @@ type History struct {
 	Generation int64   `json:"generation"`
 	Release    Pointer `json:"release"`
 	Stable     Pointer `json:"stable,omitzero"`
-	// Commit, Author and Subject describe the Git commit that was mirrored then, Committed is its time. An entry that was
-	// made again from the record has only Commit.
+	// Commit, Author and Subject describe the Git commit that was mirrored then; Committed is the commit's time. An entry
+	// that the mirror made again from the record has only Commit.
 	Commit    string    `json:"commit"`
 	Author    string    `json:"author"`
 	Subject   string    `json:"subject,omitempty"`
@@ -48,8 +48,8 @@ type History struct {
 
 // PastPin is a pin as the history keeps it. By, Reason and Error are cut at MaxPastWords.
 type PastPin struct {
-	// At is when the mirror saw the pin. Ended is when the mirror saw it removed or replaced, or its Until if that had
-	// come. Zero: it is in force, or outlasted the generation.
+	// At is when the mirror saw the pin. Ended is when the mirror saw it removed or replaced, or Pin.Until if that had
+	// come. Zero: the pin is in force, or outlasted the generation.
 	At    time.Time `json:"at"`
 	Ended time.Time `json:"ended,omitzero"`
 	// Node is the one node that the pin was for; empty: all nodes of the unit.

@@ -24,7 +24,7 @@ type RuleVars struct {
 // ConsulRules returns the Consul ACL rules of a party, in HCL. The party is "agent", "bridge", "mirror", "operator",
 // "web" or "maintenance". The last one's rules let an agent switch its node's maintenance mode, in addition to its own
 // rules. ConsulRules panics for another party, and if a variable that the rules need is missing or isn't a valid part
-// of a key. The rules would then be about other keys than meant.
+// of a key. Without the panic, the rules would be about keys other than those meant.
 func ConsulRules(party string, v RuleVars) string {
 	file, err := rules.ReadFile("consul/" + party + ".hcl")
 	if err != nil {

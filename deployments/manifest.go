@@ -53,8 +53,8 @@ type Manifest struct {
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
 
-	// Masked are the values of variables that must not be shown; see Mask. No manifest's text contains them: they
-	// are kept with the parsed Manifest.
+	// Masked are the values of variables that must not be shown; see Mask. A manifest's text has no such field:
+	// ParseManifest sets Masked, and it is stored with the parsed Manifest.
 	Masked []string `json:",omitempty"`
 }
 
@@ -75,7 +75,7 @@ type Blob struct {
 
 // Delta is a blob that turns the release From into this one.
 type Delta struct {
-	// From is the SHA-256 of the index of the release that it starts from.
+	// From is the SHA-256 of the index of the release that the delta starts from.
 	From Digest
 	Blob
 }
@@ -120,11 +120,11 @@ type Command struct {
 type Health struct {
 	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
 	Timeout time.Duration
-	// StableFor is how long the checks must go on passing. At its end each is tried once more. Default 0: passing
+	// StableFor is how long the checks must go on passing. At its end each check is tried once more. Default 0: passing
 	// once is enough.
 	StableFor time.Duration
-	// Every is the time between two rounds of checks while the release is live; default 10 s. Failures is how many
-	// rounds in a row must fail before it counts as unhealthy; default 3.
+	// Every is the time between two rounds of checks while the release is live; default 10 s. Failures is how many rounds
+	// in a row must fail before the release counts as unhealthy; default 3.
 	Every    time.Duration
 	Failures int
 	Checks   []Check

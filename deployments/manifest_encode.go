@@ -13,8 +13,8 @@ import (
 )
 
 // Encode returns a manifest as YAML, as kedge publish writes it, without fields that are zero or hold their default.
-// ParseManifest of it, at the same URL, returns m with its defaults filled in. More than MaxManifest bytes are an
-// error.
+// ParseManifest of the result, at the same URL, returns m with its defaults filled in. More than MaxManifest bytes are
+// an error.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {
@@ -139,8 +139,8 @@ func (m *Manifest) Encode() ([]byte, error) {
 	return data, nil
 }
 
-// isKedgesOwn reports whether Encode writes a field or a strategy that stretcher doesn't know: such
-// a manifest is kedge's own.
+// isKedgesOwn reports whether Encode writes a top-level field or a strategy that stretcher doesn't
+// know. Such a manifest is kedge's own, not stretcher's.
 func (m *Manifest) isKedgesOwn() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
@@ -157,7 +157,8 @@ func (m *Manifest) isKedgesOwn() bool {
 // scalar is text that is quoted in YAML, unless every YAML reader takes it for text unquoted.
 type scalar string
 
-// bare matches text that every reader of YAML takes for text, unquoted, but for words such as true and no.
+// bare matches text that needs no quotes, as every reader of YAML takes it for text. It also matches words such as true
+// and no, which do need quotes.
 var bare = regexp.MustCompile(`^[A-Za-z/]([A-Za-z0-9._/@+=:-]*[A-Za-z0-9._/@+=-])?$`)
 
 func (s scalar) MarshalYAML() ([]byte, error) {

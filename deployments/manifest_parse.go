@@ -23,7 +23,7 @@ const (
 	maxSecrets  = 100
 
 	// DefaultCommandTimeout is the timeout of a command in kedge's own manifests if none is given.
-	// stretchersTimeout is that in stretcher's manifests.
+	// stretchersTimeout is the same for stretcher's manifests.
 	DefaultCommandTimeout = 10 * time.Minute
 	stretchersTimeout     = 24 * time.Hour
 	defaultHealthTimeout  = 60 * time.Second
@@ -65,9 +65,9 @@ func ManifestTraps(data []byte) ([]Problem, error) {
 	return traps, err
 }
 
-// readManifest parses a manifest, and also returns its traps (see ManifestTraps). If env is nil, variables are
-// unknown, and a condition that depends on one may turn out either way. The result is then that of the first outcome
-// for which the manifest is valid; if none is, the error of the first.
+// readManifest parses a manifest, and also returns its traps (see ManifestTraps). If env is nil, variables are unknown,
+// and a condition that depends on one may turn out either way. The result is then that of the first combination of
+// outcomes for which the manifest is valid. If none is valid, the error is that of the first combination.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
@@ -113,18 +113,18 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 const (
 	// maxOutcomes bounds how many conditions of a template are tried one by one.
 	maxOutcomes = 16
-	// sureOutcomes is how many outcomes of a manifest are tried in any case. Further ones are tried
-	// until all that were tried had more than maxTried bytes, as the YAML parser takes up to 0.5 s
-	// for one.
+	// sureOutcomes is how many outcomes of a manifest are tried in any case. Further outcomes are
+	// tried until the texts tried so far have more than maxTried bytes together, as the YAML parser
+	// takes up to 0.5 s for one text.
 	sureOutcomes = 2
 	maxTried     = 64 << 10
 )
 
 // outcomes returns ways in which a template's n conditions on unknown variables may turn out, apart
 // from all being true. In the first, all are false. In the second, each is as the placeholder makes
-// it, so that conditions on the same variable agree, such as eq and ne. Then, for each of the first
-// maxOutcomes conditions, that one alone is true. At last, each of these alone differs from what
-// the placeholder makes it.
+// it, so that conditions on the same variable agree, such as eq and ne. Next, for each of the first
+// maxOutcomes conditions, only that condition is true. Last, for each of them, only that condition
+// differs from what the placeholder makes it.
 func outcomes(n int) []chooser {
 	all := []chooser{
 		func(int, bool) bool { return false },
@@ -184,8 +184,8 @@ var stretchersFields = []string{
 
 // setTimeouts gives a timeout to each command that has none: commands.timeout if that is given.
 // Otherwise commands of kedge's own manifests (own is set) get DefaultCommandTimeout, which is
-// noted as a trap. stretcher has no timeouts. Commands of its manifests get stretchersTimeout, as
-// one that runs longer than that will hardly end.
+// noted as a trap. stretcher has no timeouts. Commands of its manifests get stretchersTimeout, as a
+// command that runs longer than that will hardly end.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false

@@ -22,9 +22,9 @@ const (
 	// look for a template's variable among all those before. So their time grows with the square of
 	// this number, to some 0.2 s.
 	maxDollars = 10_000
-	// maxWork bounds the bytes that a template's functions take and return, added up over all
-	// calls. A variable that is given as an argument twice may double with each action.
-	// argumentCost is what an argument counts besides its bytes.
+	// maxWork bounds the bytes that a template's functions take and return, added up over all calls. A
+	// variable that is given as an argument twice may double with each action. argumentCost is how
+	// many bytes an argument counts for besides its own.
 	maxWork      = 8 * MaxManifest
 	argumentCost = 64
 	// maxParseError bounds what is kept of the parser's errors, in bytes. They quote words of any length.
@@ -144,7 +144,7 @@ type templateVariable struct {
 // maxNames bounds how many names of variables are kept for a value or a line. Messages have no room for more.
 const maxNames = 16
 
-// union returns the names in a and b, each once, and at most maxNames of them. It is empty only if both are.
+// union returns the names in a and b, each once, and at most maxNames of them. It is empty only if a and b are.
 func union(a, b []string) []string {
 	all := slices.Clip(a) // so that append copies it, as others may hold it
 	for _, name := range b {
@@ -540,13 +540,14 @@ func truth(value any) bool {
 	return false
 }
 
-// format is printf with the verbs s, v, d, q, t and f. It returns an error if the result could exceed 8*MaxManifest.
+// format is printf with the verbs s, v, d, q, t and f. It returns an error if the result could have more than
+// 8*MaxManifest bytes.
 func format(values []any) (string, error) {
 	layout, ok := values[0].(string)
 	if !ok {
 		return "", errors.New("want a format")
 	}
-	size := 6 * textSize(values...) // quoted, a byte can take as many; so can a verb without its value
+	size := 6 * textSize(values...) // %q may write 6 bytes for one; so may a verb without a value for each of its bytes
 	for rest := layout; ; {
 		_, verb, found := strings.Cut(rest, "%")
 		if !found {

@@ -35,11 +35,11 @@ func (r *manifestReader) asURL(s string) (string, error) {
 	return s, CheckSourceURL(s)
 }
 
-// parentOf returns a path up to its last slash, included; empty: it has none.
+// parentOf returns a path up to and including its last slash; empty: the path has no slash.
 func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
-// asShown parses a name or version, which people see, and which becomes part of a directory's name
-// and of a URL.
+// asShown parses a name or version. People see it, and it becomes part of a directory's name and of
+// a URL.
 func asShown(s string) (string, error) {
 	if len(s) > 128 || !shown.MatchString(s) {
 		return "", fmt.Errorf(

@@ -45,7 +45,7 @@ func NewMask(values []string) *Mask {
 	if len(forms) == 0 {
 		return nil
 	}
-	// Of two forms that begin alike the longer one is replaced first, as else its rest would stay visible.
+	// Of two forms that begin alike, the longer one must be replaced first, or its end would stay visible.
 	slices.SortFunc(forms, func(a, b string) int { return len(b) - len(a) })
 	pairs := make([]string, 0, 2*len(forms))
 	for _, f := range forms {

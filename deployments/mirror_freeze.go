@@ -21,8 +21,8 @@ type FreezeWindow struct {
 }
 
 const (
-	// maxWindows bounds the number of freeze windows in mirror/state, and maxWindowBytes about how
-	// many bytes they take, as the value holds other things as well.
+	// maxWindows bounds the number of freeze windows in mirror/state, and maxWindowBytes roughly
+	// bounds their bytes, as the value holds other things as well.
 	maxWindows     = 100
 	maxWindowBytes = 32 << 10
 	// maxWindowText bounds a window's name, and its reason, in bytes.

@@ -17,14 +17,15 @@ type MirrorState struct {
 	// Repo is the address of the repository that Head comes from.
 	Repo string `json:"repo,omitempty"`
 	// Ancestors lists the newest commits that Head descends from: 12 digits of each hash, newest
-	// first, separated by spaces. So whoever waits for one of them sees that it was taken.
+	// first, separated by spaces. Whoever waits for one of these commits can see from it that the
+	// commit was taken.
 	Ancestors string `json:"past,omitempty"`
 	// Refused is the commit at the branch's head if it was not taken. Error says why, or what else
 	// is wrong, for example that Git is away.
 	Refused string `json:"refused,omitempty"`
 	Error   string `json:"error,omitempty"`
-	// Applying is a commit that is being written in several transactions. KV holds Head completely before the
-	// first, and Applying after the last of them. A mirror that takes over goes on with it.
+	// Applying is a commit that is being written in several transactions. KV holds all of Head before the first
+	// transaction, and all of Applying after the last. A mirror that takes over goes on with that commit.
 	Applying string `json:"applying,omitempty"`
 	// Freeze lists the freeze windows of Head's kedge.yaml, for pages and commands that show what
 	// is to come. FreezeMore is how many windows Freeze leaves out: see FreezeWindows.

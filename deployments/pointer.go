@@ -127,7 +127,8 @@ func IsPlainHTTP(s string) bool {
 	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
 }
 
-// IsLocalURL reports whether a URL's host is localhost or local by IsLocalAddress. It looks up no other name.
+// IsLocalURL reports whether a URL's host is localhost, ends in .localhost, or is an address that is local by
+// IsLocalAddress. It looks up no other name.
 func IsLocalURL(u *url.URL) bool {
 	host := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
 	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
@@ -217,8 +218,8 @@ func BesideURL(url, more string) string {
 	return at + more + "?" + query
 }
 
-// ShownURL returns a URL, or a text that should have been one, without what may be secret. That is the user name, the
-// password, and the query, which may be a signature; in a text without ://, only the query.
+// ShownURL returns a URL, or a text that should have been one, without what may be secret. It hides the user name, the
+// password, and the query, which may be a signature. In a text without ://, it hides only the query.
 func ShownURL(s string) string {
 	s, _, query := strings.Cut(s, "?")
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {

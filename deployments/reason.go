@@ -10,7 +10,7 @@ type Reason string
 // Facts are a Reason's parameters, by name, such as unit, node and until: data, or the words of an error or a person.
 type Facts map[string]string
 
-// With returns a copy of the facts with one set. It never changes f, which may be nil.
+// With returns a copy of the facts in which the fact name has the value. It never changes f, which may be nil.
 func (f Facts) With(name, value string) Facts {
 	all := maps.Clone(f)
 	if all == nil {

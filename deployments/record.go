@@ -34,13 +34,13 @@ type Record struct {
 	// then ignore a unit pin unless it says hold or at_once: the mirror rolls it out as Target.
 	Paced bool `json:"paced,omitempty"`
 	// Joined bounds which nodes the record applies to: those whose Report.Joined is not higher, and
-	// those on which nothing serves. A node has a higher one after a restart or an absence. It then
-	// keeps what it runs, unless that is Target, Stable or one of Superseded, until the mirror
-	// raises Joined as the budget has room. 0: the record applies to all nodes.
+	// those on which nothing serves. A node's Report.Joined is higher after a restart or an absence.
+	// The node then keeps what it runs, unless that is Target, Stable or one of Superseded, until the
+	// budget has room and the mirror raises Joined. 0: the record applies to all nodes.
 	Joined uint64 `json:"joined,omitempty,string"`
 	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: it equals Generation. A
-	// release that failed on a node stays out there until Claim or Retry grows. A negative Claim was lost with the
-	// store's data: it is some generation up to -Claim.
+	// release that failed on a node stays out there until Claim or Retry grows. A negative Claim means that the generation
+	// was lost with the store's data: it is at most -Claim.
 	Claim int64 `json:"claim,omitempty"`
 	// Nodes is how many nodes the unit was known to have when its rollout last moved. If the list of nodes is
 	// shorter later, the rollout waits a while for the rest.
@@ -61,8 +61,8 @@ type Record struct {
 func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
 // CanGoBack reports whether the record's rollout has something to go back to: a stable release
-// other than the target or, for a first release, what served on some node before. Otherwise an
-// abort only pauses the rollout.
+// other than the target or, for a first release, what served on some node before. If it has
+// nothing, an abort only pauses the rollout.
 func (r Record) CanGoBack() bool {
 	if r.Stable.IsZero() {
 		return r.Rollout != nil && r.Rollout.Serving
@@ -139,11 +139,11 @@ type Superseded struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Generation is the generation of the last record by which nodes could begin to deploy the replaced target.
 	Generation int64 `json:"generation,omitempty"`
-	// RollingBack is set if its nodes had been told to go back to stable, and may be on their way.
+	// RollingBack is set if the target's nodes had been told to go back to stable, and may be on their way.
 	RollingBack bool `json:"back,omitempty"`
 }
 
-// MaxSuperseded bounds Progress.Superseded: a record stays small.
+// MaxSuperseded bounds Progress.Superseded, so that a record stays small.
 const MaxSuperseded = 3
 
 // Phase is a rollout's state.
@@ -174,7 +174,7 @@ func Phases() []Phase {
 	}
 }
 
-// Pin overrides a record, for all nodes of a unit or for one. Operators write it, and kedge bridge.
+// Pin overrides a record, for all nodes of a unit or for one node. Operators and kedge bridge write pins.
 type Pin struct {
 	// Hold makes nodes keep what they run, whatever it is. Release is then zero.
 	Hold    bool    `json:"hold,omitempty"`
@@ -188,6 +188,6 @@ type Pin struct {
 	AtOnce bool `json:"at_once,omitempty"`
 }
 
-// Expired reports whether the pin has ended by itself. It stays in the store until somebody removes it, but has no
-// effect.
+// Expired reports whether the pin has ended by itself. An expired pin stays in the store until somebody removes it, but
+// has no effect.
 func (p Pin) Expired(now time.Time) bool { return !p.Until.IsZero() && !now.Before(p.Until) }

@@ -139,7 +139,7 @@ func lenientJSON(data []byte, to any) error {
 	return err
 }
 
-// holdWord is the text of a pin that keeps what runs.
+// holdWord is the text of a pin by which nodes keep what they run.
 const holdWord = "hold"
 
 // ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON. Its fields are release (a pointer

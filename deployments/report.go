@@ -41,19 +41,19 @@ type UnitReport struct {
 	// Want is the release that policy.Resolve last answered, and Message why, in words, or what the unit waits for.
 	Want    Pointer `json:"want,omitzero"`
 	Message string  `json:"message,omitempty"`
-	// Generation is the highest generation of the record that the node knows of. A converged node
-	// that has nothing to do for a newer record reports its generation only with the node's next
-	// change. It reports it at once if the record's rollout has Superseded targets.
+	// Generation is the highest generation of the record that the node knows of. A converged node that
+	// has nothing to do for a newer record reports that record's generation only with the node's next
+	// change. It reports the generation at once if the record's rollout has Superseded targets.
 	Generation int64 `json:"generation,omitempty"`
 	// Staged is the digest of a release that lies ready on disk, mostly for when the node is admitted to it.
 	Staged Digest `json:"staged,omitzero"`
 	// Quarantined are the digests that failed on this node once they were staged, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
 	// Failed is the digest of Want if that release failed here and isn't tried again. It is set until what the node went
-	// back to serves: State is StateSwitching or StateUnhealthy.
+	// back to is in service. Until then State is StateSwitching or StateUnhealthy.
 	Failed Digest `json:"failed,omitzero"`
-	// RollingBack is set while the node goes back from a release that failed here, until what it goes back to serves.
-	// Meanwhile Want may name the release that failed or the one that the node goes back to.
+	// RollingBack is set while the node goes back from a release that failed here, until what it goes back to is in
+	// service. Meanwhile Want may name the release that failed or the one that the node goes back to.
 	RollingBack bool `json:"rolling_back,omitempty"`
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
@@ -134,13 +134,14 @@ func States() []State {
 func (s State) Known() bool { return slices.Contains(States(), s) }
 
 const (
-	// MaxReport bounds a report, in bytes. A report of very many units lacks details of some, or some of them.
+	// MaxReport bounds a report, in bytes. If a node has very many units, its report leaves out details of some units, or
+	// whole units.
 	MaxReport = 256 << 10
-	// MaxRoleUnits bounds the units of one role that a node manages, and so those of a report.
+	// MaxRoleUnits bounds the units of one role that a node manages, and so the units in a report.
 	MaxRoleUnits = 100
 )
 
-// ParseReport parses a report. Unknown fields are ignored, as agents of two versions run side by side.
+// ParseReport parses a report. Unknown fields are ignored, as two versions of kedge run side by side.
 func ParseReport(value []byte) (Report, error) {
 	var r Report
 	if len(value) > MaxReport {

@@ -58,8 +58,8 @@ func ParseSecretRef(s string) (SecretRef, error) {
 	return r, nil
 }
 
-// checkSecretName returns an error if a name is not valid for its source, or could be read as another name than it
-// seems.
+// checkSecretName returns an error if a name is not valid for its source, or could be read as a name other than the one
+// that it shows.
 func checkSecretName(source, name string) error {
 	switch source {
 	case SecretFile:

@@ -10,10 +10,10 @@ type Settings struct {
 	// matches whole path segments: s3://acme-releases/web matches
 	// s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
 	Sources map[string][]string
-	// Dests are the directories in or below which releases may go live. Users are the users that their commands
-	// may run as and that may own their trees. Commands says whether they may have commands. All are by stage, as
-	// Sources; a stage without a value is not bounded. The mirror checks them in the manifest of each release that
-	// a commit newly names. Pins are bounded by the agents' configuration.
+	// Dests are the directories in or below which releases may go live. Users are the users that their commands may run as
+	// and that may own their trees. Commands says whether they may have commands. All three are by stage, as Sources is; a
+	// stage without a value is not bounded. The mirror checks them in the manifest of each release that a commit newly
+	// names. Pins are bounded by the agents' configuration.
 	Dests    map[string][]string
 	Users    map[string][]string
 	Commands map[string]bool
@@ -26,7 +26,8 @@ type Settings struct {
 	// AllowRewind accepts a head that doesn't descend from the last one (a force push).
 	AllowRewind bool
 	Freeze      []Freeze
-	// Rollout holds the defaults for unit files that don't say otherwise; nil: none. Drift is such a default, too.
+	// Rollout holds the defaults for the fields of rollout in unit files; nil: kedge.yaml gives none. Drift is a default
+	// for unit files, too.
 	Rollout *Rollout
 	Drift   Drift
 }

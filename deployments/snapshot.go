@@ -28,7 +28,8 @@ type signedSnapshot struct {
 	Signature string `json:"signature"`
 }
 
-// Encode returns the object to store. sign makes its signature. An object of more than MaxSnapshot is an error.
+// Encode returns the object to store, with the signature that sign makes. An object of more than MaxSnapshot bytes is
+// an error.
 func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) ([]byte, error) {
 	text, err := json.Marshal(s)
 	if err != nil {

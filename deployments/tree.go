@@ -82,15 +82,15 @@ const (
 	// name each other in many places could expand without end.
 	MaxFiles  = 200_000
 	maxNested = 50
-	// maxTreeProblems is the number of problems at which reading ends, as it can take half a second to find one.
+	// maxTreeProblems is the number of problems at which reading ends, as finding one can take half a second.
 	maxTreeProblems = 1000
 )
 
 // Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every
 // STAGE/ROLE/UNIT.yaml or .yml. It ignores dot-files, and files with another ending. A .yaml or
 // .yml file in a wrong place is a problem. So are a directory in place of a unit's file, a symbolic
-// link that hides units, and a submodule at STAGE/ROLE. The error is Problems, with each one that
-// was found and its place, or an error of reading the tree.
+// link that hides units, and a submodule at STAGE/ROLE. The error is a Problems value that lists
+// the mistakes found, each with its place, or it is an error of reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
 		fsys:   fsys,
@@ -244,7 +244,8 @@ func (l *loader) hidesUnits(name string) (found bool) {
 	return found
 }
 
-// read returns a file's bytes. If the file is too large or not a regular one, read notes a problem and returns nil.
+// read returns a file's bytes. If the file is too large or not a regular one, read notes a problem, and returns nil
+// without an error.
 func (l *loader) read(name string) ([]byte, error) {
 	info, err := fs.Stat(l.fsys, name)
 	if err != nil {

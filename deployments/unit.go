@@ -18,11 +18,11 @@ type UnitID struct {
 // The length is checked outside of the expression: Go compiles a bounded repetition to as many copies.
 var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]*$`)
 
-// CheckSegment returns an error unless s is a valid segment of a key, a path or a unit's name. what
-// names the segment in the error. A segment is 1 to 63 letters, digits, '.', '_' and '-', beginning
-// with a letter or a digit. Nothing else may reach a key, as Consul's HTTP API cleans paths (t/../k
-// becomes k) but its transactions don't. The names of editors' temporary files are refused, as keys
-// may be files that people edit.
+// CheckSegment returns an error unless s is a valid segment of a key, a path or a unit's name. The
+// argument what names the segment in the error. A segment is 1 to 63 letters, digits, '.', '_' and
+// '-', beginning with a letter or a digit. Nothing else may reach a key, as Consul's HTTP API
+// cleans paths (t/../k becomes k) but its transactions don't. The names of editors' temporary files
+// are refused, as keys may be files that people edit.
 func CheckSegment(what, s string) error {
 	if len(s) > 63 || !segment.MatchString(s) {
 		return fmt.Errorf("%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit",

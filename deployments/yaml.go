@@ -22,19 +22,20 @@ import (
 // It parses JSON too, which is YAML.
 type reader struct {
 	file string
-	// unknownVariables: variables with unknown values may stand in the text; a bad value that contains one is no mistake.
+	// unknownVariables is set if the text may contain the placeholder variable. A bad value that contains it is no
+	// mistake.
 	unknownVariables bool
-	// lax: a field without a value counts as left out, and anchors and aliases are read. Fields that begin with x- are
-	// ignored, as people keep anchors in them.
+	// lax is set for manifests. A field without a value then counts as left out, and anchors and aliases are read. Fields
+	// that begin with x- are ignored, as people keep anchors in them.
 	lax      bool
 	anchors  map[string]ast.Node
 	aliases  int // how many aliases were followed
 	problems Problems
 }
 
-// parse returns the document's root, or nil if the text is empty or, with a problem noted, isn't one YAML document
-// within bounds. Tags are refused. So are, unless the reader is lax, anchors, aliases and merge keys: a few lines of
-// them can expand without bound.
+// parse returns the document's root. It returns nil if the text is empty. If the text isn't one YAML document within
+// bounds, parse notes a problem and returns nil. It refuses tags. Unless the reader is lax, it also refuses anchors,
+// aliases and merge keys: a few lines of them can expand without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -60,7 +61,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(0, 0, "the file holds %d documents: want one", documents)
 		return nil
 	}
-	// fields reports duplicate keys, so that all of them are found.
+	// The method fields reports duplicate keys instead, so that all of them are found.
 	f, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	var syntax yaml.Error
 	switch {
@@ -109,7 +110,7 @@ const (
 )
 
 // estimateShape returns estimates of the nesting depth of data, of its keys and items together, and of its documents.
-// The depth is judged by flow brackets, indentation and dashes, and is rather too high than too low.
+// The depth is judged by flow brackets, indentation and dashes. The estimate errs on the high side.
 func estimateShape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
@@ -213,8 +214,8 @@ func (r *reader) err() error {
 
 // fields reads a mapping: for each key it calls the function of that name in known. It notes
 // unknown and duplicate keys, and keys without a value. A lax reader passes over keys without a
-// value, unknown ones that begin with x-, and empty texts of leftOutEmpty. seen has the keys that
-// were read; what names the mapping in errors.
+// value, unknown ones that begin with x-, and empty texts of leftOutEmpty. seen has the key's node
+// for each field that was read. what names the mapping in errors.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)
@@ -253,7 +254,8 @@ func isEmptyText(n ast.Node) bool {
 	return ok && s.Value == ""
 }
 
-// mapping returns a mapping's entries, and false for another node. goccy has another node for a mapping of one entry.
+// mapping returns a mapping's entries, and false if n is no mapping. goccy may represent a mapping of one entry by a
+// node of another type.
 func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	switch m := n.(type) {
 	case *ast.MappingNode:
@@ -291,7 +293,8 @@ func Nearest(name string, known iter.Seq[string]) string {
 	return best
 }
 
-// distance returns the Levenshtein distance, with a swap of neighbours as one step; len(a) if that is more than 64.
+// distance returns the Levenshtein distance of a and b, with a swap of neighbouring bytes as one step. If a has more
+// than 64 bytes, it returns len(a).
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)
@@ -319,7 +322,7 @@ func distance(a, b string) int {
 	return rows[len(a)][len(b)]
 }
 
-// text returns a scalar's text, numbers as they were written; false, with a problem noted, for another node.
+// text returns a scalar's text, numbers as they were written; for any other node it notes a problem and returns false.
 func (r *reader) text(n ast.Node) (string, bool) {
 	switch s := n.(type) {
 	case *ast.StringNode:

@@ -4,7 +4,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// maxAliases bounds how often a document's aliases are followed, as each may stand for most of the document.
+// maxAliases bounds how often aliases are followed in a document, as each may stand for most of the document.
 const maxAliases = 200
 
 // anchorFinder collects the document's anchors. It notes an alias before its anchor, a name used by two anchors, and
@@ -35,8 +35,8 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	return v
 }
 
-// resolve returns the node that an alias stands for, or n itself, both without an anchor. Beyond
-// maxAliases it returns nil.
+// resolve returns the node that the alias n stands for, or n itself if it is no alias, without its
+// anchor. Once more than maxAliases aliases were followed in the document, resolve returns nil.
 func (r *reader) resolve(n ast.Node) ast.Node {
 	for {
 		switch v := n.(type) {
@@ -59,8 +59,8 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 // empty reports whether a resolved node is nil or has no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries returns a mapping's entries, and false if n is no mapping. If the reader is lax, it adds
-// the entries that merge keys (<<) bring.
+// entries returns a mapping's entries, and false if n is no mapping. If the reader is lax, entries
+// adds those that merge keys (<<) bring. The mapping's own entries take precedence.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {

@@ -13,8 +13,8 @@ import (
 )
 
 // WriteFile creates or replaces path by one rename. The data and the rename are on disk when it
-// returns. A crash may leave a temporary file beside path, named ".", path's name and digits; the
-// owner of the directory removes it.
+// returns. A crash may leave a temporary file beside path, whose name is ".", path's base name and
+// digits. Whoever owns the directory has to remove such files.
 func WriteFile(path string, data []byte, perm os.FileMode) error {
 	return WriteFileVia(filepath.Dir(path), path, data, perm)
 }

@@ -17,13 +17,13 @@ const (
 	// a busy machine. (go test -fuzz itself ends a worker that takes ten seconds of wall-clock time, with "hung or
 	// terminated" and exit status 2. On a busy machine that is no bug of the parser.)
 	Waiting = 5 * time.Minute
-	// Memory is how much may be allocated for one input, in bytes, freed meanwhile or not.
+	// Memory is how many bytes may be allocated for one input, including those that are freed meanwhile.
 	Memory = 256 << 20
 )
 
 // Run calls parse, and fails the test if the process meanwhile allocates more than Memory. It
-// panics if parse takes longer than Time or Waiting. Nobody whose data is parsed may be able to
-// take more. The failure and the panic name input.
+// panics if parse takes longer than Time or Waiting. No input may cost more, as others than the
+// operator write what kedge parses. The failure and the panic name input.
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()
@@ -38,7 +38,7 @@ func Run(t testing.TB, input any, parse func()) {
 }
 
 // guard calls late with the bound that was reached: busy bounds the processor time of the whole process, waiting the
-// elapsed time. Calling stop before that ends the guard.
+// elapsed time. Calling stop before the bound is reached ends the guard. stop must not be called twice.
 func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop func()) {
 	begun, used := time.Now(), processorTime()
 	done := make(chan struct{})

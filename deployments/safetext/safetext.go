@@ -16,8 +16,8 @@ const MaxValue = 4 << 10
 // hiddenText replaces a secret.
 const hiddenText = "…"
 
-// Clean returns s for a log line: printable, without secrets in its URLs, and cut to about MaxValue bytes. If it is
-// cut, it ends with the number of bytes that were left out.
+// Clean returns s for a log line: printable, without secrets in its URLs, and cut to about MaxValue bytes. A cut text
+// ends with the number of bytes that were left out.
 func Clean(s string) string {
 	more := 0
 	if len(s) > 2*MaxValue {
@@ -31,8 +31,8 @@ func Clean(s string) string {
 	return kept + fmt.Sprintf("… [%d more bytes]", more)
 }
 
-// Clip returns s if it has at most most bytes. Otherwise it returns the beginning of s, of at most most bytes, and
-// after it says how many bytes were left out.
+// Clip returns s if it is no longer than most bytes. If it is longer, Clip returns the beginning of s, of up to most
+// bytes, followed by a note of how many bytes were left out.
 func Clip(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -44,7 +44,8 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
-// Prefix returns the beginning of s, of at most most bytes and of whole characters.
+// Prefix returns s if it is no longer than most bytes. If it is longer, Prefix returns the whole characters within its
+// first most bytes. most must not be negative.
 func Prefix(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -52,8 +53,8 @@ func Prefix(s string, most int) string {
 	return strings.ToValidUTF8(s[:most], "")
 }
 
-// Cut returns s if it has at most most bytes. Otherwise it returns the beginning of s and "...",
-// together at most most bytes.
+// Cut returns s if it is no longer than most bytes. If it is longer, Cut returns the beginning of s
+// and "...", together no longer than most bytes. most must be at least 3.
 func Cut(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -75,7 +76,8 @@ func Printable(s string) string {
 	}, s)
 }
 
-// Line returns s on one line of at most most bytes: control characters are spaces in it, and invalid UTF-8 is "?".
+// Line returns s on one line, cut as by Cut to no more than most bytes. Control characters become spaces, and invalid
+// UTF-8 becomes "?".
 func Line(s string, most int) string {
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Path returns the path of a program that .ci/tools builds. It skips the test with -short, and else fails it if the
-// program is missing.
+// Path returns the path of a program that .ci/tools builds. With -short it skips the test. Without -short it fails the
+// test if the program is missing.
 func Path(tb testing.TB, name string) string {
 	tb.Helper()
 	if testing.Short() {
@@ -29,8 +29,8 @@ func Path(tb testing.TB, name string) string {
 	return path
 }
 
-// NeedRoot fails a test that doesn't run as root, as it mounts something or acts as several users. It
-// skips the test with -short.
+// NeedRoot fails a test that needs root, to mount something or to act as several users, but doesn't run as root. With
+// -short it skips such a test instead.
 func NeedRoot(tb testing.TB) {
 	tb.Helper()
 	switch {

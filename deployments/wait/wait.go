@@ -74,7 +74,8 @@ func (b *Backoff) Reset() {
 	b.pauses.Reset()
 }
 
-// Signal wakes one goroutine. Signals that are set before it receives from C count as one.
+// Signal wakes one goroutine, which receives from C. Several calls of Set before it receives count as one. NewSignal
+// makes a Signal: Set of the zero Signal wakes nobody.
 type Signal struct{ c chan struct{} }
 
 // NewSignal returns a signal that isn't set.
@@ -93,5 +94,5 @@ func (s Signal) Set() {
 func (s Signal) C() <-chan struct{} { return s.c }
 
 // Rest returns how long to pause after recurring work that took the duration took: 20 times as
-// long, but at most most. Below that bound the work takes less than a twentieth of a core.
+// long, but no longer than most. Below that bound the work takes less than a twentieth of a core.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }
