@@ -148,7 +148,7 @@ start finishes or takes back what it had begun.`,
 }
 
 // override replaces those of the file's settings that a flag or a non-empty environment variable gives; a flag wins.
-// For each of these it puts the name of the flag or the variable into the map from.
+// For each setting that it replaces, it puts the name of the flag or variable into the map from.
 func override(c *agentConfig, flags *pflag.FlagSet, from origins) error {
 	var errs []error
 	text := func(name string) (string, bool) {
@@ -368,7 +368,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 }
 
 // completeHook completes the instance's lifecycle action in AutoScaling: see ec2.Hook. It only logs errors, as the
-// agent runs nevertheless.
+// agent runs even if the hook fails.
 func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {

@@ -21,7 +21,7 @@ type wanted int
 
 const (
 	wantUnit    wanted = iota
-	wantPart           // a stage, a role of one, or a unit
+	wantPart           // a stage, a STAGE/ROLE, or a unit
 	wantNode           // a node
 	wantRelease        // a version of the unit that the first argument names, or hold
 )

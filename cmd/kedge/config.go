@@ -50,8 +50,8 @@ type agentConfig struct {
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 	// AllowEmpty lets a node be ready though its stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
-	// Observe makes the agent compare and report the units that it matches, without changing anything. Adopt takes over a
-	// tree that equals a unit's first release.
+	// Observe makes the agent compare and report the units that these patterns match, without changing anything. Adopt
+	// makes it take over a tree that equals a unit's first release.
 	Observe unitPatterns `yaml:"observe"`
 	Adopt   bool         `yaml:"adopt"`
 
@@ -77,7 +77,8 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
-// check returns an error for invalid values, with where each came from. Some are only found invalid in use.
+// check returns an error for invalid values, with the place that each came from. Some values are only found invalid
+// when they are used.
 func (c *agentConfig) check(from origins) error {
 	var errs []error
 	wrong := func(field string, err error) {
@@ -129,8 +130,9 @@ func checkAddress(address string) error {
 	return nil
 }
 
-// agentDefaults returns the settings before file, environment and flags are read. The durations
-// have their defaults, as a zero doesn't mean that one is missing: verify_every: 0s is never.
+// agentDefaults returns the settings before file, environment and flags are read. Durations have
+// their defaults here, as a zero duration doesn't mean that none is given: verify_every: 0s means
+// never.
 func agentDefaults() agentConfig {
 	return agentConfig{
 		SnapshotMaxAge:   72 * time.Hour,
@@ -149,7 +151,8 @@ func durationOf(d *time.Duration, text []byte) (err error) {
 	return nil
 }
 
-// words is a list. YAML has a sequence or one text, flags and the environment one text, with commas or blanks.
+// words is a list. In YAML it is a sequence or one text; in flags and the environment it is one text. Commas or blanks
+// separate the items of a text.
 type words []string
 
 func (w *words) UnmarshalYAML(read func(any) error) error {
@@ -290,8 +293,8 @@ var otherVariables = strings.Fields(
 	github_app_key_file github_api webhook_secret webhook_secret_file http_headers_file publish_to tools`,
 )
 
-// commandVariables are the variables that a release's commands get, but for those that are settings, too. Elsewhere
-// they are a mistake: KEDGE_DEST has no effect, unlike KEDGE_DESTS.
+// commandVariables are the variables that a release's commands get, apart from those that are settings, too. In any
+// other process they are a mistake: KEDGE_DEST has no effect, unlike KEDGE_DESTS.
 var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
 // checkVariables returns an error for unknown variables that begin with KEDGE_, as a mistyped one would have no effect.

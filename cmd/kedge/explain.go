@@ -65,9 +65,9 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 }
 
 // explain returns the decision d that args ask for, about the unit id on node, and the fleet f from
-// which d was made. If args name no node, explain takes the worst one, and says so unless --json is
-// given. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it
-// asks the agent of this machine, whose state directory is stateDir.
+// which d was made. If args name no node, explain takes the worst node, and says so unless --json
+// is given. For UNIT alone, and for ROLE/UNIT of a role that this machine has, it asks the agent of
+// this machine, whose state directory is stateDir.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {
@@ -121,8 +121,8 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	return f, id, node, d, notFound(f, err)
 }
 
-// notFound returns err, which says that something isn't in f. If a part of f wasn't read, it adds
-// that.
+// notFound returns err, which is nil or says that something isn't in f. If a part of f wasn't read,
+// the error says that, too.
 func notFound(f *fleet.Fleet, err error) error {
 	if unread := f.CheckComplete(); err != nil && unread != nil {
 		return fmt.Errorf("%w; but %w", err, unread)

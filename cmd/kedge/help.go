@@ -11,7 +11,8 @@ import (
 	"kedge/sync/fleet"
 )
 
-// usage writes a command's usage: its line, its subcommands by group, and its flags; kedge's own lists topics, too.
+// usage writes a command's usage: its line, its subcommands by group, and its flags. The usage of kedge itself lists
+// the topics, too.
 func usage(w io.Writer, cmd *cobra.Command, width int) error {
 	var b strings.Builder
 	b.WriteString("Usage:\n")

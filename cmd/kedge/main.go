@@ -88,7 +88,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 }
 
 // storeHint returns what to check about an error of the store. It is empty if err is another error, or speaks for
-// itself. Of a store other than Consul it has hints only on parts that could not be read.
+// itself. For a store other than Consul it has hints only on parts that could not be read.
 func (a *app) storeHint(err error) string {
 	switch {
 	case errors.Is(err, fleet.ErrTooMuch) || errors.Is(err, fleet.ErrLate):
@@ -206,8 +206,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not done in time.`,
 			return c.Help()
 		},
 	})
-	// No template is set for version, usage (see usage) or help. text/template calls methods by
-	// name. With it the linker would keep every exported method of every type, including most of
+	// No template is set for version, usage (see usage) or help. text/template calls methods by name.
+	// With a template, the linker would keep every exported method of every type, including most of
 	// S3's client. That is 9 MB of the binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
@@ -314,8 +314,8 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logWhenDone logs message when ctx ends, which asks a daemon to finish and stop. It logs nothing
-// if cancel was called before.
+// logWhenDone logs message when ctx ends, by which a daemon is asked to finish and stop. It logs
+// nothing if the caller has called cancel before.
 func logWhenDone(ctx context.Context, log *slog.Logger, message string) (cancel func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }

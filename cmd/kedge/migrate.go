@@ -17,8 +17,9 @@ import (
 )
 
 // checkManifests prints where a node would treat the named manifests differently from stretcher.
-// With archives it reads their archives, too. With fix it adapts the manifests to kedge, but for
-// those that every node would refuse. It returns an error if there is such a manifest.
+// With archives it reads their archives, too. With fix it adapts the manifests to kedge, apart from
+// those that every node would refuse. It returns an error if every node would refuse one of the
+// manifests.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {
@@ -81,8 +82,8 @@ func archiveText(found *migrate.Archive) string {
 	return fmt.Sprintf("; its archive holds %s of %s", count(found.Files, "file"), bytesText(found.Bytes))
 }
 
-// fixManifest adapts a manifest to kedge: a file in place, any other manifest to standard output. alone is set if it is
-// the only manifest, as it must be for standard output.
+// fixManifest adapts a manifest to kedge: a file in place, any other manifest to standard output. alone is set if the
+// manifest is the only one given. Only then may it go to standard output.
 func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrate.Inspection, alone bool) error {
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")
 	if !isFile && !alone {
@@ -304,7 +305,7 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		log.Info("no event: nothing to do")
 		return nil
 	}
-	o.Bounds.NoLocal = len(args) == 0 // otherwise a person names the URL
+	o.Bounds.NoLocal = len(args) == 0 // with an argument, a person names the URL
 	o.Objects = object.New(object.Config{
 		Sources: o.Bounds.Sources, NoLocal: o.Bounds.NoLocal, Redirect: o.Bounds.CheckSource, Log: log,
 	})

@@ -18,8 +18,8 @@ import (
 	"kedge/sync/notify"
 )
 
-// noMirrorHasRun reports whether the store answers, and has no state of a mirror. Once a mirror has written that, a
-// repository that is away is an outage, which a mirror waits for.
+// noMirrorHasRun reports whether the store answers, and has no state of a mirror. Once a mirror has written its state,
+// a repository that is away is an outage, whose end a mirror waits for.
 func noMirrorHasRun(ctx context.Context, store kv.Store) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

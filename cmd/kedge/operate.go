@@ -101,13 +101,13 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 // OrderOutcome is the result of an order, of a pin or of its end, as JSON.
 type OrderOutcome struct {
 	Unit deployments.UnitID `json:"unit"`
-	// Node is the node that a pin or unpin was for. It is empty if that was for all nodes.
+	// Node is the one node that a pin or unpin was for; empty: all nodes of the unit.
 	Node string `json:"node,omitempty"`
 	// Order is promote, pause, resume, abort, retry, pin, unpin or rollback.
 	Order string `json:"order"`
 	// Outcome describes the result in words.
 	Outcome string `json:"outcome"`
-	// Pin is the pin that was written.
+	// Pin is the pin that was written; nil: none was.
 	Pin *deployments.Pin `json:"pin,omitempty"`
 	// Notes say in words what else to know, and what to do next.
 	Notes []string `json:"notes"`
@@ -243,7 +243,8 @@ func person() string {
 	return ""
 }
 
-// untilOf parses a pin's end: a duration from now, also in days, or a time with its zone. It must be in the future.
+// untilOf parses a pin's end: a duration from now, also in days, or a time with its zone. An end that isn't in the
+// future is an error.
 func untilOf(s string, now time.Time) (time.Time, error) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {

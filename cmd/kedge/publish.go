@@ -169,7 +169,8 @@ as it is: another level takes another version.`,
 	return c
 }
 
-// endpointHint names the S3 that was asked, if the environment names another than AWS's; else it returns "".
+// endpointHint returns the end of a hint, which names the S3 endpoint that the environment sets. It returns "" if the
+// environment sets none, or if to is no s3:// URL.
 func endpointHint(to string) string {
 	for _, name := range []string{"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} {
 		if endpoint := os.Getenv(name); endpoint != "" && strings.HasPrefix(to, "s3://") {
@@ -180,7 +181,7 @@ func endpointHint(to string) string {
 }
 
 // flagMistake returns an error if a flag's value is invalid for the manifest's field of that name. An empty value is
-// valid, as the flag was not given.
+// valid: the flag was not given.
 func flagMistake(name, value string) error {
 	if value == "" {
 		return nil
@@ -251,7 +252,7 @@ func bytesText(n int64) string {
 type progressLine struct {
 	a    *app
 	mu   sync.Mutex
-	last time.Time // when it was last written; zero: it is empty
+	last time.Time // when the line was last written; zero: it is empty
 }
 
 func (a *app) progressLine() *progressLine { return &progressLine{a: a} }

@@ -170,7 +170,7 @@ func inFile(err error, file string) error {
 
 // loadTree reads a work tree, or the commit at HEAD of a bare repo. Read as a directory, a bare repo would have no unit
 // files, and so always be valid. A directory with .git counts as a work tree even if it contains the files of a bare
-// repo. Otherwise whoever may push could have kedge check another tree than the mirror reads.
+// repo. If it did not, whoever may push could make kedge check a tree other than the one that the mirror reads.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
 		return git.LoadDir(dir, path)
@@ -239,8 +239,8 @@ What isn't committed isn't compared.`,
 	return c
 }
 
-// readRecords reads the store's current records. One that doesn't parse counts as absent, as the
-// mirror would replace it. Keys that name no unit are left out.
+// readRecords reads the store's current records. A record that doesn't parse counts as absent, as
+// the mirror would replace it. Keys that name no unit are left out.
 func readRecords(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
 	entries, err := store.List(ctx, kv.DesiredPrefix)
 	if err != nil {
@@ -280,8 +280,8 @@ func writeChanges(w io.Writer, commit string, changes []mirror.Change) {
 	}
 }
 
-// changedFields returns the fields of the unit file, apart from the release, that an update changes in the record. Of
-// rollout it shows only that it comes or goes: the rest is not in the record.
+// changedFields returns the fields of the unit file, apart from the release, that an update changes in the record.
+// rollout is among them only if the unit file's rollout was added or removed: its fields are not in the record.
 func changedFields(c mirror.Change) (names []string) {
 	if c.Kind != "update" {
 		return nil
@@ -319,7 +319,7 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 	whole := data
 	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json &&
 		!artifact.TemplateSets(data, "sync_strategy") {
-		// Some fields are only for the strategy release: they are checked together with what publishing will add.
+		// Publishing will set the strategy release if the template sets none. Some fields are valid only with that strategy.
 		whole = append(bytes.TrimRight(bytes.Clone(data), "\n"), "\nsync_strategy: "+deployments.StrategyRelease+"\n"...)
 	}
 	m, err := deployments.ParseTemplate(whole, "file:///manifest.yaml")

@@ -51,7 +51,8 @@ func translateArgs(name string, args []string) []string {
 }
 
 // startedByConsulWatch reports whether consul watch started this process. If so, the process must
-// not fail: consul watch would end, and the next event be lost.
+// exit with 0 even if the deployment fails: consul watch would end, and the next event would be
+// lost.
 func startedByConsulWatch() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
@@ -188,7 +189,7 @@ func readEvent(ctx context.Context, in io.Reader, log *slog.Logger) (url string,
 	log.Debug("reads a manifest's URL or Consul's events from standard input")
 	var got string
 	var failed error
-	go func() { // if nothing comes, it runs until the process ends
+	go func() { // if nothing is written to in, this runs until the process ends
 		got, failed = deploy.ParseInput(in, os.Getenv)
 		close(read)
 	}()

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// screen draws a fleet on a terminal, over its last drawing.
+// screen draws a fleet on a terminal, over the drawing before.
 type screen struct {
 	out  io.Writer
 	size func() (width, height int)
@@ -23,7 +23,7 @@ type screen struct {
 	mu            sync.Mutex
 	fleet         *fleet.Fleet // as last seen; nil: not yet
 	text          string       // what was drawn last
-	width, height int          // the terminal's size then
+	width, height int          // the terminal's size when text was drawn
 }
 
 // watchOnScreen shows the fleet until ctx ends, and returns ctx's error. It draws after every change, and once a
@@ -98,8 +98,8 @@ func cut(text string, width, most int) string {
 	return text
 }
 
-// moreLinesText returns a line that says that n lines don't fit, with a hint if it isn't wider than
-// width with it.
+// moreLinesText returns a line that says that n lines don't fit. It adds the first hint with which
+// the line isn't wider than width.
 func moreLinesText(n, width int) string {
 	short := fmt.Sprintf("… %d more lines", n)
 	for _, hint := range []string{"; kedge status STAGE/ROLE or --attention shows less", "; --attention shows less"} {

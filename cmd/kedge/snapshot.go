@@ -62,10 +62,9 @@ var errSnapshotSigners = errors.New(
 	"a snapshot needs snapshot_signers: without them, whoever can write the object decides what this node runs",
 )
 
-// snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The
-// snapshot must be signed by a key in signersFile, and made for this URL. It may be at most maxAge
-// old, and at most snapshotAhead in the future. Without these checks whoever can write the object
-// could put back an old one.
+// snapshotReader returns the function by which an agent reads the snapshot; nil if url is empty. The snapshot must be
+// signed by a key in signersFile, and must name url as its own. It may be at most maxAge old, and at most snapshotAhead
+// in the future. Without these checks, whoever can write the object could put back an old snapshot.
 func snapshotReader(
 	url, signersFile string,
 	maxAge time.Duration,

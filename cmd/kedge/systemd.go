@@ -21,10 +21,10 @@ import (
 )
 
 // reportToSystemd notifies systemd about an agent. It sends READY once, when node is idle (see
-// Agent.Idle) or timeout has passed. Before that it asks for a longer start timeout; afterwards it
-// sends keep-alives if systemd has a watchdog. It sends these two, and a line for systemctl status,
-// only while the agent's loop runs. When ctx ends it sends STOPPING and returns. It returns at once
-// if systemd expects no notifications.
+// Agent.Idle) or timeout has passed. Before READY it asks for a longer start timeout; afterwards it
+// sends keep-alives if systemd has a watchdog. It sends both, and a line for systemctl status, only
+// while the agent's loop runs. When ctx ends it sends STOPPING and returns. It returns at once if
+// systemd expects no notifications.
 func reportToSystemd(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return

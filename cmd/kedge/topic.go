@@ -22,7 +22,8 @@ func helpTopics() string {
 	return b.String()
 }
 
-// noPage returns the error that neither a command nor a page has that name. It names similar ones, if there are any.
+// noPage returns the error for a name that neither a command nor a page has. The error names similar ones, if there are
+// any.
 func noPage(root *cobra.Command, name string) error {
 	near := root.SuggestionsFor(name)
 	if topic := deployments.Nearest(name, func(yield func(string) bool) {
@@ -107,7 +108,7 @@ func pageText(page string, width int) string {
 	return strings.TrimRight(b.String(), "\n") + "\n"
 }
 
-// definition is a line of a table of fields: a name, at least two blanks, and what it means.
+// definition matches a line of a table of fields: a name, at least two blanks, and what the field means.
 var definition = regexp.MustCompile(`^( +[^ #].*?  +)([^ #].*)$`)
 
 var itemMark = regexp.MustCompile(`^([-*]|[0-9]+\.) `)
@@ -122,7 +123,7 @@ func wrapItem(text string, width int) string {
 	return wrapWords(strings.Repeat(" ", indent)+mark, strings.TrimPrefix(rest, mark), width)
 }
 
-// wrapWords wraps text at width. Its first line begins with first, and the others with as many blanks.
+// wrapWords wraps text at width. The first line begins with the text first, and the others begin with as many blanks.
 func wrapWords(first, text string, width int) string {
 	var b strings.Builder
 	b.WriteString(first)

@@ -8,8 +8,9 @@ import (
 	"kedge/sync/trace"
 )
 
-// startTraces returns a running sender of spans to the collector that OpenTelemetry's variables name; nil, which is
-// usable, if they name none. stop ends it, after at most 2 s for the spans that are left.
+// startTraces returns a running sender of spans to the collector that OpenTelemetry's variables name. If they name
+// none, the sender is nil, which is usable. The caller must call stop, which ends the sender after at most 2 s for the
+// spans that are left.
 func startTraces(service string, log *slog.Logger) (traces *trace.Sender, stop func(), err error) {
 	c, err := trace.FromEnvironment(os.Getenv, service)
 	if err != nil {

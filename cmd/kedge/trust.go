@@ -68,10 +68,10 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners returns a function that checks a manifest's signature, the object beside it whose name has .sig
-// appended. A key in file, an allowed_signers file, must have made the signature. kedge agent and kedge run call the
-// function before they use a manifest, and a mirror and kedge check before they accept one. If file is empty, the
-// function is nil, as the pointer's digest is enough.
+// trustSigners returns a function that checks a manifest's signature: the object beside the manifest, with .sig
+// appended to the name. A key in file, an allowed_signers file, must have made the signature. kedge agent and kedge run
+// call the function before they use a manifest. A mirror and kedge check call it before they accept a manifest. If file
+// is empty, the function is nil, as the pointer's digest is enough.
 func trustSigners(
 	file string,
 	objects *object.Client,

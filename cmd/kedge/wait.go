@@ -113,8 +113,8 @@ for longer than --patience, and when it was interrupted.`,
 	return a.completeArgs(c, wantPart)
 }
 
-// waitError adds to err, with which a wait in ctx ended, that it timed out or was interrupted, and a hint if there is
-// one. It leaves a refusal unchanged. outer is the command's context, which has no timeout.
+// waitError adds to err, with which a wait in ctx ended, whether the wait timed out or was interrupted, and a hint if
+// there is one. It leaves a refusal unchanged. outer is the command's context, which has no timeout.
 func (a *app) waitError(
 	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
 ) error {
@@ -139,14 +139,15 @@ type WaitOutcome struct {
 	Outcome string `json:"outcome"`
 	// Commit is the commit that was waited for; empty: none was given or pushed.
 	Commit string `json:"commit,omitempty"`
-	// Seconds is how long it took.
+	// Seconds is how long the wait took.
 	Seconds float64 `json:"seconds"`
 	// Message says in words why the wait ended: what was missing, why waiting longer would not help, or which error there
 	// was. It is left out if Outcome is converged or nothing-pushed.
 	Message string `json:"message,omitempty"`
 }
 
-// printWaitOutcome returns err, with which a wait ended that began at began. With --json it prints the outcome first.
+// printWaitOutcome returns err, the error of a wait that began at began; nil: the wait succeeded. With --json it first
+// prints the outcome.
 func (a *app) printWaitOutcome(commit string, began time.Time, err error) error {
 	if !a.json {
 		return err
@@ -186,7 +187,8 @@ func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err e
 	return err
 }
 
-// waitReady requests an agent's /ready every 250 ms until it answers 200. When ctx ends, the error says what came last.
+// waitReady requests an agent's /ready every 250 ms until it answers 200. If ctx ends first, the error says what came
+// last, and wraps errNotConverged if that is ctx's cause.
 func waitReady(ctx context.Context, address string) error {
 	last := "the agent at " + address + " has not answered yet"
 	for {

@@ -38,7 +38,7 @@ type Config struct {
 	// Dir is an empty or missing directory to use and keep; empty: a temporary one, which Close removes.
 	Dir string
 	Out io.Writer
-	// In is the input for keys. It is read only if it is a terminal and there is a Screen.
+	// In is the input for keys. In is read only if it is a terminal and Screen isn't nil.
 	In io.Reader
 	// Screen shows the fleet on a terminal until ctx ends, and draws it again after every change; nil: Out is no
 	// terminal.
@@ -76,7 +76,7 @@ type Demo struct {
 
 	mu    sync.Mutex
 	nodes map[string]*child // the agents, by name
-	// lastOutput is what the last key does, and then its result.
+	// lastOutput says what the last key does while its command runs, and is the command's output afterwards.
 	lastOutput string
 }
 
@@ -175,7 +175,7 @@ func (d *Demo) serveWeb() (err error) {
 	return nil
 }
 
-// makeRepo makes the bare repo, and the clone that its user works in.
+// makeRepo makes the bare repo, and the clone that the demo's user works in.
 func (d *Demo) makeRepo() error {
 	bare, work := filepath.Join(d.dir, "deployments.git"), filepath.Join(d.dir, "deployments")
 	if err := d.git(d.dir, "init", "-q", "--bare", "-b", "main", bare); err != nil {
@@ -253,7 +253,7 @@ func (d *Demo) publish(version string) (artifact.Published, error) {
 	return published, os.WriteFile(filepath.Join(d.dir, version), []byte(published.Pointer.String()+"\n"), 0o644)
 }
 
-// push sets the version in the deployments repo, and pushes. It is an error if nothing changes by that.
+// push sets the version in the deployments repo, commits and pushes. It is an error if that changes nothing.
 func (d *Demo) push(version string) error {
 	work := filepath.Join(d.dir, "deployments")
 	file := filepath.Join(work, demoUnit.Stage, demoUnit.Role, demoUnit.Unit+".yaml")
@@ -321,8 +321,8 @@ func (d *Demo) start(name string, env []string, args ...string) (*child, error) 
 	c.Stdout, c.Stderr = log, log
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
 	c.WaitDelay = 10 * time.Second
-	// A process group of its own, as the demo passes Ctrl-C on, once. Pdeathsig ends it with the demo, even after
-	// a kill.
+	// The process has a group of its own: in the demo's group, Ctrl-C would signal it twice, by the terminal and by the
+	// demo. Pdeathsig ends it with the demo, even if the demo is killed.
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := c.Start(); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)

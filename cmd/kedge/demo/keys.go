@@ -21,7 +21,7 @@ const gatedRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unava
 type key struct {
 	char  byte
 	about string
-	do    func() (shown string, err error) // shown is the command that it runs, and its output if there is any
+	do    func() (shown string, err error) // shown is the command that do runs, and the command's output if there is any
 }
 
 func (d *Demo) keys() []key {
@@ -94,8 +94,8 @@ func (d *Demo) setLastOutput(text string) {
 }
 
 // readKeysRaw makes the terminal deliver each key at once and without echo; Ctrl-C still works.
-// restore undoes that. ok is false if that fails, or if there is no terminal to type on or to show
-// the fleet on.
+// restore puts the terminal back. ok is false, and restore nil, if the terminal can't be changed,
+// or if there is no terminal to type on or to show the fleet on.
 func (d *Demo) readKeysRaw() (restore func(), ok bool) {
 	f, isFile := d.In.(*os.File)
 	if d.Screen == nil || !isFile || !term.IsTerminal(int(f.Fd())) {

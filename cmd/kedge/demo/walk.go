@@ -14,13 +14,15 @@ import (
 	"kedge/sync/fleet"
 )
 
-// stepTimeout bounds each wait for nodes in the walk. It is far longer than any takes, so a fault ends in an error.
+// stepTimeout bounds each wait for nodes in the walk. It is far longer than any wait takes, so a fault ends in an
+// error.
 const stepTimeout = time.Minute
 
 // ErrNotConverged is wrapped by the error of Walk if a step waits for nodes for longer than stepTimeout.
 var ErrNotConverged = errors.New("not converged in time")
 
-// Walk plays an operator's day step by step, and prints each step with its duration. An error contains the logs' ends.
+// Walk plays an operator's day step by step, and prints each step with its duration. An error contains the last lines
+// of each process's log.
 func (d *Demo) Walk() error {
 	say := func(took time.Duration, format string, args ...any) {
 		fmt.Fprintf(d.Out, "%9s  %s\n", took.Round(100*time.Microsecond), fmt.Sprintf(format, args...))
@@ -154,7 +156,8 @@ func (d *Demo) wait(version string, nodes ...string) error {
 	return d.checkLive(version, nodes...)
 }
 
-// until waits until missing returns "" for each of nodes. After stepTimeout it returns an error of ErrNotConverged.
+// until waits until missing returns "" for each of nodes. After stepTimeout it returns an error that wraps
+// ErrNotConverged.
 func (d *Demo) until(missing func(fleet.Node) string, nodes ...string) error {
 	ctx, cancel := context.WithTimeout(d.ctx, stepTimeout)
 	defer cancel()
