@@ -131,10 +131,10 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	}
 }
 
-// destIsFree reports whether nothing serves on the node that a release would replace. That is so if no release of
-// the unit runs, and either dest is empty or the machine has just booted. After a boot, what lies at dest doesn't serve
-// yet, except perhaps while the unit's first release is rolled out. Otherwise a dest that the agent hasn't examined
-// counts as serving.
+// destIsFree reports whether nothing serves on the node that a release would replace. That is so if no release of the
+// unit runs, and either dest is empty or the machine has just booted. After a boot, what lies at dest doesn't serve
+// yet, except perhaps while the unit's first release is rolled out. Without a boot, and during a first release, a dest
+// that the agent hasn't examined counts as serving.
 func (f *ResolveInputs) destIsFree(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)

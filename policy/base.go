@@ -57,7 +57,7 @@ func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record
 	}
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
-		if next.Generation == b.Record.Generation { // it is restored: nobody asks for its target anew
+		if next.Generation == b.Record.Generation { // next restores the record: nobody asks for its target anew
 			next.Claim = next.RequestGeneration()
 		}
 		next.Generation = stored.Generation
@@ -65,8 +65,8 @@ func (b Base) WithGeneration(next deployments.Record, stored *deployments.Record
 			next.Generation++
 		}
 	}
-	// A node ignores a record of a lower generation than it has acted on, as after the restore of a snapshot. It
-	// would take one of the same generation for the record that was lost.
+	// A node ignores a record of a lower generation than it has acted on, as after the restore of a snapshot. It would
+	// take a record of the same generation for the record that was lost.
 	if acted := actedOn(nodes); next.Generation < acted || next.Generation == acted && acted > b.Floor {
 		was := b.Record
 		if next.Claim = next.RequestGeneration(); next.Target != was.Target || next.Claim != was.RequestGeneration() {
@@ -121,12 +121,13 @@ func IsLost(nodes []Node, known int64) bool {
 }
 
 // Rebuild returns a record made from the nodes' reports, for a unit whose record the store has lost. Stable is the most
-// common release that nodes run, apart from Git's release and those that a node has in quarantine. If there is none,
-// Stable is zero as long as a node can go back to what served before the first release. Otherwise Target and Stable are
-// Git's release.
+// common release that nodes run, apart from Git's release and those that a node has in quarantine. If there is no such
+// release, but a node can go back to what served before the first release, Stable is zero. If no node can, Target and
+// Stable are Git's release.
 //
-// Unless Stable is Git's release, Git's release is rolled back if a node has it in quarantine. If none has, Target is
-// Stable, and Next begins the rollout to Git's release. Generation is the highest of known and what nodes report.
+// If Stable isn't Git's release, the record rolls Git's release back if a node has that release in quarantine. If no
+// node has, Target is Stable, and Next begins the rollout to Git's release. Generation is the highest of known and what
+// nodes report.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
 		Joined: joinedNone()}

@@ -252,7 +252,7 @@ func endPin(in *inputs, st state) state {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
 		next.r.Stable, next.p.StablePinned = git.Stable, git.StablePinned
 		if next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
-			// every node runs it, unless the pin's rollout is still on
+			// the pin's rollout has ended, so that every node runs its release
 			next.r.Stable, next.p.StablePinned = in.Record.Target, true
 		}
 		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest && own.Digest != git.Failed {

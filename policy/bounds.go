@@ -72,10 +72,11 @@ func isLocal(text string) bool {
 	return err != nil || u.Scheme == "file" || u.Scheme == "http" || u.Scheme == "https" && deployments.IsLocalURL(u)
 }
 
-// Check returns an error for the first thing that the release would do and the bounds forbid. names returns all names
-// that a user has on the machine where the release would run, among them the number. It is called with "" for the user
-// that the agent runs as. For ":GROUP", it returns the names and the number of the group, and those of b.Users that
-// belong to it. A group other than root for which it returns nothing isn't checked here: only the nodes know the group.
+// Check returns an error for the first thing that the release would do and the bounds forbid. names must return all
+// names that a user has on the machine where the release would run, among them the number. Check calls it with "" for
+// the user that the agent runs as. For ":GROUP", names must return the names and the number of the group, and those of
+// b.Users that belong to it. A group other than root for which names returns nothing isn't checked here: only the nodes
+// know the group.
 func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func(user string) []string) error {
 	sources := []string{p.URL}
 	if m.Src != "" {

@@ -18,7 +18,8 @@ type FreezeState struct {
 	// of the first, and says that it is not open.
 	By, Reason string
 	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
-	// unit as none is open, when the next one opens. Either is zero if that isn't within five years, or isn't known.
+	// unit because none is open, when the next one opens. Each of the two is zero if its time isn't within five years, or
+	// isn't known.
 	ChangesAt, WindowEnds time.Time
 	// Wait is set if rollouts under way have to wait as well, as one of the windows that freeze the
 	// unit says so.

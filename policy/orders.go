@@ -7,7 +7,7 @@ import (
 )
 
 // Refusal returns why an order would change nothing about a record; an empty reason: the order would change something.
-// Next also refuses a promote if Git or a pin names another target by the time that it is called.
+// Next also refuses a promote if Git or a pin has named another target meanwhile.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
 	return c.reason, c.facts
@@ -43,7 +43,7 @@ func refusal(order string, r deployments.Record) cause {
 	return cause{}
 }
 
-// MarkOrphaned returns a record with the mark that its unit was removed from Git. Its rollout stays
+// MarkOrphaned returns r, marked as a record whose unit was removed from Git. The rollout stays
 // where it is until the unit file is back; then Next continues it. Meanwhile nodes follow pins at
 // once, as the budget is unknown.
 func MarkOrphaned(r deployments.Record) deployments.Record {
@@ -76,7 +76,7 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 		st = retry(in, st)
 	case "promote":
 		switch {
-		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts it
+		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts the rollout
 			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
 			st.p.Forced = true
 		case st.p.HeldUp(): // only the freeze ends: whoever lifts it may still want the canaries to bake

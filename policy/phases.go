@@ -209,11 +209,11 @@ func stepPendingApproval(in *inputs, st state) (state, bool) {
 	return recheckAtDeadline(in, st, v, false), false
 }
 
-// stepRolling admits the remaining nodes, as many at a time as the budget allows. Without canaries,
-// and unless SkipsGates is set, all nodes bake in the end. The rollout ends when every known node has
-// converged, apart from tolerated failures, other pins, and nodes away for a deadline or missing
-// for shortList. If most are away or missing, maxAway counts instead. If nodes failed, none runs
-// the target, and there is something to go back to, stepRolling stops the rollout.
+// stepRolling admits the remaining nodes, as many at a time as the budget allows. Without canaries, and unless
+// SkipsGates is set, all nodes bake in the end. The rollout ends when every known node has converged, apart from
+// tolerated failures, other pins, and nodes away for a deadline or missing for shortList. If most are away or missing,
+// maxAway counts instead. If nodes failed, no node runs the target, and there is something to go back to, stepRolling
+// stops the rollout.
 func stepRolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
@@ -271,6 +271,6 @@ func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// maxAway is how long a rollout waits at least before it ends while more than half of its nodes are
-// away or missing from the list.
+// maxAway is the least time that a rollout waits before it ends while more than half of its nodes
+// are away or missing from the list.
 const maxAway = time.Hour

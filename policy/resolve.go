@@ -219,7 +219,7 @@ func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	return facts
 }
 
-// Paced reports whether the mirror rolls out a unit pin, as the record's target. Otherwise nodes follow it by
+// Paced reports whether the mirror rolls out a unit pin, as the record's target. If it doesn't, nodes follow the pin by
 // themselves.
 func Paced(r deployments.Record, p deployments.Pin) bool { return r.Paced && !p.AtOnce && !p.Hold }
 

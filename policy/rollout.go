@@ -14,7 +14,7 @@ type Transition struct {
 	Reason deployments.Reason
 	Facts  deployments.Facts
 	// Refused is set if an order changes nothing because of the record, or of an invalid pin; Reason then says why.
-	// OrderReason, with OrderFacts, is the reason code of what an order did.
+	// OrderReason, with OrderFacts, is the reason code of what an order did; empty: no order did anything.
 	Refused     bool
 	OrderReason deployments.Reason
 	OrderFacts  deployments.Facts
@@ -38,8 +38,8 @@ type Transition struct {
 // reports name the newest generation. Nodes that left on their way to the target, or in the middle
 // of a switch, count until they are back. The record doesn't apply to a node that comes back before
 // there is room for it: see Record.Joined. Pinned and held nodes don't count. If all nodes are
-// pinned or held, the rollout waits, unless it is that of a unit pin and one of them follows it by
-// itself: see followsPin.
+// pinned or held, the rollout waits, unless its target is a unit pin's and one of these nodes
+// follows that pin by itself: see followsPin.
 func Next(s Situation) Transition {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now

@@ -16,7 +16,7 @@ type NodeStatus struct {
 	Agent   string    `json:"agent"`
 	Started time.Time `json:"started"`
 	Ready   bool      `json:"ready"`
-	// Messages say what keeps the node from being ready, by ROLE/UNIT, ROLE or, while it starts, the word agent.
+	// Messages say what keeps the node from being ready, by ROLE/UNIT, ROLE or, while the agent starts, the word agent.
 	Messages map[string]string             `json:"messages,omitempty"`
 	Sources  []SourceStatus                `json:"sources"`
 	Roles    map[string]deployments.Report `json:"roles"`
@@ -64,7 +64,7 @@ type DecisionStatus struct {
 	Message  string                   `json:"message"` // Reason and Facts in words
 	Invalid  string                   `json:"invalid,omitempty"`
 	Recheck  time.Time                `json:"recheck,omitzero"`
-	WaitsFor string                   `json:"waits,omitempty"` // the unit that has to converge before, and why
+	WaitsFor string                   `json:"waits,omitempty"` // the unit that has to converge before this one, and why
 	Trace    []deployments.StepStatus `json:"trace,omitempty"`
 }
 

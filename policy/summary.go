@@ -20,7 +20,7 @@ type summary struct {
 	// awayUntil is the latest of the away nodes' deadlines (see due); zero: no node is away. A rollout
 	// waits for away nodes no longer than that, unless most are away or missing (see maxAway).
 	awayUntil time.Time
-	// nodes are the live nodes that take part, by rank.
+	// nodes are the live nodes without a pin, by rank.
 	nodes []rolloutNode
 	// inflight are nodes that are changing, may begin to at any time, or are out of service.
 	// pending are the nodes in flight that the rollout told to change: it admitted them or, in a
@@ -83,7 +83,7 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	if in.Seen.After(from) {
 		from = in.Seen
 	}
-	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // otherwise the node's clock is wrong
+	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // a later time comes from a wrong clock
 		from = n.Started
 	}
 	if n.Gone && !n.GoneSince.IsZero() && !n.GoneSince.After(in.Now) {
