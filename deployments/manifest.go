@@ -5,10 +5,10 @@ import (
 	"time"
 )
 
-// Manifest says what a release is and how it goes live. It is a superset of stretcher's manifest. Of stretcher's,
-// those with unknown fields, loops in templates, or a src without a checksum are refused here;
-// migrating/differences.md has the other differences. kedge publish or a person writes a manifest; it is immutable
-// once a pointer names its digest.
+// Manifest says what a release is and how it goes live. It is a superset of stretcher's manifest. Of stretcher's
+// manifests, those with unknown fields, loops in templates, or a src without a checksum are refused here;
+// migrating/differences.md has the other differences. kedge publish or a person writes a manifest; it is immutable once
+// a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
 	// Created is when a signed release was made: a node with signers refuses a release below its version floor. Whole
@@ -38,7 +38,8 @@ type Manifest struct {
 	Owner string
 	// Keep is how many old releases stay beside the running and the last good one, at least 1. Default 3.
 	Keep int
-	// Shared are paths of the tree, relative and clean, that stay across releases, outside of them; StrategyRelease only.
+	// Shared are paths of the tree, relative and clean, that live outside of the releases and stay across them;
+	// StrategyRelease only.
 	Shared []string
 	// Symlinks says whether links of the archive may lead out of the tree.
 	Symlinks Symlinks
@@ -58,7 +59,7 @@ type Manifest struct {
 	Masked []string `json:",omitempty"`
 }
 
-// Symlinks is where symbolic links of a release may lead. None is ever followed when writing.
+// Symlinks is where symbolic links of a release may lead. Kedge never follows a link when it writes.
 type Symlinks string
 
 const (

@@ -182,10 +182,10 @@ var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
 
-// setTimeouts gives a timeout to each command that has none: commands.timeout if that is given.
-// Otherwise commands of kedge's own manifests (own is set) get DefaultCommandTimeout, which is
-// noted as a trap. stretcher has no timeouts. Commands of its manifests get stretchersTimeout, as a
-// command that runs longer than that will hardly end.
+// setTimeouts gives a timeout to each command that has none: commands.timeout if that is given. If
+// it isn't, commands of kedge's own manifests (own is set) get DefaultCommandTimeout, and
+// setTimeouts notes a trap. stretcher has no timeouts. Commands of its manifests get
+// stretchersTimeout, as a command that runs longer than that will hardly end.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false

@@ -103,7 +103,7 @@ func parseTemplate(text string) (*template, error) {
 type chooser func(condition int, yes bool) bool
 
 // expand executes the template's actions. If choose is nil, the variables are known, and each
-// condition is evaluated. Otherwise choose decides the conditions that depend on a variable.
+// condition is evaluated. If choose isn't nil, it decides the conditions that depend on a variable.
 func (t *template) expand(env func(string) (string, bool), choose chooser) (expansion, error) {
 	if t.tree == nil {
 		return expansion{text: t.text}, nil
@@ -469,7 +469,7 @@ type word struct {
 }
 
 // text calls one of stretcher's functions. As in stretcher, env returns the value of the first variable of its words
-// that is set and not empty, else the last word itself.
+// that is set and not empty. If there is none, env returns the last word itself.
 func (e *expander) text(name string, words []word) (string, error) {
 	switch name {
 	case "env":
@@ -645,8 +645,8 @@ func (e expansion) hide(problems Problems) {
 }
 
 // gramsOf yields each run of four bytes in a text's letters, digits and characters beyond ASCII, as
-// if it had no others. A comparison by these runs finds a part of a value even if that was quoted,
-// escaped or cut.
+// if the text had no other characters. A comparison by these runs finds a part of a value even if
+// that was quoted, escaped or cut.
 func gramsOf(s string) func(yield func(string) bool) {
 	const n = 4
 	plain := strings.Map(func(c rune) rune {

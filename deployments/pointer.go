@@ -245,7 +245,8 @@ func (p Pointer) String() string {
 	return p.URL + digestMark + p.Digest.String()
 }
 
-// Version returns the version in the URL: the manifest's file name without extension, or the directory of manifest.*.
+// Version returns the version in the URL: the manifest's file name without extension or, for manifest.*, the name of
+// its directory.
 func (p Pointer) Version() string {
 	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
 	dir, file := path.Split(url)

@@ -154,7 +154,7 @@ const (
 	PhasePendingApproval Phase = "pending-approval" // baked; waits for promote
 	PhaseFrozen          Phase = "frozen"           // has yet to start: waits for a freeze window to end
 	PhaseRolling         Phase = "rolling"          // the other nodes follow, within max_unavailable
-	PhasePaused          Phase = "paused"           // by an operator, or as it failed and is not rolled back
+	PhasePaused          Phase = "paused"           // by an operator, or after failures, if it isn't rolled back
 	// PhaseRollingBack goes back to Stable, or to what served before a first release, without gates: the cutoff shrinks
 	// to none. A node at or below it that runs Target, or one of Superseded, keeps that until its turn.
 	PhaseRollingBack Phase = "rolling-back"

@@ -117,7 +117,7 @@ const (
 	StateWaiting     State = "waiting"     // waits for another unit, or has no release to run yet, or none any more
 	StateFetching    State = "fetching"    // fetching and verifying
 	StateSwitching   State = "switching"   // from drain to the end of the health checks, and on the way back
-	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): it tries again by itself
+	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): the node tries again by itself
 	StateQuarantined State = "quarantined" // the target failed here, and the node went back if it could
 	StateHeld        State = "held"        // a pin says hold, or the node only observes
 	StateUnhealthy   State = "unhealthy"   // the health checks of what it runs, or went back to, fail

@@ -17,7 +17,7 @@ type Settings struct {
 	Dests    map[string][]string
 	Users    map[string][]string
 	Commands map[string]bool
-	// Prune lets the removal of a unit from Git remove its record. Nodes never undeploy because of it.
+	// Prune lets the removal of a unit from Git remove its record. Nodes keep what they run even then.
 	Prune bool
 	// MaxRemoved is the percentage of units that one commit may remove if Prune is set; one unit is
 	// always allowed. Default 30; 100 switches the check off. MaxRemoved and AllowRewind bind the

@@ -5,7 +5,7 @@ type Step struct {
 	What   string `json:"what"`             // "node pin", "record", "admission", "quarantine", …
 	Reason Reason `json:"reason,omitempty"` // empty: nothing was found
 	Facts  Facts  `json:"facts,omitempty"`
-	// Decides marks the step that decided. Blocks marks one that stands in the way of the decision.
+	// Decides marks the step that decided. Blocks marks a step that stands in the way of the decision.
 	Decides bool `json:"decides,omitempty"`
 	Blocks  bool `json:"blocks,omitempty"`
 }

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// UnitID names a deployable: STAGE/ROLE/UNIT, as in prod/web/app.
+// UnitID names a unit, which is what a record and a release are for: STAGE/ROLE/UNIT, as in prod/web/app.
 type UnitID struct {
 	Stage, Role, Unit string
 }

@@ -101,7 +101,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 
 const (
 	// maxDepth bounds nesting, as the parser recurses. maxKeys bounds keys and items together, maxDocuments the documents.
-	// The parser's time grows with the square of their number, to some 0.5 s at the bound.
+	// The parser's time grows with the square of either number, to some 0.5 s at the bound.
 	maxDepth     = 40
 	maxKeys      = 10_000
 	maxDocuments = 100

@@ -111,7 +111,7 @@ func (c *agentConfig) check(from origins) error {
 }
 
 // origins holds where settings came from, by their names in agent.yaml: FILE:LINE:COLUMN and the name, a variable, or a
-// flag. A setting that none of these gives is not in it.
+// flag. A setting that none of these gives is not in the map.
 type origins map[string]string
 
 // nameOf returns what to call a setting in a message.
@@ -371,7 +371,7 @@ func configError(file string, err error, field ...*token.Position) error {
 	case wrong.DstType.Kind() == reflect.Bool:
 		says = fmt.Sprintf("%q: want true or false", found.Value)
 	case wrong.DstType.Kind() == reflect.String && wrong.SrcType != nil && wrong.SrcType.Kind() == reflect.Map:
-		// The parser takes the colon of a URL for a field's if a list stands in braces.
+		// If a list stands within a mapping in braces, the parser takes a URL's colon for that of a field.
 		says = "want a text here, not fields" + quoteHint
 	}
 	if errors.As(err, new(*yaml.UnknownFieldError)) {

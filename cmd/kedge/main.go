@@ -320,7 +320,7 @@ func logWhenDone(ctx context.Context, log *slog.Logger, message string) (cancel 
 	return context.AfterFunc(ctx, func() { log.Info(message, "reason", context.Cause(ctx).Error()) })
 }
 
-// terminal returns the width of stdout's terminal, or 0 if it is none.
+// terminal returns the width of stdout's terminal, or 0 if stdout is no terminal.
 func (a *app) terminal() (width int) { return terminalWidth(a.stdout) }
 
 func terminalWidth(w io.Writer) (width int) {
@@ -382,7 +382,8 @@ func (a *app) versionCommand() *cobra.Command {
 	return c
 }
 
-// packageVersion is the version that .ci/package was told to make, by -ldflags=-X; empty: it is the commit's.
+// packageVersion is the version that .ci/package was told to make, by -ldflags=-X; empty: the build has the commit's
+// version.
 var packageVersion string
 
 // version returns the build's version: its package's, the tag or commit that the Go tool stamped, devel or unknown.

@@ -79,7 +79,7 @@ func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	if resized { // the old drawing has moved
 		clear = "\x1b[2J"
 	}
-	// It overwrites the old drawing, as clearing first would flicker.
+	// The text overwrites the old drawing, as clearing first would flicker.
 	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
 }
 

@@ -61,8 +61,8 @@ func (d *Demo) kedge(args ...string) (string, error) {
 	return shown, err
 }
 
-// readKeys runs the command for each key that is typed, one after the other, until the demo ends; q ends it. The result
-// of the last command is shown.
+// readKeys runs the command for each key that is typed, one after the other, until the demo ends. The key q ends the
+// demo. The result of the last command is shown.
 func (d *Demo) readKeys(in io.Reader) {
 	keys := d.keys()
 	for typed := make([]byte, 1); d.ctx.Err() == nil; {
