@@ -173,7 +173,7 @@
 //	prune         true: a unit that is removed loses its record; nodes keep what they run (false)
 //	max_removed   the percentage of units that one commit may remove, with prune; binds the next commit (30)
 //	allow_rewind  true: a head that doesn't descend from the last one is taken; binds the next commit (false)
-//	rollout       the defaults for the fields of rollout in unit files; its fields are the same
+//	rollout       the rollout of every unit, of which a unit file may override fields; its fields are as there
 //	drift         as in the unit file, for all
 //	freeze        windows in which no rollout may start, or outside of which none may, a list
 //

@@ -26,8 +26,8 @@ type Settings struct {
 	// AllowRewind accepts a head that doesn't descend from the last one (a force push).
 	AllowRewind bool
 	Freeze      []Freeze
-	// Rollout holds the defaults for the fields of rollout in unit files; nil: kedge.yaml gives none. Drift is a default
-	// for unit files, too.
+	// Rollout is the rollout of every unit; nil: kedge.yaml gives none. A unit file may override each of its fields, and
+	// Drift.
 	Rollout *Rollout
 	Drift   Drift
 }
