@@ -201,4 +201,7 @@ func (h *heartbeat) newSession(ctx context.Context, e api.SessionEntry, retryFor
 
 // missesCheck reports whether newSession failed because the servers don't know the check. Consul
 // answers that with the same status as a failure of its own, so the text decides.
-func missesCheck(err error) bool { return strings.Contains(err.Error(), "heck") }
+func missesCheck(err error) bool {
+	var status api.StatusError // not the whole error: an address or a certificate may name a check, too
+	return errors.As(err, &status) && strings.Contains(status.Body, "heck")
+}

@@ -112,7 +112,7 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 		}
 	}
 	if u.Pin != nil {
-		add(*u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+		add(*u.Pin, func(n Node) bool { return !u.hasOwnPin(n.Name, now) })
 	}
 	for _, pin := range u.Pins {
 		if !pin.Hold {
@@ -120,9 +120,14 @@ func heldReleases(u *Unit, now time.Time) []deployments.Pointer {
 		}
 	}
 	return append(all, running(u, func(n Node) bool {
-		pin, own := u.Pins[n.Name]
-		return own && pin.Hold && !pin.Expired(now)
+		return u.hasOwnPin(n.Name, now) && u.Pins[n.Name].Hold
 	})...)
+}
+
+// hasOwnPin reports whether a pin of the node's own decides at now. An expired one doesn't.
+func (u *Unit) hasOwnPin(node string, now time.Time) bool {
+	pin, has := u.Pins[node]
+	return has && !pin.Expired(now)
 }
 
 // running returns the releases of the live nodes for which selected returns true, one for each node.

@@ -37,6 +37,8 @@ func TestGitAhead(t *testing.T) {
 		"a pin that is over":                {[]kv.Entry{record, pin(kv.PinKey(app), "{release: "+at("2")+", until: 2026-11-24T11:00:00Z}")}, nil},
 		"a pin of what Git says nothing of": {[]kv.Entry{pin(kv.PinKey(app), at("2"))}, nil},
 		"no pin":                            {[]kv.Entry{record, node("web-1", "3")}, nil},
+		"a node's own pin that is over": {[]kv.Entry{record, pin(kv.PinKey(app), "hold"), node("web-1", "3"),
+			pin(kv.NodePinKey(app, "web-1"), "{release: "+at("4")+", until: 2026-11-24T11:00:00Z}")}, map[string]int{"3": 1}},
 	} {
 		want := map[deployments.Pointer]int{}
 		for version, n := range c.want {

@@ -249,7 +249,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	}
 	if u.Pin != nil {
 		story := pinDetails(*u.Pin, f.At)
-		moved := gitAheadText(u, *u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+		moved := gitAheadText(u, *u.Pin, func(n Node) bool { return !u.hasOwnPin(n.Name, f.At) })
 		if s := join(story, moved); s != "" {
 			add("pinned", Plain, s, Plain)
 		}

@@ -169,7 +169,9 @@ func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
 			}
 		}
 		pin := s.pins[id]
-		gauge(u.pinned, oneIf(pin.Present && !pin.Value.Expired(time.Now())), id.Stage, id.Role, id.Unit)
+		if s.pins != nil {
+			gauge(u.pinned, oneIf(pin.Present && !pin.Value.Expired(time.Now())), id.Stage, id.Role, id.Unit)
+		}
 		if !pin.Value.Until.IsZero() {
 			gauge(u.pinEnds, float64(pin.Value.Until.Unix()), id.Stage, id.Role, id.Unit)
 		}

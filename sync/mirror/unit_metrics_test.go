@@ -10,6 +10,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"kedge/deployments"
 	"kedge/sync/git/gittest"
 )
 
@@ -125,5 +126,20 @@ func TestMetricsOfARefusedCommit(t *testing.T) {
 		})
 		m.stop()
 		shows(m, metrics, 0)
+	}
+}
+
+// Of pins that could not be read, no unit is said to have none.
+func TestUnitMetricsWithoutPins(t *testing.T) {
+	t.Parallel()
+	metrics := prometheus.NewRegistry()
+	u := newUnitMetrics(metrics)
+	unit := deployments.Unit{ID: deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}}
+	u.observed.Store(&observedUnits{units: []deployments.Unit{unit}, fleet: map[deployments.RoleID][]reported{
+		unit.ID.RoleID(): {{}},
+	}})
+	if got, want := gathered(t, metrics, "kedge_unit"),
+		"kedge_unit_nodes role=web,stage=prod,state=silent,unit=app 1"; got != want {
+		t.Errorf("%s, want %s", got, want)
 	}
 }
