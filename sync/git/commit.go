@@ -203,8 +203,9 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 // Descends reports whether the commits from and to are the same, or from is an ancestor of to. It visits the newest
 // commits first, so that the usual answer needs few reads, however long the history is. Commits that differ only in
 // their signatures count as one: whoever may push can change a signature's text. Such a change must not make the
-// signer's own commit look like another history. The error wraps ErrGap if the walk meets a missing commit before it
-// has read the commit from and its parents. If the repository lacks the commit from, that alone is no error.
+// signer's own commit look like another history. The error wraps ErrGap if the commit to is missing, or if the walk
+// meets a missing commit before it has read the commit from and its parents. If the repository lacks the commit from,
+// that alone is no error.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
@@ -214,7 +215,9 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 		return false, err
 	}
 	head, err := object.GetCommit(o, plumbing.NewHash(to))
-	if err != nil {
+	if errors.Is(err, plumbing.ErrObjectNotFound) {
+		return false, o.explain(fmt.Errorf("commit %s: %w: %w", to, ErrGap, err))
+	} else if err != nil {
 		return false, fmt.Errorf("commit %s: %w", to, err)
 	}
 	commits := object.NewCommitIterCTime(head, nil, nil)

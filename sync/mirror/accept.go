@@ -73,14 +73,15 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	}
 	c := a.candidate(branch.good, cells)
 	if pair := c.from + ".." + branch.head; a.checkedPair != pair {
-		if c.accepted = a.accepts(ctx, c); c.accepted {
+		var err error
+		if c.accepted, err = a.accepts(ctx, c); c.accepted {
 			a.acceptedByFlag = branch.head
-		} else if c.from != "" {
-			var err error
-			if c.descends, err = a.follower.descends(ctx, c.from, branch.head); err != nil {
-				err = fmt.Errorf("comparing the histories of %s and %s: %w", short(c.from), short(branch.head), err)
-				return outcome{unsure: err, retry: watchLag}
-			}
+		} else if err == nil && c.from != "" {
+			c.descends, err = a.follower.descends(ctx, c.from, branch.head)
+		}
+		if err != nil {
+			err = fmt.Errorf("comparing the histories of %s and %s: %w", short(c.from), short(branch.head), err)
+			return outcome{unsure: err, retry: watchLag}
 		}
 		a.checkedPair, a.refusal = pair, refuse(c)
 		a.logRefusal(branch.head)
@@ -149,14 +150,15 @@ func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 }
 
 // accepts reports whether Config.Accept names the commit in c.to. An ancestor of the store's commit isn't accepted:
-// otherwise each force push of it would bring back its old state. A first commit needs no acceptance.
-func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
+// otherwise each force push of it would bring back its old state. A first commit needs no acceptance. An error means
+// that the repository can't be read at the moment.
+func (a *acceptor) accepts(ctx context.Context, c candidate) (bool, error) {
 	if c.to.Hash != a.override || c.from == "" {
-		return false
+		return false, nil
 	}
 	follows, err := a.follower.descends(ctx, c.to.Hash, c.from)
-	if follows { // an error mostly means that this repository lacks the store's commit
-		return false
+	if follows || err != nil && !errors.Is(err, git.ErrGap) { // a gap: a repository that was replaced lacks the old history
+		return false, err
 	}
 	history := "the commit does not descend from the one that it replaces"
 	if err != nil {
@@ -164,7 +166,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	}
 	a.log.Warn("--accept names this commit: its history is not checked. Remove that flag once the commit is taken",
 		"commit", c.to.Hash, "instead_of", c.from, "history", history)
-	return true
+	return true, nil
 }
 
 // candidate returns the commit in to as a candidate, with what refuse needs to know of the store's commit. descends and

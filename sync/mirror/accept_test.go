@@ -1,7 +1,9 @@
 package mirror
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
 
@@ -52,5 +54,33 @@ func TestRepositoryThatWasReplaced(t *testing.T) {
 			!strings.Contains(err.Error(), "full hash") {
 			t.Errorf("accept %s: %v", wrong, err)
 		}
+	}
+}
+
+// While the histories can't be compared, --accept takes nothing: the commit may be an old one of the branch.
+func TestAcceptWaitsForTheHistory(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	l, _ := led(t, o)
+	l.acceptor.override = first
+	git := l.branch.readBranch(t.Context(), gitState{})
+	if git.head != second {
+		t.Fatalf("the head is %s", git.head)
+	}
+	c := l.acceptor.candidate(git.good, nil)
+	c.from, c.to.Hash = second, first
+	if accepted, err := l.acceptor.accepts(t.Context(), c); accepted || err != nil {
+		t.Errorf("an old commit: %v, %v", accepted, err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if accepted, err := l.acceptor.accepts(ended, c); accepted || !errors.Is(err, context.Canceled) {
+		t.Errorf("before the history is read: %v, %v", accepted, err)
+	}
+	c.from = strings.Repeat("1", 40)
+	if accepted, err := l.acceptor.accepts(t.Context(), c); !accepted || err != nil {
+		t.Errorf("where the store's commit is unknown: %v, %v", accepted, err)
 	}
 }
