@@ -75,9 +75,9 @@ func (m *commandChange) whole() bool {
 	return m.What == "extra" || m.What == "type" || m.What == "missing"
 }
 
-// comesAndGoes reports whether the change is of a kind that running programs make and remove: a socket, a pipe, a pid
+// isTransient reports whether the change is of a kind that running programs make and remove: a socket, a pipe, a pid
 // or lock file.
-func (m *commandChange) comesAndGoes() bool {
+func (m *commandChange) isTransient() bool {
 	if m.Type == typeOther {
 		return true
 	}
@@ -323,7 +323,7 @@ func (m *commandChange) inherited(now fs.FileMode) bool {
 
 // difference returns the first difference between m's path and how the commands left it, in a word of Difference.What;
 // empty: none. It compares content if its digest was recorded, and the owner if only that was changed. A path that
-// comesAndGoes may be missing, or have changed in all but its type.
+// isTransient may be missing, or have changed in all but its type.
 func (m *commandChange) difference(root *os.Root) string {
 	now := changeAt(root, m.Path)
 	switch {
@@ -331,7 +331,7 @@ func (m *commandChange) difference(root *os.Root) string {
 		return ""
 	case m.Type == "":
 		return "extra"
-	case m.comesAndGoes() && (now.Type == "" || now.Type == m.Type):
+	case m.isTransient() && (now.Type == "" || now.Type == m.Type):
 		return ""
 	case now.Type == "":
 		return "missing"

@@ -117,7 +117,7 @@ func (r *restorer) restore(m *commandChange) error {
 	switch {
 	case m.Type == "":
 		return r.remove(m.Path)
-	case m.comesAndGoes() && (r.live == nil || changeAt(r.live, m.Path).Type != m.Type):
+	case m.isTransient() && (r.live == nil || changeAt(r.live, m.Path).Type != m.Type):
 		return nil
 	case m.Type == typeFile && !m.whole() && m.Sum == nil:
 		return r.attributes(m)
@@ -197,7 +197,7 @@ func (r *restorer) attributes(m *commandChange) error {
 // replaced it, with a mode of its own.
 func (r *restorer) mode(m *commandChange) error {
 	now := changeAt(r.tree, m.Path)
-	if m.comesAndGoes() || now.Type != typeFile || now.Mode == m.Mode {
+	if m.isTransient() || now.Type != typeFile || now.Mode == m.Mode {
 		return nil
 	}
 	if m.Sum == nil { // asLeft has compared nothing

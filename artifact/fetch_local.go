@@ -260,7 +260,7 @@ type oldFile struct {
 // hasContent reports whether an open file has e's content. It hashes the file unless it is known to
 // be unchanged.
 func (r *sourceReader) hasContent(f oldFile, e *archive.Entry) bool {
-	if r.known.has(f.entry, &f.info) {
+	if r.known.isUnchanged(f.entry, &f.info) {
 		return true
 	}
 	sum, err := r.hash(f.fd, e.Size)
@@ -328,7 +328,7 @@ func copyContent(to int, f oldFile, e *archive.Entry, old *sourceReader, share s
 				return false, nil
 			}
 			var after unix.Stat_t
-			if old.known.has(f.entry, &f.info) && unix.Fstat(from, &after) == nil && statOf(&after) == statOf(&f.info) {
+			if old.known.isUnchanged(f.entry, &f.info) && unix.Fstat(from, &after) == nil && statOf(&after) == statOf(&f.info) {
 				return true, nil
 			}
 			sum, err := old.hash(to, e.Size)
@@ -360,7 +360,7 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 	}
 	var before unix.Stat_t
 	if unix.Fstatat(from, oldName, &before, unix.AT_SYMLINK_NOFOLLOW) != nil || !share.mayLink(before, e) ||
-		before.Size != e.Size || !old.known.has(n, &before) {
+		before.Size != e.Size || !old.known.isUnchanged(n, &before) {
 		return false, nil
 	}
 	after, err := w.linkNamed(e, from, oldName, &before, share)

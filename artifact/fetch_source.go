@@ -31,7 +31,7 @@ func (p archiveCopy) IsMirror() bool { return p.source.IsMirror() }
 
 // openArchive opens the archive at the first source that has it.
 func (f *fetch) openArchive(ctx context.Context) (*archiveSource, error) {
-	a := &archiveSource{objects: f.objects, size: f.index.ArchiveSize(), left: f.objects.Places(f.manifest.Src)}
+	a := &archiveSource{objects: f.objects, size: f.index.ArchiveSize(), left: f.objects.Sources(f.manifest.Src)}
 	if err := a.open(ctx); err != nil {
 		return nil, err
 	}

@@ -59,8 +59,8 @@ type Published struct {
 	Tree    int64               `json:"tree"`    // bytes of the tree
 	Archive int64               `json:"archive"` // bytes of the archive
 	Index   int64               `json:"index"`   // bytes of its index
-	// Again is set if this version was published already, with the same bytes.
-	Again bool `json:"again,omitempty"`
+	// AlreadyPublished is set if this version was published already, with the same bytes.
+	AlreadyPublished bool `json:"again,omitempty"`
 	// Deltas has an element for each earlier release that a delta was made from. It is empty if
 	// there is no such release, or if an earlier run of Publish had made the deltas.
 	Deltas []PublishedDelta `json:"deltas"`
@@ -174,7 +174,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	if err := p.sign(text); err != nil {
 		return out, err
 	}
-	out.Again = bytes.Equal(there.raw, text)
+	out.AlreadyPublished = bytes.Equal(there.raw, text)
 	out.Pointer = deployments.Pointer{URL: p.url + manifestName, Digest: deployments.DigestOf(text)}
 	return out, nil
 }

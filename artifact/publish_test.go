@@ -339,10 +339,11 @@ func TestPublishSaysWhen(t *testing.T) {
 		return Publish(t.Context(), objects, opt)
 	}
 	one, err := publish("1", first, "")
-	if err != nil || one.Again || one.Pointer.URL != store+"/app/1/"+manifestName {
+	if err != nil || one.AlreadyPublished || one.Pointer.URL != store+"/app/1/"+manifestName {
 		t.Fatalf("%+v, %v", one, err)
 	}
-	if two, err := publish("1", first.Add(time.Hour), ""); err != nil || !two.Again || two.Pointer != one.Pointer {
+	if two, err := publish("1", first.Add(time.Hour), ""); err != nil || !two.AlreadyPublished ||
+		two.Pointer != one.Pointer {
 		t.Errorf("again: %+v, %v", two, err)
 	}
 	if _, err := publish("1", first.Add(-time.Hour), ""); !errors.Is(err, object.ErrExists) {

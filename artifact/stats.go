@@ -46,8 +46,8 @@ type knownFiles struct {
 	changed bool
 }
 
-// has reports whether an entry's file is unchanged since it was last written or hashed.
-func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
+// isUnchanged reports whether an entry's file is unchanged since it was last written or hashed.
+func (k *knownFiles) isUnchanged(entry int, now *unix.Stat_t) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)

@@ -28,10 +28,10 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
-// joinedNone returns the Record.Joined for a record that the store had lost. Nobody knows how many nodes are changing,
-// so the record applies to no node yet that serves something and reports a Joined. A node that reports none can't be
-// held back.
-func joinedNone() uint64 { return 1 }
+// joinedBeforeAny returns the Record.Joined for a record that the store had lost. Nobody knows how many nodes are
+// changing, so the record applies to no node yet that serves something and reports a Joined. A node that reports none
+// can't be held back.
+func joinedBeforeAny() uint64 { return 1 }
 
 // WithGeneration returns next, the record that follows the base, with a generation that no node
 // takes for an older record's. It is at least the generation of stored, unless that is an
@@ -130,7 +130,7 @@ func IsLost(nodes []Node, known int64) bool {
 // nodes report.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
-		Joined: joinedNone()}
+		Joined: joinedBeforeAny()}
 	count := map[deployments.Pointer]int{}
 	failed := map[deployments.Digest]bool{}
 	for i := range nodes {
@@ -180,7 +180,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 // none either.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
-		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}
+		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedBeforeAny(), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond), StablePinned: true}
 	switch {
 	case h.Stable == h.Release:

@@ -169,7 +169,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 		own.Cutoff, own.Generation = 0, 0 // in a rollback the cutoff says who stays, not who may begin
 	}
 	unlisted, _ := in.unlisted(was.Nodes)
-	var acted []deployments.Digest // releases that a node may yet begin to deploy
+	var mayBegin []deployments.Digest // releases that a node may yet begin to deploy
 	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
 		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
 		for i := 0; i < len(in.Nodes) && !used; i++ {
@@ -183,7 +183,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 			continue
 		}
 		if used {
-			acted = append(acted, o.Digest)
+			mayBegin = append(mayBegin, o.Digest)
 		}
 		o.RollingBack = o.RollingBack || back
 		if i := slices.IndexFunc(list, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
@@ -197,7 +197,7 @@ func superseded(in *inputs, was deployments.Record) (list []deployments.Supersed
 	// Without a stable release, nodes keep what they run, whether the list names it or not. So a list that is too long can
 	// lose the targets that no node may begin.
 	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
-		if !slices.Contains(acted, list[i].Digest) {
+		if !slices.Contains(mayBegin, list[i].Digest) {
 			list = slices.Delete(list, i, i+1)
 		}
 	}

@@ -14,7 +14,7 @@ func appendPatch(out []byte, match *matcher, old, new []byte) []byte {
 
 const (
 	seedSize = 16 // bytes by which the matcher finds a place
-	better   = 8  // bytes by which another place must match longer than the current one
+	minGain  = 8  // bytes by which another place must match longer than the current one
 )
 
 // matcher finds places in the old file by 16 bytes of content. It replaces bsdiff's suffix array, at a tenth of
@@ -123,7 +123,7 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 				continue
 			}
 			there := scan + shift
-			if there >= 0 && there < len(old) && alike(old[there:min(there+length, len(old))], new[scan:]) > length-better {
+			if there >= 0 && there < len(old) && alike(old[there:min(there+length, len(old))], new[scan:]) > length-minGain {
 				scan++
 				continue
 			}

@@ -83,17 +83,17 @@ func (c *compressor) close() {
 
 // compress appends to out the frame that decodes to raw.
 func (c *compressor) compress(raw, out []byte) []byte {
-	if evenlySpread(raw) {
+	if looksIncompressible(raw) {
 		return c.incompressible.EncodeAll(raw, out)
 	}
 	return c.usual.EncodeAll(raw, out)
 }
 
-// evenlySpread reports whether all byte values but zero are about as frequent, as in images and
+// looksIncompressible reports whether all byte values but zero are about as frequent, as in images and
 // compressed data. From at most 8,191 bytes it estimates the probability that two bytes are the
 // same, and accepts less than 2/256. That probability is 1/256 if the values are evenly spread. A
 // PNG has 1.03 times that, text 8, a program 3 to 6. Zeros don't count, as tar has them everywhere.
-func evenlySpread(raw []byte) bool {
+func looksIncompressible(raw []byte) bool {
 	const samples = 4096
 	var seen [256]int
 	for i, step := 0, max(1, len(raw)/samples); i < len(raw); i += step {

@@ -84,7 +84,7 @@ func TestEvenlySpread(t *testing.T) {
 		"one byte":           {"a", false},
 		"nothing":            {"", false},
 	} {
-		if got := evenlySpread([]byte(c.data)); got != c.want {
+		if got := looksIncompressible([]byte(c.data)); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
 	}

@@ -107,10 +107,10 @@ type Source struct {
 // IsMirror reports whether s is a mirror, not the object's own place.
 func (s Source) IsMirror() bool { return s.mirror != "" }
 
-// Places returns the places of an object in the order to try them: its mirrors, its own place, then
+// Sources returns the places of an object in the order to try them: its mirrors, its own place, then
 // mirrors that failed within mirrorPause. A mirror may return any bytes: use them only after
 // checking the object's digest or signature.
-func (c *Client) Places(url string) []Source {
+func (c *Client) Sources(url string) []Source {
 	own := Source{Client: c, URL: url}
 	if c.mirrors == nil {
 		return []Source{own}
@@ -158,7 +158,7 @@ func (c *Client) NoteFailure(s Source, err error) {
 // passed to NoteFailure. If no try succeeds, the error is that of the object's own place; if ctx ends, of the last try.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
-	for _, s := range c.Places(url) {
+	for _, s := range c.Sources(url) {
 		err := try(s)
 		if err == nil || ctx.Err() != nil {
 			return err

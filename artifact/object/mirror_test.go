@@ -19,7 +19,7 @@ func TestPlaces(t *testing.T) {
 		}})
 		check := func(url string, want ...string) []Source {
 			t.Helper()
-			sources := c.Places(url)
+			sources := c.Sources(url)
 			var got []string
 			for _, s := range sources {
 				got = append(got, s.URL)

@@ -179,9 +179,9 @@ Exit code 1 where a manifest is one that no node would take.`,
 				return err
 			}
 			o.Prefix, o.Objects = args[0], object.New(object.Config{Log: log})
-			done, strange, err := migrate.Import(cmd.Context(), o)
+			done, unmatched, err := migrate.Import(cmd.Context(), o)
 			if a.json {
-				all := Imports{Units: append([]migrate.Imported{}, done...), PassedOver: append([]string{}, strange...)}
+				all := Imports{Units: append([]migrate.Imported{}, done...), PassedOver: append([]string{}, unmatched...)}
 				if err := errors.Join(err, a.printJSON(all)); err != nil {
 					return err
 				}
@@ -193,7 +193,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 					a.showImported(one)
 				}
 			}
-			for _, url := range strange {
+			for _, url := range unmatched {
 				a.printMessage("passed over, as its name gives no unit by --match, --stage, --role and --unit: %s", url)
 			}
 			switch {

@@ -195,7 +195,7 @@ func flagMistake(name, value string) error {
 
 // publishedLines describes a published release and, if it wasn't published before, what nodes will fetch for it.
 func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
-	if p.Again {
+	if p.AlreadyPublished {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
 	}
 	lines := []string{

@@ -68,7 +68,7 @@ func TestPublishOneAfterTheOther(t *testing.T) {
 	}
 	// Again, when there are later ones: the same pointer, with the deltas of then.
 	first, _ := publish("2.0")
-	if !first.Again || len(first.Deltas) > 0 {
+	if !first.AlreadyPublished || len(first.Deltas) > 0 {
 		t.Errorf("published again: %+v", first)
 	}
 	publish("1.9")

@@ -89,20 +89,20 @@ func Line(s string, most int) string {
 }
 
 func hostile(r rune) bool {
-	return r != '\n' && r != '\t' && unseen(r)
+	return r != '\n' && r != '\t' && isInvisible(r)
 }
 
-// unseen reports whether a character has no glyph of its own: controls, and formats such as those that change the
+// isInvisible reports whether a character has no glyph of its own: controls, and formats such as those that change the
 // direction of writing.
-func unseen(r rune) bool {
+func isInvisible(r rune) bool {
 	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) || r == '\u2028' ||
 		r == '\u2029'
 }
 
-// JSON escapes the unseen characters that may stand in the strings of a JSON text, without changing its meaning.
+// JSON escapes the invisible characters that may stand in the strings of a JSON text, without changing its meaning.
 func JSON(data []byte) []byte {
 	s := string(data)
-	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }
+	odd := func(r rune) bool { return r >= 0x7f && isInvisible(r) }
 	if strings.IndexFunc(s, odd) < 0 {
 		return data
 	}

@@ -93,7 +93,7 @@ func TestJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	safe := JSON(data)
-	if i := bytes.IndexFunc(safe, unseen); i >= 0 {
+	if i := bytes.IndexFunc(safe, isInvisible); i >= 0 {
 		t.Errorf("%q has %q", safe, safe[i:])
 	}
 	var out map[string]string
@@ -113,7 +113,8 @@ func TestHandler(t *testing.T) {
 		log.Info("\u202e", "text", hostile, "error", errors.New("get https://h/x?X-Amz-Signature=s3cret\u009b"+hostile), "took", 3*time.Second, "n", 7,
 			"list", []string{"https://u:s3cret@h/", hostile}, slog.Group("h", "bytes", bytes.NewBufferString(hostile)))
 		line := b.String()
-		if len(line) > 8*MaxValue || strings.Contains(line, "s3cret") || bytes.IndexFunc(b.Bytes()[:b.Len()-1], unseen) >= 0 {
+		if len(line) > 8*MaxValue || strings.Contains(line, "s3cret") ||
+			bytes.IndexFunc(b.Bytes()[:b.Len()-1], isInvisible) >= 0 {
 			t.Errorf("%d bytes: %.300q", len(line), line)
 		}
 		for _, want := range []string{"more bytes]", "X-Amz-Signature=…", "https://…@h/"} {

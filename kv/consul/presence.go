@@ -54,7 +54,7 @@ type presence struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
-	wake   wait.Signal // set when there is a new session, or a first entry, for keep to watch
+	wake   wait.Signal // set when there is a new session, or a first entry, for watchEntries to watch
 
 	sweeping sync.Mutex // held by sweep's call, and by Close; locked before putting
 	// putting serializes all methods that use the fields below.
@@ -95,7 +95,7 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 		tried: map[string][]byte{}, taken: map[string]bool{}, gone: make(chan struct{}),
 		heartbeatPause: wait.NewBackoff(time.Second, addHeartbeatMost)}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	go p.keep()
+	go p.watchEntries()
 	return p, nil
 }
 
@@ -115,7 +115,7 @@ func (p *presence) Join(ctx context.Context, key string, value []byte) (
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	for range 4 {
-		if err := p.hold(ctx, key, value); err != nil {
+		if err := p.putAndHold(ctx, key, value); err != nil {
 			return 0, nil, err
 		}
 		e, err := p.store.Get(ctx, key)
@@ -132,11 +132,11 @@ func (p *presence) Join(ctx context.Context, key string, value []byte) (
 func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
-	return p.hold(ctx, key, value)
+	return p.putAndHold(ctx, key, value)
 }
 
-// hold writes an entry, and keeps it from then on.
-func (p *presence) hold(ctx context.Context, key string, value []byte) error {
+// putAndHold writes an entry, and keeps it from then on.
+func (p *presence) putAndHold(ctx context.Context, key string, value []byte) error {
 	if err := backend.CheckKey(key); err != nil {
 		return fmt.Errorf("put: %w", err)
 	}
@@ -156,13 +156,13 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	p.held[key] = bytes.Clone(value)
 	delete(p.taken, key)
 	if first {
-		p.wakeKeep()
+		p.wakeWatch()
 	}
 	return nil
 }
 
-// wakeKeep wakes keep, which waits as long as no entry is held.
-func (p *presence) wakeKeep() {
+// wakeWatch wakes watchEntries, which waits as long as no entry is held.
+func (p *presence) wakeWatch() {
 	p.wake.Set()
 }
 
@@ -466,7 +466,7 @@ func (p *presence) stopHeart() {
 func (p *presence) setSession(id string, hasTTL, awaitsHealthCheck bool) {
 	p.session, p.hasTTL, p.awaitsHealthCheck = id, hasTTL, awaitsHealthCheck
 	p.mine[id] = true
-	p.wakeKeep()
+	p.wakeWatch()
 }
 
 // lose forgets the session, as its entries lost their holder or the values that were put, and closes gone.

@@ -13,9 +13,9 @@ import (
 	"kedge/kv"
 )
 
-// keep renews a session that has a TTL. It repairs the entries when the session or one of them is lost. That happens if
-// the node was taken for dead for a moment, or a snapshot was restored.
-func (p *presence) keep() {
+// watchEntries renews a session that has a TTL. It repairs the entries when the session or one of them is lost. That
+// happens if the node was taken for dead for a moment, or a snapshot was restored.
+func (p *presence) watchEntries() {
 	defer close(p.done)
 	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
 	for {

@@ -156,8 +156,8 @@ type Agent struct {
 	listener, statusListener net.Listener
 	metrics                  *metrics
 	floors                   *deploy.Floors
-	drained                  *drain.Tracker
-	drift                    *destwatch.Watcher
+	drainTracker             *drain.Tracker
+	destWatcher              *destwatch.Watcher
 	// fetchSlot and prefetchSlot have room for one token each. Units fetch one after another, which bounds memory and
 	// load. A release that is wanted now uses fetchSlot, and so doesn't wait for one that is fetched in advance. A slow
 	// fetch returns its token: see holdTurn.
@@ -254,7 +254,7 @@ func New(c Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.startingSince = a.dir.StartingSince(a.started)
-	a.drained = drain.New(c.Maintenance, a.idle, c.Log)
+	a.drainTracker = drain.New(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, fmt.Errorf("listening for /ready: %w", err)
@@ -272,7 +272,7 @@ func New(c Config) (_ *Agent, err error) {
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(gauges{reports: a.Report, fetched: c.Objects.Requests, storeUp: a.storeUp})
 	}
-	a.drift = destwatch.New(c.Log)
+	a.destWatcher = destwatch.New(c.Log)
 	return a, nil
 }
 

@@ -35,7 +35,7 @@ func TestWorkerWaitsForATimeToCome(t *testing.T) {
 			u := &unit{id: app, deploy: opened, observes: r.IntN(8) == 0}
 			u.decided, u.replaced, u.record.Present = flip(), r.IntN(8) == 0, flip()
 			u.done, u.floorRelease, u.nextFloor = release(), release(), release()
-			u.floorAgain, u.verifyAt = at(), at()
+			u.raiseFloorAt, u.verifyAt = at(), at()
 			if r.IntN(4) == 0 {
 				u.retryAt = at()
 			}

@@ -56,8 +56,8 @@ const maxSocketPath = 107
 // there is a registry; otherwise it refuses both with 403.
 func (a *Agent) handler(open bool) *http.ServeMux {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", a.condition("ready", a.unready))
-	mux.HandleFunc("GET /converged", a.condition("converged", a.unconverged))
+	mux.HandleFunc("GET /ready", a.conditionHandler("ready", a.unready))
+	mux.HandleFunc("GET /converged", a.conditionHandler("converged", a.unconverged))
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {
 			http.Error(w, "the agent hangs: its loop has not answered for 10s", http.StatusServiceUnavailable)
@@ -81,9 +81,9 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 	return mux
 }
 
-// condition returns a handler for the condition called name. against returns the reasons why the condition doesn't
-// hold. Without reasons the handler answers 200, otherwise 503 with the reasons.
-func (a *Agent) condition(name string, against func() map[string]string) http.HandlerFunc {
+// conditionHandler returns a handler for the condition called name. against returns the reasons why the condition
+// doesn't hold. Without reasons the handler answers 200, otherwise 503 with the reasons.
+func (a *Agent) conditionHandler(name string, against func() map[string]string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
 		messages := against()

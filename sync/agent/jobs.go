@@ -125,10 +125,10 @@ func (a *Agent) watchDest(u *unit) {
 	u.dest, u.mark = dest, mark
 	a.mu.Unlock()
 	if was != "" && was != dest {
-		a.drift.Forget(was, u.id)
+		a.destWatcher.Forget(was, u.id)
 	}
 	if dest != "" {
-		a.drift.Watch(dest, u.id, func() { a.checkLink(u) })
+		a.destWatcher.Watch(dest, u.id, func() { a.checkLink(u) })
 	}
 }
 

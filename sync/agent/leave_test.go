@@ -110,7 +110,7 @@ func TestLeavesAFirstReleaseThatHangs(t *testing.T) {
 				a = w.start(withMetrics)
 			}
 			a.awaitRestored()
-			await(t, "the end of the drain", func() (bool, string) { l := a.drained.Units(); return len(l) == 0, "drained" })
+			await(t, "the end of the drain", func() (bool, string) { return len(a.drainTracker.Units()) == 0, "drained" })
 		})
 	}
 }

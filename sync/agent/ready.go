@@ -18,7 +18,7 @@ func (a *Agent) noteConvergence() {
 	for _, u := range a.units {
 		if u.gone() {
 			if !u.state().Unfinished {
-				a.drained.End(u.id) // it has nothing to serve, or another unit has its dest
+				a.drainTracker.End(u.id) // it has nothing to serve, or another unit has its dest
 			}
 			continue
 		}
@@ -56,7 +56,7 @@ func (a *Agent) unready() map[string]string {
 			why[id.Role+"/"+id.Unit] = oneLine(err)
 		}
 	}
-	for _, id := range a.drained.Units() {
+	for _, id := range a.drainTracker.Units() {
 		why[id.Role+"/"+id.Unit] = "drained"
 	}
 	if a.ready {

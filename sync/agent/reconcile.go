@@ -37,8 +37,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveStatus(ctx) })
 	g.Go(func() error { return a.serveSocket(ctx, a.dir.Path(statedir.SocketFile)) })
-	g.Go(func() error { a.drained.Run(ctx); return nil })
-	g.Go(func() error { a.drift.Run(ctx); return nil })
+	g.Go(func() error { a.drainTracker.Run(ctx); return nil })
+	g.Go(func() error { a.destWatcher.Run(ctx); return nil })
 	g.Go(func() error { a.loop(ctx); return nil })
 	g.Go(func() error {
 		a.findName(ctx, func(why error) {

@@ -104,7 +104,7 @@ func (a *Agent) report(ctx context.Context) {
 					continue
 				}
 			}
-			if wait := startsWithin(last.units, r.Units, time.Now()); wait > 0 {
+			if wait := reportDelay(last.units, r.Units, time.Now()); wait > 0 {
 				later(wait)
 				continue
 			}
@@ -254,10 +254,10 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how much longer a report may be delayed because units have begun to fetch a release. Most units
+// reportDelay returns how much longer a report may be delayed because units have begun to fetch a release. Most units
 // begin to switch soon after, and one report can say both. It returns 0 if no unit has begun, once switchWithin is
 // over, or if another unit came, went, or changed its state, release or error.
-func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
+func reportDelay(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0
 	}

@@ -80,10 +80,10 @@ func TestReportsAreBounded(t *testing.T) {
 				Stage: "prod",
 				Log:   quiet(),
 			},
-			cache:     known,
-			metrics:   newMetrics(nil),
-			drained:   drain.New(nil, nil, quiet()),
-			reportDue: wait.NewSignal(),
+			cache:        known,
+			metrics:      newMetrics(nil),
+			drainTracker: drain.New(nil, nil, quiet()),
+			reportDue:    wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -229,7 +229,7 @@ func TestFetchingIsReportedWithinASecond(t *testing.T) {
 			delete(last, "app")
 		}
 		c.change(&u)
-		if wait := startsWithin(last, map[string]deployments.UnitReport{"other": was, "app": u}, now); wait != c.wait {
+		if wait := reportDelay(last, map[string]deployments.UnitReport{"other": was, "app": u}, now); wait != c.wait {
 			t.Errorf("%s: it waits for %v, want %v", name, wait, c.wait)
 		}
 	}

@@ -65,7 +65,7 @@ type observed struct {
 	done         deployments.Pointer             // the release that the unit converged to in this process
 	floorRelease deployments.Pointer             // the release that last raised the version floor in this process
 	nextFloor    deployments.Pointer             // release to raise the floor to once it runs, before other deployments
-	floorAgain   time.Time                       // when to raise the floor again to a release ahead of the clock
+	raiseFloorAt time.Time                       // when to raise the floor again to a release ahead of the clock
 	future       *deploy.FutureError             // set if floorRelease is ahead of the clock
 	ran          []deployments.Digest            // releases the unit converged to in this process: see dependencyOf
 	mustRecover  bool                            // an earlier run's deployment or drain has to be recovered first
@@ -127,19 +127,19 @@ func (j job) switches() bool {
 }
 
 const (
-	jobNone         jobKind = ""
-	jobRecover      jobKind = "recover" // finish or undo an unfinished deployment
-	jobForget       jobKind = "forget"  // end the quarantine of one release, or of all
-	jobDeploy       jobKind = "deploy"
-	jobStage        jobKind = "stage"
-	jobHeal         jobKind = "heal"
-	jobVerify       jobKind = "verify"
-	jobProve        jobKind = "prove" // await the health of the running release, after a reboot
-	jobObserve      jobKind = "observe"
-	jobInspectDest  jobKind = "inspect-dest"  // find out whether something lies at dest before the first release
-	jobLeave        jobKind = "leave"         // restore what was there before the first release
-	jobForgetBefore jobKind = "forget-before" // discard what was kept from before the first release
-	jobRaiseFloor   jobKind = "raise-floor"   // raise the version floor: nothing older may follow
+	jobNone          jobKind = ""
+	jobRecover       jobKind = "recover" // finish or undo an unfinished deployment
+	jobEndQuarantine jobKind = "forget"  // end the quarantine of one release, or of all
+	jobDeploy        jobKind = "deploy"
+	jobStage         jobKind = "stage"
+	jobHeal          jobKind = "heal"
+	jobVerify        jobKind = "verify"
+	jobProve         jobKind = "prove" // await the health of the running release, after a reboot
+	jobObserve       jobKind = "observe"
+	jobInspectDest   jobKind = "inspect-dest"  // find out whether something lies at dest before the first release
+	jobLeave         jobKind = "leave"         // restore what was there before the first release
+	jobForgetBefore  jobKind = "forget-before" // discard what was kept from before the first release
+	jobRaiseFloor    jobKind = "raise-floor"   // raise the version floor: nothing older may follow
 )
 
 // announcement is a switch that begins once the store holds a report that announces it.

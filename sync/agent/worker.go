@@ -152,14 +152,14 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 
 // drain sets or ends the drain of a unit; package deploy calls it around a switch.
 func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
-	if slices.Contains(a.drained.Units(), u.id) != on {
+	if slices.Contains(a.drainTracker.Units(), u.id) != on {
 		says := "the unit is drained: /ready answers 503 until that ends"
 		if !on {
 			says = "the unit is no longer drained"
 		}
 		u.log.Info(says)
 	}
-	err := a.drained.Set(ctx, u.id, on)
+	err := a.drainTracker.Set(ctx, u.id, on)
 	a.changed.Set()
 	return err
 }
@@ -206,7 +206,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	switch j.kind {
 	case jobRecover:
 		u.mustRecover = false // from now on the state says whether there is more to recover
-	case jobForget:
+	case jobEndQuarantine:
 		u.mustForget = u.mustForget && (err != nil || !j.release.IsZero())
 	case jobDeploy:
 		if err == nil {
@@ -215,7 +215,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		}
 	case jobRaiseFloor:
 		if future := new(deploy.FutureError); errors.As(err, &future) {
-			u.future, u.floorAgain, u.lastErr = future, now.Add(floorRetry), nil
+			u.future, u.raiseFloorAt, u.lastErr = future, now.Add(floorRetry), nil
 		} else if err == nil {
 			u.future = nil
 		} else {
@@ -312,8 +312,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	failed := !run.IsZero() && u.quarantined(run)
 	raises := s.Confirmed && !s.Unfinished && s.Running == u.nextFloor && !u.nextFloor.IsZero()
 	if raises && u.floorRelease == u.nextFloor { // only a release ahead of the clock raises the floor again
-		if raises = u.future != nil && !now.Before(u.floorAgain); u.future != nil && !raises {
-			again = u.floorAgain
+		if raises = u.future != nil && !now.Before(u.raiseFloorAt); u.future != nil && !raises {
+			again = u.raiseFloorAt
 		}
 	}
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
@@ -328,7 +328,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	case raises: // before any other deployment, which may be of an older release
 		return job{kind: jobRaiseFloor, release: u.nextFloor}, again
 	case u.mustForget:
-		return job{kind: jobForget}, again
+		return job{kind: jobEndQuarantine}, again
 	case deploys:
 		return job{
 			kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt, mayLeave: !g.forgetBefore,
@@ -336,7 +336,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	case failed:
 		// A request other than the one that the release failed under allows another try.
 		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
-			return job{kind: jobForget, release: run, key: g.key}, again
+			return job{kind: jobEndQuarantine, release: run, key: g.key}, again
 		}
 	}
 	if u.gone() {
@@ -411,7 +411,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobRecover:
 		watch.stop()
 		return u.deploy.Recover(ctx)
-	case jobForget:
+	case jobEndQuarantine:
 		return a.forget(u, j)
 	case jobDeploy:
 		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.mayLeave}

@@ -127,7 +127,7 @@ func TestSecretsStayWithTheAgent(t *testing.T) {
 		"HTTPS_PROXY=http://user:s@proxy:3128", "http_proxy=http://user:s@proxy", "ALL_PROXY=user:s@proxy:3128",
 		"DATABASE_PASSWORD=s", "GITHUB_TOKEN=s", "SIGNING_KEY=s", "MIRROR_URL=https://h/x?token=s",
 	}
-	for _, prefix := range ownUsers {
+	for _, prefix := range agentOnlyPrefixes {
 		if !slices.ContainsFunc(ours, func(kv string) bool {
 			name, value, _ := strings.Cut(kv, "=")
 			return strings.HasPrefix(name, prefix) && !deployments.SecretName(name) && safetext.URLs(value) == value

@@ -24,8 +24,8 @@ var private = []string{
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers are prefixes, in upper case, of variables that may be credentials or lead to them: see isOwnUsers.
-var ownUsers = []string{
+// agentOnlyPrefixes are prefixes, in upper case, of variables that may be credentials or lead to them: see isOwnUsers.
+var agentOnlyPrefixes = []string{
 	"AWS_",
 	"CONSUL_",
 	"VAULT_",
@@ -47,11 +47,11 @@ var ownUsers = []string{
 	"XDG_RUNTIME_DIR",
 }
 
-// everyUsers are the names of variables that match ownUsers but are no secrets: all commands get them.
+// everyUsers are the names of variables that match agentOnlyPrefixes but are no secrets: all commands get them.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable. That is so if
-// its name begins with one of ownUsers, in any case, or says that it is secret
+// its name begins with one of agentOnlyPrefixes, in any case, or says that it is secret
 // (deployments.SecretName). It is also so if the value has a URL with a user name, password or
 // token, such as a proxy's. The names in everyUsers are exceptions.
 func isOwnUsers(name, value string) bool {
@@ -63,7 +63,7 @@ func isOwnUsers(name, value string) bool {
 	if strings.HasSuffix(upper, "_PROXY") && !strings.Contains(value, "://") {
 		value = "http://" + value // a proxy may be given without a scheme
 	}
-	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
+	return slices.ContainsFunc(agentOnlyPrefixes, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
 // environ returns a command's environment. It has those variables of agent, the agent's own environment, that the

@@ -323,7 +323,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 			return fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
 		}
 	}
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return err
 	}
@@ -401,7 +401,7 @@ func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 }
 
 func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) error {
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return err
 	}

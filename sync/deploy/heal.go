@@ -31,7 +31,7 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	if err != nil || r == nil {
 		return nil, err
 	}
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return nil, err
 	}

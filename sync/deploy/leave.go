@@ -66,7 +66,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return err
 	}

@@ -124,10 +124,10 @@ func (l *destLock) close() {
 	}
 }
 
-// hold waits for the lock of r's dest, and holds it until unlock is called. If the release has no tree, or this unit
-// holds a lock already, hold and unlock do nothing. If nothing can be written beside dest, hold goes on without the
-// lock file.
-func (u *Unit) hold(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
+// lockDest waits for the lock of r's dest, and holds it until unlock is called. If the release has no tree, or if this
+// unit holds a lock already, lockDest and unlock do nothing. If nothing can be written beside dest, lockDest goes on
+// without the lock file.
+func (u *Unit) lockDest(ctx context.Context, r *artifact.Release) (unlock func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {
 		return func() {}, nil

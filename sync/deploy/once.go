@@ -80,7 +80,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	if err != nil {
 		return err
 	}
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return err
 	}

@@ -411,7 +411,7 @@ func TestLockIsAFileOfItsOwn(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := &artifact.Release{Manifest: &deployments.Manifest{Src: "file:///x", Dest: dest, Strategy: deployments.StrategyRsync}}
-		if unlock, err := u.hold(t.Context(), r); err == nil {
+		if unlock, err := u.lockDest(t.Context(), r); err == nil {
 			u.lock.noteBegun()
 			unlock()
 			t.Errorf("%s: it is taken for a lock", name)

@@ -125,7 +125,7 @@ func (u *Unit) runSteps(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := u.hold(ctx, r)
+	unlock, err := u.lockDest(ctx, r)
 	if err != nil {
 		return err
 	}

@@ -159,7 +159,7 @@ func (a *assembly) addReportOnly() {
 		nodes[role] = max(nodes[role], a.reportOnly[id])
 	}
 	for role, n := range more {
-		a.badRole(role, fmt.Errorf("reports name %s without a record, such as the report of node %s: "+
+		a.addRoleError(role, fmt.Errorf("reports name %s without a record, such as the report of node %s: "+
 			"see whether that node's agent is yours", count(n, "more unit"), nodes[role]))
 	}
 }
@@ -194,8 +194,8 @@ func (a *assembly) takePins() {
 // added. Fleet.Errors has each of them under its key, too.
 const maxUnitErrors = 4 << 10
 
-// badRole adds an error about a role's reports, unless the role has the same error already.
-func (a *assembly) badRole(role deployments.RoleID, err error) {
+// addRoleError adds an error about a role's reports, unless the role has the same error already.
+func (a *assembly) addRoleError(role deployments.RoleID, err error) {
 	key := kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role) + someKeys
 	if was := a.fleet.Errors[key]; !strings.Contains(was, err.Error()) {
 		a.fleet.Errors[key] = join(was, err.Error())
@@ -258,7 +258,7 @@ func (a *assembly) report(r reports.Report) {
 	}
 	switch {
 	case errors.Is(n.err, reports.ErrTooMuch):
-		a.badRole(r.Key.Role, fmt.Errorf("%w: see which nodes report, and whether their agents are yours", n.err))
+		a.addRoleError(r.Key.Role, fmt.Errorf("%w: see which nodes report, and whether their agents are yours", n.err))
 	case n.err != nil:
 		a.addError(r.Entry.Key, n.err)
 	case r.Report.Reason != "":
@@ -348,7 +348,7 @@ func (a *assembly) dropExcessNodes(maxListed int) {
 			}
 		}
 		a.reporters[role] = all[:most]
-		a.badRole(role, fmt.Errorf("%d of %d nodes aren't listed: delete the keys of those that aren't yours",
+		a.addRoleError(role, fmt.Errorf("%d of %d nodes aren't listed: delete the keys of those that aren't yours",
 			len(all)-most, len(all)))
 	}
 }

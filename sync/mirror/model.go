@@ -74,9 +74,9 @@ const leftFor = 10 * time.Minute
 // number. The earliest are forgotten first.
 const maxLeft = 10_000
 
-// leftSince returns the times at which entries of a role vanished that have not come back. following is the time from
-// which the mirror has watched for that; zero: it has yet to begin.
-func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
+// leftSince returns the times at which entries of a role vanished that have not come back. watchedSince is the time
+// from which the mirror has watched for that; zero: it has yet to begin.
+func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, watchedSince time.Time) {
 	return f.left[role], f.began
 }
 

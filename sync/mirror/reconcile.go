@@ -83,23 +83,23 @@ func (in inputs) toPresentClock(at time.Time) time.Time {
 }
 
 // vanishTimes returns the times at which entries of a unit's nodes vanished that have not come
-// back. following is the time from which the mirror has watched for that without a gap; zero: it
+// back. watchedSince is the time from which the mirror has watched for that without a gap; zero: it
 // always has or, while in.blind is set, it has yet to begin. All times are by the present clock.
-func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, following time.Time) {
+func (in inputs) vanishTimes(id deployments.UnitID) (left []time.Time, watchedSince time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
 	}
-	seen, following := in.leftSince(id.RoleID())
+	seen, watchedSince := in.leftSince(id.RoleID())
 	for _, at := range seen {
 		left = append(left, in.toPresentClock(at))
 	}
-	if following.IsZero() {
-		return left, following
+	if watchedSince.IsZero() {
+		return left, watchedSince
 	}
-	if in.fleetSince.After(following) {
-		following = in.fleetSince // nobody could see what vanished before that
+	if in.fleetSince.After(watchedSince) {
+		watchedSince = in.fleetSince // nobody could see what vanished before that
 	}
-	return left, in.toPresentClock(following)
+	return left, in.toPresentClock(watchedSince)
 }
 
 // nodes returns the nodes of a unit's role, with their reports on the unit.
@@ -244,8 +244,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	}
 	// If a record is missing, its nodes may have yet to report what they know of it.
 	left, following := in.vanishTimes(u.ID)
-	settled := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
-	if until := settled.Add(in.rebuildWait); noRecord && u.Rollout != nil && !in.blind && in.now.Before(until) {
+	lastVanish := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
+	if until := lastVanish.Add(in.rebuildWait); noRecord && u.Rollout != nil && !in.blind && in.now.Before(until) {
 		return change{}, doWait, until
 	}
 	if !base.Restored {

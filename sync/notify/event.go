@@ -94,8 +94,8 @@ type unitNow struct {
 	// history has the entries of the last generations, oldest first; nil until sendNew reads them.
 	history []deployments.History
 	// unhealthy are the live nodes on which the unit fails its checks, sorted. If known is false, they don't count.
-	unhealthy []string
-	known     bool
+	unhealthy   []string
+	healthKnown bool
 }
 
 // orphanedMidway is the rolloutState of an orphaned record with a rollout, which goes on if Git
@@ -175,7 +175,7 @@ func eventsSince(was notified, u unitNow) (events []Event, now notified) {
 		}
 	}
 
-	if u.known && len(u.unhealthy) > 0 != was.Unhealthy {
+	if u.healthKnown && len(u.unhealthy) > 0 != was.Unhealthy {
 		now.Unhealthy = len(u.unhealthy) > 0
 		now.HealthChanges++
 		kind, text := KindRecovered, fmt.Sprintf("%s: its health checks fail on no live node any more", u.id)

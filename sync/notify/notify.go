@@ -171,13 +171,13 @@ func (n *Notifier) followHealth(ctx context.Context) error {
 			n.mu.Lock()
 			same := true
 			for id, u := range n.seen.units {
-				same = same && u.known && slices.Equal(u.unhealthy, sick[id])
+				same = same && u.healthKnown && slices.Equal(u.unhealthy, sick[id])
 			}
 			n.mu.Unlock()
 			if !same {
 				n.change(func() {
 					for id, u := range n.seen.units {
-						u.unhealthy, u.known = sick[id], true
+						u.unhealthy, u.healthKnown = sick[id], true
 						n.seen.units[id] = u
 					}
 				})
@@ -363,9 +363,9 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 			continue
 		}
 		was := c.Units[name]
-		if next := c.healthAt[name].Add(n.healthHold); u.known && time.Now().Before(next) &&
+		if next := c.healthAt[name].Add(n.healthHold); u.healthKnown && time.Now().Before(next) &&
 			len(u.unhealthy) > 0 != was.Unhealthy {
-			u.known = false
+			u.healthKnown = false
 			c.wakeAt(next)
 		}
 		events, now := eventsSince(was, u)

@@ -400,7 +400,9 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 		r := &Receiver{Name: "ops", Events: []Kind{KindRefused}}
 		c := &cursor{Units: map[string]notified{}, healthAt: map[string]time.Time{}}
 		at := func(sick ...string) notified {
-			n.seen.units = map[deployments.UnitID]unitNow{app: {id: app, record: record(1, nil), unhealthy: sick, known: true}}
+			n.seen.units = map[deployments.UnitID]unitNow{
+				app: {id: app, record: record(1, nil), unhealthy: sick, healthKnown: true},
+			}
 			c.nextCheck = time.Time{}
 			if err := n.sendNew(t.Context(), r, c); err != nil {
 				t.Fatal(err)

@@ -110,12 +110,12 @@ type unit struct {
 	healths [healths]int
 	// states counts live nodes that aren't converged, by their state in words.
 	states map[string]int
-	// trouble is the error of the first failing or retrying node that has one, and troubled that
+	// firstError is the error of the first failing or retrying node that has one, and errorNode that
 	// node's name.
-	trouble, troubled string
-	pinned            bool
-	progress          *progress
-	problem           *problem
+	firstError, errorNode string
+	pinned                bool
+	progress              *progress
+	problem               *problem
 }
 
 // summarize computes the counts of a unit.
@@ -135,9 +135,9 @@ func summarize(u *fleet.Unit, now time.Time) *unit {
 		s.healths[h]++
 		if h == busy || h == failing {
 			s.states[stateOf(n)]++
-			if (h == failing || n.Report.State == deployments.StateRetrying) && s.trouble == "" {
-				s.trouble = fleet.Clean(cmp.Or(n.Report.Error, message.Text(n.Report.Reason, n.Report.Facts)), maxText)
-				s.troubled = n.Name
+			if (h == failing || n.Report.State == deployments.StateRetrying) && s.firstError == "" {
+				s.firstError = fleet.Clean(cmp.Or(n.Report.Error, message.Text(n.Report.Reason, n.Report.Facts)), maxText)
+				s.errorNode = n.Name
 			}
 		}
 		if h == gone {
@@ -341,7 +341,7 @@ func problemOf(u *unit, now time.Time) *problem {
 		p.What, p.Why = u.progress.Label, why
 	case u.healths[failing] > 0:
 		p.What = fmt.Sprintf("%d of %d %s", u.healths[failing], live, failingStates(u))
-		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.troubled, u.trouble), ": ")
+		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.errorNode, u.firstError), ": ")
 	case u.progress != nil && (u.progress.Phase == deployments.PhasePaused ||
 		u.progress.Phase == deployments.PhasePendingApproval):
 		p.Tone, p.What, p.Why = "warn", u.progress.Label, why
@@ -349,7 +349,7 @@ func problemOf(u *unit, now time.Time) *problem {
 		p.Tone, p.What, p.Why = "warn", "its file is gone from Git", ""
 	case u.states[string(deployments.StateRetrying)] > 0:
 		p.Tone, p.What = "warn", fmt.Sprintf("%d of %d retrying", u.states[string(deployments.StateRetrying)], live)
-		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.troubled, u.trouble), ": ")
+		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.errorNode, u.firstError), ": ")
 	case live == 0 && u.healths[gone] > 0 && u.Record != nil:
 		p.Tone, p.What = "warn", "no live node"
 		p.Why = fmt.Sprintf("%d gone", u.healths[gone])
