@@ -157,7 +157,7 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) (bool, error) {
 		return false, nil
 	}
 	follows, err := a.follower.descends(ctx, c.to.Hash, c.from)
-	if follows || err != nil && !errors.Is(err, git.ErrGap) { // a gap: a repository that was replaced lacks the old history
+	if follows || err != nil && !errors.Is(err, git.ErrGap) { // a repository that was replaced lacks the old history
 		return false, err
 	}
 	history := "the commit does not descend from the one that it replaces"
