@@ -113,7 +113,7 @@ type Progress struct {
 	Failed Digest `json:"failed,omitzero"`
 	// Promoted is set once the rollout is past its canary, if any: by an operator, or after the bake if approval is auto.
 	Promoted bool `json:"promoted,omitempty"`
-	// NoCanary is set if the unit's file asked for no canaries when the rollout began: it has neither canary phase nor bake.
+	// NoCanary is set if the unit's file asked for no canaries when the rollout began: it then has no bake, either.
 	NoCanary bool `json:"no_canary,omitempty"`
 	// Forced is set if the rollout may go on within a freeze window, by an operator's order or after the end of a pin.
 	Forced bool `json:"forced,omitempty"`
