@@ -312,7 +312,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if x.dirs[name] = a; err != nil || there {
 			return err
 		}
-		return x.takeDir()
+		return x.chargeDir()
 	}
 	// As with tar, a later entry of the same name replaces an earlier one. Directories are not replaced, as they
 	// may have content.
@@ -375,14 +375,14 @@ func (x *extractor) parents(dir string) error {
 		if x.count++; x.count > maxTarEntries {
 			err = errEntries
 		} else {
-			err = x.takeDir()
+			err = x.chargeDir()
 		}
 	}
 	return err
 }
 
-// takeDir counts a new directory, which takes space on the disk but none in the archive.
-func (x *extractor) takeDir() error {
+// chargeDir counts a new directory, which takes space on the disk but none in the archive.
+func (x *extractor) chargeDir() error {
 	if x.left -= dirSize; x.left < 0 {
 		return errBomb
 	}

@@ -188,7 +188,7 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-"    // the old directories that replace exchanged for staged ones
+	healPrefix    = "heal-"    // old directories, from which Releases.replace took the place of dest
 	adoptedPrefix = "adopted-" // followed by a time
 	adoptedTime   = "20060102T150405.000000"
 	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or

@@ -122,7 +122,7 @@ func listReader(r *reader, parse func(string) (string, error)) func(ast.Node) ([
 		switch {
 		case len(r.problems) > before:
 		case len(list) == 0:
-			r.noteAt(n, "the list is empty: name what is allowed, or remove the line to allow all")
+			r.noteAt(n, "the list is empty: name what is allowed, or remove the line to set no bound here")
 		case len(list) > maxBounds:
 			r.noteAt(n, "the list has %d items, at most %d are allowed", len(list), maxBounds)
 		}

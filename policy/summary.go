@@ -250,10 +250,11 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 
 func byJoined(a, b *rolloutNode) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// countGone counts a node that is gone. A node that left on its way to the target, or in the middle
-// of a switch, is in flight until its deadline; in a rollback, only the latter is. A node on its
-// way counts as failed once the deadline has passed, or at once if the target failed on it. If a
-// converged canary is gone, another one is admitted only after the canary's deadline.
+// countGone counts a node that is gone. back says that the rollout rolls back, aware that the node had noticed its
+// admission, there that it had converged on the target. Until its deadline, a node that left in the middle of a switch
+// is in flight. So is, unless back is set, a node that left on its way to the target; it counts as failed after the
+// deadline, or at once if the target failed on it. If a converged canary is gone, no other node takes its place before
+// the canary's deadline.
 func (v *summary) countGone(in *inputs, st state, n *Node, x rolloutNode, back, aware, there bool) {
 	u := &n.Report
 	v.gone++

@@ -23,9 +23,8 @@ const (
 	maxPath    = 4096 // bytes
 	maxName    = 255  // bytes
 	MaxLevels  = 128  // directories above a path, the top included; also in an archive without an index
-	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound the sum of all paths: it is at most maxPaths
-	// plus pathGrowth lengths. An entry stores only what its path doesn't share with the path before, so that six bytes
-	// can stand for a path of 4,096.
+	// All paths together may have maxPaths bytes, plus pathGrowth bytes for each byte of the index. An entry stores
+	// only what its path doesn't share with the path before, so that six bytes can stand for a path of 4,096.
 	maxPaths   = 64 << 20
 	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow

@@ -241,7 +241,8 @@ func openPath(path string, t trust, bounds []string, create bool) (*Place, error
 	return p.walk(path, bounds, create)
 }
 
-// walk opens the directory at path, relative to p; an absolute path takes p to be /. p stays open.
+// walk opens the directory at path, starting at p, which stays open. For an absolute path the caller must pass the
+// Place of /. Directories in bounds need an owner who is trusted: see enter. create makes missing directories.
 func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) {
 	shown := path
 	if !filepath.IsAbs(path) {

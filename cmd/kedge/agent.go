@@ -80,8 +80,8 @@ start finishes or takes back what it had begun.`,
 	)
 	f.String("listen-status", "",
 		"`address` that serves /status and /metrics to other machines, as in 10.0.0.7:7071 (default: none)")
-	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any but http:// "+
-		"of other machines and, without --local-sources, this machine's own)")
+	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any, except "+
+		"http:// of other machines; URLs of this machine, as file:// is, only with --local-sources)")
 	f.Bool(
 		"local-sources",
 		false,

@@ -69,9 +69,9 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 }
 
 // trustSigners returns a function that checks a manifest's signature: the object beside the manifest, with .sig
-// appended to the name. A key in file, an allowed_signers file, must have made the signature. kedge agent and kedge run
-// call the function before they use a manifest. A mirror and kedge check call it before they accept a manifest. If file
-// is empty, the function is nil, as the pointer's digest is enough.
+// appended to the name. A key in the allowed_signers file at the path file must have made the signature. kedge agent
+// and kedge run call the function before they use a manifest. A mirror and kedge check call it before they accept a
+// manifest. If no file is given (""), the function is nil: the pointer's digest is enough then.
 func trustSigners(
 	file string,
 	objects *object.Client,

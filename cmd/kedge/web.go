@@ -45,7 +45,8 @@ use: --host.`,
 	f := command.Flags()
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:7080", "`address` to listen at")
 	f.StringArrayVar(&c.Hosts, "host", nil,
-		"`name` that browsers reach it by, beside localhost and IP addresses; repeatable")
+		"`name` by which browsers may reach the dashboard, besides localhost and IP addresses: others are refused; "+
+			"repeatable")
 	f.StringVar(&c.CommitURL, "commit-url", "",
 		"`address` of a commit, with {commit} for its hash: commits become links there")
 	return command

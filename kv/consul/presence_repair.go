@@ -201,7 +201,7 @@ func (p *presence) repair() error {
 			continue
 		case e.Session != "" && e.Session == p.session && !bytes.Equal(e.Value, p.tried[key]):
 			p.store.log.Warn("the store has an older value of this node's entry, as after the restore of a snapshot: "+
-				"writing it again", "name", p.name, "key", key)
+				"writing the current one again", "name", p.name, "key", key)
 			before = p.session
 			p.lose()
 		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back a session in mine

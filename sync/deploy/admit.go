@@ -162,7 +162,8 @@ func groupNames(name string, users []string) []string {
 	return names
 }
 
-// groupsOf returns the numbers of a user's groups. A user whom the database lacks has the group of the same number.
+// groupsOf returns the numbers of the groups of a user, who is given by name or number. If the system knows no such
+// user, it returns the text that was given, as if that were a group's number.
 func groupsOf(name string) []string {
 	u, err := user.Lookup(name)
 	if err != nil {

@@ -132,8 +132,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 			"release", d.Release.String(), "step", string(d.Step), "command", c.Run, "times", a.CutOff)
 		return false, nil
 	case slices.Contains(a.Begun, place):
-		u.log.Warn("a command is not run again: it was begun before, and is to run once",
-			"step", string(d.Step), "command", c.Run)
+		u.log.Warn("a command with once is not run again, though it may have been cut off: see whether it did its work, "+
+			"and run it by hand if it didn't",
+			"release", d.Release.String(), "step", string(d.Step), "command", c.Run)
 		return false, nil
 	case !c.Once:
 		return true, nil

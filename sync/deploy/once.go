@@ -34,7 +34,7 @@ type OneShot struct {
 	Fetch FetchLimits
 	// Secrets is Config.Secrets.
 	Secrets SecretReader
-	// RsyncVerbose is Config.RsyncVerbose.
+	// RsyncVerbose are the options by which rsync says what it does, as in Config.RsyncVerbose.
 	RsyncVerbose []string
 	Log          *slog.Logger // nil: discard
 }

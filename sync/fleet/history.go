@@ -25,9 +25,9 @@ type versioned struct {
 // historyWithin bounds how long reading a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of returns the history entries of the units that have, in entries, a record and a pin of the unit
-// or of a node. If a history can't be read now, it returns the last known one, if any: histories
-// are only shown, and decide nothing.
+// of returns the history entries of each unit that filter takes and that has, among entries, both a record and a pin,
+// of the whole unit or of a node. If a history can't be read now, it returns the last known one, if any: histories are
+// only shown, and decide nothing. One that may not be read is empty.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)
 	defer cancel()

@@ -23,7 +23,7 @@ type BridgeOptions struct {
 	Bounds policy.Bounds
 	// To is the URL below which the manifest is copied.
 	To string
-	// Naming derives the unit. If stage, role and unit are given, the manifest's name doesn't matter.
+	// Naming derives the unit from the manifest's URL. If it sets stage, role and unit, that URL doesn't matter.
 	Naming Naming
 }
 

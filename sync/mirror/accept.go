@@ -169,8 +169,8 @@ func (a *acceptor) accepts(ctx context.Context, c candidate) (bool, error) {
 	return true, nil
 }
 
-// candidate returns the commit in to as a candidate, with what refuse needs to know of the store's commit. descends and
-// accepted are left for the caller to set.
+// candidate returns a candidate for the branch's commit, to, with what refuse needs to know of the commit that the
+// store holds. cells are the store's records. The caller sets descends and accepted.
 func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
 	c := candidate{from: a.own.state.LastCommit(), rules: a.own.state.Rules, to: to}
 	if other := a.own.state.Repo; other != a.repo {

@@ -187,7 +187,7 @@ func (l *leader) begin(ctx context.Context) error {
 			continue
 		}
 		if err := json.Unmarshal(e.Value, &l.writer.state); err != nil {
-			l.c.Log.Warn("the mirror's own state doesn't parse: writing it again", "key", e.Key, "error", err)
+			l.c.Log.Warn("the mirror's own state doesn't parse: writing a new one", "key", e.Key, "error", err)
 			l.writer.state = deployments.MirrorState{}
 		}
 	}

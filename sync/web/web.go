@@ -210,9 +210,8 @@ func (w *Web) noteRequest() {
 	w.lastRequested = time.Now()
 }
 
-// probe checks every probeEvery, until ctx ends, that the store answers. It sets the current
-// snapshot's storeError while the store doesn't, and clears it afterwards. It pauses while no page
-// is requested or followed.
+// probe checks every probeEvery, until ctx ends, that the store answers. While the store doesn't answer, probe sets the
+// current snapshot's storeError. It pauses while no page is requested or followed.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {

@@ -27,14 +27,14 @@ type Watcher struct {
 	mu      sync.Mutex
 	watcher *fsnotify.Watcher // nil: not opened yet, or unavailable
 	opened  chan struct{}     // closed once opening has been tried
-	// changed has the functions of the units at a dest, by the path of the dest or of its lock
+	// callbacks has the functions of the units at a dest, by the path of the dest or of its lock
 	// file.
-	changed map[string]map[deployments.UnitID]func()
+	callbacks map[string]map[deployments.UnitID]func()
 }
 
 // New returns a Watcher. Events are handled by Run.
 func New(log *slog.Logger) *Watcher {
-	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]map[deployments.UnitID]func(){}}
+	return &Watcher{log: log, opened: make(chan struct{}), callbacks: map[string]map[deployments.UnitID]func(){}}
 }
 
 // open opens the fsnotify watcher, unless an earlier call has tried. Watch calls it, and not New,
@@ -61,10 +61,10 @@ func (w *Watcher) Watch(dest string, unit deployments.UnitID, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, path := range []string{dest, deploy.LockFile(dest)} {
-		if w.changed[path] == nil {
-			w.changed[path] = map[deployments.UnitID]func(){}
+		if w.callbacks[path] == nil {
+			w.callbacks[path] = map[deployments.UnitID]func(){}
 		}
-		w.changed[path][unit] = changed
+		w.callbacks[path][unit] = changed
 	}
 	if w.open(); w.watcher == nil {
 		return
@@ -82,11 +82,11 @@ func (w *Watcher) Forget(dest string, unit deployments.UnitID) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, path := range []string{dest, deploy.LockFile(dest)} {
-		if delete(w.changed[path], unit); len(w.changed[path]) == 0 {
-			delete(w.changed, path)
+		if delete(w.callbacks[path], unit); len(w.callbacks[path]) == 0 {
+			delete(w.callbacks, path)
 		}
 	}
-	for other := range w.changed {
+	for other := range w.callbacks {
 		if filepath.Dir(other) == filepath.Dir(dest) {
 			return
 		}
@@ -126,14 +126,14 @@ func (w *Watcher) Run(ctx context.Context) {
 			return
 		case e := <-w.watcher.Events:
 			w.mu.Lock()
-			for _, changed := range w.changed[e.Name] {
+			for _, changed := range w.callbacks[e.Name] {
 				time.AfterFunc(eventDelay, changed)
 			}
 			w.mu.Unlock()
 		case err := <-w.watcher.Errors:
 			w.log.Warn("events about dests may have been lost: looking at every dest now", "error", err)
 			w.mu.Lock()
-			for _, units := range w.changed { // events may have been missed
+			for _, units := range w.callbacks { // events may have been missed
 				for _, changed := range units {
 					time.AfterFunc(eventDelay, changed)
 				}
