@@ -249,7 +249,7 @@ func (a *app) bridgeCommand() *cobra.Command {
 	o := migrate.BridgeOptions{}
 	c := &cobra.Command{
 		Use:   "bridge [URL] --to PREFIX",
-		Short: "Hand stretcher's events on to agents, while a fleet moves to kedge",
+		Short: "Hand stretcher's events on to agents, while moving to kedge",
 		Long: `Reads what stretcher reads, a manifest's URL or Consul events, and has agents follow it. The manifest is copied
 below --to, to a key that never changes. Its pointer becomes the unit's record or, where a mirror runs, a pin.
 So old deploy scripts go on working while nodes change one by one. It runs on one machine, or on several:
