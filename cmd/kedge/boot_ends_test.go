@@ -26,7 +26,7 @@ func testBootEnds(t *testing.T, m *machine) {
 		m.release(p)
 		m.report("the failure of "+version, func(u deployments.UnitReport) bool {
 			return u.Want == p && u.State == deployments.StateQuarantined && u.Version == "1" &&
-				strings.Contains(u.Error, "ended 3 times")
+				strings.Contains(u.Error, "stopped 3 times")
 		})
 		m.answers("1")
 		if n := m.do("sh", "-c", "wc -l <"+tries(version)); n != "3" {
@@ -63,7 +63,7 @@ func testBootEnds(t *testing.T, m *machine) {
 	}
 	m.report("the failure of 5", func(u deployments.UnitReport) bool {
 		return u.Want == reboots && u.State == deployments.StateQuarantined && u.Version == "1" &&
-			strings.Contains(u.Error, "ended 3 times")
+			strings.Contains(u.Error, "stopped 3 times")
 	})
 	m.answers("1")
 
