@@ -188,7 +188,7 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-"    // old directories, from which Releases.replace took the place of dest
+	healPrefix    = "heal-"    // what Releases.replace exchanged for a staged tree
 	adoptedPrefix = "adopted-" // followed by a time
 	adoptedTime   = "20060102T150405.000000"
 	// unfinishedPrefix begins the names of files that a crash in durable.WriteFile or
