@@ -12,7 +12,9 @@ configure:?* | 2:*) ;;
 esac
 if grep -qs /kedge-agent.service /proc/self/cgroup; then
 	# The upgrade is a release's command. The agent's end would cut it off, so it restarts when the release is done.
-	systemd-run --quiet --on-active=5 systemctl try-restart kedge-agent.service kedge-mirror.service kedge-web.service
+	# Nothing waits for it there: a stop that cancels the restart would leave a failed unit of that timer behind.
+	systemd-run --quiet --on-active=5 systemctl --no-block try-restart \
+		kedge-agent.service kedge-mirror.service kedge-web.service
 else
 	# An agent that is stopped in mid-deployment ends its commands in order, and the next goes on by the journal.
 	systemctl try-restart --no-block kedge-agent.service kedge-mirror.service kedge-web.service || true
