@@ -229,19 +229,13 @@ func stepsOf(u *unit, p *progress) []step {
 		}
 		return []step{now(name, admitted), todo("Everywhere")}
 	}
-	gates := func(passed bool) []step { // those before the rolling, all ahead or all passed
-		state := "todo"
-		if passed {
-			state = "done"
-		}
-		if r.NoCanary {
-			return nil
-		}
-		return []step{{Name: "Canary", State: state}, {Name: "Bake", State: state}}
+	var ahead, behind []step // the gates before the rolling
+	if !r.NoCanary {
+		ahead, behind = []step{todo("Canary"), todo("Bake")}, []step{passed("Canary"), passed("Bake")}
 	}
 	switch p.Phase {
 	case deployments.PhaseFrozen:
-		return slices.Concat([]step{now("Freeze", reason)}, gates(false), []step{todo("Rolling"), todo("Everywhere")})
+		return slices.Concat([]step{now("Freeze", reason)}, ahead, []step{todo("Rolling"), todo("Everywhere")})
 	case deployments.PhaseCanary:
 		if r.HealthySince.IsZero() {
 			return []step{now("Canary", admitted), todo("Bake"), todo("Rolling"), todo("Everywhere")}
@@ -255,11 +249,11 @@ func stepsOf(u *unit, p *progress) []step {
 	case deployments.PhasePaused:
 		paused, rest := []step{now("Paused", reason)}, []step{todo("Rolling"), todo("Everywhere")}
 		if r.Promoted {
-			return slices.Concat(gates(true), paused, rest)
+			return slices.Concat(behind, paused, rest)
 		}
-		return slices.Concat(paused, gates(false), rest)
+		return slices.Concat(paused, ahead, rest)
 	}
-	return slices.Concat(gates(true), []step{now("Rolling", admitted), todo("Everywhere")})
+	return slices.Concat(behind, []step{now("Rolling", admitted), todo("Everywhere")})
 }
 
 // commandsOf returns commands that would change something about a unit now, at most 8.
