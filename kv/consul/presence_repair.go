@@ -206,7 +206,7 @@ func (p *presence) repair() error {
 			p.lose()
 		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back a session in mine
 			if !p.taken[key] {
-				p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
+				p.store.log.Warn("another process has taken this node's entry: if two agents have the same name, rename one",
 					"key", key)
 			}
 			p.taken[key] = true

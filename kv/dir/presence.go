@@ -135,7 +135,7 @@ func (p *presence) dropTakenAndListLost() (map[string][]byte, error) {
 		case holder == "":
 			lost[key] = value
 		case p.session == nil || holder != p.session.id:
-			p.store.log.Warn("another process has taken this node's entry: if two agents have one name, give one another",
+			p.store.log.Warn("another process has taken this node's entry: if two agents have the same name, rename one",
 				"key", key)
 			delete(p.held, key)
 		default:
