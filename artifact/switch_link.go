@@ -131,8 +131,8 @@ func (l linkSwitcher) RecordAfter(ctx context.Context, rel *Release) error {
 }
 
 // Prune also removes what the strategies rsync and mv left beside dest, if the unit had one of them before.
-func (l linkSwitcher) Prune(rel *Release, others int, protect, drop []deployments.Digest) error {
-	return errors.Join(l.releases.pruneBut(others, protect, drop), l.pruneCopies(rel, protect))
+func (l linkSwitcher) Prune(rel *Release, keep int, protect, drop []deployments.Digest) error {
+	return errors.Join(l.releases.pruneBut(keep, protect, drop), l.pruneCopies(rel, protect))
 }
 
 func (l linkSwitcher) pruneCopies(rel *Release, protect []deployments.Digest) error {

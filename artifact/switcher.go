@@ -62,9 +62,8 @@ type Switcher interface {
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
 	// Prune removes what interrupted copies left beside dest, except complete copies of rel and of
 	// the releases in protect. With strategy release, it also removes stored releases. It keeps the
-	// live one, those in protect and, of all others that aren't in drop, the newest. The parameter
-	// others is the number of these.
-	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
+	// live one, those in protect and, of all others that aren't in drop, the newest keep.
+	Prune(rel *Release, keep int, protect, drop []deployments.Digest) error
 }
 
 // SwitcherConfig configures a Switcher.

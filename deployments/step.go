@@ -13,7 +13,7 @@ type Step struct {
 // StepStatus is a Step in words, as an agent's status and kedge explain show it.
 type StepStatus struct {
 	What    string `json:"what"`
-	Says    string `json:"says"`
+	Message string `json:"says"`
 	Reason  Reason `json:"reason,omitempty"`
 	Facts   Facts  `json:"facts,omitempty"`
 	Decides bool   `json:"decides,omitempty"`

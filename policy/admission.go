@@ -56,7 +56,7 @@ func (d *Decision) decideAdmission(f ResolveInputs, r deployments.Record) {
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && part
 	admitted := rank <= p.Cutoff ||
-		replaced && rank <= p.Early && !back
+		replaced && rank <= p.SupersededCutoff && !back
 	if back { // a node stays on what it runs if it is admitted, or if the record doesn't apply to it
 		admitted = admitted || !applies
 	} else {

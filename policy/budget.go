@@ -23,8 +23,8 @@ func room(in *inputs, v summary) (room int, spent bool) {
 }
 
 // admit raises the cutoff, so that nodes are admitted by rank: as many as the budget has room for, until want nodes are
-// admitted. In the canary phase it first raises Early for nodes that run a superseded target, as these were canaries
-// before. admitted is how many nodes are admitted now, missing canaries included. If a cutoff rose, moved is set, and
+// admitted. In the canary phase it first raises SupersededCutoff for nodes that run a superseded target, as these were
+// canaries before. admitted is how many nodes are admitted now, missing canaries included. If a cutoff rose, moved is set, and
 // the deadlines and the bake start anew.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
@@ -59,7 +59,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 			}
 			admitted++
 			if n.admitted, moved = true, true; early {
-				st.p.Early = n.rank
+				st.p.SupersededCutoff = n.rank
 			} else {
 				st.p.Cutoff = n.rank
 			}
@@ -162,7 +162,7 @@ func readmitReturned(in *inputs, st state) state {
 // targets that it had superseded. It leaves out targets that no node runs or may yet begin. If
 // there is no stable release, it also leaves out targets beyond MaxSuperseded that none may begin.
 func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
-	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
+	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.SupersededCutoff),
 		Generation: was.Generation}
 	back := was.Rollout.Phase == deployments.PhaseRollingBack
 	if back {

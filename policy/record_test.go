@@ -284,7 +284,9 @@ func TestNextWrites(t *testing.T) {
 			each(s, func(u *deployments.UnitReport) { u.Running = v2 }) // and are to stay there
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
-			r.Rollout = &progress{Phase: first, Since: noon, Early: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
+			superseded := []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}
+			r.Rollout = &progress{Phase: first, Since: noon, SupersededCutoff: least(s, v3),
+				Message: "1 of 1 canary admitted", Superseded: superseded}
 		}, "the order was for a rollout that has been replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)

@@ -17,7 +17,8 @@ func (w *world) admitted(n *member, r deployments.Record) {
 	case p == nil && to == r.Target:
 	case p != nil && to == r.Stable:
 	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack && Rank(n.name, to.Digest) <= p.Cutoff:
-	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && partOf(&r, n.running.Digest) && Rank(n.name, to.Digest) <= p.Early:
+	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && partOf(&r, n.running.Digest) &&
+		Rank(n.name, to.Digest) <= p.SupersededCutoff:
 	case p != nil && to == r.Target && r.Stable.IsZero() && n.running.IsZero() && !n.serves && admitsIdle(p):
 	default:
 		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))

@@ -170,7 +170,7 @@ func summarize(in *inputs, st state) summary {
 		onTarget := u.Running.Digest == r.Target.Digest
 		x := rolloutNode{rank: order.ranks[i], node: n, applies: applies(&r, n.Joined, servesNothing(u) && !destUnknown(u))}
 		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
-		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
+		x.admitted = x.rank <= p.Cutoff || x.rank <= p.SupersededCutoff && (x.replaced || onTarget)
 		aware := u.Generation == r.Generation
 		there := u.State == deployments.StateConverged && onTarget
 		if n.Gone {

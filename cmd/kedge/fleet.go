@@ -74,7 +74,7 @@ Exit code 1 if all or a part of it could not be read: it shows the rest, and nam
 				return err
 			}
 			defer store.Close()
-			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: nodes}
+			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color(), AllNodes: nodes}
 			shown := func(f *fleet.Fleet) *fleet.Fleet {
 				if attention {
 					f, opt.LeftOut = f.Attention()

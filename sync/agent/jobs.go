@@ -295,10 +295,10 @@ type healthWatch struct {
 	a *Agent
 	u *unit
 
-	of   deployments.Pointer // the release that start took up; its checks run, if it has any; zero: none yet
-	kept deploy.Health       // what keep tried to write last
-	end  context.CancelFunc  // nil: no monitor runs
-	done chan struct{}
+	watched deployments.Pointer // the release that start took up; its checks run, if it has any; zero: none yet
+	kept    deploy.Health       // what keep tried to write last
+	end     context.CancelFunc  // nil: no monitor runs
+	done    chan struct{}
 }
 
 // start begins the checks of the running release, unless they run already. It does nothing while
@@ -308,7 +308,7 @@ type healthWatch struct {
 // since. An unhealthy release doesn't become healthy by the health gate of such a deployment.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
-	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
+	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.watched == s.Running {
 		return
 	}
 	w.stop()
@@ -317,7 +317,7 @@ func (w *healthWatch) start(ctx context.Context) {
 		w.u.log.Error("could not read the health checks of the running release: it counts as healthy until the next "+
 			"deployment, or start of the agent", "release", s.Running.String(), "error", err)
 	}
-	w.of = s.Running
+	w.watched = s.Running
 	w.a.mu.Lock()
 	if w.u.watched != s.Running {
 		w.u.watched, w.u.health = s.Running, s.Health
@@ -359,7 +359,7 @@ func (w *healthWatch) keep() {
 // stop ends the checks, if they run, and returns once they have ended. It is called before a
 // deployment changes the running release.
 func (w *healthWatch) stop() {
-	w.of, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may clear the health in the journal
+	w.watched, w.kept = deployments.Pointer{}, deploy.Health{} // a deployment may clear the health in the journal
 	if w.end != nil {
 		w.end()
 		<-w.done

@@ -47,15 +47,15 @@ var agentOnlyPrefixes = []string{
 	"XDG_RUNTIME_DIR",
 }
 
-// everyUsers are the names of variables that match agentOnlyPrefixes but are no secrets: all commands get them.
-var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
+// harmlessVars are the names of variables that match agentOnlyPrefixes but are no secrets: all commands get them.
+var harmlessVars = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable. That is so if
 // its name begins with one of agentOnlyPrefixes, in any case, or says that it is secret
 // (deployments.SecretName). It is also so if the value has a URL with a user name, password or
-// token, such as a proxy's. The names in everyUsers are exceptions.
+// token, such as a proxy's. The names in harmlessVars are exceptions.
 func isOwnUsers(name, value string) bool {
-	if slices.Contains(everyUsers, name) {
+	if slices.Contains(harmlessVars, name) {
 		return false
 	}
 	upper := strings.ToUpper(name)

@@ -40,7 +40,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	d.Trace = append(d.Trace, gitStep(f))
 	for _, s := range message.Trace(id, node, resolved.Trace) {
 		if s.What == "admission" && s.Decides && u.Record.Rollout != nil && s.Reason != deployments.ReasonOrphaned {
-			s.Says = join(s.Says, placeInRollout(u, n))
+			s.Message = join(s.Message, placeInRollout(u, n))
 		}
 		d.Trace = append(d.Trace, s)
 	}
@@ -140,7 +140,7 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 			hint = "remove the keys that don't belong there, if any, then look again; on the node, as root, its agent " +
 				"answers: kedge explain " + id.Unit
 		}
-		return Step{What: "store", Says: text, Blocks: true, Hint: hint}, true
+		return Step{What: "store", Message: text, Blocks: true, Hint: hint}, true
 	}
 	var says []string
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
@@ -149,10 +149,10 @@ func storeStep(f *Fleet, id deployments.UnitID) (Step, bool) {
 		}
 	}
 	return Step{
-		What:   "store",
-		Says:   strings.Join(says, "; "),
-		Blocks: true,
-		Hint:   "look again with a token that may read all of it",
+		What:    "store",
+		Message: strings.Join(says, "; "),
+		Blocks:  true,
+		Hint:    "look again with a token that may read all of it",
 	}, len(says) > 0
 }
 
@@ -161,30 +161,30 @@ func gitStep(f *Fleet) Step {
 	s := Step{What: "Git"}
 	m := f.Mirror
 	if m == nil || m.Head == "" {
-		s.Says = "no mirror has taken a commit"
+		s.Message = "no mirror has taken a commit"
 		if m != nil && m.Error != "" {
-			s.Says, s.Blocks = s.Says+": "+message.OneLine(m.Error), true
+			s.Message, s.Blocks = s.Message+": "+message.OneLine(m.Error), true
 		}
 		return s
 	}
-	s.Says = "the mirror is at " + message.Clean(short(m.Head))
+	s.Message = "the mirror is at " + message.Clean(short(m.Head))
 	if m.Author != "" {
-		s.Says += " by " + AuthorName(m.Author)
+		s.Message += " by " + AuthorName(m.Author)
 	}
 	if !m.At.IsZero() {
-		s.Says += ", " + ago(f.At.Sub(m.At))
+		s.Message += ", " + ago(f.At.Sub(m.At))
 	}
 	switch {
 	case f.mirrorStopped():
-		s.Says += "; no mirror runs now, so newer commits, orders, and pins of units with a rollout, wait"
+		s.Message += "; no mirror runs now, so newer commits, orders, and pins of units with a rollout, wait"
 		s.Blocks = true
 		s.Hint = "start kedge mirror; until then nodes still obey pins of single nodes, hold pins, and pins with --at-once"
 	case m.Refused != "":
-		s.Says, s.Blocks = s.Says+"; it refused "+message.Clean(short(m.Refused))+": "+message.OneLine(m.Error), true
+		s.Message, s.Blocks = s.Message+"; it refused "+message.Clean(short(m.Refused))+": "+message.OneLine(m.Error), true
 		s.Hint = "correct what the error names, and push again; to find most errors before a push, in a clone: " +
 			"kedge check --releases"
 	case m.Error != "":
-		s.Says, s.Blocks = s.Says+"; "+message.OneLine(m.Error), true
+		s.Message, s.Blocks = s.Message+"; "+message.OneLine(m.Error), true
 	}
 	return s
 }
@@ -258,54 +258,54 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		(d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
 	switch {
 	case n.Gone:
-		s.Says, s.Hint = "gone: its session in the store has ended",
+		s.Message, s.Hint = "gone: its session in the store has ended",
 			"see whether the machine, its agent and its Consul agent run"
 	case r.State == "":
-		s.Says, s.Hint = join(n.Message, reportError), "see whether its agent runs, with this stage and role"
+		s.Message, s.Hint = join(n.Message, reportError), "see whether its agent runs, with this stage and role"
 	case behind:
-		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
+		s.Message = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
 		s.Hint = "if that lasts, see whether its agent reaches the store: read its log, or run on the node, as root: kedge " +
 			"explain " + u.ID.Unit
 	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
-		s.Says = "has yet to see this decision: it still aims at " + cmp.Or(r.Want.String(), "nothing")
+		s.Message = "has yet to see this decision: it still aims at " + cmp.Or(r.Want.String(), "nothing")
 		s.Hint = "if that lasts, see whether its agent reaches the store: read its log, or run on the node, as root: kedge " +
 			"explain " + u.ID.Unit
 	case r.Reason == deployments.ReasonUnsigned:
-		s.What, s.Says, s.Hint = "signature", cmp.Or(reportError, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
+		s.What, s.Message, s.Hint = "signature", cmp.Or(reportError, message.Text(r.Reason, r.Facts)), message.Hint(u.ID,
 			n.Name, r.Reason)
 	case r.State == deployments.StateUnhealthy:
-		s.Says = join("fails its health checks", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
+		s.Message = join("fails its health checks", cmp.Or(reportError, message.Text(r.Reason, r.Facts)))
 		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
 	case r.State == deployments.StateInvalid && reportError != "":
-		s.Says, s.Hint = "refuses it: "+reportError, cmp.Or(message.Hint(u.ID, n.Name, r.Reason),
+		s.Message, s.Hint = "refuses it: "+reportError, cmp.Or(message.Hint(u.ID, n.Name, r.Reason),
 			"correct what the error names: in the release, in Git, or in this node's configuration")
 	case r.State == deployments.StateRetrying:
-		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+reportError, ": ")
+		s.Message = strings.TrimSuffix("can't get there yet, and tries again: "+reportError, ": ")
 		s.Hint = message.Hint(u.ID, n.Name, r.Reason)
 	case r.State == deployments.StateQuarantined:
-		s.Says = cmp.Or(reportError, "quarantined")
+		s.Message = cmp.Or(reportError, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Message), "for another unit"), reportError)
+		s.Message = join("waits: "+cmp.Or(message.OneLine(r.Message), "for another unit"), reportError)
 		if r.Reason == deployments.ReasonDependency {
-			s.Says = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), reportError)
+			s.Message = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), reportError)
 		}
 	case r.State == deployments.StateConverged && reportError != "":
-		s.Says = "runs it, but: " + reportError
+		s.Message = "runs it, but: " + reportError
 		if !d.Stage.IsZero() {
-			s.Says = "can't stage the next release ahead of its turn: " + reportError
+			s.Message = "can't stage the next release ahead of its turn: " + reportError
 		}
 	default:
 		s.Blocks = false
-		if s.Says = "reports no error"; r.State == deployments.StateInvalid {
-			s.Says = "refuses it, for the reason above"
+		if s.Message = "reports no error"; r.State == deployments.StateInvalid {
+			s.Message = "refuses it, for the reason above"
 		}
 		if r.State == deployments.StateFetching || r.State == deployments.StateSwitching {
-			s.Says = "on its way: " + n.Shown().Text
+			s.Message = "on its way: " + n.Shown().Text
 		}
 		if u.Record != nil && r.Generation > 0 && r.Generation == u.Record.Generation && !r.Pinned {
-			s.Says += fmt.Sprintf(", and has seen generation %d", r.Generation)
+			s.Message += fmt.Sprintf(", and has seen generation %d", r.Generation)
 		}
-		s.Says = join(s.Says, reportError)
+		s.Message = join(s.Message, reportError)
 	}
 	return s
 }

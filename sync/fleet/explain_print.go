@@ -101,7 +101,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 		}
 		what := message.Clean(s.What)
 		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4,
-			p.names(u, message.OneLine(s.Says)), Plain)
+			p.names(u, message.OneLine(s.Message)), Plain)
 		if s.Hint != "" {
 			head := strings.Repeat(" ", wide+4) + p.paint(Warn, "to change it: ")
 			p.wrap(head, wide+6, keepCommandsWhole(message.OneLine(s.Hint)), Plain)
@@ -161,7 +161,7 @@ func mentions(d Decision, text string, some func(Step) bool) bool {
 	text = message.OneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step may leave out the prefix
 	return slices.ContainsFunc(d.Trace, func(s Step) bool {
-		says := message.OneLine(s.Says)
+		says := message.OneLine(s.Message)
 		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))
 	})
 }
@@ -233,7 +233,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	var quarantined []string
 	for _, q := range r.Quarantined {
 		if slices.ContainsFunc(d.Trace,
-			func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
+			func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Message, q.String()) }) {
 			continue
 		}
 		failed := q.Short()[:8]

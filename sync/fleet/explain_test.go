@@ -207,7 +207,7 @@ func TestExplainLocal(t *testing.T) {
 		},
 		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2,
 			Source: policy.FromTarget, Message: "Git commit 4f2c91a", WaitsFor: "waits for base",
-			Trace: []Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
+			Trace: []Step{{What: "node pin", Message: "none"}, {What: "record", Message: v2.String(), Decides: true}}}},
 	}
 	for _, name := range []string{"app", "web/app"} {
 		f, id, d, err := Local(s, name, noon)

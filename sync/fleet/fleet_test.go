@@ -163,7 +163,7 @@ func FuzzAssemble(f *testing.F) {
 			fleet := Assemble([]kv.Entry{{Key: key, Value: value, Session: session, Version: 1},
 				put(kv.DesiredKey(app), release("app", "1").String())}, noon)
 			for _, width := range []int{0, 20, 80} {
-				if err := WriteTable(&out, fleet, TableOptions{Width: width, Nodes: true}); err != nil {
+				if err := WriteTable(&out, fleet, TableOptions{Width: width, AllNodes: true}); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -69,19 +69,19 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 
 // sourceStep returns a step that says how current a node's view of a prefix of the store is.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
-	step := Step{What: "store", Says: message.Clean(s.Prefix) + " from " + message.Clean(s.From) + ", up to date"}
+	step := Step{What: "store", Message: message.Clean(s.Prefix) + " from " + message.Clean(s.From) + ", up to date"}
 	if s.Error == "" {
 		return step
 	}
 	step.Blocks, step.Hint = true, "see why the store can't be read; meanwhile the node goes on with what it knows"
-	step.Says = message.Clean(s.Prefix) + " from " + message.Clean(s.From)
+	step.Message = message.Clean(s.Prefix) + " from " + message.Clean(s.From)
 	if !s.Since.IsZero() {
-		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
+		step.Message += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
 	}
 	if !s.ErrorSince.IsZero() {
-		step.Says += ", and may have been out of date for " + brief(at.Sub(s.ErrorSince))
+		step.Message += ", and may have been out of date for " + brief(at.Sub(s.ErrorSince))
 	}
-	step.Says += ": " + message.OneLine(s.Error)
+	step.Message += ": " + message.OneLine(s.Error)
 	return step
 }
 

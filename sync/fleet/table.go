@@ -16,9 +16,9 @@ type TableOptions struct {
 	// Width is the terminal's width in columns; 0: no terminal, so no line is cut or wrapped.
 	Width int
 	Color bool
-	// Nodes shows every node. Without it, a unit shows at most maxNodes nodes: live ones that aren't
+	// AllNodes shows every node. Without it, a unit shows at most maxNodes nodes: live ones that aren't
 	// converged or have a problem.
-	Nodes bool
+	AllNodes bool
 	// LeftOut is how many units were left out of the fleet because they need no attention.
 	LeftOut int
 }
@@ -130,14 +130,14 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	more := 0
 	for i := range u.Nodes {
 		n := &u.Nodes[i]
-		if n.Gone && !p.opt.Nodes {
+		if n.Gone && !p.opt.AllNodes {
 			continue
 		}
 		row, problem := f.NodeRow(u, n)
-		if !p.opt.Nodes && n.Converged && problem == "" {
+		if !p.opt.AllNodes && n.Converged && problem == "" {
 			continue
 		}
-		if len(rows) == maxNodes && !p.opt.Nodes {
+		if len(rows) == maxNodes && !p.opt.AllNodes {
 			more++
 			continue
 		}

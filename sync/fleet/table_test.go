@@ -61,7 +61,7 @@ func TestTable(t *testing.T) {
 		"alike.txt":   {alike, TableOptions{Width: 80}},
 		"pipe.txt":    {f, TableOptions{}},
 		"80.txt":      {f, TableOptions{Width: 80}},
-		"nodes.txt":   {f, TableOptions{Width: 100, Nodes: true}},
+		"nodes.txt":   {f, TableOptions{Width: 100, AllNodes: true}},
 		"color.txt":   {f, TableOptions{Width: 80, Color: true}},
 		"halted.txt":  {rolling, TableOptions{Width: 80}},
 		"nothing.txt": {Assemble(nil, noon), TableOptions{Width: 80}},
@@ -245,7 +245,7 @@ func TestTableIsClean(t *testing.T) {
 		says("web-1", map[string]deployments.UnitReport{"app": evil}),
 	}, noon)
 	var out bytes.Buffer
-	if err := WriteTable(&out, f, TableOptions{Nodes: true}); err != nil {
+	if err := WriteTable(&out, f, TableOptions{AllNodes: true}); err != nil {
 		t.Fatal(err)
 	}
 	if d, err := Explain(f, app, "web-1"); err != nil {
@@ -312,7 +312,7 @@ func TestExplainText(t *testing.T) {
 	t.Parallel()
 	f := Assemble(busyFleet(), noon)
 	target := release("app", "1.4.2")
-	none := []Step{{What: "node pin", Says: "none"}, {What: "unit pin", Says: "none"}}
+	none := []Step{{What: "node pin", Message: "none"}, {What: "unit pin", Message: "none"}}
 	for name, c := range map[string]struct {
 		node string
 		d    Decision
@@ -322,24 +322,24 @@ func TestExplainText(t *testing.T) {
 			Decision: policy.Decision{Action: policy.ActRun, Target: target},
 			Message:  "Git, commit 4f2c91a",
 			Trace: append(slices.Clone(none),
-				Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
-				Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again",
+				Step{What: "record", Message: target.String() + ", generation 2", Decides: true},
+				Step{What: "quarantine", Message: "this release failed on this node before, and is not tried again",
 					Hint: "push another release, or kedge retry prod/web/app"}),
 		}, TableOptions{Width: 80}},
 		"explain-hold.txt": {"web-2", Decision{
 			Decision: policy.Decision{Action: policy.ActHold, Recheck: noon.Add(2 * time.Hour)},
 			Message:  "hold: unit pin by alice (incident 812)",
-			Trace:    []Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Hint: "kedge unpin prod/web/app"}},
+			Trace:    []Step{none[0], {What: "unit pin", Message: "hold", Decides: true, Hint: "kedge unpin prod/web/app"}},
 		}, TableOptions{Width: 80, Color: true}},
 		"explain-invalid.txt": {"web-1", Decision{
 			Decision: policy.Decision{Action: policy.ActKeep, Invalid: errors.New("the pin is neither a pointer nor hold")},
 			Message:  "the node pin doesn't parse: nothing is changed",
-			Trace:    []Step{{What: "node pin", Says: "doesn't parse", Decides: true}},
+			Trace:    []Step{{What: "node pin", Message: "doesn't parse", Decides: true}},
 		}, TableOptions{}},
 		"explain-pin.txt": {"web-4", Decision{
 			Decision: policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1")},
 			Message:  "pinned, this node alone",
-			Trace: []Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true,
+			Trace: []Step{{What: "node pin", Message: release("app", "1.4.1").String(), Decides: true,
 				Hint: "kedge unpin prod/web/app --node web-4"}},
 		}, TableOptions{Width: 80}},
 		"explain-gone.txt": {"web-9", Decision{

@@ -64,7 +64,7 @@ func TestPartOfAFleetThatHoldsTooMuch(t *testing.T) {
 		t.Errorf("the table names it %d times:\n%s", n, table.String())
 	}
 	d, err := Explain(f, app, "web-1")
-	if err != nil || len(d.Trace) == 0 || !d.Trace[0].Blocks || !strings.Contains(d.Trace[0].Says, prefix) {
+	if err != nil || len(d.Trace) == 0 || !d.Trace[0].Blocks || !strings.Contains(d.Trace[0].Message, prefix) {
 		t.Errorf("explain: %+v, %v", d.Trace, err)
 	}
 

@@ -303,9 +303,9 @@ func (l *leader) loop(ctx context.Context) error {
 			}
 			again = max(time.Millisecond, again-pause)
 		}
-		var clock <-chan time.Time
+		var nextRound <-chan time.Time
 		if again > 0 {
-			clock = time.After(again)
+			nextRound = time.After(again)
 		}
 		select {
 		case <-ctx.Done():
@@ -314,7 +314,7 @@ func (l *leader) loop(ctx context.Context) error {
 		case <-l.recheck.C():
 			l.acceptor.recheckSoon()
 		case <-l.observer.changed.C():
-		case <-clock:
+		case <-nextRound:
 		}
 	}
 }

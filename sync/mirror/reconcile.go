@@ -365,7 +365,7 @@ func onlyMoves(before, after deployments.Record) bool {
 		return false
 	}
 	still := *before.Rollout
-	still.Early, before.Joined, before.Nodes = after.Rollout.Early, after.Joined, after.Nodes
+	still.SupersededCutoff, before.Joined, before.Nodes = after.Rollout.SupersededCutoff, after.Joined, after.Nodes
 	still.Cutoff, still.Since, still.HealthySince = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.HealthySince
 	still.Reason, still.Facts, still.Message = after.Rollout.Reason, after.Rollout.Facts, after.Rollout.Message
 	before.Rollout = &still

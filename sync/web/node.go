@@ -75,7 +75,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 		Notes: notesOf(u, told.Notes), Report: notesOf(u, told.Report),
 	}
 	for _, t := range told.Trace {
-		step := traceStep{What: fleet.Clean(t.What, 63), Says: fleet.Clean(u.Names(t.Says), maxLines),
+		step := traceStep{What: fleet.Clean(t.What, 63), Says: fleet.Clean(u.Names(t.Message), maxLines),
 			Next: fleet.Clean(t.Hint, maxText)}
 		switch {
 		case t.Decides:

@@ -123,7 +123,7 @@ func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	var table, b strings.Builder
 	fleet.WriteTable(&table, f, opt)
 	if others := 9; strings.Count(table.String(), "\n") > screenLines-others { // converged nodes are left out then
-		opt.Nodes = false
+		opt.AllNodes = false
 		table.Reset()
 		fleet.WriteTable(&table, f, opt)
 	}

@@ -40,7 +40,7 @@ func (d *Demo) Live() error {
 		defer restore()
 		go d.readKeys(d.In) // without input it ends with the process
 		err = d.Screen(d.ctx, d.store, func(w io.Writer, f *fleet.Fleet, width int) {
-			d.draw(w, f, fleet.TableOptions{Width: width, Color: d.Color, Nodes: true})
+			d.draw(w, f, fleet.TableOptions{Width: width, Color: d.Color, AllNodes: true})
 		})
 	} else {
 		fmt.Fprintf(d.Out, "\nIn a browser: http://%s/\n%s", d.web.Addr(), d.advice())

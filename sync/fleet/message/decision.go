@@ -65,7 +65,7 @@ func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deplo
 	trace := make([]deployments.StepStatus, len(steps))
 	for i, s := range steps {
 		says, hint := Step(id, node, s.What, s.Reason, s.Facts)
-		trace[i] = deployments.StepStatus{What: s.What, Says: says, Reason: s.Reason, Facts: s.Facts,
+		trace[i] = deployments.StepStatus{What: s.What, Message: says, Reason: s.Reason, Facts: s.Facts,
 			Decides: s.Decides, Blocks: s.Blocks, Hint: hint}
 	}
 	return trace
