@@ -379,7 +379,8 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			if !seen.fleet.synced && seen.fleet.err != nil {
 				l.writer.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
 			}
-			return watchLag, nil // a commit is written as a whole: it waits as long as one of its units has to
+			// A commit is written as a whole: it waits as long as one of its units has to.
+			return minWait(again, watchLag), nil
 		}
 		status.Applying = ""
 		if commit.Hash != status.Head {

@@ -175,6 +175,22 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	}
 }
 
+// A commit with a record that waits for reports is looked at again as soon as these have had their time.
+func TestACommitThatWaitsForReportsIsNotLate(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
+	l, _ := led(t, o)
+	l.rebuildWait = watchLag / 10
+	git := l.branch.readBranch(t.Context(), gitState{})
+	l.observer.records(kv.View{Synced: true})
+	l.observer.fleet(kv.View{Synced: true})
+	again, err := l.round(t.Context(), git)
+	if err != nil || l.writer.state.Head != "" || again == 0 || again > l.rebuildWait {
+		t.Errorf("after %v, %v, with %+v; want a round within %v", again, err, l.writer.state, l.rebuildWait)
+	}
+}
+
 // An order that was replaced between the mirror's read and its write is neither carried out nor removed.
 func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	t.Parallel()
