@@ -70,7 +70,7 @@ func TestMain(m *testing.M) {
 	}
 	// Each of rapid's trees is packed, fetched four ways and compared: a hundred take minutes. -rapid.checks=N tries more.
 	flag.Set("rapid.checks", "8")
-	os.Exit(m.Run())
+	os.Exit(tooltest.Main(m))
 }
 
 // deployAll stages and switches to each release in turn, and then prunes all but the last.

@@ -22,13 +22,14 @@ import (
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 )
 
 // TestMain removes the programs and the packages that tests had made.
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := tooltest.Main(m)
 	for _, p := range []*program{&asTested, &asReleased} {
 		os.RemoveAll(p.dir) // "": none was built
 	}

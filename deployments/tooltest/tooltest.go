@@ -2,8 +2,11 @@
 package tooltest
 
 import (
+	"flag"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"testing"
 )
 
@@ -40,4 +43,16 @@ func NeedRoot(tb testing.TB) {
 	default:
 		tb.Fatal("the test needs root: run the tests as root, as CI does")
 	}
+}
+
+// Main runs a package's tests for its TestMain, and returns the exit code. With -short it runs eight of them at a time
+// unless -parallel is given: without servers and browsers beside them, they mostly wait.
+func Main(m *testing.M) int {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if testing.Short() && !given {
+		flag.Set("test.parallel", strconv.Itoa(max(8, runtime.GOMAXPROCS(0))))
+	}
+	return m.Run()
 }

@@ -210,10 +210,13 @@ func TestAWayBackBeganOnce(t *testing.T) {
 			a = w.start()
 		}
 	}
+	// Only then is it well again: back under generation 4, the agent would try the release once more that generation 2
+	// was for.
+	w.desire(app, deployments.Record{Target: one, Generation: 5})
+	a.awaitUnit(app, "the last record", func(u deployments.UnitReport) bool { return u.Generation == 5 })
 	if err := os.Remove(w.path("sick")); err != nil {
 		t.Fatal(err)
 	}
-	w.desire(app, deployments.Record{Target: one, Generation: 5})
 	a.awaitUnit(app, "is back", func(u deployments.UnitReport) bool {
 		return u.State == deployments.StateConverged && u.Running == one && !u.RollingBack
 	})

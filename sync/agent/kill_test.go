@@ -14,6 +14,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 	"kedge/kv/open"
 )
@@ -27,7 +28,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(tooltest.Main(m))
 }
 
 func play(dir string) error {
@@ -51,7 +52,11 @@ func play(dir string) error {
 // converges.
 func TestKilledAgentsEndWhereOthersAre(t *testing.T) {
 	t.Parallel()
-	const worlds, kills = 4, 80
+	const worlds = 4
+	kills := 80
+	if testing.Short() {
+		kills = 10
+	}
 	for i := range worlds {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()

@@ -19,6 +19,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 )
 
 const crashEnv = "KEDGE_TEST_CRASH"
@@ -44,7 +45,7 @@ func TestMain(m *testing.M) {
 	} else if args := os.Getenv(fullEnv); args != "" {
 		err = fullChild(strings.Fields(args))
 	} else {
-		os.Exit(m.Run())
+		os.Exit(tooltest.Main(m))
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

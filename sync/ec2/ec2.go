@@ -108,6 +108,7 @@ type Hook struct {
 	// actionWait is how long complete waits for an action that AutoScaling doesn't know yet, as an instance can be
 	// ready before the action begins. 0: 2 min.
 	actionWait time.Duration
+	pause      time.Duration // about what complete waits before its first repetition; 0: 500 ms
 }
 
 // Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the
@@ -124,10 +125,8 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 		return fmt.Errorf("lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group", h.Name,
 			h.Instance.ID, tagGroup)
 	}
-	h.Beat, h.answer, h.actionWait = cmp.Or(h.Beat, time.Minute), cmp.Or(h.answer, 30*time.Second), cmp.Or(
-		h.actionWait,
-		2*time.Minute,
-	)
+	h.Beat, h.answer = cmp.Or(h.Beat, time.Minute), cmp.Or(h.answer, 30*time.Second)
+	h.actionWait, h.pause = cmp.Or(h.actionWait, 2*time.Minute), cmp.Or(h.pause, 500*time.Millisecond)
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region), config.WithLogger(logging.Nop{}))
 	if err != nil {
 		return fmt.Errorf("lifecycle hook %s: reading AWS's configuration: %w", h.Name, err)
@@ -176,7 +175,7 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 // else with ABANDON. It gives up, without an error, if AutoScaling knows no action once actionWait
 // has passed.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
-	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
+	pause := wait.NewBackoff(h.pause, 30*time.Second)
 	began, logged := time.Now(), ""
 	for {
 		result := "ABANDON"

@@ -197,7 +197,8 @@ func TestHook(t *testing.T) {
 				t.Fatal(err)
 			}
 			converged, ended := make(chan struct{}), make(chan error, 1)
-			h := Hook{Name: "ready", Instance: i, Timeout: c.timeout, Beat: 20 * time.Millisecond, Log: slog.New(slog.DiscardHandler)}
+			h := Hook{Name: "ready", Instance: i, Timeout: c.timeout, Beat: 20 * time.Millisecond,
+				Log: slog.New(slog.DiscardHandler), pause: 10 * time.Millisecond}
 			go func() { ended <- h.Run(t.Context(), converged) }()
 			for deadline := time.Now().Add(20 * time.Second); a.seen("RecordLifecycleActionHeartbeat "+group) < 2; time.Sleep(time.Millisecond) {
 				if time.Now().After(deadline) {
@@ -337,7 +338,7 @@ func TestHookWithoutAction(t *testing.T) {
 	converged := make(chan struct{})
 	close(converged)
 	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler),
-		actionWait: time.Millisecond}
+		actionWait: time.Millisecond, pause: time.Millisecond}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)
 	}
@@ -373,7 +374,7 @@ func TestHookLogsEachCause(t *testing.T) {
 	converged := make(chan struct{})
 	close(converged)
 	var logged strings.Builder
-	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Beat: time.Hour, answer: time.Second,
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Beat: time.Hour, answer: time.Second, pause: time.Millisecond,
 		Log: slog.New(slog.NewTextHandler(&logged, nil))}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)

@@ -142,6 +142,7 @@ func start(tb testing.TB, c Config, tune ...func(*Mirror)) *running {
 	if err != nil {
 		tb.Fatal(err)
 	}
+	m.rebuildWait = time.Second // the nodes of a test report at once
 	for _, f := range tune {
 		f(m)
 	}

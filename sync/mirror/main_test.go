@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/deployments/tooltest"
 	"kedge/kv/open"
 	"kedge/sync/mirror/inspect"
 )
@@ -27,7 +28,7 @@ func TestMain(m *testing.M) {
 		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin,
 			&inspect.Releases{Objects: object.New(object.Config{})})
 	default:
-		os.Exit(m.Run())
+		os.Exit(tooltest.Main(m))
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
