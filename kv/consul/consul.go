@@ -12,6 +12,7 @@ package consul
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -51,9 +52,24 @@ type Config struct {
 	Log    *slog.Logger // nil: discard
 }
 
-// Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid. A token file
-// that is missing or empty is an error, as Consul would take a request without a token for an anonymous one. So is a
-// TLS file that can't be read.
+// CheckAddress returns an error for an address, as in CONSUL_HTTP_ADDR, with a user name or password: HOST:PORT, or a
+// URL. Consul's client takes all of it for the host's name (v1.34.5), and the errors of such requests show the password.
+func CheckAddress(address string) error {
+	scheme, rest, found := strings.Cut(address, "://")
+	if !found {
+		rest = address
+	}
+	host, _, _ := strings.Cut(rest, "/")
+	if strings.Contains(host, "@") && scheme != "unix" {
+		return errors.New("the address must not carry a user name or password: remove them from CONSUL_HTTP_ADDR, and " +
+			"set CONSUL_HTTP_AUTH=USER:PASSWORD")
+	}
+	return nil
+}
+
+// Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid, or the address
+// doesn't pass CheckAddress. A token file that is missing or empty is an error, as Consul would take a request without
+// a token for an anonymous one. So is a TLS file that can't be read.
 func Open(c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -81,6 +97,9 @@ func Open(c Config) (*Store, error) {
 		return nil, fmt.Errorf("open consul: %w", err)
 	}
 	address := cmp.Or(config.Address, api.DefaultConfig().Address) // NewClient takes it apart
+	if err := CheckAddress(address); err != nil {
+		return nil, kv.ConfigError{Err: fmt.Errorf("open consul: %w", err)}
+	}
 	var transport *http.Transport
 	if config.HttpClient == nil {
 		transport = newTransport()

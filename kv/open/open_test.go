@@ -48,6 +48,23 @@ func TestStore(t *testing.T) {
 	if err == nil || strings.Contains(err.Error(), "secret") {
 		t.Errorf("with a password: %v", err)
 	}
+	for _, address := range []string{
+		"me:secret@127.0.0.1:8500", "http://me:secret@127.0.0.1:8500", "https://secret@consul.example.com/consul",
+	} {
+		t.Setenv("CONSUL_HTTP_ADDR", address)
+		if _, err := open.Store(open.Config{}); !errors.As(err, new(kv.ConfigError)) ||
+			strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "CONSUL_HTTP_AUTH") {
+			t.Errorf("with the address %s: %v", address, err)
+		}
+	}
+	for _, address := range []string{"127.0.0.1:8500", "https://consul.example.com/a@b", "unix:///run/a@b.sock"} {
+		t.Setenv("CONSUL_HTTP_ADDR", address)
+		if s, err := open.Store(open.Config{}); err != nil {
+			t.Errorf("with the address %s: %v", address, err)
+		} else {
+			s.Close()
+		}
+	}
 	missing := open.Config{URL: "file://" + filepath.Join(t.TempDir(), "none"), Existing: true}
 	if _, err := open.Store(missing); err == nil || errors.As(err, new(kv.ConfigError)) {
 		t.Errorf("a directory that isn't there, and must be: %v", err)

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
+	"kedge/kv/consul"
 	"kedge/sync/command"
 )
 
@@ -119,7 +120,11 @@ func systemdState(out string) (invocation string, _ error) {
 // variables say where the agent is. The client is new for each try, so that a token file is read again. Maintenance
 // mode, which the drain may have turned on, is ignored.
 func checkConsul(ctx context.Context, service string) error {
-	client, err := api.NewClient(api.DefaultNonPooledConfig())
+	config := api.DefaultNonPooledConfig()
+	client, err := api.NewClient(config)
+	if err == nil {
+		err = consul.CheckAddress(config.Address)
+	}
 	if err != nil {
 		return fmt.Errorf("setting up the Consul client from the environment, as CONSUL_HTTP_ADDR and CONSUL_CACERT: %w", err)
 	}

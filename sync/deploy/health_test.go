@@ -333,3 +333,14 @@ func TestConsulCheck(t *testing.T) {
 	t.Setenv("CONSUL_HTTP_TOKEN", "")
 	want("lacks service:read")
 }
+
+// The reports of nodes have the errors of checks.
+func TestConsulCheckShowsNoPassword(t *testing.T) {
+	for _, address := range []string{"me:secret@127.0.0.1:8500", "http://me:secret@127.0.0.1:8500"} {
+		t.Setenv("CONSUL_HTTP_ADDR", address)
+		_, err := newProbe(deployments.Check{Consul: "web"}, command.Env{})(t.Context())
+		if err == nil || strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "CONSUL_HTTP_AUTH") {
+			t.Errorf("with the address %s: %v", address, err)
+		}
+	}
+}
