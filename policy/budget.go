@@ -22,10 +22,10 @@ func room(in *inputs, v summary) (room int, spent bool) {
 	return room + v.overdue, true
 }
 
-// admit raises the cutoff, so that nodes are admitted by rank: as many as the budget has room for, until want nodes are
-// admitted. In the canary phase it first raises SupersededCutoff for nodes that run a superseded target, as these were
-// canaries before. admitted is how many nodes are admitted now, missing canaries included. If a cutoff rose, moved is set, and
-// the deadlines and the bake start anew.
+// admit raises the cutoff, so that nodes are admitted by rank: as many as the budget has room for, until want nodes
+// are admitted. In the canary phase it first raises SupersededCutoff for nodes that run a superseded target, as
+// these were canaries before. admitted is how many nodes are admitted now, missing canaries included. If a cutoff
+// rose, moved is set, and the deadlines and the bake start anew.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
 	admitted = v.missing

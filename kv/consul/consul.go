@@ -53,7 +53,7 @@ type Config struct {
 }
 
 // CheckAddress returns an error for an address, as in CONSUL_HTTP_ADDR, with a user name or password: HOST:PORT, or a
-// URL. Consul's client takes all of it for the host's name (v1.34.5), and the errors of such requests show the password.
+// URL. Consul's client (v1.34.5) takes all of it for the host's name, and its errors show the password.
 func CheckAddress(address string) error {
 	scheme, rest, found := strings.Cut(address, "://")
 	if !found {

@@ -374,8 +374,8 @@ func TestHookLogsEachCause(t *testing.T) {
 	converged := make(chan struct{})
 	close(converged)
 	var logged strings.Builder
-	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Beat: time.Hour, answer: time.Second, pause: time.Millisecond,
-		Log: slog.New(slog.NewTextHandler(&logged, nil))}
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Beat: time.Hour, answer: time.Second,
+		pause: time.Millisecond, Log: slog.New(slog.NewTextHandler(&logged, nil))}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)
 	}
