@@ -41,7 +41,7 @@ const (
 // changeRecord.before, it is a path that differed before the commands ran.
 type commandChange struct {
 	Path string `json:"path"` // "." is the tree itself
-	// What is the difference from the archive: see Difference.
+	// What is the kind of difference from the archive: one of the words of Difference.What.
 	What string   `json:"what"`
 	Type fileType `json:"type,omitempty"` // empty: it was removed
 

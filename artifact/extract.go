@@ -31,7 +31,7 @@ const (
 	shownName     = 120       // bytes of a name in an error
 	// maxNames bounds the bytes of directory and link names that are kept in memory.
 	maxNames = 256 << 20
-	// maxOwners bounds how many names of users and groups are kept in memory.
+	// maxOwners bounds how many names of users are kept in memory, and how many of groups.
 	maxOwners = 1000
 	// maxGrowth bounds the bytes that an archive decodes to, as a multiple of its size; freeGrowth bytes are allowed in
 	// any case. Text shrinks to a tenth, a decompression bomb to a thousandth. The sum of directories and files, which

@@ -22,8 +22,8 @@ const (
 	// maxListed bounds the objects that publish lists to find earlier releases: some thousands of releases, in
 	// twenty requests to S3.
 	maxListed = 20_000
-	// readMore is how many manifests publish reads beyond the number that it needs, in case some can't be used.
-	readMore = 5
+	// spareManifests is how many manifests publish reads beyond the number that it needs, in case some can't be used.
+	spareManifests = 5
 )
 
 // earlier is a release to make a delta from.
@@ -71,7 +71,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 		return nil, nil
 	}
 	seen := map[deployments.Digest]bool{index: true}
-	for _, l := range manifests[:min(len(manifests), p.opt.Find+readMore)] {
+	for _, l := range manifests[:min(len(manifests), p.opt.Find+spareManifests)] {
 		if len(found) == p.opt.Find {
 			break
 		}

@@ -54,9 +54,9 @@ type Manifest struct {
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
 
-	// Masked are the values of variables that must not be shown; see Mask. A manifest's text has no such field:
-	// ParseManifest sets Masked, and it is stored with the parsed Manifest.
-	Masked []string `json:",omitempty"`
+	// Sensitive are the values of variables that must not be shown; see Mask. A manifest's text has no such field:
+	// ParseManifest sets Sensitive, and it is stored with the parsed Manifest.
+	Sensitive []string `json:"Masked,omitempty"`
 }
 
 // Symlinks is where symbolic links of a release may lead. Kedge never follows a link when it writes.

@@ -162,7 +162,7 @@ func readExpanded(e expansion, url string, unknownVariables bool) (*Manifest, []
 		return nil, nil, err
 	}
 	if !unknownVariables {
-		r.m.Masked = maskedValues(e.values, r.m)
+		r.m.Sensitive = maskedValues(e.values, r.m)
 	}
 	return r.m, r.traps.problems, nil
 }

@@ -92,11 +92,12 @@ func TestMaskedValues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slices.Sort(m.Masked)
-	if want := []string{"4711-0815-42", "good morning", "hunter22", "in the environment"}; !slices.Equal(m.Masked, want) {
-		t.Errorf("masked are %q, want %q", m.Masked, want)
+	slices.Sort(m.Sensitive)
+	want := []string{"4711-0815-42", "good morning", "hunter22", "in the environment"}
+	if !slices.Equal(m.Sensitive, want) {
+		t.Errorf("masked are %q, want %q", m.Sensitive, want)
 	}
-	if m, err := ParseTemplate([]byte(text), manifestURL); err != nil || len(m.Masked) > 0 {
-		t.Errorf("of a template %v, %v", m.Masked, err)
+	if m, err := ParseTemplate([]byte(text), manifestURL); err != nil || len(m.Sensitive) > 0 {
+		t.Errorf("of a template %v, %v", m.Sensitive, err)
 	}
 }

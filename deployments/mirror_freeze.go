@@ -92,5 +92,5 @@ func (s MirrorState) Freezes() (all []Freeze, more int) {
 			all = append(all, f)
 		}
 	}
-	return all, max(0, len(s.Freeze)-len(all)+s.FreezeMore)
+	return all, max(0, len(s.Freeze)-len(all)+s.FreezeOmitted)
 }

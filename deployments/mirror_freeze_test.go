@@ -23,7 +23,7 @@ freeze:
 		t.Fatal(err)
 	}
 	var s MirrorState
-	s.Freeze, s.FreezeMore = FreezeWindows(tree.Settings.Freeze)
+	s.Freeze, s.FreezeOmitted = FreezeWindows(tree.Settings.Freeze)
 	value, err := json.Marshal(s)
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +81,7 @@ func TestFreezesThatDoNotParse(t *testing.T) {
 		"a zone unknown":  {Deny: good.Deny, Duration: "1h", Zone: "Mars/Base"},
 		"a unit's pieces": {Deny: good.Deny, Duration: "1h", Units: []string{"prod"}},
 	} {
-		all, more := MirrorState{Freeze: []FreezeWindow{bad, good}, FreezeMore: 3}.Freezes()
+		all, more := MirrorState{Freeze: []FreezeWindow{bad, good}, FreezeOmitted: 3}.Freezes()
 		if len(all) != 1 || more != 4 {
 			t.Errorf("%s: %+v, %d more", name, all, more)
 		}

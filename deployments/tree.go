@@ -368,7 +368,7 @@ func (l *loader) readUnit(name string) error {
 	return nil
 }
 
-// checkAfter notes as problems the names in after that are no unit of the role, and cycles.
+// checkAfter notes two kinds of problems in the units' field after: names that are no unit of the role, and cycles.
 func (l *loader) checkAfter() {
 	on := map[UnitID][]afterPlace{}
 	for _, a := range l.afters {

@@ -98,7 +98,8 @@ type section struct {
 	large bool // its one part is a piece of a large file
 }
 
-// part is a piece of a section: an entry's header, n bytes of its content and its padding, or the archive's end.
+// part is a piece of a section. It is one of three: an entry's header; n bytes of an entry's content, with the padding
+// after them if pad is set; the archive's end.
 type part struct {
 	entry   int
 	header  bool

@@ -48,6 +48,6 @@ use: --host.`,
 		"`name` by which browsers may reach the dashboard, besides localhost and IP addresses: others are refused; "+
 			"repeatable")
 	f.StringVar(&c.CommitURL, "commit-url", "",
-		"`address` of a commit, with {commit} for its hash: commits become links there")
+		"`address` of commits' pages, with {commit} in place of the hash: each commit is linked to its page")
 	return command
 }

@@ -345,7 +345,7 @@ func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 	switch {
 	case err != nil:
 	case info == nil:
-		err = fmt.Errorf("create a session: it is gone already: %w", kv.ErrUnavailable)
+		err = fmt.Errorf("create a session: Consul no longer has the one that it just made: %w", kv.ErrUnavailable)
 	case !strings.EqualFold(info.Node, p.name):
 		err = errOtherNode
 	default:

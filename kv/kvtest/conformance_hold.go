@@ -62,7 +62,7 @@ func testLeaseFences(t *testing.T, b Backend) {
 	first := mustLease(t, a, "mirror/lease")
 	mustCommit(t, a, first, kv.Put("desired/k", []byte("1")))
 	if err := a.Commit(t.Context(), first, kv.Create("desired/k", []byte("2"))); !errors.Is(err, kv.ErrConflict) {
-		t.Fatalf("a failed condition under the lease: %v", err)
+		t.Fatalf("a commit whose condition fails, under the lease: %v, want ErrConflict", err)
 	}
 	if first.Context().Err() != nil {
 		t.Fatal("a failed condition ended the lease")

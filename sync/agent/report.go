@@ -213,8 +213,9 @@ type writtenReport struct {
 	at     time.Time
 }
 
-// encode encodes a role's report. New error lines alone are no reason to write it. For a converged unit, neither is a
-// new generation of its record, nor a staged release, unless the mirror waits for them. All go into the next report.
+// encode encodes a role's report. Its news leaves out what alone is no reason to write the report: error lines and, of
+// a converged unit that the mirror doesn't wait for, the generation, the message and the staged release. The next
+// report that is written has them all.
 func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
 	for name, u := range r.Units {

@@ -200,7 +200,8 @@ func (a *Agent) displace(u *unit) {
 	}
 }
 
-// refuse records that a release can't succeed on this node.
+// refuse records that a release is refused on this node because of err. It isn't tried until endRefusals, or an order
+// to retry, ends that.
 func (u *unit) refuse(p deployments.Pointer, err error) {
 	why := refusal{err: err}
 	if taken := new(destInUseError); errors.As(err, &taken) {

@@ -121,7 +121,7 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(p.URL), err)
 	}
-	u.secrets.add(m.Masked...)
+	u.secrets.add(m.Sensitive...)
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 

@@ -219,7 +219,7 @@ func (u *Unit) remembered(p deployments.Pointer) (*artifact.Release, error) {
 		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
 	}
 	if err == nil {
-		u.secrets.add(r.Manifest.Masked...)
+		u.secrets.add(r.Manifest.Sensitive...)
 	}
 	return r, err
 }

@@ -56,7 +56,9 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.deployLog.reset()
 	p := u.j.Running
-	var failed *healthFailure // set if a deployment went back to an unhealthy release: Leave then leaves that release
+	// Why the release that a deployment went back to is unhealthy; nil: no such deployment. If set, Leave replaces that
+	// release.
+	var failed *healthFailure
 	if d := u.j.Deployment; d != nil && d.BackFailure != nil && !d.Leaves {
 		failed = d.BackFailure
 	} else if d != nil {

@@ -361,9 +361,9 @@ func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 				text = after
 			}
 		case errors.Is(err, kv.ErrEmpty):
-			text = "nothing to show: nothing was ever written"
+			text = "no key was ever written here: has a mirror run yet, with this --prefix?"
 		case errors.Is(err, kv.ErrDenied):
-			text = "nothing to show: nothing was ever written, or this token may not read it"
+			text = "no key was ever written here, or this token may not read it: has a mirror run yet, with this --prefix?"
 		}
 		f.Errors[prefix] = text
 	}

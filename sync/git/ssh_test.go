@@ -134,7 +134,7 @@ func TestSSHConnections(t *testing.T) {
 	gittest.WriteFile(t, s.Known, known)
 	key := readFile(t, s.Key)
 	gittest.NewKey(t, s.Key, "")
-	fails(t, b, "a key that was replaced by another", "doesn't accept this key")
+	fails(t, b, "a key that was replaced by another", "accepts no key of "+s.Key)
 	gittest.WriteFile(t, s.Key, key)
 	reads(t, b, s.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
 }

@@ -388,7 +388,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			status.Ancestors, status.Rules = commit.Past, rulesOf(commit)
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
-		status.Freeze, status.FreezeMore = deployments.FreezeWindows(commit.Tree.Settings.Freeze)
+		status.Freeze, status.FreezeOmitted = deployments.FreezeWindows(commit.Tree.Settings.Freeze)
 		if branch.head == commit.Hash { // otherwise an earlier mirror may have fetched it elsewhere
 			status.Repo = l.c.Repo
 		}

@@ -40,7 +40,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		keys: prometheus.NewCounter(prometheus.CounterOpts{Name: "kedge_mirror_keys_written_total",
 			Help: "Operations in the transactions that the store took."}),
 		hooks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_webhooks_total",
-			Help: "Webhooks, by HTTP status."}, []string{"code"}),
+			Help: "Requests to the mirror's /hook, by the HTTP status of the answer."}, []string{"code"}),
 		read: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_last_poll_success_timestamp_seconds",
 			Help: "When the branch was last read from Git."}),
 		rounds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kedge_mirror_reconcile_duration_seconds",

@@ -187,7 +187,8 @@ func TestSSH(t *testing.T) {
 		m.stop()
 	}
 	fails(Config{SSHKey: s.Key, KnownHosts: filepath.Join(dir, "empty")}, "is not in", ssh.FingerprintSHA256(s.HostKey))
-	fails(Config{SSHKey: filepath.Join(dir, "other"), KnownHosts: s.Known}, "doesn't accept this key")
+	otherKey := filepath.Join(dir, "other")
+	fails(Config{SSHKey: otherKey, KnownHosts: s.Known}, "accepts no key of "+otherKey)
 	fails(Config{SSHKey: filepath.Join(dir, "locked"), KnownHosts: s.Known}, "has a passphrase")
 	fails(Config{SSHKey: filepath.Join(dir, "missing"), KnownHosts: s.Known}, "no such file")
 

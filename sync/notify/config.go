@@ -103,7 +103,7 @@ func ReadConfig(file string) (Config, error) {
 func (c *Config) check() error {
 	var errs []error
 	names := map[string]bool{}
-	name := func(what, s string) {
+	checkName := func(what, s string) {
 		switch {
 		case !receiverName.MatchString(s):
 			errs = append(errs, fmt.Errorf("%s %q: want a name of small letters, digits and dashes", what, s))
@@ -112,7 +112,7 @@ func (c *Config) check() error {
 		}
 		names[s] = true
 	}
-	units := func(of string, patterns []string) {
+	checkUnits := func(of string, patterns []string) {
 		for _, p := range patterns {
 			if _, err := path.Match(p, "a/b/c"); err != nil || strings.Count(p, "/") != 2 {
 				errs = append(errs, fmt.Errorf("%s: unit %q: want STAGE/ROLE/UNIT, each a name or *", of, p))
@@ -124,7 +124,7 @@ func (c *Config) check() error {
 	}
 	for i := range c.Receivers {
 		r := &c.Receivers[i]
-		name("receiver", r.Name)
+		checkName("receiver", r.Name)
 		if (r.URL == "") == (r.URLFile == "") {
 			errs = append(errs, fmt.Errorf("receiver %s: want one of url and url_file", r.Name))
 		}
@@ -145,11 +145,11 @@ func (c *Config) check() error {
 				errs = append(errs, fmt.Errorf("receiver %s: event %q: want one of %s", r.Name, kind, kindList()))
 			}
 		}
-		units("receiver "+r.Name, r.Units)
+		checkUnits("receiver "+r.Name, r.Units)
 	}
 	for i := range c.Statuses {
 		s := &c.Statuses[i]
-		name("statuses", s.Name)
+		checkName("statuses", s.Name)
 		switch {
 		case s.Provider == GitHub && s.API == "":
 			s.API = "https://api.github.com"
@@ -165,7 +165,7 @@ func (c *Config) check() error {
 		if s.TokenFile == "" {
 			errs = append(errs, fmt.Errorf("statuses %s: token_file is missing", s.Name))
 		}
-		units("statuses "+s.Name, s.Units)
+		checkUnits("statuses "+s.Name, s.Units)
 	}
 	return errors.Join(errs...)
 }

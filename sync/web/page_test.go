@@ -158,7 +158,7 @@ func TestFreezeWindows(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 11, 24, 12, 20, 0, 0, time.UTC) // a Tuesday
 	f := fleet.Assemble([]kv.Entry{entry(kv.MirrorKey,
-		deployments.MirrorState{Head: "a", Freeze: windows(at), FreezeMore: 2})}, at)
+		deployments.MirrorState{Head: "a", Freeze: windows(at), FreezeOmitted: 2})}, at)
 	rows, more := (&snapshot{Fleet: f}).windowsOf()
 	if more != 2 {
 		t.Errorf("%d more, want 2", more)

@@ -72,7 +72,7 @@ func mirrorEntries() []kv.Entry {
 	lease.Session = "session-of-mirror-1"
 	return []kv.Entry{lease, entry(kv.MirrorKey, deployments.MirrorState{
 		Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: "Ada Byron <ada@acme.example>",
-		At: time.Now().Add(-7 * time.Minute), Freeze: windows(time.Now().UTC()), FreezeMore: 2,
+		At: time.Now().Add(-7 * time.Minute), Freeze: windows(time.Now().UTC()), FreezeOmitted: 2,
 	})}
 }
 

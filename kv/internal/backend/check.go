@@ -20,7 +20,7 @@ const maxCommitBytes = 500 << 10
 // CheckKey returns an error unless a key is valid in Consul and in a directory.
 func CheckKey(key string) error {
 	for s := range strings.SplitSeq(key, "/") {
-		if err := deployments.CheckSegment("a part of the key", s); err != nil {
+		if err := deployments.CheckSegment("its part", s); err != nil {
 			return fmt.Errorf("bad key %q: %w", key, err)
 		}
 	}

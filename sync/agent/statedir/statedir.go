@@ -25,8 +25,8 @@ const (
 	SocketFile    = "agent.sock"
 )
 
-// SocketPath returns the path of the socket at which the agent of the state directory at path answers this machine's
-// root.
+// SocketPath returns the path of the agent's Unix socket in the state directory path. The agent answers only the user
+// root there.
 func SocketPath(path string) string { return filepath.Join(path, SocketFile) }
 
 // Dir is an agent's state directory, which one process holds at a time.

@@ -3,6 +3,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,7 +31,8 @@ type Repository struct {
 	server
 	endpoint transport.Endpoint
 	address  string
-	app      bool // requests by https are authenticated as a GitHub App
+	app      bool   // requests by https are authenticated as a GitHub App
+	sshKey   string // the file of the key; empty: the SSH agent has it
 }
 
 // Open returns the repository at an address: https://…, ssh://… or git@HOST:PATH, or http://… on this machine. It
@@ -66,7 +68,7 @@ func Open(address string, a Access) (*Repository, error) {
 		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", Redact(address),
 			endpoint.Protocol)
 	}
-	r := &Repository{endpoint: *endpoint, address: address, app: a.Env("KEDGE_GITHUB_APP_ID") != ""}
+	r := &Repository{endpoint: *endpoint, address: address, app: a.Env("KEDGE_GITHUB_APP_ID") != "", sshKey: a.SSHKey}
 	if endpoint.Protocol == "ssh" {
 		r.server = &sshServer{endpoint: *endpoint, access: a}
 	} else {
@@ -95,7 +97,8 @@ func (r *Repository) Explain(doing string, err error) error {
 	case errors.Is(err, transport.ErrRepositoryNotFound):
 		hint = " (is the address right, and may these credentials read the repository?)"
 	case strings.Contains(err.Error(), "unable to authenticate"):
-		hint = " (the server doesn't accept this key for " + r.endpoint.User + ")"
+		hint = fmt.Sprintf(" (the server accepts no key of %s for the user %s: add it to the repository's deploy keys, "+
+			"or name another file with --ssh-key)", cmp.Or(r.sshKey, "the SSH agent"), r.endpoint.User)
 	case strings.Contains(err.Error(), "x509:"):
 		hint = " (if the server's certificate is of an authority of your own, name that authority's file in GIT_SSL_CAINFO)"
 	}

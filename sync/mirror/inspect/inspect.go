@@ -36,8 +36,8 @@ type Releases struct {
 }
 
 // Check reads the manifests of the releases that a tree names, as Inspect does. It checks that each exists, has the
-// right digest, is trusted, parses, and does only what kedge.yaml allows for its stage (with variables, see
-// checkRelease). The error is deployments.Problems, also for manifests that can't be read now.
+// right digest, is trusted, parses, and does only what kedge.yaml allows for its stage. For a manifest with variables
+// see checkRelease. The error is deployments.Problems, also for manifests that can't be read now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
 	problems, unread := r.Inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
