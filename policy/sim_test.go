@@ -40,7 +40,7 @@ func TestSimulation(t *testing.T) {
 	}
 	many := *howMany
 	if testing.Short() && many == histories {
-		many /= 5
+		many /= 20
 	}
 	var next, events, largest, ends, broken atomic.Uint64
 	var wg sync.WaitGroup

@@ -135,6 +135,9 @@ func TestPowerCuts(t *testing.T) {
 	for _, kind := range []string{"ext4", "xfs"} {
 		for name, random := range map[string]int{"every step": 0, "random": 40} {
 			t.Run(kind+" "+name, func(t *testing.T) {
+				if testing.Short() && kind != "ext4" {
+					t.Skip("takes seconds: left out with -short")
+				}
 				t.Parallel()
 				w := newWorld(t)
 				d := newLossyDisk(w, kind)

@@ -313,6 +313,9 @@ func TestLargeForeignObjects(t *testing.T) {
 		"ssh, v0": func(o *gittest.Origin) Branch { return openSSH(t, gittest.ServeSSH(t, o)) },
 	} {
 		t.Run(what, func(t *testing.T) {
+			if testing.Short() && what != "https" {
+				t.Skip("takes seconds: left out with -short")
+			}
 			t.Parallel()
 			o := gittest.New(t)
 			b := serve(o)
