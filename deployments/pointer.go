@@ -182,7 +182,11 @@ func CheckSourceURL(s string) error {
 		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")
 	}
 	if strings.Contains(s, "#") {
-		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", u.EscapedFragment())
+		fragment := u.EscapedFragment()
+		if strings.ContainsAny(fragment, "@=") {
+			fragment = "…" // the rest of a password, or a token
+		}
+		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", fragment)
 	}
 	version := u.Scheme == "s3" && s3Version.MatchString(u.RawQuery)
 	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" && !version {
@@ -219,22 +223,21 @@ func BesideURL(url, more string) string {
 }
 
 // ShownURL returns a URL, or a text that should have been one, without what may be secret. It hides the user name, the
-// password, and the query, which may be a signature. In a text without ://, it hides only the query.
+// password, the fragment, and the query, which may be a signature. In a text without :// whatever precedes an @ and has
+// a colon counts as a user name and password, except in a pointer's digest.
 func ShownURL(s string) string {
-	s, _, query := strings.Cut(s, "?")
-	if scheme, rest, ok := strings.Cut(s, "://"); ok {
-		host, at, path := strings.Cut(rest, "/")
-		if i := strings.LastIndexByte(host, '@'); i >= 0 {
-			s = scheme + "://…" + host[i:]
-			if path {
-				s += "/" + at
-			}
-		}
+	s = safetext.URLs(s) // which knows where a password ends that should have been escaped
+	rest, digest := s, ""
+	if i := strings.LastIndex(s, digestMark); i >= 0 {
+		rest, digest = s[:i], s[i:]
 	}
-	if query {
-		s += "?…"
+	if i := strings.LastIndexByte(rest, '@'); i >= 0 && !strings.Contains(rest, "://") && strings.Contains(rest[:i], ":") {
+		rest = "…" + rest[i:]
 	}
-	return s
+	if i := strings.IndexAny(rest, "?#"); i >= 0 {
+		return rest[:i+1] + "…"
+	}
+	return rest + digest
 }
 
 // String returns the pointer's text; "" for the zero pointer.

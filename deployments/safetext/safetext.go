@@ -4,6 +4,7 @@ package safetext
 
 import (
 	"fmt"
+	"regexp"
 	"strings"
 	"unicode"
 	"unicode/utf16"
@@ -12,6 +13,9 @@ import (
 
 // MaxValue bounds a value in a log line, in bytes.
 const MaxValue = 4 << 10
+
+// maxRawURL bounds how far beyond its :// the password of a URL that doesn't parse is looked for, in bytes.
+const maxRawURL = 2 << 10
 
 // hiddenText replaces a secret.
 const hiddenText = "…"
@@ -121,11 +125,21 @@ func JSON(data []byte) []byte {
 	return out
 }
 
-// URLs returns s with the secrets hidden in all of its URLs. These are the user name and password,
-// and the values of query parameters that may be a signature, a token or a key.
+// URLs returns s with the secrets hidden in all of its URLs. These are the user name and password, and the values of
+// parameters, in the query or the fragment, that may be a signature, a token or a key. Passwords are hidden in many a
+// URL that doesn't parse, too: with / ? # or a space in the password, or without a part of ://.
 func URLs(s string) string {
-	if !strings.Contains(s, "://") {
-		return s
+	if strings.Contains(s, "invalid port ") {
+		s = invalidPort.ReplaceAllString(s, "parse a URL: invalid port after host")
+	}
+	if strings.Contains(s, "@") {
+		s = brokenScheme.ReplaceAllStringFunc(s, func(match string) string {
+			rest := match[len(brokenScheme.FindStringSubmatch(match)[1]):]
+			if i := lastAt(strings.TrimSuffix(rest, pointersDigest(rest))); i >= 0 {
+				return match[:len(match)-len(rest)] + hiddenText + rest[i:]
+			}
+			return match
+		})
 	}
 	var out strings.Builder
 	for {
@@ -136,36 +150,96 @@ func URLs(s string) string {
 		}
 		out.WriteString(s[:i+3])
 		s = s[i+3:]
-		end := strings.IndexFunc(s, func(r rune) bool { return unicode.IsSpace(r) || strings.ContainsRune("\"'`<>\\|", r) })
-		if end < 0 {
-			end = len(s)
+		if i := rawPassword(s); i > 0 {
+			out.WriteString(hiddenText)
+			s = s[i:]
 		}
+		end := urlLength(s)
 		out.WriteString(redact(s[:end]))
 		s = s[end:]
 	}
 }
 
-// redact does the work of URLs for the text after "://".
+var (
+	// invalidPort matches what url.Parse says of a password with a character that should have been escaped.
+	invalidPort = regexp.MustCompile(`parse \\*".*?: invalid port .*? after host`)
+	// brokenScheme matches a URL with a password whose :// lacks something.
+	brokenScheme = regexp.MustCompile(`(?i)(\b(?:https?|ssh|git|s3|gs)(?::/?|//?))[^\s/@:"]+:[^\s"]*@[^\s"]*`)
+)
+
+// urlLength returns the length of the URL, or of the rest of one, that s begins with.
+func urlLength(s string) int {
+	end := strings.IndexFunc(s, func(r rune) bool { return unicode.IsSpace(r) || strings.ContainsRune("\"'`<>\\|", r) })
+	if end < 0 {
+		return len(s)
+	}
+	return end
+}
+
+// rawPassword returns the length of a user name and a password, in the text s after ://, if the password has a
+// character that should have been escaped. What seems to be the port is the beginning of such a password. It returns 0
+// if s has none.
+func rawPassword(s string) int {
+	end := urlLength(s)
+	authority := s[:end]
+	if i := strings.IndexAny(authority, "/?#"); i >= 0 {
+		authority = authority[:i]
+	}
+	_, port, found := strings.Cut(authority, ":")
+	if !found || strings.HasPrefix(s, "[") || lastAt(authority) >= 0 || strings.Trim(port, "0123456789") == "" {
+		return 0
+	}
+	line, _, _ := strings.Cut(s[:min(len(s), maxRawURL)], "\n")
+	for _, part := range []string{s[:end], line} {
+		if i := lastAt(strings.TrimSuffix(part, pointersDigest(part))); i >= 0 {
+			return i
+		}
+	}
+	return 0
+}
+
+// lastAt returns the index of the last @ in s, also of an escaped one; -1: there is none.
+func lastAt(s string) int { return max(strings.LastIndexByte(s, '@'), strings.LastIndex(s, "%40")) }
+
+// redact does the work of URLs for a URL's text after "://".
 func redact(rest string) string {
 	authority := len(rest)
 	if i := strings.IndexAny(rest, "/?#"); i >= 0 {
 		authority = i
 	}
-	if i := strings.LastIndexByte(rest[:authority], '@'); i >= 0 {
+	if i := lastAt(rest[:authority]); i >= 0 {
 		rest = hiddenText + rest[i:]
 	}
-	path, query, found := strings.Cut(rest, "?")
-	if !found {
+	i := strings.IndexAny(rest, "?#")
+	if i < 0 {
 		return rest
 	}
-	query, digest := query[:len(query)-len(pointersDigest(query))], pointersDigest(query)
-	parameters := strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' })
-	for i, p := range parameters {
-		if name, _, _ := strings.Cut(p, "="); secretParameter(name) {
-			parameters[i] = name + "=" + hiddenText
+	digest := pointersDigest(rest[i:])
+	return rest[:i] + parameters(rest[i:len(rest)-len(digest)]) + digest
+}
+
+// parameters hides the values of secret parameters in a text that begins with ? or #.
+func parameters(s string) string {
+	var out strings.Builder
+	for s != "" {
+		end := len(s)
+		if i := strings.IndexAny(s[1:], "&;"); i >= 0 {
+			end = i + 1
 		}
+		name, value, found := strings.Cut(s[:end], "=")
+		switch i := strings.IndexByte(value, '#'); {
+		case found && secretParameter(name):
+			value = hiddenText
+		case i >= 0:
+			value = value[:i] + parameters(value[i:])
+		}
+		out.WriteString(name)
+		if found {
+			out.WriteString("=" + value)
+		}
+		s = s[end:]
 	}
-	return path + "?" + strings.Join(parameters, "&") + digest
+	return out.String()
 }
 
 // pointersDigest returns the @sha256:HEX at the end of a pointer, which is no secret; empty: there is none.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"runtime"
 	"strings"
 	"testing"
@@ -28,9 +29,48 @@ func TestURLs(t *testing.T) {
 		"s3://b/k?sig=y@sha256:" + digest:                         "s3://b/k?sig=…@sha256:" + digest,
 		"s3://b/k?sig=y@sha256:0" + digest:                        "s3://b/k?sig=…",
 		"ends in ://":                                             "ends in ://",
+		"https://h/x#access_token=ab&b=c":                         "https://h/x#access_token=…&b=c",
+		"https://h/x?a=b;c=d#sig=e":                               "https://h/x?a=b;c=d#sig=…",
+		"https://h/x?sig=a#b&c=d":                                 "https://h/x?sig=…&c=d",
+		"https://h/x?a#key=b":                                     "https://h/x?a#key=…",
+		"in no URL: http://h:80/a@b and http://[::1]:x/a@b":       "in no URL: http://h:80/a@b and http://[::1]:x/a@b",
+		"http://$HOST:$PORT/x":                                    "http://$HOST:$PORT/x",
+		"git@h.example:a/b, s3://b/k@sha256:" + digest:            "git@h.example:a/b, s3://b/k@sha256:" + digest,
 	} {
 		if got := URLs(text); got != want {
 			t.Errorf("%q gives %q, want %q", text, got, want)
+		}
+	}
+}
+
+// A password may have any character, and whoever types it may forget to escape it, or a part of ://.
+func TestURLsThatDoNotParse(t *testing.T) {
+	t.Parallel()
+	digest := "@sha256:" + strings.Repeat("0a", 32)
+	odds := []string{"/", "?", "#", "%", " ", `"`, "'", "<", "|", "\\", "@", ":", "%40", "[", "=", "&", ";", "é"}
+	for _, odd := range odds {
+		for _, form := range []string{
+			"https://u:PASS@h/x", "HTTPS://u:PASS@h:8443/x?y=z", "htps://u:PASS@h", "ssh://u:PASS@h/x" + digest,
+			"https://u:PASS%40h/x",
+		} {
+			address := strings.Replace(form, "PASS", "half"+odd+"part", 1)
+			_, parsed := url.Parse(address)
+			for _, text := range []string{
+				address, "got " + address, fmt.Sprintf("repository %q: no", address), fmt.Sprint("no: ", parsed),
+				fmt.Sprintf("%q", fmt.Sprint("no: ", parsed)),
+			} {
+				if got := URLs(text); strings.Contains(got, "half") || strings.Contains(got, "part") {
+					t.Errorf("%s gives %s", text, got)
+				}
+			}
+		}
+	}
+	for _, form := range []string{
+		"http:/u:half/part@h", "http//u:half/part@h", "https:u:half?part@h", "ssh/u:half/part@h",
+	} {
+		if got := URLs("got " + form + digest); strings.Contains(got, "half") || strings.Contains(got, "part") ||
+			!strings.HasSuffix(got, "@h"+digest) {
+			t.Errorf("%s gives %s", form, got)
 		}
 	}
 }

@@ -308,8 +308,10 @@ func text(err error) string {
 	return err.Error()
 }
 
-// clip cuts text beyond n bytes, at the end of a line after n/2 or else of a character, and adds "...".
+// clip hides what may be secret in the URLs of a text. It cuts text beyond n bytes, at the end of a line after n/2 or
+// else of a character, and adds "...".
 func clip(s string, n int) string {
+	s = safetext.URLs(s)
 	if len(s) <= n {
 		return s
 	}
