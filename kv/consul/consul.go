@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/hashicorp/consul/api"
 
@@ -52,17 +53,23 @@ type Config struct {
 	Log    *slog.Logger // nil: discard
 }
 
-// CheckAddress returns an error for an address, as in CONSUL_HTTP_ADDR, with a user name or password: HOST:PORT, or a
-// URL. Consul's client (v1.34.5) takes all of it for the host's name, and its errors show the password.
+// CheckAddress returns an error unless an address, as in CONSUL_HTTP_ADDR, is HOST:PORT, http[s]://HOST[:PORT][/PATH]
+// or unix:///PATH. Consul's client (v1.34.5) takes a user name, a password or a query for a part of the host's name or
+// the path, and its errors show them. The error shows nothing of the address.
 func CheckAddress(address string) error {
 	scheme, rest, found := strings.Cut(address, "://")
-	if !found {
+	switch {
+	case found && scheme == "unix" && strings.HasPrefix(rest, "/"):
+		return nil
+	case !found:
 		rest = address
 	}
-	host, _, _ := strings.Cut(rest, "/")
-	if strings.Contains(host, "@") && scheme != "unix" {
-		return errors.New("the address must not carry a user name or password: remove them from CONSUL_HTTP_ADDR, and " +
-			"set CONSUL_HTTP_AUTH=USER:PASSWORD")
+	if strings.ContainsFunc(rest, unicode.IsSpace) || strings.ContainsAny(rest, `@?#"'`) {
+		return errors.New("CONSUL_HTTP_ADDR has to be HOST:PORT or a URL, without a user name, password or query: " +
+			"set CONSUL_HTTP_AUTH=USER:PASSWORD, or CONSUL_HTTP_TOKEN, instead")
+	}
+	if host, _, _ := strings.Cut(rest, "//"); host != rest || strings.HasPrefix(rest, "/") {
+		return errors.New("CONSUL_HTTP_ADDR has to be HOST:PORT, http[s]://HOST[:PORT] or unix:///PATH")
 	}
 	return nil
 }

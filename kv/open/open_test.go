@@ -50,6 +50,8 @@ func TestStore(t *testing.T) {
 	}
 	for _, address := range []string{
 		"me:secret@127.0.0.1:8500", "http://me:secret@127.0.0.1:8500", "https://secret@consul.example.com/consul",
+		"http://me:se/secret@h:8500", "me:se?secret@h", "http:/me:secret@h:8500", "http//me:secret@h", "h:8500?token=secret",
+		"http://h:8500/?token=secret", "http://me:se secret@h", "unix://me:secret@/x", "http://h#secret",
 	} {
 		t.Setenv("CONSUL_HTTP_ADDR", address)
 		if _, err := open.Store(open.Config{}); !errors.As(err, new(kv.ConfigError)) ||
@@ -57,7 +59,9 @@ func TestStore(t *testing.T) {
 			t.Errorf("with the address %s: %v", address, err)
 		}
 	}
-	for _, address := range []string{"127.0.0.1:8500", "https://consul.example.com/a@b", "unix:///run/a@b.sock"} {
+	for _, address := range []string{
+		"127.0.0.1:8500", "[::1]:8500", "https://consul.example.com/a/b", "unix:///run/a@b.sock",
+	} {
 		t.Setenv("CONSUL_HTTP_ADDR", address)
 		if s, err := open.Store(open.Config{}); err != nil {
 			t.Errorf("with the address %s: %v", address, err)

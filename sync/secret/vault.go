@@ -31,7 +31,8 @@ const (
 func readVault(ctx context.Context, path string) (string, error) {
 	address := os.Getenv("VAULT_ADDR")
 	base, err := url.Parse(address)
-	if err != nil || base.Host == "" || base.Scheme != "https" && base.Scheme != "http" {
+	if err != nil || base.Host == "" || base.Scheme != "https" && base.Scheme != "http" || base.User != nil ||
+		base.RawQuery != "" || base.Fragment != "" {
 		return "", errors.New("VAULT_ADDR: want Vault's address, as in https://vault.example:8200")
 	}
 	client, err := vaultClient()

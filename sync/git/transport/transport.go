@@ -14,6 +14,9 @@ import (
 
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/transport"
+
+	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // server is the host of a remote repository. A call ends with its context.
@@ -41,11 +44,18 @@ func Open(address string, a Access) (*Repository, error) {
 	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
 		address = trimmed // with a slash go-git would request PATH//info/refs
 	}
+	if !strings.Contains(address, "://") && safetext.URLs(address) != address {
+		return nil, fmt.Errorf("repository %q: want https://HOST/PATH, ssh://HOST/PATH or USER@HOST:PATH",
+			Redact(address))
+	}
 	endpoint, err := transport.NewEndpoint(address)
 	if err != nil {
-		return nil, fmt.Errorf("repository %q: %w", Redact(address), err)
+		return nil, fmt.Errorf("repository %q: %s", Redact(address), safetext.URLs(err.Error()))
 	}
 	web := endpoint.Protocol == "https" || endpoint.Protocol == "http"
+	if web && strings.ContainsAny(address, "?#") {
+		return nil, fmt.Errorf("repository %q: want an address without a query and a fragment", Redact(address))
+	}
 	if web && (endpoint.User != "" || endpoint.Password != "") {
 		return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
 			"KEDGE_GIT_TOKEN", Redact(address))
@@ -58,7 +68,7 @@ func Open(address string, a Access) (*Repository, error) {
 				Redact(address))
 		}
 	case "ssh":
-		if endpoint.Password != "" {
+		if endpoint.Password != "" || strings.Contains(endpoint.User, ":") { // the latter of USER:PASSWORD@HOST:PATH
 			return nil, fmt.Errorf("repository %s carries a password: use a key", Redact(address))
 		}
 		if endpoint.User == "" {
@@ -105,11 +115,12 @@ func (r *Repository) Explain(doing string, err error) error {
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
 
-// Redact replaces the user name and password by "..." in a URL that can be parsed. Other addresses stay as they are.
+// Redact replaces the user name and password by "..." in a URL that can be parsed. In other addresses it hides what
+// deployments.ShownURL hides.
 func Redact(address string) string {
 	if u, err := url.Parse(address); err == nil && u.User != nil {
 		u.User = url.User("...")
 		return u.String()
 	}
-	return address
+	return deployments.ShownURL(address)
 }

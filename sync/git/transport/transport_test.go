@@ -12,6 +12,15 @@ func TestOpenRefusesCredentialsInTheAddress(t *testing.T) {
 		"https://mirror:s3cret@git.example.com/a.git": "KEDGE_GIT_TOKEN",
 		"http://mirror:s3cret@localhost:3000/a.git":   "KEDGE_GIT_TOKEN",
 		"ssh://git:s3cret@git.example.com/a.git":      "use a key",
+		"git:s3cret@git.example.com:a.git":            "use a key",
+		"https://mirror:s3cret/x@git.example.com/a":   "repository",
+		"https://mirror:s3cret?x@git.example.com/a":   "repository",
+		"https://mirror:s3cret#x@git.example.com/a":   "repository",
+		"https://mirror:s3cret x@git.example.com/a":   "repository",
+		"https:/mirror:s3cret@git.example.com/a":      "want https://HOST/PATH",
+		"https//mirror:s3cret@git.example.com/a":      "want https://HOST/PATH",
+		"https://git.example.com/a?private=s3cret":    "without a query",
+		"git:s3cret@git.example.com:22/a.git":         "use a key",
 	} {
 		_, err := Open(address, access)
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret") {
