@@ -3,6 +3,7 @@ package deployments
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -63,8 +64,8 @@ func (m *Mask) Text(s string) string {
 }
 
 // maskedValues returns the values that a Mask has to hide for the manifest m. Variables whose names say that they are
-// secret have such values. So do variables that go into commands, unless dest, src or the like show the value anyway.
-// Short values and common words aren't masked.
+// secret have such values, and those of commands.env too. So do variables that go into commands, unless dest, src or
+// the like show the value anyway. Short values and common words aren't masked.
 func maskedValues(values []variableValue, m *Manifest) []string {
 	var shown, run strings.Builder
 	fmt.Fprintln(&shown, m.Name, m.Version, m.Src, m.Dest, m.Owner, strings.Join(m.Shared, " "))
@@ -76,8 +77,13 @@ func maskedValues(values []variableValue, m *Manifest) []string {
 	for _, c := range m.Health.Checks {
 		fmt.Fprintln(&run, c.Exec)
 	}
-	for _, v := range m.Commands.Env {
-		fmt.Fprintln(&run, v)
+	values = slices.Clone(values)
+	for _, name := range slices.Sorted(maps.Keys(m.Commands.Env)) {
+		value := m.Commands.Env[name]
+		fmt.Fprintln(&run, value)
+		if SecretName(name) {
+			values = append(values, variableValue{name: name, value: value})
+		}
 	}
 	var masked []string
 	for _, v := range values {

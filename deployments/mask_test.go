@@ -86,14 +86,16 @@ func TestMaskedValues(t *testing.T) {
 		"SITE": "http://127.0.0.1:4000", "COMMAND_ONLY": "4711-0815-42", "VARIABLE": "in the environment", "UNUSED": "nowhere to be seen",
 	}
 	text := "src: a.tar\nchecksum: " + hex64 + "\ndest: '{{ must_env `ROOT` }}/app'\n" +
-		"commands:\n  env: {X: '{{ env `VARIABLE` }}'}\n  pre:\n  - 'cd {{ env `ROOT` }} && echo {{ env `GREETING` }} {{ env `RAILS_ENV` }} {{ env `PORT` }} {{ env `SHORT` }}'\n" +
+		"commands:\n  env: {X: '{{ env `VARIABLE` }}', API_TOKEN: written out, COLOUR: turquoise}\n" +
+		"  pre:\n  - 'cd {{ env `ROOT` }} && echo {{ env `GREETING` }} " +
+		"{{ env `RAILS_ENV` }} {{ env `PORT` }} {{ env `SHORT` }}'\n" +
 		"health:\n  checks:\n  - http: '{{ env `SITE` }}/{{ env `DB_PASSWORD` }}'\n  - exec: 'test {{ env `COMMAND_ONLY` | printf `%q` }}'\n# {{ env `UNUSED` }}\n"
 	m, err := ParseManifest([]byte(text), manifestURL, func(name string) (string, bool) { v, ok := values[name]; return v, ok })
 	if err != nil {
 		t.Fatal(err)
 	}
 	slices.Sort(m.Sensitive)
-	want := []string{"4711-0815-42", "good morning", "hunter22", "in the environment"}
+	want := []string{"4711-0815-42", "good morning", "hunter22", "in the environment", "written out"}
 	if !slices.Equal(m.Sensitive, want) {
 		t.Errorf("masked are %q, want %q", m.Sensitive, want)
 	}

@@ -32,7 +32,7 @@ func TestRead(t *testing.T) {
 	for path, want := range map[string]string{
 		in("file"): "", in("link"): "", in("most"): "", os.DevNull: "",
 		in("more"): in("more") + " has more than 4 MiB", in("missing"): "no such file", in("."): "is a directory",
-		in("pipe"): "is a pipe", "/dev/zero": "/dev/zero is a device: name a regular file",
+		"s3cret": "the name isn't shown", in("pipe"): "is a pipe", "/dev/zero": "/dev/zero is a device: name a regular file",
 	} {
 		for name, read := range map[string]func(string, string) ([]byte, error){"Read": Read, "ReadOnce": ReadOnce} {
 			data, err := read("--key", path)
