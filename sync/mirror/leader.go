@@ -50,6 +50,7 @@ type leader struct {
 	// badOrderLines bounds the log lines about orders that can't be obeyed: whoever may write control/ can change them at
 	// any rate.
 	badOrderLines *rate.Limiter
+	clock         clockSteps
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -61,6 +62,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		ranks:         map[deployments.UnitID]*policy.Ranks{},
 		lostSince:     map[deployments.UnitID]time.Time{},
 		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
+		clock:         clockSteps{log: m.c.Log},
 	}
 	l.history = newHistoryKeeper(m.c.Store, l.commit, m.c.Log)
 	l.writer = &writer{
@@ -305,7 +307,7 @@ func (l *leader) loop(ctx context.Context) error {
 		}
 		var nextRound <-chan time.Time
 		if again > 0 {
-			nextRound = time.After(again)
+			nextRound = time.After(min(again, longestWait))
 		}
 		select {
 		case <-ctx.Done():
@@ -466,6 +468,9 @@ func (l *leader) plan(
 	since := seen.fleet.since
 	if seen.fleet.err != nil { // changes may be missed
 		since = now
+	}
+	if step := l.clock.last(now); step.After(since) {
+		since = step // no node is late by a clock that has only just gone forward
 	}
 	l.unitMetrics.observed.Store(&observedUnits{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles,
 		pins: pins})

@@ -112,7 +112,7 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 }
 
 // While the store is away nodes can't report that they have converged: this makes no node late, neither during the
-// outage nor after it.
+// outage nor after it. Nor does a clock that steps.
 func TestAnOutageMakesNobodyLate(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -128,12 +128,16 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		view kv.View
+		step time.Duration // of the mirror's clock
 		late bool
 	}{
-		{"the store is back", kv.View{Since: time.Now()}, false},
-		{"it may be away", kv.View{Since: long, Err: kv.ErrUnavailable}, false},
-		{"it never was", kv.View{Since: long}, true},
+		{"the store is back", kv.View{Since: time.Now()}, 0, false},
+		{"it may be away", kv.View{Since: long, Err: kv.ErrUnavailable}, 0, false},
+		{"the clock went forward", kv.View{Since: long}, time.Hour, false},
+		{"it never was", kv.View{Since: long}, 0, true},
 	} {
+		now := time.Now()
+		l.clock = clockSteps{log: l.c.Log, at: now, wall: now.Round(0).Add(-c.step)}
 		entries, err := store.List(t.Context(), kv.DesiredPrefix)
 		if err != nil {
 			t.Fatal(err)
