@@ -47,6 +47,9 @@ func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (Node
 	if u.Order != "" {
 		add("order", u.Order+", which the mirror has yet to take")
 	}
+	if says := f.pendingPin(u); says != "" {
+		add("pin", says)
+	}
 	if !d.Stage.IsZero() {
 		// The last report may be from before the release was staged.
 		ready := " is to be staged on the node's disk before its turn comes"

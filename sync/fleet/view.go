@@ -282,6 +282,9 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	if u.Order != "" {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
 	}
+	if says := f.pendingPin(u); says != "" {
+		add("pin:", Plain, says, Warn)
+	}
 	if u.orphaned() && u.Record.Rollout == nil {
 		add("orphaned:", Warn,
 			"its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest",

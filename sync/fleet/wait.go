@@ -395,6 +395,16 @@ func pendingPin(u *Unit, now time.Time) string {
 	return ""
 }
 
+// pendingPin returns the function's text for people; empty, too, if some pins could not be read.
+func (f *Fleet) pendingPin(u *Unit) string {
+	for key := range f.Errors {
+		if strings.HasPrefix(key, kv.PinsPrefix) && strings.HasSuffix(key, "/") {
+			return ""
+		}
+	}
+	return pendingPin(u, f.At)
+}
+
 // lacking returns what keeps a unit from being converged; empty: nothing.
 func lacking(u *Unit, now time.Time) string {
 	if u.Error != "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -316,6 +317,14 @@ func TestWaitForAPin(t *testing.T) {
 	store(t, s, put(kv.PinKey(app), expired(release("app", "2").String())))
 	ended = waiting(t, s, "")
 	goesOn(t, s, ended)
+	if f, err = Read(t.Context(), s, Filter{}); err != nil {
+		t.Fatal(err)
+	}
+	pending := Note{Text{"pin:", Plain}, Text{"the mirror has yet to take the end of the pin", Warn}}
+	u = unitOf(t, f, app.String())
+	if notes := f.Notes(&u); !slices.Contains(notes, pending) {
+		t.Errorf("the notes are %+v, want %+v among them", notes, pending)
+	}
 	store(t, s, put(kv.DesiredKey(app), git), reportOf("web-1", runs("app", "1")))
 	if err := ends(t, ended); err != nil {
 		t.Error(err)
