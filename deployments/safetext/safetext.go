@@ -15,7 +15,7 @@ import (
 const MaxValue = 4 << 10
 
 // maxRawURL bounds how far beyond its :// the password of a URL that doesn't parse is looked for, in bytes.
-const maxRawURL = 2 << 10
+const maxRawURL = 1 << 10
 
 // hiddenText replaces a secret.
 const hiddenText = "…"
@@ -132,15 +132,7 @@ func URLs(s string) string {
 	if strings.Contains(s, "invalid port ") {
 		s = invalidPort.ReplaceAllString(s, "parse a URL: invalid port after host")
 	}
-	if strings.Contains(s, "@") {
-		s = brokenScheme.ReplaceAllStringFunc(s, func(match string) string {
-			rest := match[len(brokenScheme.FindStringSubmatch(match)[1]):]
-			if i := lastAt(strings.TrimSuffix(rest, pointersDigest(rest))); i >= 0 {
-				return match[:len(match)-len(rest)] + hiddenText + rest[i:]
-			}
-			return match
-		})
-	}
+	s = brokenURLs(s)
 	var out strings.Builder
 	for {
 		i := strings.Index(s, "://")
@@ -167,6 +159,40 @@ var (
 	brokenScheme = regexp.MustCompile(`(?i)(\b(?:https?|ssh|git|s3|gs)(?::/?|//?))[^\s/@:"]+:[^\s"]*@[^\s"]*`)
 )
 
+// brokenURLs does the work of URLs for those whose :// lacks something. Pages are long, and the expression is slow: it
+// sees only the words that may match.
+func brokenURLs(s string) string {
+	if !strings.Contains(s, "@") {
+		return s
+	}
+	const delimiters = " \t\n\"'`<>"
+	var out strings.Builder
+	for {
+		at := strings.IndexByte(s, '@')
+		if at < 0 {
+			out.WriteString(s)
+			return out.String()
+		}
+		begin, end := strings.LastIndexAny(s[:at], delimiters)+1, len(s)
+		if i := strings.IndexAny(s[at:], delimiters); i >= 0 {
+			end = at + i
+		}
+		word := s[begin:end]
+		if strings.Contains(word, ":") && !strings.Contains(word, "://") {
+			word = brokenScheme.ReplaceAllStringFunc(word, func(match string) string {
+				rest := match[len(brokenScheme.FindStringSubmatch(match)[1]):]
+				if i := lastAt(strings.TrimSuffix(rest, pointersDigest(rest))); i >= 0 {
+					return match[:len(match)-len(rest)] + hiddenText + rest[i:]
+				}
+				return match
+			})
+		}
+		out.WriteString(s[:begin])
+		out.WriteString(word)
+		s = s[end:]
+	}
+}
+
 // urlLength returns the length of the URL, or of the rest of one, that s begins with.
 func urlLength(s string) int {
 	end := strings.IndexFunc(s, func(r rune) bool { return unicode.IsSpace(r) || strings.ContainsRune("\"'`<>\\|", r) })
@@ -186,10 +212,13 @@ func rawPassword(s string) int {
 		authority = authority[:i]
 	}
 	_, port, found := strings.Cut(authority, ":")
-	if !found || strings.HasPrefix(s, "[") || lastAt(authority) >= 0 || strings.Trim(port, "0123456789") == "" {
+	near := s[:min(len(s), maxRawURL)]
+	switch {
+	case !found, strings.HasPrefix(s, "["), lastAt(authority) >= 0, strings.Trim(port, "0123456789") == "",
+		!strings.Contains(near, "@") && !strings.Contains(near, "%40"):
 		return 0
 	}
-	line, _, _ := strings.Cut(s[:min(len(s), maxRawURL)], "\n")
+	line, _, _ := strings.Cut(near, "\n")
 	for _, part := range []string{s[:end], line} {
 		if i := lastAt(strings.TrimSuffix(part, pointersDigest(part))); i >= 0 {
 			return i
