@@ -17,6 +17,9 @@ const MaxValue = 4 << 10
 // maxRawURL bounds how far beyond its :// the password of a URL that doesn't parse is looked for, in bytes.
 const maxRawURL = 1 << 10
 
+// digestMark is what a pointer has between its URL and the digest's digits.
+const digestMark = "@sha256:"
+
 // hiddenText replaces a secret.
 const hiddenText = "…"
 
@@ -143,8 +146,8 @@ func URLs(s string) string {
 		out.WriteString(s[:i+3])
 		s = s[i+3:]
 		if i := rawPassword(s); i > 0 {
-			out.WriteString(hiddenText)
-			s = s[i:]
+			out.WriteString(hiddenText + "@")
+			s = strings.TrimPrefix(strings.TrimPrefix(s[i:], "@"), "%40")
 		}
 		end := urlLength(s)
 		out.WriteString(redact(s[:end]))
@@ -220,7 +223,11 @@ func rawPassword(s string) int {
 	}
 	line, _, _ := strings.Cut(near, "\n")
 	for _, part := range []string{s[:end], line} {
-		if i := lastAt(strings.TrimSuffix(part, pointersDigest(part))); i >= 0 {
+		i := lastAt(part)
+		for i >= 0 && strings.HasPrefix(part[i:], digestMark) { // the digest may be cut
+			i = lastAt(part[:i])
+		}
+		if i >= 0 {
 			return i
 		}
 	}
@@ -273,9 +280,9 @@ func parameters(s string) string {
 
 // pointersDigest returns the @sha256:HEX at the end of a pointer, which is no secret; empty: there is none.
 func pointersDigest(s string) string {
-	const mark, length = "@sha256:", 64
-	i := len(s) - len(mark) - length
-	if i < 0 || !strings.HasPrefix(s[i:], mark) || strings.Trim(s[i+len(mark):], "0123456789abcdef") != "" {
+	const length = 64
+	i := len(s) - len(digestMark) - length
+	if i < 0 || !strings.HasPrefix(s[i:], digestMark) || strings.Trim(s[i+len(digestMark):], "0123456789abcdef") != "" {
 		return ""
 	}
 	return s[i:]

@@ -51,7 +51,7 @@ func TestURLsThatDoNotParse(t *testing.T) {
 	for _, odd := range odds {
 		for _, form := range []string{
 			"https://u:PASS@h/x", "HTTPS://u:PASS@h:8443/x?y=z", "htps://u:PASS@h", "ssh://u:PASS@h/x" + digest,
-			"https://u:PASS%40h/x",
+			"https://u:PASS%40h/x", "https://u:PASS@h/m.yaml@sha256:0a0a...",
 		} {
 			address := strings.Replace(form, "PASS", "half"+odd+"part", 1)
 			_, parsed := url.Parse(address)
@@ -59,8 +59,12 @@ func TestURLsThatDoNotParse(t *testing.T) {
 				address, "got " + address, fmt.Sprintf("repository %q: no", address), fmt.Sprint("no: ", parsed),
 				fmt.Sprintf("%q", fmt.Sprint("no: ", parsed)),
 			} {
-				if got := URLs(text); strings.Contains(got, "half") || strings.Contains(got, "part") {
+				got := URLs(text)
+				if strings.Contains(got, "half") || strings.Contains(got, "part") || strings.Contains(got, "……") {
 					t.Errorf("%s gives %s", text, got)
+				}
+				if again := URLs(got); again != got {
+					t.Errorf("%s gives %s, and once more %s", text, got, again)
 				}
 			}
 		}
