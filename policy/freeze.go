@@ -48,38 +48,72 @@ func (v FreezeState) Facts() deployments.Facts {
 // freezes the unit, even if an allow window is open. A unit that allow windows cover is frozen while all of them are
 // closed. Windows open by the wall clock of their zone. They stay open for their duration in elapsed time, so that a
 // change of the clocks makes none longer or shorter. A window for the unit whose cron line doesn't parse freezes it,
-// too: better late than at the wrong time. deployments.Load refuses such a window.
+// too: better late than at the wrong time. deployments.Load refuses such a window. FreezesAt is cheaper for many units.
 func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
+	var own []deployments.Freeze
+	for _, w := range windows {
+		if isFor(w, id) {
+			own = append(own, w)
+		}
+	}
+	return FreezesAt(own, now).Of(id)
+}
+
+// Freezes are freeze windows as they are at one time: see FreezesAt. The zero Freezes has no windows.
+type Freezes struct{ windows []evaluated }
+
+// evaluated is a freeze window with the result of span, or with the error of its cron line.
+type evaluated struct {
+	deployments.Freeze
+	ends, opens time.Time
+	err         error
+}
+
+// FreezesAt evaluates each window once, at a time, so that Freezes.Of can answer for many units without doing so again.
+func FreezesAt(windows []deployments.Freeze, now time.Time) Freezes {
+	all := make([]evaluated, len(windows))
+	for i, w := range windows {
+		all[i].Freeze = w
+		schedule, err := scheduleOf(w)
+		if err != nil {
+			all[i].err = err
+			continue
+		}
+		all[i].ends, all[i].opens = span(schedule, w, now, enoughTime)
+	}
+	return Freezes{all}
+}
+
+// Of returns what FreezeAt returns for the unit, the windows and the time of f.
+func (f Freezes) Of(id deployments.UnitID) FreezeState {
 	var v FreezeState
 	allows, allowed := 0, false
 	var allow deployments.Freeze // the one to name if none is open
 	var allowedFrom time.Time
 	waits := false
-	for _, w := range windows {
-		if len(w.Units) > 0 && !deployments.MatchesUnit(w.Units, id) {
+	for _, w := range f.windows {
+		if !isFor(w.Freeze, id) {
 			continue
 		}
-		schedule, err := scheduleOf(w)
-		if err != nil {
-			return FreezeState{Frozen: true, By: nameOf(w), Reason: err.Error(), Wait: true}
+		if w.err != nil {
+			return FreezeState{Frozen: true, By: nameOf(w.Freeze), Reason: w.err.Error(), Wait: true}
 		}
-		ends, opens := span(schedule, w, now)
-		next := opens
-		if !ends.IsZero() {
-			next = ends
+		next := w.opens
+		if !w.ends.IsZero() {
+			next = w.ends
 		}
 		switch {
-		case w.Kind == deployments.FreezeDeny && !ends.IsZero():
+		case w.Kind == deployments.FreezeDeny && !w.ends.IsZero():
 			if !v.Frozen {
-				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w), w.Reason, ends
+				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w.Freeze), w.Reason, w.ends
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:
 			if allows++; allows == 1 || allow.Reason == "" && w.Reason != "" {
-				allow = w
+				allow = w.Freeze
 			}
-			allowed = allowed || !ends.IsZero()
-			allowedFrom = earlier(allowedFrom, opens)
+			allowed = allowed || !w.ends.IsZero()
+			allowedFrom = earlier(allowedFrom, w.opens)
 			waits = waits || w.Running == "wait"
 		}
 		v.ChangesAt = earlier(v.ChangesAt, next)
@@ -94,6 +128,11 @@ func FreezeAt(windows []deployments.Freeze, id deployments.UnitID, now time.Time
 	return v
 }
 
+// isFor reports whether a window is for a unit.
+func isFor(w deployments.Freeze, id deployments.UnitID) bool {
+	return len(w.Units) == 0 || deployments.MatchesUnit(w.Units, id)
+}
+
 // Opening is one period in which a window is open. A zero From means that the window was open already at the time from
 // which Openings looks.
 type Opening struct{ From, To time.Time }
@@ -106,13 +145,13 @@ func Openings(w deployments.Freeze, from, end time.Time, limit int) (all []Openi
 	if err != nil {
 		return nil
 	}
-	closes, opens := span(schedule, w, from)
+	closes, opens := span(schedule, w, from, enoughForPages)
 	if !closes.IsZero() {
 		all = append(all, Opening{To: closes})
 	}
 	for !opens.IsZero() && opens.Before(end) && len(all) < limit {
 		at := opens
-		closes, opens = span(schedule, w, at)
+		closes, opens = span(schedule, w, at, enoughForPages)
 		all = append(all, Opening{at, closes})
 	}
 	return all
@@ -168,13 +207,23 @@ func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	return s, nil
 }
 
-// maxStarts bounds how many starts of a window span computes. Later starts are computed when FreezeAt is called again
-// at ChangesAt.
-const maxStarts = 10000
+// These bound how far span follows an opening that goes on and on, as of deny: "0 0 * * *" with duration: 24h. What
+// comes later is computed when FreezeAt is called again at ChangesAt.
+const (
+	// enoughStarts is how many starts span computes in any case: a year of daily ones. That takes a millisecond.
+	enoughStarts = 400
+	// enoughTime is how far FreezesAt follows an opening whose starts lie more closely: a weekend, minute by minute.
+	enoughTime = 48 * time.Hour
+	// enoughForPages is as enoughTime, for Openings: pages draw a week.
+	enoughForPages = 8 * 24 * time.Hour
+	// maxStarts is more than the starts, one each minute, of enoughForPages.
+	maxStarts = 12000
+)
 
 // span returns when the window's current opening ends, with overlapping openings joined, and when the next one begins.
-// ends is zero if the window is closed, opens if no later opening was found.
-func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens time.Time) {
+// ends is zero if the window is closed, opens if no later opening was found. span gives up after enoughStarts starts,
+// if the opening goes on for longer than enough by then. ends is then the end of the last start.
+func span(s cron.Schedule, w deployments.Freeze, now time.Time, enough time.Duration) (ends, opens time.Time) {
 	zone := w.Zone
 	if zone == nil {
 		zone = time.UTC
@@ -182,7 +231,10 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens tim
 	const change = 3 * time.Hour // no change of the clocks is longer
 	wall := now.Add(-w.Duration).In(zone)
 	wall = time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, time.UTC).Add(-change)
-	for range maxStarts {
+	for n := range maxStarts {
+		if n >= enoughStarts && ends.After(now.Add(enough)) {
+			break
+		}
 		if wall = s.Next(wall); wall.IsZero() {
 			break
 		}

@@ -36,7 +36,7 @@ type Situation struct {
 	StableBefore []deployments.Digest
 	// Order is an operator's order at control/: promote, pause, resume, abort or retry; empty: none.
 	Order string
-	// Freeze is the result of FreezeAt for the unit now.
+	// Freeze is the result of FreezeAt, or of Freezes.Of, for the unit now.
 	Freeze FreezeState
 	// Ranks, if kept from one call to the next for a unit, saves hashing and sorting a fleet that has not changed.
 	// It doesn't influence the answer. Nil: everything is computed anew.

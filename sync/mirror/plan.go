@@ -29,12 +29,13 @@ type Change struct {
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}
+	freezes := policy.FreezesAt(tree.Settings.Freeze, at)
 	for _, u := range tree.Units {
 		units[u.ID] = true
 		before, present := now[u.ID]
 		after, how := recordFor(u, commit, before), ""
 		if after.Generation > before.Generation {
-			after, how = firstRecord(tree, u, commit, before, at)
+			after, how = firstRecord(u, commit, before, freezes.Of(u.ID), at)
 		}
 		after.Paced = u.Rollout != nil // as a mirror that can read pins sets it
 		switch {
@@ -60,16 +61,16 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 // firstRecord returns the record with which a new target begins, and how the target is rolled out,
 // in words.
 func firstRecord(
-	tree *deployments.Tree,
 	u deployments.Unit,
 	commit string,
 	before deployments.Record,
+	freeze policy.FreezeState,
 	at time.Time,
 ) (deployments.Record, string) {
 	// The fleet is unknown here: with one node that has not reported, a rollout begins and doesn't end.
 	move := policy.Next(
 		policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
-			Freeze: policy.FreezeAt(tree.Settings.Freeze, u.ID, at)},
+			Freeze: freeze},
 	)
 	r := move.Record
 	r.Nodes, r.Joined = 0, 0

@@ -54,6 +54,8 @@ type inputs struct {
 	// ranks caches, between calls of reconcile and only for speed, the order in which each unit's
 	// rollouts admit nodes; nil: the orders are computed anew.
 	ranks map[deployments.UnitID]*policy.Ranks
+	// freezes are the commit's freeze windows now. reconcile sets them, as to evaluate them for each unit is too slow.
+	freezes policy.Freezes
 }
 
 // ranksOf returns a unit's ranks, which reconcile may change; nil: none are kept.
@@ -142,6 +144,7 @@ type plan struct {
 // and in.ranks, which it updates.
 func reconcile(in inputs) plan {
 	p := plan{whole: true}
+	in.freezes = policy.FreezesAt(in.commit.Tree.Settings.Freeze, in.now)
 	inGit := map[deployments.UnitID]bool{}
 	for _, u := range in.commit.Tree.Units {
 		inGit[u.ID] = true
@@ -265,7 +268,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
 		Seen: in.fleetCurrentSince(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
-		Order: string(o.Verb), Freeze: policy.FreezeAt(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
+		Order: string(o.Verb), Freeze: in.freezes.Of(u.ID), Ranks: in.ranksOf(u.ID),
 	})
 	// After the store was restored, nodes report anew, with a new Joined. A new generation waits for that: it must not
 	// rely on their earlier reports.
