@@ -17,9 +17,9 @@ type FreezeState struct {
 	// because no allow window is open, By is the name of the first one that has a reason, or else
 	// of the first, and says that it is not open.
 	By, Reason string
-	// ChangesAt is when Frozen may change. WindowEnds is when the deciding window closes or, if allow windows freeze the
-	// unit because none is open, when the next one opens. Each of the two is zero if its time isn't within five years, or
-	// isn't known.
+	// ChangesAt is when Frozen may change, or when to look again. WindowEnds is when the deciding window closes or, if
+	// allow windows freeze the unit because none is open, when the next one opens. Each of the two is zero if its time
+	// isn't within five years, or isn't known. WindowEnds isn't known of a window without a gap as far as FreezeAt looks.
 	ChangesAt, WindowEnds time.Time
 	// Wait is set if rollouts under way have to wait as well, as one of the windows that freeze the
 	// unit says so.
@@ -66,6 +66,7 @@ type Freezes struct{ windows []evaluated }
 type evaluated struct {
 	deployments.Freeze
 	ends, opens time.Time
+	goesOn      bool
 	err         error
 }
 
@@ -79,7 +80,7 @@ func FreezesAt(windows []deployments.Freeze, now time.Time) Freezes {
 			all[i].err = err
 			continue
 		}
-		all[i].ends, all[i].opens = span(schedule, w, now, enoughTime)
+		all[i].ends, all[i].opens, all[i].goesOn = span(schedule, w, now, enoughTime)
 	}
 	return Freezes{all}
 }
@@ -105,7 +106,7 @@ func (f Freezes) Of(id deployments.UnitID) FreezeState {
 		switch {
 		case w.Kind == deployments.FreezeDeny && !w.ends.IsZero():
 			if !v.Frozen {
-				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w.Freeze), w.Reason, w.ends
+				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w.Freeze), w.Reason, knownEnd(w.ends, w.goesOn)
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:
@@ -128,13 +129,21 @@ func (f Freezes) Of(id deployments.UnitID) FreezeState {
 	return v
 }
 
+// knownEnd returns the end of an opening that span found; zero: the opening goes on, and its end isn't known.
+func knownEnd(ends time.Time, goesOn bool) time.Time {
+	if goesOn {
+		return time.Time{}
+	}
+	return ends
+}
+
 // isFor reports whether a window is for a unit.
 func isFor(w deployments.Freeze, id deployments.UnitID) bool {
 	return len(w.Units) == 0 || deployments.MatchesUnit(w.Units, id)
 }
 
 // Opening is one period in which a window is open. A zero From means that the window was open already at the time from
-// which Openings looks.
+// which Openings looks. A zero To means that the window has no gap as far as Openings looks, which is more than a week.
 type Opening struct{ From, To time.Time }
 
 // Openings returns the periods in which a window is open after from, in order, with overlapping
@@ -145,14 +154,14 @@ func Openings(w deployments.Freeze, from, end time.Time, limit int) (all []Openi
 	if err != nil {
 		return nil
 	}
-	closes, opens := span(schedule, w, from, enoughForPages)
+	closes, opens, goesOn := span(schedule, w, from, enoughForPages)
 	if !closes.IsZero() {
-		all = append(all, Opening{To: closes})
+		all = append(all, Opening{To: knownEnd(closes, goesOn)})
 	}
 	for !opens.IsZero() && opens.Before(end) && len(all) < limit {
 		at := opens
-		closes, opens = span(schedule, w, at, enoughForPages)
-		all = append(all, Opening{at, closes})
+		closes, opens, goesOn = span(schedule, w, at, enoughForPages)
+		all = append(all, Opening{at, knownEnd(closes, goesOn)})
 	}
 	return all
 }
@@ -222,8 +231,13 @@ const (
 
 // span returns when the window's current opening ends, with overlapping openings joined, and when the next one begins.
 // ends is zero if the window is closed, opens if no later opening was found. span gives up after enoughStarts starts,
-// if the opening goes on for longer than enough by then. ends is then the end of the last start.
-func span(s cron.Schedule, w deployments.Freeze, now time.Time, enough time.Duration) (ends, opens time.Time) {
+// if the opening goes on for longer than enough by then. goesOn is then set, and the opening lasts until ends at least.
+func span(
+	s cron.Schedule,
+	w deployments.Freeze,
+	now time.Time,
+	enough time.Duration,
+) (ends, opens time.Time, goesOn bool) {
 	zone := w.Zone
 	if zone == nil {
 		zone = time.UTC
@@ -236,19 +250,19 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time, enough time.Dura
 			break
 		}
 		if wall = s.Next(wall); wall.IsZero() {
-			break
+			return ends, time.Time{}, false
 		}
 		start := instant(wall, zone)
 		end := start.Add(w.Duration)
 		switch {
 		case !end.After(now): // it is over
 		case ends.IsZero() && start.After(now), !ends.IsZero() && start.After(ends):
-			return ends, start
+			return ends, start, false
 		case end.After(ends):
 			ends = end
 		}
 	}
-	return ends, time.Time{}
+	return ends, time.Time{}, true
 }
 
 // instant returns the time at which the clocks of a zone show a wall time, which is given as if it were UTC. If the

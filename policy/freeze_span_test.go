@@ -29,21 +29,22 @@ func TestWindowWithoutGapsIsFollowedOnlySoFar(t *testing.T) {
 		enough   time.Duration
 		most     int
 		least    time.Duration // from noon to the end that is found
+		goesOn   bool
 	}{
-		{"0 0 * * *", 24 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour},
-		{"0 0 * * *", 24 * time.Hour, enoughForPages, 401, 365 * 24 * time.Hour},
-		{"0 0 * * *", 240 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour},
-		{"0 0 1 * *", 31 * 24 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour},
-		{"0 * * * *", time.Hour, enoughTime, 401, enoughTime},
-		{"*/15 * * * *", 64 * time.Hour, enoughTime, 401, enoughTime},
-		{"* * * * *", time.Hour, enoughTime, 3300, enoughTime},
-		{"* * * * *", 8760 * time.Hour, enoughTime, 3300, enoughTime},
-		{"* * * * *", time.Minute, enoughForPages, 11900, enoughForPages},
+		{"0 0 * * *", 24 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour, true},
+		{"0 0 * * *", 24 * time.Hour, enoughForPages, 401, 365 * 24 * time.Hour, true},
+		{"0 0 * * *", 240 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour, true},
+		{"0 0 1 * *", 31 * 24 * time.Hour, enoughTime, 401, 365 * 24 * time.Hour, true},
+		{"0 * * * *", time.Hour, enoughTime, 401, enoughTime, true},
+		{"*/15 * * * *", 64 * time.Hour, enoughTime, 401, enoughTime, true},
+		{"* * * * *", time.Hour, enoughTime, 3300, enoughTime, true},
+		{"* * * * *", 8760 * time.Hour, enoughTime, 3300, enoughTime, true},
+		{"* * * * *", time.Minute, enoughForPages, 11900, enoughForPages, true},
 		// These have gaps, and their ends are found.
-		{"0 * * * MON-FRI", time.Hour, enoughTime, 100, 84 * time.Hour},
-		{"* * * * TUE,WED", time.Minute, enoughTime, 2600, 36 * time.Hour},
-		{"* * * * MON-FRI", time.Minute, enoughForPages, 5400, 84 * time.Hour},
-		{"0 0 * 1,2,3,4,5,11,12 *", 24 * time.Hour, enoughTime, 200, 180 * 24 * time.Hour},
+		{"0 * * * MON-FRI", time.Hour, enoughTime, 100, 84 * time.Hour, false},
+		{"* * * * TUE,WED", time.Minute, enoughTime, 2600, 36 * time.Hour, false},
+		{"* * * * MON-FRI", time.Minute, enoughForPages, 5400, 84 * time.Hour, false},
+		{"0 0 * 1,2,3,4,5,11,12 *", 24 * time.Hour, enoughTime, 200, 180 * 24 * time.Hour, false},
 	} {
 		w := deployments.Freeze{Kind: deployments.FreezeDeny, Cron: c.cron, Duration: c.duration}
 		schedule, err := scheduleOf(w)
@@ -51,10 +52,10 @@ func TestWindowWithoutGapsIsFollowedOnlySoFar(t *testing.T) {
 			t.Fatal(err)
 		}
 		starts := 0
-		ends, _ := span(countedSchedule{schedule, &starts}, w, noon, c.enough)
-		if starts > c.most || ends.Before(noon.Add(c.least)) {
-			t.Errorf("%q for %v: %d starts computed, want at most %d; it ends at %v, want %v from noon, or later",
-				c.cron, c.duration, starts, c.most, ends, c.least)
+		ends, _, goesOn := span(countedSchedule{schedule, &starts}, w, noon, c.enough)
+		if starts > c.most || ends.Before(noon.Add(c.least)) || goesOn != c.goesOn {
+			t.Errorf("%q for %v: %d starts computed, want at most %d; it ends at %v, want %v from noon, or later; "+
+				"it goes on: %v, want %v", c.cron, c.duration, starts, c.most, ends, c.least, goesOn, c.goesOn)
 		}
 	}
 }

@@ -169,6 +169,24 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 	}
 }
 
+// The end of a window without gaps isn't known, and the reason doesn't change from day to day: each change of it would
+// rewrite the record of each frozen unit.
+func TestFrozenByAWindowWithoutGaps(t *testing.T) {
+	t.Parallel()
+	for _, w := range []deployments.Freeze{
+		{Name: "always", Kind: deployments.FreezeDeny, Cron: "0 0 * * *", Duration: 24 * time.Hour},
+		{Name: "always", Kind: deployments.FreezeDeny, Cron: "* * * * *", Duration: time.Hour},
+	} {
+		for days := range 3 {
+			now := noon.AddDate(0, 0, days)
+			v := FreezeAt([]deployments.Freeze{w}, app, now)
+			if got := frozenBy(v); got != "frozen by always" || !v.WindowEnds.IsZero() || !v.ChangesAt.After(now) {
+				t.Errorf("%s, on day %d: %s; it ends at %v, and changes at %v", w.Cron, days, got, v.WindowEnds, v.ChangesAt)
+			}
+		}
+	}
+}
+
 func TestVerdictInWords(t *testing.T) {
 	t.Parallel()
 	for want, v := range map[string]FreezeState{
@@ -212,7 +230,11 @@ func TestOpenings(t *testing.T) {
 		{"clocks put back", freeze{Kind: deny, Cron: "30 2 * * SUN", Zone: berlin, Duration: time.Hour},
 			"2026-10-24T00:00:00Z", 1, "25T00-25T01"},
 		{"it overlaps for ever: as far as is looked", freeze{Kind: deny, Cron: "0 * * * *", Duration: 2 * time.Hour},
-			"2026-11-24T12:00:00Z", 1, "now-11T01"},
+			"2026-11-24T12:00:00Z", 1, "now-?"},
+		{"it begins to overlap for ever", freeze{Kind: deny, Cron: "* * 27-31 * *", Duration: time.Hour},
+			"2026-11-24T12:00:00Z", 9, "27T00-01T00"},
+		{"it begins to, for longer than is looked", freeze{Kind: deny, Cron: "* * 1-20 * *", Duration: time.Hour},
+			"2026-11-24T12:00:00Z", 9, "01T00-?"},
 		{"none within the week", freeze{Kind: deny, Cron: "0 0 24 12 *", Duration: 72 * time.Hour},
 			"2026-11-24T12:00:00Z", 9, ""},
 		{"a line that doesn't parse", freeze{Kind: deny, Cron: "0 0"}, "2026-11-24T12:00:00Z", 9, ""},
@@ -227,7 +249,11 @@ func TestOpenings(t *testing.T) {
 			if !o.From.IsZero() {
 				begins = o.From.UTC().Format("02T15")
 			}
-			got = append(got, begins+"-"+o.To.UTC().Format("02T15"))
+			ends := "?"
+			if !o.To.IsZero() {
+				ends = o.To.UTC().Format("02T15")
+			}
+			got = append(got, begins+"-"+ends)
 		}
 		if text := strings.Join(got, " "); text != c.want {
 			t.Errorf("%s: %q, want %q", c.name, text, c.want)

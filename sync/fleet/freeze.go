@@ -43,7 +43,7 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if v.Never {
 		return says + ", and no window opens: " + message.OneLine(v.By)
 	}
-	return join(says+" until "+timeAhead(v.WindowEnds, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
+	return join(says+untilEnd(v.WindowEnds, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
 }
 
 // statusAhead is how far ahead deny windows are announced above the table of all units.
@@ -62,11 +62,11 @@ func (f *Fleet) freezeNotes() (all []Note) {
 	}
 	var lines []line
 	windows, _ := f.Freezes()
-	next := make([]policy.Opening, len(windows)) // zero: none
+	next := make([]*policy.Opening, len(windows)) // nil: none
 	var allowed []string
 	for i, w := range windows {
 		for _, o := range policy.Openings(w, f.At, f.At.AddDate(100, 0, 0), 1) {
-			next[i] = o
+			next[i] = &o
 			if w.Kind == deployments.FreezeAllow && o.From.IsZero() {
 				allowed = append(allowed, patternsOf(w)...)
 			}
@@ -77,7 +77,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		says := cmp.Or(message.OneLine(w.Name), string(w.Kind)+" "+message.OneLine(w.Cron)) + ": "
 		switch rank {
 		case denies:
-			says += "no rollout starts until " + timeAhead(o.To, f.At)
+			says += "no rollout starts" + untilEnd(o.To, f.At)
 		case willDeny:
 			says += "no rollout starts from " + timeAhead(o.From, f.At)
 		case allowsNothing, allowsLater:
@@ -91,10 +91,11 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		if rank == allowsLater {
 			says += ", while others are open"
 		}
+		at := o.From
 		if rank == allowsNothing {
-			o.From = time.Time{} // it freezes now
+			at = time.Time{} // it freezes now
 		}
-		lines = append(lines, line{rank, o.From, says})
+		lines = append(lines, line{rank, at, says})
 	}
 	slices.SortStableFunc(lines, func(a, b line) int { return cmp.Or(cmp.Compare(a.rank, b.rank), a.at.Compare(b.at)) })
 	for i, l := range lines {
@@ -122,11 +123,11 @@ const (
 	notShown                        // any other window
 )
 
-// rankFreeze returns the rank of a window whose next opening is o; zero: it has none. allowed are the patterns of the
+// rankFreeze returns the rank of a window whose next opening is o; nil: it has none. allowed are the patterns of the
 // allow windows that are open.
-func rankFreeze(w deployments.Freeze, o policy.Opening, allowed []string, now time.Time) freezeRank {
+func rankFreeze(w deployments.Freeze, o *policy.Opening, allowed []string, now time.Time) freezeRank {
 	switch {
-	case o.To.IsZero():
+	case o == nil:
 		return notShown // a window that never opens has no effect: its cron line doesn't parse
 	case w.Kind == deployments.FreezeDeny && o.From.IsZero():
 		return denies
@@ -165,6 +166,14 @@ func covers(all, names []string) bool {
 		}
 	}
 	return true
+}
+
+// untilEnd says until when a freeze holds; zero: that isn't known.
+func untilEnd(t, now time.Time) string {
+	if t.IsZero() {
+		return ", and no end is known"
+	}
+	return " until " + timeAhead(t, now)
 }
 
 func timeAhead(t, now time.Time) string {

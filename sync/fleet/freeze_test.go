@@ -21,6 +21,9 @@ func TestFreezesToComeInWords(t *testing.T) {
 	never := window{Name: "leap", Allow: "0 0 29 2 MON", Duration: "1h"}
 	april := window{Name: "april", Allow: "0 9 1 4 *", Duration: "8h"}
 	nights := window{Name: "nights", Allow: "0 22 * * *", Duration: "2h"}
+	always := window{Name: "always", Deny: "0 0 * * *", Duration: "24h", Reason: "moved"}
+	year := window{Name: "2027", Deny: "* * 27-31,1-25 * *", Duration: "1h"}
+	closed := window{Name: "daily", Allow: "0 0 * * *", Duration: "24h", Units: []string{"prod/db/*"}}
 	of := func(w window, units ...string) window { w.Units = units; return w }
 	frozen := &deployments.Progress{Phase: deployments.PhaseFrozen, Since: noon, Reason: deployments.ReasonFrozen}
 	for name, c := range map[string]struct {
@@ -40,6 +43,12 @@ func TestFreezesToComeInWords(t *testing.T) {
 		"open": {windows: []window{soon}, at: 190 * time.Minute,
 			explain: "no rollout starts now until Tue 2026-11-24 16:00 UTC (in 50m): audit",
 			status:  "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n"},
+		"without an end": {windows: []window{always, closed},
+			explain: "no rollout starts now, and no end is known: always; moved\n",
+			status:  "freeze  always: no rollout starts, and no end is known\n"},
+		"to come without an end": {windows: []window{year}, at: 48 * time.Hour,
+			explain: "no rollout starts from Fri 2026-11-27 00:00 UTC (in 12h), and no end is known: 2027\n",
+			status:  "freeze  2027: no rollout starts from Fri 2026-11-27 00:00 UTC (in 12h)\n"},
 		"of another unit": {windows: []window{other},
 			status: "freeze  db: no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h), for prod/db/*\n"},
 		"within what allows it": {windows: []window{hours},

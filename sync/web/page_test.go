@@ -18,6 +18,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/fleet"
 )
 
@@ -150,6 +151,39 @@ func TestFrozenRollouts(t *testing.T) {
 		if _, html := page(t, w, "/-/overrides"); !strings.Contains(html, c.says) {
 			t.Errorf("%s: the page lacks %q:\n%s", name, c.says, html)
 		}
+	}
+}
+
+// A window without gaps has no known end: it is drawn to the end of the week, and comes after the open ones that close.
+func TestFreezeWindowsWithoutGaps(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 11, 24, 12, 20, 0, 0, time.UTC) // a Tuesday
+	mirror := entry(kv.MirrorKey, deployments.MirrorState{Head: "a", Freeze: []deployments.FreezeWindow{
+		{Name: "early", Deny: "* * 2-25,28-31 * *", Duration: "1h"},
+		{Name: "always", Deny: "0 0 * * *", Duration: "24h"},
+		{Name: "lunch", Deny: "0 12 * * TUE", Duration: "1h"},
+		{Name: "hourly", Deny: "0 * * * *", Duration: "2h"},
+	}})
+	rows, _ := (&snapshot{Fleet: fleet.Assemble([]kv.Entry{mirror}, at)}).windowsOf()
+	day := func(d, h int) time.Time { return time.Date(2026, 11, d, h, 0, 0, 0, time.UTC) }
+	for i, want := range []windowRow{
+		{Name: "lunch", Units: "all", Zone: "UTC", Open: true, To: day(24, 13), Path: "M0 0h6v1H0Z"},
+		{Name: "early", Units: "all", Zone: "UTC", Open: true, To: day(26, 1).Add(-time.Minute),
+			Path: "M0 0h221v1H0ZM504 0h437v1H504Z", Later: "Sat 00:00–Tue 00:59"},
+		{Name: "always", Units: "all", Zone: "UTC", Open: true, Path: "M0 0h1008v1H0Z"},
+		{Name: "hourly", Units: "all", Zone: "UTC", Open: true, Path: "M0 0h1008v1H0Z"},
+	} {
+		if got := rows[i]; got != want {
+			t.Errorf("%+v, want %+v", got, want)
+		}
+	}
+	if got := spanIn(policy.Opening{From: day(28, 0)}, time.UTC); got != "from Sat 00:00" {
+		t.Errorf("an opening without a known end is listed as %q", got)
+	}
+	w := offline(t, scene{entries: []kv.Entry{mirror}})
+	_, html := page(t, w, "/-/overrides")
+	if text, err := parse(html); err != nil || strings.Count(text, "no end known") != 2 {
+		t.Errorf("%v: the page doesn't say of two windows that no end is known:\n%s", err, html)
 	}
 }
 

@@ -21,7 +21,7 @@ type windowRow struct {
 	HoldsRunning bool
 	Units        string
 	// Open is set while the window is open. From and To are the current opening, whose From is zero, or the next one. Both
-	// are zero if there is none in the next week.
+	// are zero if there is none in the next week. To is zero, too, if no end is known.
 	Open     bool
 	From, To time.Time
 	// Later lists the next openings after that in words, at most laterOpenings.
@@ -50,6 +50,9 @@ func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	slices.SortStableFunc(rows, func(a, b windowRow) int {
 		switch {
 		case a.Open && b.Open:
+			if a.To.IsZero() != b.To.IsZero() {
+				return b.To.Compare(a.To) // a window without a known end comes last
+			}
 			return a.To.Compare(b.To) // the window that closes soonest comes first
 		case a.Open:
 			return -1
@@ -79,8 +82,11 @@ func windowOf(w deployments.Freeze, now time.Time) windowRow {
 	var path strings.Builder
 	var later []string
 	for i, o := range policy.Openings(w, now, begin.Add(fleet.FreezeAhead), maxOpenings) {
-		from := x(o.From)
-		fmt.Fprintf(&path, "M%d 0h%dv1H%dZ", from, max(1, x(o.To)-from), from)
+		from, to := x(o.From), weekWidth
+		if !o.To.IsZero() {
+			to = x(o.To)
+		}
+		fmt.Fprintf(&path, "M%d 0h%dv1H%dZ", from, max(1, to-from), from)
 		switch {
 		case i == 0:
 			r.Open, r.From, r.To = o.From.IsZero(), o.From.UTC(), o.To.UTC()
@@ -95,6 +101,9 @@ func windowOf(w deployments.Freeze, now time.Time) windowRow {
 // spanIn formats an opening by its window's time zone.
 func spanIn(o policy.Opening, zone *time.Location) string {
 	from, to := o.From.In(zone), o.To.In(zone)
+	if o.To.IsZero() {
+		return "from " + from.Format("Mon 15:04")
+	}
 	end := to.Format("Mon 15:04")
 	if from.YearDay() == to.YearDay() && from.Year() == to.Year() {
 		end = to.Format("15:04")
