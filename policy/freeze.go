@@ -13,9 +13,9 @@ import (
 // FreezeState says whether a unit's rollouts may start.
 type FreezeState struct {
 	Frozen bool
-	// By is the name of the window that decides, Reason that window's reason. If the unit is frozen
-	// because no allow window is open, By is the name of the first one that has a reason, or else
-	// of the first, and says that it is not open.
+	// By is the name of the window that decides, Reason that window's reason. Of several open deny windows, the one that
+	// ends last decides; an end that isn't known counts as the last. If the unit is frozen because no allow window is
+	// open, By is the name of the first one that has a reason, or else of the first, and says that it is not open.
 	By, Reason string
 	// ChangesAt is when Frozen may change, or when to look again. WindowEnds is when the deciding window closes or, if
 	// allow windows freeze the unit because none is open, when the next one opens. Each of the two is zero if its time
@@ -105,8 +105,9 @@ func (f Freezes) Of(id deployments.UnitID) FreezeState {
 		}
 		switch {
 		case w.Kind == deployments.FreezeDeny && !w.ends.IsZero():
-			if !v.Frozen {
-				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w.Freeze), w.Reason, knownEnd(w.ends, w.goesOn)
+			end := knownEnd(w.ends, w.goesOn)
+			if !v.Frozen || !v.WindowEnds.IsZero() && (end.IsZero() || end.After(v.WindowEnds)) {
+				v.Frozen, v.By, v.Reason, v.WindowEnds = true, nameOf(w.Freeze), w.Reason, end
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:

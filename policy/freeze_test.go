@@ -57,7 +57,10 @@ func TestFrozen(t *testing.T) {
 			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
 		{"whichever it is", []freeze{{Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}, hours},
 			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
-		{"the first that denies is named", []freeze{weekend, always}, "prod/web/app", "2026-11-28T12:00:00Z", "weekend", "2026-11-30T07:00:00Z"},
+		{"the one without an end is named", []freeze{weekend, always}, "prod/web/app", "2026-11-28T12:00:00Z",
+			"always", "2026-11-30T07:00:00Z"},
+		{"wherever it is listed", []freeze{always, weekend}, "prod/web/app", "2026-11-28T12:00:00Z",
+			"always", "2026-11-30T07:00:00Z"},
 		{"one that begins as another ends goes on", []freeze{{Name: "noon", Kind: deny, Cron: "0 12,13 * * *", Duration: time.Hour}}, "prod/web/app", "2026-11-24T12:30:00Z", "noon", "2026-11-24T14:00:00Z"},
 		{"by unit", []freeze{{Name: "db", Kind: deny, Cron: "0 0 * * *", Duration: 24 * time.Hour, Units: []string{"*/*/db"}}}, "prod/web/app", "2026-11-24T22:00:00Z", "", ""},
 		{"without a name, by what it is", []freeze{{Kind: deny, Cron: "0 12 * * *", Duration: time.Hour}}, "prod/web/app", "2026-11-24T12:30:00Z", "deny 0 12 * * *", "2026-11-24T13:00:00Z"},
@@ -153,6 +156,9 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 	weekend := freeze{Name: "weekend", Kind: deployments.FreezeDeny, Cron: "0 15 * * FRI", Duration: 64 * time.Hour}
 	night := freeze{Name: "night", Kind: deployments.FreezeDeny, Cron: "0 22 * * *", Duration: 8 * time.Hour}
 	hours := freeze{Name: "office hours", Kind: deployments.FreezeAllow, Cron: "0 9 * * MON-FRI", Duration: 8 * time.Hour}
+	always := freeze{Name: "always", Kind: deployments.FreezeDeny, Cron: "0 0 * * *", Duration: 24 * time.Hour}
+	forever := freeze{Name: "forever", Kind: deployments.FreezeDeny, Cron: "0 * * * *", Duration: time.Hour}
+	same := freeze{Name: "same", Kind: deployments.FreezeDeny, Cron: "0 21 * * *", Duration: 9 * time.Hour}
 	late := freeze{Name: "late", Kind: deployments.FreezeAllow, Cron: "0 18 * * *", Duration: time.Hour}
 	for _, c := range []struct {
 		windows []freeze
@@ -160,7 +166,18 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 		want    string
 	}{
 		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 27, 16, 0, 0, 0, time.UTC), "frozen by weekend until 2026-11-30 07:00Z"},
-		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC), "frozen by night until 2026-11-29 06:00Z"},
+		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC),
+			"frozen by weekend until 2026-11-30 07:00Z"},
+		{[]freeze{weekend, night, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC),
+			"frozen by weekend until 2026-11-30 07:00Z"},
+		{[]freeze{weekend, night, hours}, time.Date(2026, 11, 30, 5, 0, 0, 0, time.UTC),
+			"frozen by weekend until 2026-11-30 07:00Z"},
+		{[]freeze{weekend, night, hours}, time.Date(2026, 11, 29, 23, 0, 0, 0, time.UTC),
+			"frozen by weekend until 2026-11-30 07:00Z"},
+		{[]freeze{night, weekend, always, forever, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC),
+			"frozen by always"},
+		{[]freeze{forever, always, night}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC), "frozen by forever"},
+		{[]freeze{night, same}, time.Date(2026, 11, 24, 23, 0, 0, 0, time.UTC), "frozen by night until 2026-11-25 06:00Z"},
 		{[]freeze{hours, late, night}, time.Date(2026, 11, 24, 17, 30, 0, 0, time.UTC), "frozen by office hours, which is not open until 2026-11-24 18:00Z"},
 	} {
 		if got := frozenBy(FreezeAt(c.windows, app, c.now)); got != c.want {
