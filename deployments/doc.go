@@ -182,7 +182,8 @@
 //	name      is shown to those whose rollouts the window stops
 //	deny      when a window begins in which no rollout may start: minute, hour, day, month, day of week
 //	allow     when a window begins outside of which no rollout may start
-//	duration  how long the window is open
+//	duration  how long the window is open, as elapsed time: if the clocks change within it, it ends an hour earlier or
+//	          later by the wall clock
 //	zone      whose wall clock counts, by its IANA name (UTC)
 //	units     patterns STAGE/ROLE/UNIT with * for any name (all)
 //	running   finish (the default) or wait: what a rollout under way does
