@@ -28,9 +28,10 @@ type MirrorState struct {
 	// transaction, and all of Applying after the last. A mirror that takes over goes on with that commit.
 	Applying string `json:"applying,omitempty"`
 	// Freeze lists the freeze windows of Head's kedge.yaml, for pages and commands that show what
-	// is to come. FreezeOmitted is how many windows Freeze leaves out: see FreezeWindows.
-	Freeze        []FreezeWindow `json:"freeze,omitempty"`
-	FreezeOmitted int            `json:"freeze_more,omitempty"`
+	// is to come.
+	Freeze []FreezeWindow `json:"freeze,omitempty"`
+	// FreezeOmitted is how many windows Freeze leaves out: see FreezeWindows.
+	FreezeOmitted int `json:"freeze_more,omitempty"`
 	// Rules are the settings that bind the next commit: those of Applying, or else of Head.
 	Rules MirrorRules `json:"rules"`
 }

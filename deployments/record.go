@@ -88,7 +88,7 @@ type Progress struct {
 	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none,
 	// math.MaxUint64 all. While a rollout is rolled back, these are the nodes that stay for now.
 	Cutoff uint64 `json:"cutoff,string"`
-	// SupersededCutoff is the same for nodes that run one of Superseded: the canaries of a replaced target go first.
+	// SupersededCutoff is a second cutoff, for nodes that run one of Superseded: a replaced target's canaries go first.
 	SupersededCutoff uint64 `json:"early,omitempty,string"`
 	// SkipsGates is set if the rollout needs no gates, as its target is a pin's or was stable
 	// before.
