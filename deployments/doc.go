@@ -325,6 +325,7 @@
 //	facts               what the reason is about
 //	message             reason and facts in words
 //	failed              the digest that was rolled back: it stays out until Git names another, or kedge retry
+//	next                what Git names, and what starts once the nodes are back: a freeze would hold it up before that
 //	promoted            true: it is past its canaries
 //	no_canary           true: it has none, as the unit's file asked for none when it began
 //	forced              true: it may go on within a freeze, by an operator's order or after a pin

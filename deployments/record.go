@@ -111,6 +111,9 @@ type Progress struct {
 	Message string `json:"message,omitempty"`
 	// Failed is the digest that was rolled back. It stays out until Git names another or an operator retries.
 	Failed Digest `json:"failed,omitzero"`
+	// Next is the release that Git names while a rollback goes on first: a freeze would hold up its rollout before the
+	// first node. Zero: none waits.
+	Next Pointer `json:"next,omitzero"`
 	// Promoted is set once the rollout is past its canary, if any: by an operator, or after the bake if approval is auto.
 	Promoted bool `json:"promoted,omitempty"`
 	// NoCanary is set if the unit's file asked for no canaries when the rollout began: it then has no bake, either.
@@ -131,6 +134,12 @@ type Progress struct {
 // written.
 func (p *Progress) HeldUp() bool {
 	return (p.Phase == PhaseCanary || p.Phase == PhaseRolling) && !p.Forced && p.Reason == ReasonFrozen
+}
+
+// WaitsForRollback reports whether the rollout of Next begins once this rollback, or a freeze, has ended. A promote
+// begins it at once.
+func (p *Progress) WaitsForRollback() bool {
+	return p != nil && p.Phase == PhaseRollingBack && !p.Next.IsZero()
 }
 
 // Superseded is how far the rollout of a replaced target had come.

@@ -7,9 +7,45 @@ import (
 	"kedge/deployments"
 )
 
-// followTarget begins the rollout of the release that Git or a unit pin names, unless the record
-// deals with it already.
+// followTarget begins the rollout of the release that Git or a unit pin names, unless the record deals with it
+// already. A rollback begins, or goes on, if a freeze would hold up the new rollout before its first node, as nodes
+// must not stay on a failed release for that long. Progress.Next then names the release that waits. Its rollout begins
+// when the rollback or the freeze ends.
 func followTarget(in *inputs, st state) state {
+	st.p.Next = deployments.Pointer{}
+	next := named(in, st)
+	if next.isIn(deployments.PhaseFrozen) {
+		if back, needed := neededRollback(in, st); needed {
+			back.p.Next = next.r.Target
+			next = back.recheckBy(in.Freeze.ChangesAt)
+		}
+	}
+	next.r.After, next.r.Drift, next.r.Adopt = in.Unit.After, in.Unit.Drift, in.Unit.Adopt
+	next.r.Paced = in.Unit.Rollout != nil && in.Pin != nil
+	if in.Unit.Rollout == nil {
+		next.r.Joined = 0 // all nodes go at once
+	}
+	return next
+}
+
+// neededRollback returns the state of the rollback that is under way, or that has to begin because too many nodes have
+// failed. needed is false if there is neither.
+func neededRollback(in *inputs, st state) (back state, needed bool) {
+	switch {
+	case !st.on:
+		return st, false
+	case st.p.Phase == deployments.PhaseCanary, st.p.Phase == deployments.PhasePendingApproval,
+		st.p.Phase == deployments.PhaseRolling:
+		var v summary
+		st, v = checkFleet(in, st)
+		st, _ = stopIfFailing(in, st, v)
+	}
+	return st, st.p.Phase == deployments.PhaseRollingBack
+}
+
+// named returns the state in which the rollout of the release that Git or a unit pin names begins, or the current state
+// if the record deals with that release already.
+func named(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
 	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
@@ -230,7 +266,8 @@ func targetPinned(r deployments.Record) bool {
 // endPin goes back to the release that Git names. If the pin's rollout had ended on that release, endPin only clears
 // Pinned and sets Commit. A release that was rolled back before the pin isn't rolled out again: its rollback goes on. A
 // release that was stable before the pin goes without gates, any other as a new target. If successor has no room, the
-// result is as in begin.
+// result is as in begin. While a freeze would hold up a new target, and nodes have yet to leave the release that was
+// rolled back before the pin, that rollback goes on first.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)
 	target := in.Unit.Release
@@ -275,5 +312,13 @@ func endPin(in *inputs, st state) state {
 		}
 		return next
 	}
-	return launch(in, next)
+	next = launch(in, next)
+	unfinished := func(o deployments.Superseded) bool { return o.Digest == git.Failed && o.Digest == git.Target.Digest }
+	if next.isIn(deployments.PhaseFrozen) && slices.ContainsFunc(next.p.Superseded, unfinished) {
+		older := *in
+		older.Unit.Release, older.Commit = git.Target, in.Record.Commit
+		next = endPin(&older, st)
+		next.p.Next = target
+	}
+	return next
 }

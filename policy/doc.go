@@ -12,7 +12,7 @@
 //	pending-approval  promote, or approval becomes auto            rolling; canary, if one becomes unhealthy
 //	rolling           every known node has converged               no rollout: the target is stable
 //	paused            resume, or retry                             frozen, canary or rolling
-//	rolling-back      every node is back on stable                 rolled-back
+//	rolling-back      every node is back on stable                 rolled-back, or the target that waits for this
 //	rolled-back       retry                                        frozen, canary or rolling
 //
 // In rolling, a rollout doesn't wait for tolerated failed nodes, for nodes with a pin to another release, or for nodes
@@ -23,7 +23,9 @@
 // In canary, pending-approval and rolling, more failed nodes than max_failures lead to rolling-back. With on_failure:
 // pause, or under a unit pin, they lead to paused. Abort leads to rolling-back, pause to paused. If there is nothing to
 // go back to, a rollout is paused instead of rolled back. Another target, from Git or a pin, begins a rollout of its
-// own in any phase, unless nodes may still run more than deployments.MaxSuperseded of the targets before it.
+// own in any phase, unless nodes may still run more than deployments.MaxSuperseded of the targets before it. If a
+// freeze would hold it up before its first node, it waits for a rollback under way, unless promote starts it: nodes
+// don't stay on a failed release because of a freeze.
 //
 // # Threat model
 //

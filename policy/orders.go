@@ -23,7 +23,7 @@ func refusal(order string, r deployments.Record) cause {
 		return is(deployments.ReasonOrphaned)
 	case order == "retry" && p != nil && p.Phase == deployments.PhaseRollingBack:
 		return is(deployments.ReasonRollingBack)
-	case order == "retry":
+	case order == "retry", order == "promote" && p.WaitsForRollback():
 		return cause{}
 	case p == nil:
 		return is(deployments.ReasonNothingUnderWay)
@@ -53,6 +53,7 @@ func MarkOrphaned(r deployments.Record) deployments.Record {
 	}
 	p := *r.Rollout
 	p.Reason, p.Facts = deployments.ReasonOrphaned, p.Facts.With("was", string(p.Reason))
+	p.Next = deployments.Pointer{}
 	r.Rollout = &p
 	return r
 }
@@ -65,7 +66,8 @@ func IsOrphaned(r deployments.Record) bool {
 
 // applyOrder applies an operator's order. did is what the order did; refused is why it changed nothing.
 func applyOrder(in *inputs, st state) (next state, did, refused cause) {
-	if st.r.Target != in.Record.Target && in.Order == "promote" {
+	seen := in.Record.Rollout == nil || in.Record.Rollout.Next == st.p.Next
+	if (st.r.Target != in.Record.Target || !seen) && in.Order == "promote" {
 		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
 	}
 	if refused = refusal(in.Order, st.record()); refused.reason != "" {
@@ -76,6 +78,12 @@ func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 		st = retry(in, st)
 	case "promote":
 		switch {
+		case st.p.WaitsForRollback():
+			thawed := *in
+			thawed.Freeze = FreezeState{}
+			st = followTarget(&thawed, stateOf(in.Situation))
+			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
+			st.p.Forced = true
 		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts the rollout
 			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
 			st.p.Forced = true

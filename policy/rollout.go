@@ -32,6 +32,9 @@ type Transition struct {
 // fast_back a target that was stable before, skip the gates and keep the budget. A pin with at_once
 // goes to all nodes. While a pin is invalid, the record stays as it is, if there is one.
 //
+// A new target begins in any phase, but waits for a rollback if a freeze would hold it up: see
+// followTarget.
+//
 // Three kinds of nodes are in flight, each node until its deadline, or for longer while it can't
 // reach the storage. Live nodes that were admitted, are changing, or are out of service by the
 // target count until they converge. Nodes that may still act on an earlier record count until their
@@ -59,11 +62,6 @@ func Next(s Situation) Transition {
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}, Refused: s.Order != ""}
 	}
 	st = followTarget(in, st)
-	st.r.After, st.r.Drift, st.r.Adopt = s.Unit.After, s.Unit.Drift, s.Unit.Adopt
-	st.r.Paced = s.Unit.Rollout != nil && s.Pin != nil
-	if s.Unit.Rollout == nil {
-		st.r.Joined = 0 // all nodes go at once
-	}
 	var did, refused cause
 	if s.Order != "" {
 		st, did, refused = applyOrder(in, st)
@@ -73,6 +71,12 @@ func Next(s Situation) Transition {
 		if st = next; !more {
 			break
 		}
+	}
+	if st.isIn(deployments.PhaseRolledBack) && !stateOf(s).isIn(deployments.PhaseRolledBack) {
+		// No record may tell who waits for the release that Git names that it was rolled back: that was another one.
+		ended := *in
+		ended.Record = st.record()
+		st = followTarget(&ended, st)
 	}
 	if st.on && st.why.reason != "" && st.p.Phase != deployments.PhaseRolledBack {
 		st.p.Reason, st.p.Facts = st.why.reason, st.why.facts

@@ -103,6 +103,32 @@ func (w *world) stepped(before deployments.Record, m Transition, order string) {
 	}
 }
 
+// goesBack checks that no freeze ends a rollback while a node still runs the failed release, and may yet leave it.
+func (w *world) goesBack(before deployments.Record, m Transition) {
+	was, p := before.Rollout, m.Record.Rollout
+	if p.WaitsForRollback() && !was.WaitsForRollback() {
+		w.count("rollbacks that what is frozen waits for")
+	}
+	if was.WaitsForRollback() && p != nil && p.Forced {
+		w.count("and that promote ended")
+	}
+	if was == nil || was.Phase != deployments.PhaseRollingBack || p == nil || p.Phase != deployments.PhaseFrozen ||
+		!w.now.Before(was.Since.Add(w.unit.Rollout.Deadline)) {
+		return
+	}
+	w.count("frozen after a rollback")
+	for i := range w.seenBy {
+		u := &w.seenBy[i].Report
+		leaves := u.Leavable
+		if !before.Stable.IsZero() {
+			leaves = !slices.Contains(u.Quarantined, before.Stable.Digest)
+		}
+		if u.Running == before.Target && leaves && !w.seenBy[i].Gone && !pinned(u) && u.State != deployments.StateInvalid {
+			w.breaks("%s stays on %s as what comes next is frozen: %s", w.seenBy[i].Name, u.Running.URL, brief(m.Record))
+		}
+	}
+}
+
 // sleeps checks that where a step changed nothing, time alone changes nothing before the time that it asked for.
 func (w *world) sleeps(s Situation, m Transition) {
 	if slices.ContainsFunc(s.Nodes, func(n Node) bool { return n.Started.After(w.now) }) {

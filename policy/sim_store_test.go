@@ -225,6 +225,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	}
 	w.asks(before, m.Record)
 	w.stepped(before, m, order)
+	w.goesBack(before, m)
 	plain := reflect.DeepEqual(before, stored)
 	var at *deployments.Record
 	if stored.Generation > 0 {

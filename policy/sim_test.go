@@ -87,10 +87,11 @@ func TestSimulation(t *testing.T) {
 // again for a record that came back with a snapshot. With late: 9061. A pin of the first release, which had been rolled
 // back, made it stable for all when it ended. 10225: a first rollout whose record was lost went on as one that was
 // over. 14606: a record that came from its history while no node reported spoke to all of them. 160: nodes that came
-// back with an old release failed on the target, and the rollback took all of them from the old one at once.
+// back with an old release failed on the target, and the rollback took all of them from the old one at once. 1400: a
+// push in a freeze ended a rollback, and nodes stayed on what had failed.
 func TestSimulationAgain(t *testing.T) {
 	t.Parallel()
-	for _, seed := range []uint64{160, 3430, 3460, 3935, 4324, 4593, 7257, 10494, 16261, 16881, 76965} {
+	for _, seed := range []uint64{160, 1400, 3430, 3460, 3935, 4324, 4593, 7257, 10494, 16261, 16881, 76965} {
 		if w := play(seed, false, false); w.broken != "" {
 			t.Errorf("seed %d: %s", seed, w.broken)
 		}

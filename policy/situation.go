@@ -175,6 +175,9 @@ func stateOf(s Situation) state {
 	return st
 }
 
+// isIn reports whether a rollout is under way, and is in a phase.
+func (st state) isIn(phase deployments.Phase) bool { return st.on && st.p.Phase == phase }
+
 func (st state) record() deployments.Record {
 	r := st.r
 	if st.on {

@@ -310,6 +310,9 @@ func (w *waiter) unchangedByCommit(f *Fleet, u Unit) bool {
 	if u.Record == nil {
 		return true // a removed unit goes on as it is
 	}
+	if u.Record.Rollout.WaitsForRollback() {
+		return false // the commit may name the release that waits
+	}
 	if f.Mirror == nil {
 		return false
 	}

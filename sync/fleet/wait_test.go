@@ -225,6 +225,26 @@ func TestWaitForACommit(t *testing.T) {
 			t.Errorf("it changed nothing, and waits for others: %v", err)
 		}
 	})
+	t.Run("its release waits until another is rolled back", func(t *testing.T) {
+		t.Parallel()
+		back := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3, Commit: first,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: noon, Next: release("app", "3"),
+				Reason: deployments.ReasonAborted}}
+		on := runs("app", "1")
+		on.Generation = 3
+		s := openDir(t)
+		store(t, s, put(kv.DesiredKey(app), back), reportOf("web-1", on),
+			put(kv.MirrorKey, deployments.MirrorState{Head: second, Ancestors: first[:12]}))
+		for _, push := range []bool{false, true} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			err := Wait(ctx, s, Filter{}, WaitOptions{Commit: second, Push: push})
+			const says = "the release that Git names now starts when the freeze ends"
+			if err == nil || errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), says) {
+				t.Errorf("push %t: %v, want %q", push, err, says)
+			}
+			cancel()
+		}
+	})
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {

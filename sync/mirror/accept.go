@@ -449,9 +449,12 @@ func recorded(
 	return &kept
 }
 
-// concerns reports whether a record is about a release that Git names: as its target, or as the release that it rolls
-// back. For a pinned record, it looks at what the pin replaced.
+// concerns reports whether a record is about a release that Git names: as its target, as the release that it rolls
+// back, or as the one that waits for that. For a pinned record, it looks at what the pin replaced.
 func concerns(r deployments.Record, release deployments.Pointer) bool {
+	if r.Rollout.WaitsForRollback() && r.Rollout.Next == release {
+		return true
+	}
 	if r.Pinned != nil {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
 	}

@@ -84,3 +84,19 @@ func TestAcceptWaitsForTheHistory(t *testing.T) {
 		t.Errorf("where the store's commit is unknown: %v, %v", accepted, err)
 	}
 }
+
+// A rollback that the release which Git names waits for goes on without a signed commit, too.
+func TestRecordedKeepsWhatWaits(t *testing.T) {
+	t.Parallel()
+	two, three := pointer("app/2"), pointer("app/3")
+	for phase, want := range map[deployments.Phase]bool{deployments.PhaseRollingBack: true, deployments.PhaseFrozen: false} {
+		r := deployments.Record{Target: two, Generation: 2, Rollout: &deployments.Progress{Phase: phase, Next: three}}
+		if got := concerns(r, three); got != want {
+			t.Errorf("%s: %t", phase, got)
+		}
+		r.Rollout.Next = deployments.Pointer{}
+		if concerns(r, three) {
+			t.Errorf("%s: a record that doesn't name the release", phase)
+		}
+	}
+}

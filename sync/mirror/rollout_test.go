@@ -389,3 +389,46 @@ func TestInvalidPinOfANewUnit(t *testing.T) {
 	m.runs("prod/web/app", "app/1")
 	m.runs("prod/web/base", "base/1")
 }
+
+// A push within a freeze leaves a rollback that is under way alone. The record never says that the new release was
+// rolled back, and that release starts when the freeze ends.
+func TestFreezeLeavesRollbackAlone(t *testing.T) {
+	t.Parallel()
+	const slow = "rollout:\n  max_unavailable: 1\n"
+	o := gittest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + slow}))
+	h := newHerd(t, m, 6)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + slow})
+	m.runs("prod/web/app", "app/2")
+	two := func() (n int) {
+		for _, p := range h.runs {
+			if p == pointer("app/2") {
+				n++
+			}
+		}
+		return n
+	}
+	h.until(deployments.Digest{}, 1, func(deployments.Record) bool { return two() >= 3 })
+	bad := pointer("app/2").Digest
+	h.until(bad, 1, func(r deployments.Record) bool { return r.Rollout.Phase == deployments.PhaseRollingBack })
+
+	frozen := "freeze:\n- name: always\n  deny: \"0 * * * *\"\n  duration: 2h\n"
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + slow, "kedge.yaml": frozen}))
+	r := m.record("prod/web/app", func(deployments.Record) bool { return true })
+	if p := r.Rollout; r.Target != pointer("app/2") || p.Phase != deployments.PhaseRollingBack ||
+		p.Next != pointer("app/3") || !strings.Contains(p.Message, "health check failed") || two() == 0 {
+		t.Fatalf("%d nodes run what failed, by %+v, %+v", two(), r, p)
+	}
+	r, _ = h.until(bad, 1, func(r deployments.Record) bool {
+		if r.Target == pointer("app/2") && r.Rollout.Phase == deployments.PhaseRolledBack {
+			t.Errorf("who waits for the last commit is told that it was rolled back: %+v", r)
+		}
+		return r.Target == pointer("app/3")
+	})
+	if r.Rollout.Phase != deployments.PhaseFrozen || r.Stable != pointer("app/1") || two() > 0 {
+		t.Fatalf("%d nodes run what failed, by %+v, %+v", two(), r, r.Rollout)
+	}
+	m.at(o.Push(map[string]string{"kedge.yaml": "prune: false\n"}))
+	h.until(bad, 1, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
+}

@@ -279,6 +279,10 @@ func commandsOf(u *unit) (all []command) {
 		case deployments.PhasePaused:
 			add("go on", "kedge resume "+id)
 			abort("abort the rollout, and go back")
+		case deployments.PhaseRollingBack:
+			if u.Record.Rollout.WaitsForRollback() {
+				add("start what Git names, despite the freeze", "kedge promote "+id)
+			}
 		case deployments.PhaseRolledBack:
 			add("try this release once more", "kedge retry "+id)
 		}

@@ -14,6 +14,8 @@ func TestHintsFitTheCase(t *testing.T) {
 	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 	release := deployments.Pointer{URL: "s3://acme/1/manifest.yaml", Digest: deployments.Digest{1}}
 	back := &deployments.Progress{Phase: deployments.PhaseRolledBack}
+	going := &deployments.Progress{Phase: deployments.PhaseRollingBack}
+	before := &deployments.Progress{Phase: deployments.PhaseRollingBack, Next: release}
 	paused := &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonTooManyFailed}
 	serving := &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonPaused, Serving: true}
 	approval := &deployments.Progress{Phase: deployments.PhasePendingApproval}
@@ -32,6 +34,8 @@ func TestHintsFitTheCase(t *testing.T) {
 		name, got  string
 		want, lack string
 	}{
+		{"going back", RolloutHint(id, deployments.Record{Rollout: going}), "", "promote"},
+		{"going back, and another waits", RolloutHint(id, deployments.Record{Rollout: before}), "kedge promote", "push"},
 		{"rolled back", RolloutHint(id, deployments.Record{Rollout: back}), "push a better release", "unpin"},
 		{"a pin's, rolled back", RolloutHint(id, deployments.Record{Rollout: back, Target: release,
 			Pinned: &deployments.Pinned{}}), "kedge unpin prod/web/app", "push"},

@@ -45,8 +45,13 @@ func Rollout(p *deployments.Progress) string {
 			text += "; " + plural(n, "node has", "nodes have") + " yet to go back"
 		}
 	}
+	if p.WaitsForRollback() {
+		text += waitsForRollback
+	}
 	return strings.TrimSuffix(prefix+text, ": ")
 }
+
+const waitsForRollback = "; the release that Git names now starts when the freeze ends"
 
 const rolledBackPrefix = "rolled back: "
 
@@ -61,7 +66,8 @@ func Progress(p *deployments.Progress) string {
 
 // RolloutHint returns what an operator can do about a rollout or an orphaned unit, with the command
 // to type. It is empty for a unit that is neither orphaned nor in a rollout. It is also empty while
-// the rollout is rolling back, or admits nodes without being held up by a freeze.
+// the rollout is rolling back and no other release waits, or admits nodes without being held up by
+// a freeze.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {
@@ -87,6 +93,10 @@ func rolloutHint(id deployments.UnitID, p *deployments.Progress, byPin, first bo
 	case deployments.PhaseCanary:
 		if !p.HealthySince.IsZero() {
 			return Hint(id, "", deployments.ReasonBaking)
+		}
+	case deployments.PhaseRollingBack:
+		if p.WaitsForRollback() {
+			return "wait, or start the release that Git names despite the freeze: kedge promote " + id.String()
 		}
 	case deployments.PhaseFrozen:
 		return "wait, or start the rollout despite the freeze: kedge promote " + id.String()
