@@ -89,7 +89,9 @@ func TestAcceptWaitsForTheHistory(t *testing.T) {
 func TestRecordedKeepsWhatWaits(t *testing.T) {
 	t.Parallel()
 	two, three := pointer("app/2"), pointer("app/3")
-	for phase, want := range map[deployments.Phase]bool{deployments.PhaseRollingBack: true, deployments.PhaseFrozen: false} {
+	for phase, want := range map[deployments.Phase]bool{
+		deployments.PhaseRollingBack: true, deployments.PhaseFrozen: false,
+	} {
 		r := deployments.Record{Target: two, Generation: 2, Rollout: &deployments.Progress{Phase: phase, Next: three}}
 		if got := concerns(r, three); got != want {
 			t.Errorf("%s: %t", phase, got)
