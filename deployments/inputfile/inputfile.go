@@ -21,8 +21,8 @@ const (
 )
 
 // Read returns the content of a regular file of at most Max bytes; nil for /dev/null. An error begins with the setting,
-// such as a flag or a variable, and names the file: but not a missing one without a slash, which may be a secret that
-// was given instead of its file.
+// such as a flag or a variable, and names the file. Of a setting whose name ends in _FILE it doesn't name a missing
+// file without a slash: that may be a secret that was given instead of its file.
 func Read(setting, path string) ([]byte, error) { return read(setting, path, checkRegular) }
 
 // ReadOnce is Read for a file that is read only once: it also accepts a pipe, such as a shell's <(command).
@@ -50,6 +50,11 @@ func read(setting, path string, accept func(path string, info fs.FileInfo) error
 		return nil, nil // the usual name for no content
 	}
 	data, err := readBounded(path, accept)
+	if errors.Is(err, fs.ErrNotExist) && !strings.Contains(path, "/") &&
+		strings.HasSuffix(strings.ToUpper(setting), "_FILE") {
+		err = fmt.Errorf("there is no file of that name in the working directory, and the name isn't shown, as it may be a "+
+			"secret: want a file's path: %w", fs.ErrNotExist)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
@@ -78,10 +83,6 @@ func checkPrivate(path string, info fs.FileInfo) error {
 
 func readBounded(path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a pipe would wait for its writer
-	if errors.Is(err, fs.ErrNotExist) && !strings.Contains(path, "/") {
-		return nil, fmt.Errorf("there is no file of that name in the working directory, and the name isn't shown, as it may "+
-			"be a secret: want a file's path: %w", fs.ErrNotExist)
-	}
 	if err != nil {
 		return nil, err
 	}

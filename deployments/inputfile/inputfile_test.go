@@ -10,6 +10,16 @@ import (
 	"testing"
 )
 
+func TestSecretInsteadOfItsFile(t *testing.T) {
+	t.Parallel()
+	for _, setting := range []string{"KEDGE_GIT_TOKEN_FILE", "receiver chat: url_file"} {
+		if _, err := Read(setting, "s3cret"); err == nil || strings.Contains(err.Error(), "s3cret") ||
+			!strings.HasPrefix(err.Error(), setting+": there is no file of that name") {
+			t.Errorf("%s: %v", setting, err)
+		}
+	}
+}
+
 func TestRead(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -32,7 +42,7 @@ func TestRead(t *testing.T) {
 	for path, want := range map[string]string{
 		in("file"): "", in("link"): "", in("most"): "", os.DevNull: "",
 		in("more"): in("more") + " has more than 4 MiB", in("missing"): "no such file", in("."): "is a directory",
-		"s3cret": "the name isn't shown", in("pipe"): "is a pipe", "/dev/zero": "/dev/zero is a device: name a regular file",
+		"typo": "open typo: no such file", in("pipe"): "is a pipe", "/dev/zero": "/dev/zero is a device: name a regular file",
 	} {
 		for name, read := range map[string]func(string, string) ([]byte, error){"Read": Read, "ReadOnce": ReadOnce} {
 			data, err := read("--key", path)

@@ -135,6 +135,14 @@ func URLs(s string) string {
 	if strings.Contains(s, "invalid port ") {
 		s = invalidPort.ReplaceAllString(s, "parse a URL: invalid port after host")
 	}
+	return hideURLs(s, false)
+}
+
+// URLsInMarkup is URLs for a text of HTML or JSON, which stays one: nothing is hidden beyond a quote or an angle
+// bracket, so that what one report says hides nothing of another's.
+func URLsInMarkup(s string) string { return hideURLs(s, true) }
+
+func hideURLs(s string, markup bool) string {
 	s = brokenURLs(s)
 	var out strings.Builder
 	for {
@@ -145,7 +153,7 @@ func URLs(s string) string {
 		}
 		out.WriteString(s[:i+3])
 		s = s[i+3:]
-		if i := rawPassword(s); i > 0 {
+		if i := rawPassword(s, markup); i > 0 {
 			out.WriteString(hiddenText + "@")
 			s = strings.TrimPrefix(strings.TrimPrefix(s[i:], "@"), "%40")
 		}
@@ -207,8 +215,8 @@ func urlLength(s string) int {
 
 // rawPassword returns the length of a user name and a password, in the text s after ://, if the password has a
 // character that should have been escaped. What seems to be the port is the beginning of such a password. It returns 0
-// if s has none.
-func rawPassword(s string) int {
+// if s has none. In markup the password ends with the URL, elsewhere a space or a quote may be a part of it.
+func rawPassword(s string, markup bool) int {
 	end := urlLength(s)
 	authority := s[:end]
 	if i := strings.IndexAny(authority, "/?#"); i >= 0 {
@@ -221,8 +229,11 @@ func rawPassword(s string) int {
 		!strings.Contains(near, "@") && !strings.Contains(near, "%40"):
 		return 0
 	}
-	line, _, _ := strings.Cut(near, "\n")
-	for _, part := range []string{s[:end], line} {
+	parts := []string{s[:end]}
+	if line, _, _ := strings.Cut(near, "\n"); !markup {
+		parts = append(parts, line)
+	}
+	for _, part := range parts {
 		i := lastAt(part)
 		for i >= 0 && strings.HasPrefix(part[i:], digestMark) { // the digest may be cut
 			i = lastAt(part[:i])

@@ -43,6 +43,22 @@ func TestURLs(t *testing.T) {
 	}
 }
 
+// What one report says hides nothing of what stands beside it.
+func TestURLsInMarkup(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		`<td>http://a:b c</td><td>ada@h.example</td>`: `<td>http://a:b c</td><td>ada@h.example</td>`,
+		`["http://a:b","ada@h.example"]`:              `["http://a:b","ada@h.example"]`,
+		`["parse \"","x: invalid port y after host"]`: `["parse \"","x: invalid port y after host"]`,
+		`<td>https://u:a/b@h/x</td>`:                  `<td>https://…@h/x</td>`,
+		`["http:/u:a/b@h/x","https://u:p@h?sig=c"]`:   `["http:/…@h/x","https://…@h?sig=…"]`,
+	} {
+		if got := URLsInMarkup(text); got != want {
+			t.Errorf("%s gives %s, want %s", text, got, want)
+		}
+	}
+}
+
 // A password may have any character, and whoever types it may forget to escape it, or a part of ://.
 func TestURLsThatDoNotParse(t *testing.T) {
 	t.Parallel()

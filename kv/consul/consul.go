@@ -68,7 +68,7 @@ func CheckAddress(address string) error {
 		return errors.New("CONSUL_HTTP_ADDR has to be HOST:PORT or a URL, without a user name, password or query: " +
 			"set CONSUL_HTTP_AUTH=USER:PASSWORD, or CONSUL_HTTP_TOKEN, instead")
 	}
-	if host, _, _ := strings.Cut(rest, "//"); host != rest || strings.HasPrefix(rest, "/") {
+	if strings.Contains(rest, "//") || strings.HasPrefix(rest, "/") {
 		return errors.New("CONSUL_HTTP_ADDR has to be HOST:PORT, http[s]://HOST[:PORT] or unix:///PATH")
 	}
 	return nil

@@ -142,7 +142,7 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 		http.Error(rw, "The fleet can't be encoded as JSON: see the log of kedge web.", http.StatusInternalServerError)
 		return
 	}
-	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // the client may be gone
+	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLsInMarkup(b.String())))) // the client may be gone
 }
 
 // nodes answers with the name, the state and the release of each node of a unit's map, for
